@@ -1,0 +1,121 @@
+"""Config of the commands beside training: clips, codec, prepare, sample, export, evaluate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from anyflow_train.config.base import Model
+
+Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class ClipsConfig(Model):
+    """`anyflow clips`: render clips of the embedded stripes world as mp4 with captions."""
+
+    out: str
+    count: PositiveInt = 256
+    seed: NonNegativeInt = 0
+    overwrite: bool = False
+
+
+class PrepareConfig(Model):
+    """`anyflow prepare`: video and captions -> shards of latents and text embeddings.
+
+    source: folder or WebDataset of clips (`.txt`/`.json` beside each), or a JSONL/CSV manifest; null for prompts only.
+    prompts: text file of prompts, one a line, for prompt-only shards.
+    codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
+    validation_prompts: prompts, or one text file of them, whose embeddings go into the manifest.
+    """
+
+    out: str
+    source: str | None = None
+    prompts: str | None = None
+    codec: str
+    frames: PositiveInt = 81
+    height: PositiveInt = 480
+    width: PositiveInt = 832
+    fps: PositiveFloat = 16.0
+    max_text_length: PositiveInt = 512
+    negative_prompt: str = ""
+    validation_prompts: tuple[str, ...] = ()
+    samples_per_shard: PositiveInt = 256
+    batch: PositiveInt = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: NonNegativeInt = 0
+
+
+class SampleConfig(Model):
+    """`anyflow sample`: videos from a run, a checkpoint or an exported folder."""
+
+    model: str
+    out: str
+    prompts: tuple[str, ...] = ()
+    prompt_file: str | None = None
+    steps: Steps = (4,)
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    weights: Literal["ema", "raw"] = "ema"
+    frames: PositiveInt | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+    fps: PositiveFloat = 16.0
+    guidance_scale: PositiveFloat = 1.0
+    negative_prompt: str = ""
+    shift: PositiveFloat = 5.0
+    text_length: PositiveInt = 512
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: NonNegativeInt = 0
+
+
+class ExportConfig(Model):
+    """`anyflow export`: a checkpoint -> a folder that stock diffusers loads.
+
+    format: pipeline (AnyFlowPipeline), transformer (its transformer alone), lora (diffusers LoRA file),
+        wan_pipeline (WanPipeline of a stage-0 teacher, which needs gate 0).
+    """
+
+    checkpoint: str
+    out: str
+    format: Literal["pipeline", "transformer", "lora", "wan_pipeline"] = "pipeline"
+    weights: Literal["ema", "raw"] = "ema"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    codec: str | None = None
+    shift: PositiveFloat = 5.0
+    max_shard_gib: PositiveFloat = 5.0
+    overwrite: bool = False
+
+
+class EvaluateConfig(Model):
+    """`anyflow evaluate`: teacher and students at a list of step counts, same noise.
+
+    models: runs, checkpoints or exported folders of students.
+    reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
+    fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
+    """
+
+    out: str
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    teacher: str
+    codec: str | None = None
+    held_out: str
+    reference: Literal["data", "guided_teacher"] = "data"
+    guidance_scale: PositiveFloat = 1.0
+    weights: Literal["ema", "raw"] = "ema"
+    steps: Steps = (1, 2, 4, 8, 16)
+    samples: PositiveInt = 512
+    held_out_samples: PositiveInt = 2048
+    fine_steps: PositiveInt = 128
+    shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
+    shift: PositiveFloat = 5.0
+    oracle: Literal["none", "stripes"] = "none"
+    bootstrap: PositiveInt = 1000
+    batch: PositiveInt = 32
+    seed: NonNegativeInt = 0
+    text_length: PositiveInt = 512
+    videos: NonNegativeInt = 4
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: NonNegativeInt = 0

@@ -1,0 +1,45 @@
+"""Randomness as a function: every draw depends on (seed, step, global slot, purpose) and on nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def draw_key(*parts: int | str) -> int:
+    """A 63-bit generator seed from any tuple of numbers and names; the same on every machine."""
+    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one micro-batch.
+
+    A slot is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or workers.
+
+    Attributes:
+        seed, step: of the run.
+        slots: global slot of each of the B samples.
+        device: where the numbers are made; CPU and GPU generators differ.
+    """
+
+    seed: int
+    step: int
+    slots: tuple[int, ...]
+    device: torch.device
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, (B, *shape) float32."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._generators(purpose)])
+
+    def uniform(self, purpose: str, columns: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, columns) float32."""
+        return torch.stack([torch.rand(columns, generator=g, device=self.device) for g in self._generators(purpose)])
+
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        keys = [draw_key(self.seed, self.step, slot, purpose) for slot in self.slots]
+        return [torch.Generator(self.device).manual_seed(key) for key in keys]
