@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The main job on a laptop: clips -> shards -> distillation -> evaluation -> export -> playback by stock diffusers.
+# Every step continues or skips what an earlier run of this script has finished. RUN=folder changes the place.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+prepare_environment
+run=${RUN:-runs/quickstart}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+started=$SECONDS
+
+step() { printf '\n== %s (at %d s)\n' "$1" $((SECONDS - started)); }
+
+step "1/6 clips with captions"
+anyflow clips out="$run/clips/train" count=768 seed=1
+anyflow clips out="$run/clips/held_out" count=768 seed=2
+
+step "2/6 video and text -> shards of latents"
+anyflow prepare experiment=tiny_prepare source="$run/clips/train" out="$run/shards/train"
+anyflow prepare experiment=tiny_prepare source="$run/clips/held_out" out="$run/shards/held_out"
+
+step "3/6 distillation (stage 1)"
+anyflow train experiment=tiny out="$run" name=student \
+  data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out"
+
+step "4/6 evaluation of teacher and student"
+anyflow evaluate experiment=tiny_evaluate models="[$run/student]" held_out="$run/shards/held_out" out="$run/report"
+
+step "5/6 export"
+anyflow export checkpoint="$run/student" out="$run/pipeline" format=pipeline precision=fp32 overwrite=true
+
+step "6/6 playback by stock diffusers, in a process of its own"
+python launch/play.py "$run/pipeline" "$run/playback.gif" "wide red stripes drifting left"
+
+printf '\n'
+cat "$run/report/report.md"
+printf '\nDone in %d s (without the installation).\n' $((SECONDS - started))
+printf '  %-34s %s\n' \
+  "quality against number of calls" "$PWD/$run/report/quality.png" \
+  "grid of videos" "$PWD/$run/report/grid.mp4" \
+  "" "$PWD/$run/report/grid.gif" \
+  "exported pipeline" "$PWD/$run/pipeline" \
+  "played back by stock diffusers" "$PWD/$run/playback.gif"
