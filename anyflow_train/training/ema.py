@@ -1,0 +1,66 @@
+"""Exponential moving average of the trainable parameters, on their device, tied to the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from anyflow_train.config.run import Ema as EmaConfig
+from anyflow_train.flow.types import Condition, FlowMap
+
+
+class Ema:
+    """Averages by model name. A plain copy of the parameters before `start_step`; it has no state but its tensors."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], config: EmaConfig) -> None:
+        self._config = config
+        self._live: list[Tensor] = list(parameters.values())
+        self._names = tuple(parameters)
+        self._averages = [parameter.detach().clone() for parameter in self._live]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the parameters after 0-based `step` was applied: `average += (1 - decay) (parameter - average)`."""
+        if step < self._config.start_step:
+            torch._foreach_copy_(self._averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            share = 1 - self._config.decay
+            torch._foreach_lerp_(self._averages, self._live, share)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the network holds the averages. Storage is swapped, not copied: cheap enough for every forward.
+
+        Only for forwards without gradient. A graph recorded before stays valid: by the time of its backward the
+        parameters hold their own storage again.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The averages by model name."""
+        yield from zip(self._names, self._averages, strict=True)
+
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self._live):
+            parameter.data, self._averages[index] = self._averages[index], parameter.data
+
+
+@dataclass(frozen=True)
+class AveragedFlowMap:
+    """A network's flow map under its averaged weights, without gradient."""
+
+    live: FlowMap
+    ema: Ema
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        with torch.no_grad(), self.ema.applied():
+            return self.live(x, t, r, condition)

@@ -1,0 +1,94 @@
+"""The run's own folder, and the lock that keeps a second start out of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
+from anyflow_train.training.files import replace_file, to_json
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """`<out>/<name>`: stable, so that a requeued job finds its checkpoint."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunDirectory:
+        """The directory of a run; it need not exist yet."""
+        return cls(Path(config.out).expanduser() / config.name)
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per kept checkpoint, and the file `best`."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for every logged step."""
+        return self.path / "metrics.jsonl"
+
+    def validation(self, step: int) -> Path:
+        """Where the videos of one validation go."""
+        return self.path / "validation" / f"step_{step:08d}"
+
+    def write_config(self, config: RunConfig) -> None:
+        """Save the resolved config."""
+        replace_file(self.path / "config.json", to_json(config.model_dump(mode="json")))
+
+    def write_done(self, summary: dict[str, Any]) -> None:
+        """Say that the run has ended, and how."""
+        replace_file(self.path / "done.json", to_json(summary))
+
+    def read_done(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None."""
+        with suppress(FileNotFoundError):
+            return json.loads((self.path / "done.json").read_text())
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory. The kernel drops the lock with the process, so a killed run leaves none behind.
+
+        Raises:
+            UserError: another process holds it, named with its host.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take(descriptor)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, to_json({"pid": os.getpid(), "host": socket.gethostname()}), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            # A record lock, not flock(2): forked data workers would inherit the latter and hold it after a killed run.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                problem = f"is in use by {self._holder()}; wait for it or choose another name"
+                raise UserError(str(self.path), problem) from None
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            print(f"warning: the file system of {self.path} knows no locks; do not start a run twice", file=sys.stderr)
+
+    def _holder(self) -> str:
+        with suppress(OSError, ValueError, KeyError):
+            holder = json.loads((self.path / "lock").read_text())
+            return f"process {holder['pid']} on {holder['host']}"
+        return "another process"

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT as a request: the loop finishes its step, saves, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether someone asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._owner = os.getpid()
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler. The first request is noted; Ctrl-C after that ends the process at once."""
+        if os.getpid() != self._owner:
+            return  # a forked data worker: the run's own process decides
+        if self.signal is not None and number == signal.SIGINT:
+            os.write(2, b"\nstopped at once; the last checkpoint is intact\n")
+            os._exit(130)
+        self.signal = signal.Signals(number)
+        text = f"\n{self.signal.name}: finishing this step and saving; Ctrl-C again to stop at once\n"
+        os.write(2, text.encode())
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Listen for stop signals inside the block; the handlers from before come back after it."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
