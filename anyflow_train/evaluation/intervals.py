@@ -1,0 +1,182 @@
+"""Bootstrap intervals that are honest about pairs, strata and common noise.
+
+A replicate is a row of weights over the samples, so a statistic of R resamples is a few matrix products. Row 0 is the
+sample itself: value and replicates come from the same lines.
+
+Two traps are avoided. A resample holds copies of the same sample; their distance of 0 would bias an energy distance
+low by `E|X - X'| / n`, so pairs of copies are left out of the sums and of the count of pairs. And of a stratum with n
+samples n - 1 are drawn (Rao and Wu 1988): with n, the variance would be (n - 1) / n of the true one, which matters for
+strata of a few samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyflow_train.evaluation.metrics import (
+    directions,
+    middle_levels,
+    pairwise_distances,
+    project,
+    self_distances,
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Bootstrap weights of one set of samples. Statistics with the same resampling are paired.
+
+    Attributes:
+        strata: (n,) int64, 0..K-1: samples that were drawn for the same class; the law is the equal mixture of classes.
+        counts: (R + 1, n) float64, how often each sample is drawn; row 0 is all ones.
+        weights: (R + 1, n) float64, summing to 1 over all samples and to 1 / K over every stratum.
+    """
+
+    strata: Tensor
+    counts: Tensor
+    weights: Tensor
+
+
+def resample(strata: Tensor, replicates: int, seed: int) -> Resampling:
+    """Draw the weights, within every stratum; for independent samples give one stratum (`single_stratum`).
+
+    Raises:
+        ValueError: a stratum has fewer than two samples.
+    """
+    sizes = torch.bincount(strata)
+    if int(sizes.min()) < 2:
+        raise ValueError("every stratum needs at least two samples")
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.ones(replicates + 1, len(strata), dtype=torch.float64)
+    for k, size in enumerate(sizes.tolist()):
+        drawn = torch.randint(size, (replicates, size - 1), generator=generator)
+        drawn_counts = torch.zeros(replicates, size, dtype=torch.float64)
+        drawn_counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+        counts[1:, strata == k] = drawn_counts
+    totals = sizes[strata].double().expand(replicates + 1, -1).clone()
+    totals[1:] -= 1
+    return Resampling(strata, counts, counts / (len(sizes) * totals))
+
+
+def single_stratum(samples: int) -> Tensor:
+    """Strata of independent samples: all in one."""
+    return torch.zeros(samples, dtype=torch.int64)
+
+
+def mean_within(distances: Tensor, resampling: Resampling) -> Tensor:
+    """`E|X - X'|` of the class mixture for every replicate: (n, n) -> (R + 1,) float64."""
+    weights = resampling.weights
+    total = _quadratic(weights, distances, weights)
+    for k in range(int(resampling.strata.max()) + 1):
+        rows = (resampling.strata == k).nonzero()[:, 0]
+        within = _quadratic(weights[:, rows], distances[rows][:, rows], weights[:, rows])
+        counts = resampling.counts[:, rows]
+        ordered = counts.sum(1).square()
+        distinct = ordered - counts.square().sum(1)
+        pairs = within * ordered / distinct
+        # A resample of one sample alone says nothing on the spread of its class: keep the sample's own.
+        total = total - within + torch.where(distinct > 0, pairs, pairs[0])
+    return total
+
+
+class EnergyReference:
+    """The samples that others are compared with; what depends on them alone is computed once.
+
+    Args:
+        samples: (m, ...) float32.
+        resampling: of these samples.
+    """
+
+    def __init__(self, samples: Tensor, resampling: Resampling) -> None:
+        self._samples = samples
+        self._resampling = resampling
+        self._within = mean_within(self_distances(samples), resampling)
+
+    def replicates(self, x: Tensor, resampling: Resampling) -> Tensor:
+        """Energy distances of (n, ...) samples, (R + 1,) float64, both sides resampled; unbiased: may be negative."""
+        cross = _quadratic(resampling.weights, pairwise_distances(x, self._samples), self._resampling.weights)
+        return 2 * cross - mean_within(self_distances(x), resampling) - self._within
+
+
+class SlicedReference:
+    """The same for the squared sliced 2-Wasserstein distance, over fixed directions and with fewer replicates.
+
+    Args:
+        samples: (m, ...) float32.
+        resampling: of these samples; the first `replicates` are used.
+    """
+
+    def __init__(self, samples: Tensor, resampling: Resampling, count: int = 64, replicates: int = 200) -> None:
+        self._axes = directions(samples.flatten(1).shape[1], count)
+        self._replicates = replicates
+        self._quantiles = list(self._read(samples, resampling))
+
+    def replicates(self, x: Tensor, resampling: Resampling) -> Tensor:
+        """Squared distances of (n, ...) samples, (R + 1,) float64; plug-in, so biased upwards (see `reflected`)."""
+        gaps = [(a - b).square().mean(1) for a, b in zip(self._read(x, resampling), self._quantiles, strict=True)]
+        return torch.stack(gaps).mean(0)
+
+    def _read(self, x: Tensor, resampling: Resampling):
+        """Weighted quantiles of every direction in turn: (R + 1, levels) float64."""
+        levels = middle_levels(torch.device("cpu"))
+        weights = resampling.weights[: self._replicates + 1]
+        for values in project(x, self._axes).cpu():
+            ordered, order = values.sort()
+            cumulative = weights[:, order].cumsum(1)
+            index = torch.searchsorted(cumulative, levels.expand(len(weights), -1).contiguous())
+            yield ordered[index.clamp_max_(len(ordered) - 1)]
+
+
+def weighted_means(values: Tensor, resampling: Resampling) -> Tensor:
+    """Means over the class mixture of (n,) values, for every replicate: (R + 1,) float64."""
+    return resampling.weights @ values.double()
+
+
+def percentile(replicates: Tensor) -> Estimate:
+    """Value and 95 % percentile interval from replicates of an unbiased statistic, (R + 1,) with the value first."""
+    low, high = _ends(replicates[1:])
+    return Estimate(float(replicates[0]), low, high)
+
+
+def reflected(squares: Tensor) -> Estimate:
+    """Root of a squared distance that is biased upwards, with the bootstrap's estimate of the bias taken off.
+
+    Replicates exceed the value by what the value exceeds the truth, so value and interval are reflected (the basic
+    bootstrap); negative squares become 0.
+    """
+    value = 2 * squares[0] - squares[1:].mean()
+    low, high = _ends(2 * squares[0] - squares[1:])
+    roots = torch.tensor([float(value), low, high]).clamp_min(0).sqrt().tolist()
+    return Estimate(roots[0], min(roots[0], roots[1]), max(roots[0], roots[2]))
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Estimate | None:
+    """Interval of a ratio of paired replicates, (R + 1,) each; None where the denominator's sign is not certain.
+
+    Both must come from the same resamplings: noise that they share then cancels.
+    """
+    if percentile(denominator).low <= 0:
+        return None
+    return percentile(numerator / denominator)
+
+
+def _quadratic(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """Row-wise `l M r`: (R, n), (n, m), (R, m) -> (R,)."""
+    return ((left @ matrix.to(left)) * right).sum(1)
+
+
+def _ends(replicates: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(replicates, torch.tensor([0.025, 0.975], dtype=replicates.dtype))
+    return float(low), float(high)
