@@ -21,10 +21,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_pairwise_distances_agree_with_the_direct_form_far_from_the_origin():
-    x, y = normal(9, 3, 4) + 1e5, normal(7, 3, 4, seed=1) + 1e5
-    direct = (x.double().flatten(1)[:, None] - y.double().flatten(1)).norm(dim=2)
-    # The inputs are the same float32 numbers, so only float64 rounding is left.
-    torch.testing.assert_close(pairwise_distances(x, y), direct, rtol=1e-12, atol=0)
+    x, y = normal(9, 3, 4).double() + 1e5, normal(7, 3, 4, seed=1).double() + 1e5
+    direct = (x.flatten(1)[:, None] - y.flatten(1)).norm(dim=2)
+    # Centring leaves float64 rounding of the offset, 1e-16 * 1e5; without it, squares of 1e5 would cost 1e-6.
+    torch.testing.assert_close(pairwise_distances(x, y), direct, rtol=1e-9, atol=0)
 
 
 def test_pairwise_distances_do_not_depend_on_the_chunks(monkeypatch):
