@@ -1,0 +1,52 @@
+"""The text side of the stripes world: a word-level tokenizer and a random, frozen UMT5 encoder.
+
+Twelve words need no training: random embeddings mixed by random attention already tell all captions apart.
+"""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from anyflow_train.tiny import world
+
+WIDTH = 64
+LAYERS = 2
+# The length that Wan's pipeline pads prompts to unless told otherwise.
+LONGEST_PROMPT = 512
+
+_PADDING, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the captions, in a fixed order, and an end token, as UMT5's tokenizer has it."""
+    vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *world.WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {_END}", special_tokens=[(_END, vocabulary[_END])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PADDING,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        model_max_length=LONGEST_PROMPT,
+    )
+
+
+def build_text_encoder(seed: int) -> UMT5EncoderModel:
+    """The random encoder, float32, frozen: the same weights for the same seed, whatever was drawn before."""
+    config = UMT5Config(
+        vocab_size=len(build_tokenizer()),
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=2 * WIDTH,
+        num_layers=LAYERS,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = UMT5EncoderModel(config)
+    return encoder.eval().requires_grad_(False)

@@ -1,0 +1,215 @@
+"""Trains the tiny causal video autoencoder of the stripes world, an `AutoencoderKLWan` of 668 thousand parameters.
+
+Two phases. First encoder and decoder together on short small crops, which is cheap and enough to teach the causal
+recurrence over frames. Then the decoder alone on frozen latents, half of the time on whole clips, which is where the
+picture quality comes from. Three things make the latents easy for a small diffusion model:
+
+* each channel is pulled to mean 0 and spread 1 *in every latent frame by itself*. The pipeline normalises a channel
+  with one mean and one spread for all frames, but the first latent frame holds one picture and the others four, and
+  left alone its spread is .6 of the others': a diffusion model's equal errors then weigh most in the first frame;
+* noise on the latents, so that neighbouring latents decode alike and sampled latents decode cleanly;
+* the first frame counts several times, because the decoder sees no earlier frame that could help it.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor, nn
+
+from anyflow_train.tiny import world
+from anyflow_train.tiny.initialise import initialise
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimisation: AdamW with a short warm-up and a cosine to 2 %, EMA of the weights."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """Hyper-parameters of the codec; the defaults make the shipped asset."""
+
+    seed: int = 0
+    joint: Phase = Phase(steps=600, batch=6, learning_rate=3e-3)
+    decoder: Phase = Phase(steps=450, batch=4, learning_rate=3e-3)
+    crop: int = 32  # pixels, the side of the small crops of both phases
+    joint_frames: int = 9  # fewer do not teach the recurrence: 5 frames are one step of it
+    latent_noise: float = 0.1  # in units of a channel's spread
+    kl_weight: float = 1e-4
+    moment_weight: float = 0.05
+    first_frame_weight: float = 3.0
+    statistics_clips: int = 256  # clips that latents_mean and latents_std are taken over
+    flow_shift: float = 5.0  # of the pipeline's scheduler
+    report_every: int = 50  # steps
+
+
+def build() -> AutoencoderKLWan:
+    """The untrained codec: 16 latent channels, 8x in space, 4x in time."""
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+def train_vae(settings: CodecSettings, report: Callable[[str], None] = print) -> AutoencoderKLWan:
+    """Trains the codec and writes `latents_mean` and `latents_std` into its config.
+
+    The random draws depend on `settings.seed` alone. Progress goes to `report`, one line at a time.
+    """
+    torch.manual_seed(settings.seed)
+    codec = build()
+    initialise(codec, _draw(settings, 8, settings.joint_frames, settings.crop))
+    codec = train_jointly(codec, settings, report)
+    write_statistics(codec, settings.statistics_clips)
+    codec = train_decoder(codec, settings, report)
+    return codec.eval().requires_grad_(False)
+
+
+def train_jointly(codec: AutoencoderKLWan, settings: CodecSettings, report: Callable[[str], None]) -> AutoencoderKLWan:
+    """Trains encoder and decoder on crops; returns the moving average."""
+
+    def loss(step: int) -> Tensor:
+        video = _draw(settings, settings.joint.batch, settings.joint_frames, settings.crop)
+        posterior = codec.encode(video, return_dict=False)[0]
+        noise = settings.latent_noise * torch.randn_like(posterior.mean)
+        seen = codec.decode(posterior.sample() + noise, return_dict=False)[0]
+        # The squared error alone moves the mean colour first and the edges later; the absolute error then sharpens.
+        early = step < 0.3 * settings.joint.steps
+        fit = 4 * _squared(seen, video, settings) if early else _sharp(seen, video, settings)
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return fit + settings.kl_weight * kl + settings.moment_weight * moment_penalty(posterior.mean)
+
+    return _optimise(codec, codec.parameters(), settings.joint, settings.report_every, loss, "joint", report)
+
+
+def train_decoder(codec: AutoencoderKLWan, settings: CodecSettings, report: Callable[[str], None]) -> AutoencoderKLWan:
+    """Trains the decoder on the latents of a frozen encoder, crops and whole clips by turns; returns the average."""
+    codec.requires_grad_(False)
+    trained = [*codec.decoder.parameters(), *codec.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    spread = torch.tensor(codec.config["latents_std"]).view(1, -1, 1, 1, 1)
+
+    def loss(step: int) -> Tensor:
+        whole = step % 2 == 1 and step > 0.3 * settings.decoder.steps
+        count = max(1, settings.decoder.batch // 2) if whole else settings.decoder.batch
+        video = _draw(settings, count, world.FRAMES, world.SIZE if whole else settings.crop)
+        with torch.no_grad():
+            latents = codec.encode(video, return_dict=False)[0].mode()
+            latents = latents + settings.latent_noise * spread * torch.randn_like(latents)
+        return _sharp(codec.decode(latents, return_dict=False)[0], video, settings)
+
+    return _optimise(codec, trained, settings.decoder, settings.report_every, loss, "decoder", report)
+
+
+def moment_penalty(latents: Tensor) -> Tensor:
+    """How far each channel is from mean 0 and spread 1 in each latent frame: (B, C, F, H, W) to a scalar."""
+    over = (0, 3, 4)
+    return (latents.mean(over).square() + (latents.std(over) - 1).square()).mean()
+
+
+@torch.no_grad()
+def write_statistics(codec: AutoencoderKLWan, clips: int) -> None:
+    """Puts the per-channel mean and spread of `clips` encoded clips into the codec's config."""
+    latents = encode(codec, world.draw_clips(clips, seed=11)[0])
+    over = (0, 2, 3, 4)
+    codec.register_to_config(latents_mean=latents.mean(over).tolist(), latents_std=latents.std(over).tolist())
+
+
+@torch.no_grad()
+def encode(codec: AutoencoderKLWan, video: Tensor, batch: int = 16) -> Tensor:
+    """Posterior modes, not normalised: (B, 3, F, H, W) in [-1, 1] to (B, 16, (F - 1) / 4 + 1, H / 8, W / 8)."""
+    return torch.cat([codec.encode(part, return_dict=False)[0].mode() for part in video.split(batch)])
+
+
+@torch.no_grad()
+def decode(codec: AutoencoderKLWan, latents: Tensor, batch: int = 16) -> Tensor:
+    """The inverse of `encode`, in [-1, 1]."""
+    return torch.cat([codec.decode(part, return_dict=False)[0] for part in latents.split(batch)])
+
+
+def psnr(seen: Tensor, real: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of videos (B, 3, F, H, W) in [-1, 1]."""
+    error = ((seen - real) / 2).square().flatten(1).mean(1)
+    return (-10 * torch.log10(error)).mean().item()
+
+
+def judge(codec: AutoencoderKLWan, video: Tensor, labels: Tensor) -> str:
+    """One line: quality of whole clips and of first frames, oracle accuracy, first frame's latent spread."""
+    latents = encode(codec, video)
+    seen = decode(codec, latents)
+    spread = latents.std(dim=(0, 1, 3, 4))
+    return (
+        f"psnr {psnr(seen, video):.2f} first frame {psnr(seen[:, :, :1], video[:, :, :1]):.2f} "
+        f"accuracy {world.accuracy(seen, labels):.3f} latent spread {spread[0]:.2f} then {spread[1:].mean():.2f}"
+    )
+
+
+def _draw(settings: CodecSettings, count: int, frames: int, size: int) -> Tensor:
+    """Clips at any phase, from torch's global generator: crops of a world that is wider than its clips."""
+    labels = torch.randint(0, world.CLASSES, (count,))
+    contrast = world.LEAST_CONTRAST + (1 - world.LEAST_CONTRAST) * torch.rand(count)
+    return world.render(labels, torch.rand(count), contrast, frames, size)
+
+
+def _weights(frames: int, settings: CodecSettings) -> Tensor:
+    """(F, 1, 1) of mean 1, with the first frame counted `first_frame_weight` times."""
+    weights = torch.ones(frames)
+    weights[0] = settings.first_frame_weight
+    return (weights / weights.mean())[:, None, None]
+
+
+def _squared(seen: Tensor, real: Tensor, settings: CodecSettings) -> Tensor:
+    return ((seen - real).square() * _weights(real.shape[2], settings)).mean()
+
+
+def _sharp(seen: Tensor, real: Tensor, settings: CodecSettings) -> Tensor:
+    absolute = ((seen - real).abs() * _weights(real.shape[2], settings)).mean()
+    return absolute + _squared(seen, real, settings)
+
+
+def _optimise(
+    codec: AutoencoderKLWan,
+    parameters: Iterable[nn.Parameter],
+    phase: Phase,
+    report_every: int,
+    loss_at: Callable[[int], Tensor],
+    name: str,
+    report: Callable[[str], None],
+) -> AutoencoderKLWan:
+    """Runs one phase on `codec` in place and returns the moving average of its weights."""
+    parameters = list(parameters)
+    average = copy.deepcopy(codec).requires_grad_(False)
+    held_out, labels = world.draw_clips(world.CLASSES // 2, seed=999)
+    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    started = time.perf_counter()
+    for step in range(phase.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = phase.learning_rate * _schedule(step, phase.steps)
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(0.98, (step + 1) / (step + 11))  # the average follows quickly at first
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), codec.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        if (step + 1) % report_every == 0 or step + 1 == phase.steps:
+            seconds = time.perf_counter() - started
+            line = judge(average, held_out, labels)
+            report(f"{name} {step + 1}/{phase.steps} {seconds:.0f} s loss {loss.item():.4f} {line}")
+    return average
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm-up over 30 steps times a cosine from 1 to .02."""
+    return min(1.0, (step + 1) / 30) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
