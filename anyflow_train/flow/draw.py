@@ -19,7 +19,8 @@ def draw_key(*parts: int | str) -> int:
 class Draw:
     """The random numbers of one micro-batch.
 
-    A slot is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or workers.
+    A slot is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or
+    workers.
 
     Attributes:
         seed, step: of the run.

@@ -24,6 +24,10 @@ class Condition:
         """The same condition for some of the samples."""
         return Condition(self.text[rows], None if self.image is None else self.image[rows])
 
+    def with_text(self, text: Tensor) -> Condition:
+        """The same samples with another text, (B, L, D) or one (1, L, D) for all; the image stays."""
+        return Condition(text.expand(self.text.shape[0], -1, -1), self.image)
+
 
 class FlowMap(Protocol):
     """The average velocity `u(x_t, t, r, c)` from source time `t` back to target time `r`.

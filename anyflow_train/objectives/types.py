@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 from torch import Tensor
 
+from anyflow_train.config.slots import Branch
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import FlowMap
 
-
-class Branch(IntEnum):
-    """Which part of the triangle 0 <= r <= t a sample trains."""
-
-    DIFFUSION = 0  # r = t
-    CONSISTENCY = 1  # r = 0
-    FREE = 2
+__all__ = ["Branch", "Loss", "Objective", "Roles"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,8 @@ class Loss:
     """The losses of B samples, before rebalancing.
 
     Attributes:
-        per_sample: (B,) float32, unweighted mean square error over a sample's elements; carries the gradient.
+        per_sample: (B,) float32, mean square error over a sample's elements, before the weight w(t); carries the
+            gradient.
         weight: (B,) float32, w(t).
         branch: (B,) int64, `Branch`.
         metrics: name -> (B,) detached values to log.

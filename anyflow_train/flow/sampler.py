@@ -1,0 +1,57 @@
+"""From noise to data in any number of steps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from anyflow_train.flow.times import sampling_grid
+from anyflow_train.flow.types import Condition, FlowMap
+
+
+def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition) -> Tensor:
+    """One application of the flow map, `X(x, t, r) = x - (t - r) u(x, t, r)`: one network call. x: (B, F, C, H, W)."""
+    batch = x.shape[:1]
+    source = torch.full(batch, t, dtype=x.dtype, device=x.device)
+    target = torch.full(batch, r, dtype=x.dtype, device=x.device)
+    return x - (t - r) * flow_map(x, source, target, condition)
+
+
+@torch.no_grad()
+def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
+    """Any-step sampling with a student: `steps` jumps from noise z (B, F, C, H, W) to latents of the same shape."""
+    times = sampling_grid(steps, shift).tolist()
+    x = z
+    for t, r in pairwise(times):
+        x = jump(flow_map, x, t, r, condition)
+    return x
+
+
+def sample_euler(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
+    """Euler steps along the instantaneous velocity: how a teacher, which knows only r = t, is sampled."""
+
+    def velocity(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        return flow_map(x, t, t, condition)
+
+    return sample(velocity, z, condition, steps, shift)
+
+
+def guided(flow_map: FlowMap, negative: Condition, scale: float) -> FlowMap:
+    """Classifier-free guidance, `u_neg + w (u - u_neg)`, at two network calls.
+
+    Args:
+        flow_map: what is guided.
+        negative: the negative prompt, text (1, L, D); a sample's image condition stays.
+        scale: the CFG scale w; 1 is no guidance and returns `flow_map` itself. Codes that write
+            `cond + k (cond - uncond)` mean `w = 1 + k`.
+    """
+    if scale == 1:
+        return flow_map
+
+    def guided_map(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        unconditional = flow_map(x, t, r, condition.with_text(negative.text))
+        return torch.lerp(unconditional, flow_map(x, t, r, condition), scale)
+
+    return guided_map

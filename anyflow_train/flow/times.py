@@ -1,0 +1,72 @@
+"""Times in [0, 1], 1 noise and 0 data: float32, and never bfloat16 unless the published rounding is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.slots import Branch, BranchCounts
+from anyflow_train.flow.draw import Draw
+
+TimePrecision = Literal["fp32", "bf16"]
+TimeDistribution = Literal["uniform", "logit_normal"]
+Time = TypeVar("Time", float, Tensor)
+
+TIME_SCALE = 1000.0  # the published code holds times in 0..1000, which is where its bfloat16 grid is defined
+
+
+@dataclass(frozen=True)
+class Interval:
+    """From where to where the flow map goes.
+
+    Attributes:
+        t: (B,) source time, float32 in [0, 1].
+        r: (B,) target time, `r <= t`.
+        branch: (B,) int64, `Branch`.
+    """
+
+    t: Tensor
+    r: Tensor
+    branch: Tensor
+
+
+def shift_time(t: Time, shift: float) -> Time:
+    """`s t / (1 + (s - 1) t)`: spends more of the steps near noise; the identity for s = 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sampling_grid(steps: int, shift: float) -> Tensor:
+    """The sampler's times, (steps + 1,) float64 from 1 to 0, on the CPU."""
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+
+
+def round_time(t: Tensor, precision: TimePrecision) -> Tensor:
+    """`bf16`: the times that the published code could hold, a grid of 4/1000 above 0.512; `fp32`: unchanged."""
+    if precision == "fp32":
+        return t
+    return (t * TIME_SCALE).to(torch.bfloat16).to(t.dtype) / TIME_SCALE
+
+
+def draw_interval(draw: Draw, counts: BranchCounts, shift: float, precision: TimePrecision) -> Interval:
+    """Two uniforms per sample, t the larger; r = t, r = 0 or the smaller, by the slot's branch; then both shifted."""
+    # Pageable host memory is staged before the call returns, so this copy waits for nothing on the device.
+    branch = torch.tensor([counts.branch(slot) for slot in draw.slots]).to(draw.device, non_blocking=True)
+    pair = draw.uniform("interval", 2)
+    t, smaller = pair.amax(dim=1), pair.amin(dim=1)
+    r = torch.where(branch == Branch.DIFFUSION, t, smaller)
+    r = torch.where(branch == Branch.CONSISTENCY, torch.zeros_like(r), r)
+    return Interval(round_time(shift_time(t, shift), precision), round_time(shift_time(r, shift), precision), branch)
+
+
+def draw_diffusion_time(draw: Draw, distribution: TimeDistribution, shift: float, precision: TimePrecision) -> Tensor:
+    """Times for flow matching, (B,) float32: uniform or logit-normal(0, 1), then shifted."""
+    if distribution == "uniform":
+        t = draw.uniform("diffusion time", 1).squeeze(1)
+    else:
+        t = draw.normal("diffusion time", ()).sigmoid()
+    return round_time(shift_time(t, shift), precision)

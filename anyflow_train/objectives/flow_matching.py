@@ -1,0 +1,33 @@
+"""Flow matching, `|| u(x_t, t, t) - (z - x0) ||^2`: stage 0, and the fake score of stage 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from anyflow_train.config import objective as options
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.times import draw_diffusion_time
+from anyflow_train.flow.weights import uniform
+from anyflow_train.objectives.guidance import noised, regression, square_error
+from anyflow_train.objectives.types import Branch, Loss, Roles
+
+
+@dataclass(frozen=True)
+class FlowMatchingObjective:
+    """Every sample is diffusion, r = t; of `times`, the branch shares do not matter here."""
+
+    config: options.FlowMatching
+    times: options.Times
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        times = self.times
+        t = draw_diffusion_time(draw, times.distribution, times.shift, times.precision)
+        sample = noised(batch, draw, t, t, self.config.text_dropout)
+        goal = regression(roles, sample, self.config.guidance, self.config.guidance_scale, "data")
+        u = roles.student(sample.x, sample.t, sample.t, sample.condition)
+        per_sample = square_error(u, goal.velocity, goal.divisor)
+        branch = torch.full_like(sample.t, Branch.DIFFUSION, dtype=torch.int64)
+        return Loss(per_sample, uniform(sample.t), branch, {})

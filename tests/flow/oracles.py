@@ -1,0 +1,98 @@
+"""Closed forms in float64: flow maps of Gaussian and of two-mode data, and random numbers for big batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.path import expand_time
+from anyflow_train.flow.types import Condition
+
+NO_TEXT = Condition(torch.zeros(1, 1, 1))
+
+
+@dataclass(frozen=True)
+class GaussianData:
+    """Data N(mean, std^2) in every element; `velocity` is E[z - x0 | x_t], the others follow from its ODE."""
+
+    mean: float
+    std: float
+
+    def spread(self, t: Tensor) -> Tensor:
+        """Standard deviation of x_t."""
+        return ((1 - t) ** 2 * self.std**2 + t**2).sqrt()
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        t = expand_time(t, x)
+        slope = (t - (1 - t) * self.std**2) / self.spread(t) ** 2
+        return -self.mean + slope * (x - (1 - t) * self.mean)
+
+    def map(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        t, r = expand_time(t, x), expand_time(r, x)
+        return (1 - r) * self.mean + self.spread(r) / self.spread(t) * (x - (1 - t) * self.mean)
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition = NO_TEXT) -> Tensor:
+        """`(x - X(x, t, r)) / (t - r)` with the division carried out, so that r = t is no special case."""
+        t, r = expand_time(t, x), expand_time(r, x)
+        slope = (t + r - self.std**2 * (2 - t - r)) / (self.spread(t) * (self.spread(t) + self.spread(r)))
+        return -self.mean + slope * (x - (1 - t) * self.mean)
+
+
+@dataclass(frozen=True)
+class TwoModes:
+    """Data from two Gaussians of one width: the velocity given x_t is not symmetric. The map is integrated by RK4."""
+
+    share: float
+    first: float
+    second: float
+    std: float
+    steps: int = 24
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        t = expand_time(t, x)
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        distance = [x - (1 - t) * mode for mode in (self.first, self.second)]
+        odds = (distance[1] ** 2 - distance[0] ** 2) / (2 * variance)
+        first = self.share / (self.share + (1 - self.share) * (-odds).exp())
+        slope = (t - (1 - t) * self.std**2) / variance
+        parts = [-mode + slope * d for mode, d in zip((self.first, self.second), distance, strict=True)]
+        return first * parts[0] + (1 - first) * parts[1]
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition = NO_TEXT) -> Tensor:
+        step = (r - t) / self.steps
+        move, y = expand_time(step, x), x
+        for i in range(self.steps):
+            time = t + i * step
+            k1 = self.velocity(y, time)
+            k2 = self.velocity(y + move / 2 * k1, time + step / 2)
+            k3 = self.velocity(y + move / 2 * k2, time + step / 2)
+            k4 = self.velocity(y + move * k3, time + step)
+            y = y + move / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        length = expand_time(t - r, x)
+        return torch.where(length == 0, self.velocity(x, t), (x - y) / torch.where(length == 0, 1.0, length))
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        first = torch.rand(shape, generator=generator, dtype=torch.float64) < self.share
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.where(first, self.first, self.second) + self.std * noise
+
+
+@dataclass(frozen=True)
+class BulkDraw(Draw):
+    """One generator for all slots: fit for Monte-Carlo tests with many thousand samples."""
+
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(len(self.slots), *shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, purpose: str, columns: int) -> Tensor:
+        return torch.rand(len(self.slots), columns, generator=self.generator, dtype=torch.float64)
+
+
+def bulk_draw(batch: int, seed: int) -> BulkDraw:
+    """Random numbers in float64 for slots 0..batch-1 of one process."""
+    return BulkDraw(seed, 0, tuple(range(batch)), torch.device("cpu"), torch.Generator().manual_seed(seed))
