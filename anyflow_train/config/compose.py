@@ -1,0 +1,147 @@
+"""Command line -> config: Hydra composes the files of `configs/`, the models and rules decide, every error at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from anyflow_train.config.base import Model
+from anyflow_train.config.commands import ClipsConfig, EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.decode import decode
+from anyflow_train.config.derived import world_size
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.groups import find_groups
+from anyflow_train.config.overrides import check, nearest_of, parse, to_hydra
+from anyflow_train.config.paths import asset, resource
+from anyflow_train.config.rules import commands as command_rules
+from anyflow_train.config.rules.run import run_errors
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, UserErrors
+
+MODELS: dict[str, type[Model]] = {
+    "train": RunConfig,
+    "prepare": PrepareConfig,
+    "clips": ClipsConfig,
+    "sample": SampleConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+}
+# Stands for a value that nobody gave, while the rest is decoded: a possible name, path or hub id.
+_PLACEHOLDER = "missing"
+
+
+def compose(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> Any:
+    """The decoded config of a command.
+
+    Args:
+        command: one of `MODELS`.
+        overrides: `group=choice` and `key=value`, as written after the command.
+        config_dir: a folder of further config files, laid out as `configs/` is.
+
+    Raises:
+        UserErrors: every error of the overrides and the files, with dotted keys.
+    """
+    folders = config_folders(config_dir)
+    settings, syntax_errors = parse(overrides)
+    groups = find_groups(folders)
+    choice_errors = list(check(settings, command, groups))
+    refused = {error.where for error in choice_errors}
+    accepted = [setting for setting in settings if setting.key not in refused]
+    composed = _compose_files(command, to_hydra(accepted, groups), folders)
+    values, known = _plain(composed)
+    if choice_errors:
+        # Without its groups the config is not what was meant: only the keys that were written can be judged.
+        written = {setting.key for setting in accepted}
+        _, field_errors = decode(MODELS[command], values, lambda _config: (), {}, {})
+        field_errors = [error for error in field_errors if error.where in written]
+        config = None
+    else:
+        choices = [setting for setting in accepted if setting.key in groups]
+        fallback, _ = _plain(_compose_files(command, to_hydra(choices, groups), folders))
+        config, field_errors = decode(MODELS[command], values, _rules(command), known, fallback)
+    if errors := [*syntax_errors, *choice_errors, *field_errors]:
+        raise UserErrors(errors)
+    return config
+
+
+def config_folders(config_dir: Path | None) -> list[Path]:
+    """The shipped folder, and the user's own.
+
+    Raises:
+        UserError: the user's folder does not exist.
+    """
+    if config_dir is None:
+        return [resource("configs")]
+    if not config_dir.is_dir():
+        raise UserError("--config-dir", f"{str(config_dir)!r} is not a folder")
+    return [resource("configs"), config_dir.resolve()]
+
+
+def _rules(command: str) -> Callable[[Any], Iterable[Finding]]:
+    if command == "train":
+        return partial(run_errors, world=world_size())
+    return {
+        "prepare": command_rules.prepare,
+        "sample": command_rules.sample,
+        "evaluate": command_rules.evaluate,
+    }.get(command, lambda _config: ())
+
+
+def _compose_files(command: str, overrides: list[str], folders: list[Path]) -> DictConfig:
+    shipped, *others = folders
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"] if others else []
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    try:
+        with initialize_config_dir(config_dir=str(shipped), job_name="anyflow", version_base="1.3"):
+            return hydra_compose(command, overrides=[*overrides, *search])
+    except MissingConfigException as error:
+        raise _missing_file(error) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError("configs", " ".join(str(error).split())) from error
+
+
+def _missing_file(error: MissingConfigException) -> UserError:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    return UserError(group or "configs", f"{choice!r} does not exist{nearest_of(choice, list(error.options or ()))}")
+
+
+def _plain(composed: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Plain nested values; and the keys without one (`???`, or a reference that leads nowhere), with what to say."""
+    known: dict[str, str] = {}
+    texts = list(_texts(OmegaConf.to_container(composed, resolve=False)))
+    for key, written in texts:
+        if written == "???":
+            known[key] = f"missing: give {key}=..."
+            OmegaConf.update(composed, key, _PLACEHOLDER)
+    for key, written in texts:
+        if "${" in written and (problem := _unresolvable(composed, key)):
+            known[key] = f"{written!r} cannot be resolved: {problem}"
+            OmegaConf.update(composed, key, _PLACEHOLDER)
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}, known
+
+
+def _texts(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and value of every string."""
+    if isinstance(values, str):
+        yield prefix, values
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for name, value in entries:
+        yield from _texts(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _unresolvable(composed: DictConfig, key: str) -> str | None:
+    try:
+        OmegaConf.select(composed, key, throw_on_resolution_failure=True)
+    except OmegaConfBaseException as error:
+        return str(error).splitlines()[0]
+    return None

@@ -1,0 +1,163 @@
+"""Mapping -> model, strictly, with every error at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from anyflow_train.config.base import Model
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.keys import nearest_key, walk
+from anyflow_train.errors import UserError
+
+M = TypeVar("M", bound=Model)
+
+
+def decode(
+    model: type[M],
+    values: Mapping[str, Any],
+    rules: Callable[[M], Iterable[Finding]],
+    known: Mapping[str, str],
+    fallback: Mapping[str, Any],
+) -> tuple[M | None, list[UserError]]:
+    """Decode `values`, and hold the result against `rules`.
+
+    Field errors do not hide rule errors: wrong keys take their value from `fallback`, or their default, and the rules
+    that do not involve a wrong key are still reported. Only a wrong key with neither ends it at the field errors.
+
+    Args:
+        known: dotted keys that hold a placeholder because they have no value, and what to say about each.
+        fallback: values of the same config before a person changed it.
+
+    Returns:
+        The model, or None where there are errors; and the errors.
+    """
+    errors = [UserError(key, message) for key, message in known.items()]
+    wrong = set(known)
+    decoded, details = _validate(model, values)
+    for field, dotted, message in _field_errors(model, values, details):
+        if field not in wrong:
+            errors.append(UserError(dotted, message))
+    wrong |= {field for field, _, _ in _field_errors(model, values, details)}
+    if decoded is None:
+        decoded, _ = _validate(model, _replaced(values, wrong, fallback))
+    if decoded is not None:
+        errors += [finding.error() for finding in rules(decoded) if not finding.involves(wrong)]
+    return (None if errors else decoded), errors
+
+
+def _replaced(values: Mapping[str, Any], keys: Iterable[str], fallback: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping in which some dotted keys have the fallback's value, or are absent as there."""
+    result = copy.deepcopy(dict(values))
+    for key in keys:
+        *parents, last = key.split(".")
+        node: Any = result
+        spare: Any = fallback
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+            spare = spare.get(parent) if isinstance(spare, Mapping) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+            if isinstance(spare, Mapping) and last in spare:
+                node[last] = spare[last]
+    return result
+
+
+def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[ErrorDetails]]:
+    # Through JSON, because there strict pydantic takes a list for a tuple, and nothing else for anything else; it is
+    # also how a saved config.json is read back.
+    try:
+        return model.model_validate_json(json.dumps(values), strict=True), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False, include_context=True)
+
+
+def _field_errors(
+    model: type[Model], values: Mapping[str, Any], details: Iterable[ErrorDetails]
+) -> Iterator[tuple[str, str, str]]:
+    """The wrong field, the dotted key to name (a place inside of lists and unknown keys), and the message."""
+    keys = [key.dotted for key in walk(model, values)]
+    for detail in details:
+        field, dotted = _dotted(detail, values)
+        if detail["type"] == "extra_forbidden":
+            for leaf in _leaves(dotted, detail["input"]):
+                near = nearest_key(leaf, keys)
+                yield field, leaf, f"unknown key{_kind_beside(field, values)}{f'; nearest is {near!r}' if near else ''}"
+        elif detail["type"] == "missing":
+            yield field, dotted, f"missing: give {dotted}=..."
+        elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            yield field, f"{dotted}.kind", _wrong_kind(detail)
+        elif detail["type"] == "literal_error":
+            yield field, dotted, _wrong_choice(detail)
+        elif detail["type"] == "string_pattern_mismatch":
+            allowed = "letters, digits and . _ = , + - are possible, with a letter or digit first"
+            yield field, dotted, f"{_show(detail['input'])} is wrong: {allowed}"
+        else:
+            yield field, dotted, f"{_show(detail['input'])} is wrong: {_plain_words(detail['msg'])}"
+
+
+def _dotted(detail: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
+    """The field, and the location inside of it, as a person writes them: without pydantic's tags of unions."""
+    node: Any = values
+    parts: list[str] = []
+    depth = 0
+    for part in detail["loc"]:
+        if isinstance(node, Mapping) and part not in node and part == node.get("kind"):
+            continue
+        parts.append(str(part))
+        if isinstance(part, str):
+            depth = len(parts)
+        if isinstance(node, Mapping):
+            node = node.get(str(part))
+        elif isinstance(node, Sequence) and isinstance(part, int):
+            node = node[part] if part < len(node) else None
+    return ".".join(parts[:depth]), ".".join(parts)
+
+
+def _leaves(dotted: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{dotted}.{name}", inner)
+    else:
+        yield dotted
+
+
+def _kind_beside(dotted: str, values: Mapping[str, Any]) -> str:
+    """` with parent.kind=x` for a key in a mapping that has a kind: another kind may know that key."""
+    parent = dotted.rpartition(".")[0]
+    node: Any = values
+    for part in parent.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return f" with {parent}.kind={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
+
+
+def _wrong_kind(detail: ErrorDetails) -> str:
+    context = detail.get("ctx", {})
+    valid = context.get("expected_tags", "").replace("'", "")
+    tag = context.get("tag")
+    if tag is None:
+        return f"missing or not a mapping with `kind`{f': valid are {valid}' if valid else ''}"
+    return f"{tag!r} is wrong: valid are {valid}"
+
+
+def _wrong_choice(detail: ErrorDetails) -> str:
+    value, expected = detail["input"], str(detail.get("ctx", {}).get("expected", ""))
+    options = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    return f"{_show(value)} is wrong: valid are {', '.join(options)}{f'; nearest is {near[0]!r}' if near else ''}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain_words(message: str) -> str:
+    words = message.replace("Tuple", "list").replace("after validation, ", "").replace("Input", "it")
+    return words[:1].lower() + words[1:]

@@ -1,0 +1,114 @@
+"""Quantities that follow from a run's config: what `anyflow check` prints, and what the rules measure by."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from anyflow_train.config.network import Architecture
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.parameters import count_parameters, count_trainable
+from anyflow_train.config.run import Data, RunConfig
+from anyflow_train.config.slots import BranchCounts, branch_counts
+from anyflow_train.errors import UserError
+
+# Wan2.1's VAE: 8x in height and width, 4x in time after the first frame, 16 channels.
+SPATIAL_FACTOR = 8
+TEMPORAL_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a run amounts to.
+
+    latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
+    branches: samples of each branch per step; None for an objective without branches.
+    """
+
+    world: int
+    accumulation: int
+    global_batch: int
+    branches: BranchCounts | None
+    latent: tuple[int, int, int, int]
+    grid: tuple[int, int, int]
+    parameters: int
+    trainable: int
+    samples: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        frames, height, width = self.grid
+        return frames * height * width
+
+
+def derive(config: RunConfig, world: int) -> Derived:
+    """Derived quantities of a config that its rules accept, on `world` processes."""
+    latent = latent_shape(config.data, config.student.architecture.in_channels)
+    return Derived(
+        world=world,
+        accumulation=config.engine.global_batch // (config.engine.micro_batch * world),
+        global_batch=config.engine.global_batch,
+        branches=_branches(config),
+        latent=latent,
+        grid=token_grid(latent, config.student.architecture),
+        parameters=count_parameters(config.student.architecture),
+        trainable=count_trainable(config.student.architecture, config.student.adapter),
+        samples=config.steps * config.engine.global_batch,
+    )
+
+
+def latent_shape(data: Data, channels: int) -> tuple[int, int, int, int]:
+    """(F, C, H, W) of the latents of one clip."""
+    frames = (data.frames - 1) // TEMPORAL_FACTOR + 1
+    return frames, channels, data.height // SPATIAL_FACTOR, data.width // SPATIAL_FACTOR
+
+
+def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) -> tuple[int, int, int]:
+    """Tokens along (F, H, W)."""
+    frames, _, height, width = latent
+    patch = architecture.patch_size
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started (`WORLD_SIZE`), 1 without a launcher.
+
+    Raises:
+        UserError: the variable is not a positive number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError("WORLD_SIZE", f"{text!r} in the environment is not a number of processes; unset it")
+    return int(text)
+
+
+def table(derived: Derived) -> list[tuple[str, str]]:
+    """Name and value, for people."""
+    frames, channels, height, width = derived.latent
+    per_process = derived.global_batch // (derived.accumulation * derived.world)
+    rows = [
+        (
+            "global batch",
+            f"{derived.global_batch} = {derived.world} process{'es' if derived.world > 1 else ''} x "
+            f"{derived.accumulation} accumulation x {per_process} micro-batch",
+        ),
+        ("latent", f"{frames} frames x {channels} channels x {height} x {width}"),
+        ("tokens", f"{derived.tokens:,} per sample ({' x '.join(map(str, derived.grid))})"),
+        ("parameters", f"{derived.parameters:,}"),
+        ("trainable", f"{derived.trainable:,} ({derived.trainable / derived.parameters:.1%} of the student's)"),
+        ("samples seen", f"{derived.samples:,}"),
+    ]
+    if derived.branches is not None:
+        counts = derived.branches
+        text = (
+            f"{counts.diffusion} diffusion, {counts.consistency} consistency, {counts.free} free (of each global batch)"
+        )
+        rows.insert(1, ("branches", text))
+    return rows
+
+
+def _branches(config: RunConfig) -> BranchCounts | None:
+    if not isinstance(config.objective, FlowMap):
+        return None
+    return branch_counts(config.engine.global_batch, config.times.diffusion_share, config.times.consistency_share)

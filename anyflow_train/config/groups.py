@@ -1,0 +1,51 @@
+"""What the config folders offer: groups, their choices, and which command an experiment is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+EXPERIMENT = "experiment"
+_TITLE = re.compile(r"^# anyflow (?P<command>\w+): (?P<title>.+)$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One file of a group; `command` and `title` come from its line `# anyflow <command>: <title>`, if it has one."""
+
+    name: str
+    command: str | None
+    title: str
+
+
+def find_groups(folders: Sequence[Path]) -> dict[str, dict[str, Choice]]:
+    """Group (`student`, `student/adapter`, ...) -> name -> choice; where folders share a name, the first one wins."""
+    groups: dict[str, dict[str, Choice]] = {}
+    for group, path in (item for folder in folders for item in _files(folder)):
+        groups.setdefault(group, {}).setdefault(path.stem, _read_choice(path))
+    return groups
+
+
+def choices_for(command: str, group: str, choices: dict[str, Choice]) -> dict[str, Choice]:
+    """The choices that make sense for a command: all of them, but only its own experiments."""
+    if group != EXPERIMENT:
+        return choices
+    return {name: choice for name, choice in choices.items() if choice.command in (None, command)}
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*.yaml")):
+        group = path.parent.relative_to(folder).as_posix()
+        if group != ".":
+            yield group, path
+
+
+def _read_choice(path: Path) -> Choice:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := _TITLE.match(line):
+            return Choice(path.stem, match["command"], match["title"])
+        if not line.startswith("#"):
+            break
+    return Choice(path.stem, None, "")

@@ -1,0 +1,126 @@
+"""The dotted keys of a config model, with what its docstring says about each; and the nearest key to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from anyflow_train.config.base import Model
+
+_ENTRY = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of a config: `dotted` name, type, default (None: must be given), and its docstring's words."""
+
+    dotted: str
+    type: str
+    default: str | None
+    text: str
+
+
+def variants(annotation: Any) -> list[type[Model]]:
+    """The models that a field may hold: none for a plain value, several for a union tagged by `kind`."""
+    if inspect.isclass(annotation) and issubclass(annotation, Model):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in variants(part)]
+
+
+def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
+    """Those of `models` whose `kind` is the one that `value` names; all of them where it names none of theirs."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    fitting = (
+        [model for model in models if kind in typing.get_args(model.model_fields["kind"].annotation)] if kind else []
+    )
+    return fitting or models
+
+
+def walk(model: type[Model], values: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[Key]:
+    """Every leaf of `model` in order; with `values`, unions follow the `kind` found there."""
+    texts = field_texts(model)
+    for name, field in model.model_fields.items():
+        dotted = f"{prefix}{name}"
+        value = values.get(name) if values is not None else None
+        if nested := variants(field.annotation):
+            for variant in chosen(nested, value):
+                yield from walk(variant, value if isinstance(value, Mapping) else None, f"{dotted}.")
+        else:
+            yield Key(dotted, type_name(field), _default(field), texts.get(name, ""))
+
+
+def field_texts(model: type[Model]) -> dict[str, str]:
+    """Field -> its words, from the lines `name: words` (or `a, b: words`) of the class docstring."""
+    texts: dict[str, str] = {}
+    current: list[str] = []
+    for line in inspect.cleandoc(model.__doc__ or "").splitlines():
+        entry = _ENTRY.match(line)
+        names = entry["names"].split(", ") if entry else []
+        if entry and all(name in model.model_fields for name in names):
+            current = names
+            texts.update(dict.fromkeys(names, entry["text"]))
+        elif line.startswith("    ") and current:
+            texts.update({name: f"{texts[name]} {line.strip()}" for name in current})
+        else:
+            current = []
+    return texts
+
+
+def summary(model: type[Model]) -> str:
+    """First paragraph of the model's docstring, on one line."""
+    return " ".join(inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].split())
+
+
+def type_name(field: FieldInfo) -> str:
+    """How a person writes the field's type: `int`, `fp32 | bf16`, `list of int`."""
+    return _type_name(field.annotation)
+
+
+def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
+    """The valid key a person most likely meant: the same last part elsewhere, else the closest spelling."""
+    known = list(dict.fromkeys(keys))
+    parent, _, last = wrong.rpartition(".")
+    same_name = [key for key in known if key.rpartition(".")[2] == last]
+    if same_name:
+        return difflib.get_close_matches(wrong, same_name, n=1, cutoff=0.0)[0]
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
+    anywhere = {key.rpartition(".")[2]: key for key in known}
+    for candidates, cutoff in ((siblings, 0.5), (anywhere, 0.6)):
+        if close := difflib.get_close_matches(last, candidates, n=1, cutoff=cutoff):
+            return candidates[close[0]]
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _default(field: FieldInfo) -> str | None:
+    if field.is_required():
+        return None
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return "[" + ",".join(str(item) for item in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

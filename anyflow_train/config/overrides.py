@@ -1,0 +1,113 @@
+"""What a person writes after `anyflow <command>`: group choices and `key=value`, taken apart and checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
+from anyflow_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One parsed argument: `key` is a group or a dotted key, `text` its value as written."""
+
+    key: str
+    text: str
+    parsed: Override
+
+    @property
+    def value(self) -> Any:
+        """The value, decoded; None where several were given."""
+        return None if self.parsed.is_sweep_override() else self.parsed.value()
+
+    def alternatives(self) -> list[str]:
+        """The values of `key=a,b` one by one, as text that can be parsed again; one for a plain `key=a`."""
+        if not self.parsed.is_sweep_override():
+            return [self.text]
+        return list(self.parsed.sweep_string_iterator())
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[Setting], list[UserError]]:
+    """Settings, and one error for each argument that is none."""
+    settings: list[Setting] = []
+    errors: list[UserError] = []
+    parser = OverridesParser.create()
+    for argument in arguments:
+        try:
+            settings.append(_parse_one(parser, argument))
+        except UserError as error:
+            errors.append(error)
+    return settings, errors
+
+
+def _parse_one(parser: OverridesParser, argument: str) -> Setting:
+    key, equals, text = argument.partition("=")
+    key = key.lstrip("+").strip()
+    if argument.startswith("~"):
+        raise UserError(
+            argument, "removing a key is not possible; give it another value, or null where it may be empty"
+        )
+    if not equals or not key:
+        raise UserError(argument, "is not of the form key=value or group=choice")
+    try:
+        parsed = parser.parse_override(f"{key}={text}")
+    except HydraException as error:
+        raise UserError(
+            key, f"cannot read {text!r}; put values with spaces, quotes, '=' or ':' in quotes: '{key}=\"...\"'"
+        ) from error
+    if parsed.type is not OverrideType.CHANGE or parsed.package is not None:
+        raise UserError(argument, "is not of the form key=value or group=choice")
+    return Setting(key, text, parsed)
+
+
+def to_hydra(settings: Sequence[Setting], groups: dict[str, dict[str, Choice]]) -> list[str]:
+    """Overrides for Hydra. Values become `++key=value`, so that unknown keys reach the models, which name all of them."""
+    return [f"{item.key}={item.text}" if item.key in groups else f"++{item.key}={item.text}" for item in settings]
+
+
+def check(settings: Sequence[Setting], command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[UserError]:
+    """Errors of group choices, and of several values where one is wanted."""
+    for item in settings:
+        if item.key.startswith("hydra"):
+            yield UserError(item.key, "Hydra's own settings are not used; the run directory is <out>/<name>")
+        elif item.parsed.is_sweep_override():
+            yield UserError(
+                item.key,
+                f"{item.text!r} is several values; `anyflow sweep` runs each of them "
+                f"(a list is written '{item.key}=[{item.text}]')",
+            )
+        elif item.key in groups:
+            yield from _check_choice(command, item, groups[item.key])
+
+
+def _check_choice(command: str, item: Setting, choices: dict[str, Choice]) -> Iterator[UserError]:
+    fitting = choices_for(command, item.key, choices)
+    if item.value is None and item.key == EXPERIMENT:
+        return
+    if not isinstance(item.value, str):
+        yield UserError(
+            item.key, f"{item.text!r} is not a choice of this group; valid are {', '.join(fitting) or 'none'}"
+        )
+    elif item.value not in choices:
+        yield UserError(item.key, f"{item.value!r} does not exist{nearest_of(item.value, fitting)}")
+    elif item.value not in fitting:
+        yield UserError(
+            item.key,
+            f"{item.value!r} is for `anyflow {choices[item.value].command}`, "
+            f"not for `anyflow {command}`{nearest_of(item.value, fitting)}",
+        )
+
+
+def nearest_of(wrong: str, valid: Sequence[str] | dict[str, Choice]) -> str:
+    """`; nearest is 'x' (valid: ...)`, or only the valid ones where none is near."""
+    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
+    listed = ", ".join(valid)
+    return f"; nearest is {near[0]!r} (valid: {listed})" if near else f"; valid are {listed or 'none'}"

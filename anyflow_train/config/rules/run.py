@@ -1,0 +1,34 @@
+"""All rules of a training run, in the order in which their findings are reported."""
+
+from __future__ import annotations
+
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.rules import geometry, objective, schedule, warnings
+from anyflow_train.config.run import RunConfig
+
+
+def run_errors(config: RunConfig, world: int) -> list[Finding]:
+    """Contradictions that a run on `world` processes cannot start with."""
+    return [
+        *geometry.network_shape(config),
+        *geometry.student_start(config),
+        *geometry.adapter_targets(config),
+        *objective.guidance(config),
+        *objective.velocity(config),
+        *objective.times_of_flow_map(config),
+        *objective.shares(config),
+        *schedule.learning_rate(config),
+        *geometry.run_sizes(config),
+        *schedule.batches(config, world),
+        *schedule.validation(config),
+    ]
+
+
+def run_warnings(config: RunConfig, world: int) -> list[Finding]:
+    """What is probably not meant, in a config without errors."""
+    return [
+        *warnings.schedule(config),
+        *warnings.derivative(config),
+        *warnings.balance(config, world),
+        *warnings.validation(config),
+    ]

@@ -1,0 +1,69 @@
+"""Rules of batches, the optimizer's schedule, and validation inside of a run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.run import Evaluation, RunConfig
+
+# What validation measures at each step count, lower is better; the values say what it needs.
+DISTANCES = ("energy_distance", "sliced_wasserstein")
+ORACLE_METRICS = ("class_error",)
+
+
+def batches(config: RunConfig, world: int) -> Iterator[Finding]:
+    """The global batch must be whole micro-batches on every process."""
+    engine = config.engine
+    width = engine.micro_batch * world
+    if engine.global_batch % width == 0:
+        return
+    lower = engine.global_batch // width * width
+    nearest = f"{lower} and {lower + width}" if lower else f"{width}"
+    yield Finding(
+        ("engine.global_batch", "engine.micro_batch"),
+        f"{engine.global_batch} is not a multiple of engine.micro_batch={engine.micro_batch} x {world} "
+        f"process{'es' if world > 1 else ''} = {width}; nearest are {nearest}",
+    )
+
+
+def learning_rate(config: RunConfig) -> Iterator[Finding]:
+    """Options of a schedule that is not the chosen one."""
+    optimizer = config.optimizer
+    if optimizer.schedule == "constant" and optimizer.final_lr_share != 0:
+        yield Finding(
+            ("optimizer.final_lr_share", "optimizer.schedule"),
+            f"{optimizer.final_lr_share:g} has no effect with optimizer.schedule=constant; "
+            "set it to 0, or the schedule to cosine",
+        )
+
+
+def validation(config: RunConfig) -> Iterator[Finding]:
+    """Validation must be able to measure what it is asked for."""
+    evaluation = config.evaluation
+    if evaluation.every == 0:
+        return
+    source = config.teacher.codec_source
+    for key, wanted in (("oracle", evaluation.oracle != "none"), ("videos", evaluation.videos > 0)):
+        if wanted and source is None:
+            yield Finding(
+                ("teacher.codec", f"evaluation.{key}"),
+                f"null, but evaluation.{key}={getattr(evaluation, key)} decodes videos; give the pipeline folder or "
+                f"hub id that holds the VAE, or set evaluation.{key}={'none' if key == 'oracle' else 0}",
+            )
+    if evaluation.held_out is not None:
+        yield from _best_metric(evaluation)
+
+
+def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
+    metrics = DISTANCES + (ORACLE_METRICS if evaluation.oracle != "none" else ())
+    valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
+    if evaluation.best_metric in valid:
+        return
+    near = difflib.get_close_matches(evaluation.best_metric, valid, n=1, cutoff=0.0)
+    yield Finding(
+        ("evaluation.best_metric", "evaluation.steps", "evaluation.oracle"),
+        f"{evaluation.best_metric!r} is not measured; nearest is {near[0]!r} (metrics {', '.join(metrics)}, each at "
+        f"evaluation.steps={list(evaluation.steps)})",
+    )

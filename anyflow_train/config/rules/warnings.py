@@ -1,0 +1,86 @@
+"""What is possible but probably not meant: said on the terminal, never an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.run import RunConfig
+from anyflow_train.config.slots import branch_counts, derivative_rows, even_accumulation, micro_slots
+
+
+def schedule(config: RunConfig) -> Iterator[Finding]:
+    """Steps at which something starts, after the run's end."""
+    steps = config.steps
+    if config.optimizer.ema.start_step >= steps:
+        yield Finding(
+            ("optimizer.ema.start_step",),
+            f"{config.optimizer.ema.start_step} is not below steps={steps}: the average stays a plain copy "
+            "of the weights",
+        )
+    if config.optimizer.warmup_steps >= steps:
+        yield Finding(
+            ("optimizer.warmup_steps",),
+            f"{config.optimizer.warmup_steps} is not below steps={steps}: the full learning rate is never reached",
+        )
+    if config.evaluation.every > steps:
+        yield Finding(
+            ("evaluation.every",), f"{config.evaluation.every} is above steps={steps}: no validation on the way"
+        )
+
+
+def derivative(config: RunConfig) -> Iterator[Finding]:
+    """A derivative that is less precise than the network."""
+    objective = config.objective
+    if (
+        isinstance(objective, FlowMap)
+        and objective.derivative_precision == "bf16"
+        and config.engine.precision == "fp32"
+    ):
+        yield Finding(
+            ("objective.derivative_precision",),
+            "bf16 rounds the derivative of a network that runs in engine.precision=fp32: pointless, except to see what "
+            "bf16 costs; fp32 is better",
+        )
+
+
+def validation(config: RunConfig) -> Iterator[Finding]:
+    """Validation that samples otherwise than the student was trained, or keeps no best checkpoint."""
+    evaluation = config.evaluation
+    if evaluation.every == 0:
+        return
+    if evaluation.held_out is None:
+        yield Finding(("evaluation.held_out",), "null: no distances are measured, so no best checkpoint is kept")
+    if evaluation.shift != config.times.shift and isinstance(config.objective, FlowMap):
+        yield Finding(
+            ("evaluation.shift",),
+            f"{evaluation.shift:g} differs from times.shift={config.times.shift:g}: "
+            "the sampled steps are not those trained most",
+        )
+    if config.objective.guidance != "none" and evaluation.guidance_scale != 1:
+        yield Finding(
+            ("evaluation.guidance_scale",),
+            f"{evaluation.guidance_scale:g} guides a student that already holds guidance "
+            f"(objective.guidance={config.objective.guidance}); 1 samples it as trained",
+        )
+
+
+def balance(config: RunConfig, world: int) -> Iterator[Finding]:
+    """Micro-steps in which processes hold different numbers of diffusion samples: all of them run the differences."""
+    engine = config.engine
+    if not isinstance(config.objective, FlowMap) or world == 1:
+        return
+    counts = branch_counts(engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
+    rows = [
+        derivative_rows(counts, slots, world) * world
+        for slots in micro_slots(engine.global_batch, engine.micro_batch, world, 0)
+    ]
+    needless = sum(rows) - (engine.global_batch - counts.diffusion)
+    accumulation = even_accumulation(engine.micro_batch, world, config.times.diffusion_share)
+    if needless > 0:
+        advice = f"; engine.global_batch={accumulation * engine.micro_batch * world} avoids it" if accumulation else ""
+        yield Finding(
+            ("engine.global_batch",),
+            f"{engine.global_batch} on {world} processes takes {needless} needless time derivatives per step{advice}",
+        )
