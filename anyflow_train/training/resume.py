@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.training.checkpoint import CheckpointInfo, DamagedCheckpoint, list_checkpoints, verify_checkpoint
+from anyflow_train.training.run_directory import RunDirectory
 
 # What may change between two starts of a run: none of it changes what is trained on what. The micro-batch changes only
 # how a step is cut, and the order of its sums.
@@ -45,6 +46,19 @@ class ResumePoint:
 
     path: Path
     info: CheckpointInfo
+
+
+def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
+    """What to say if the run has already done all its steps; None if there is something left to do.
+
+    Raises:
+        UserErrors: it is finished, but with another config.
+    """
+    done = directory.read_done()
+    if done is None or done["step"] < config.steps:
+        return None
+    check_unchanged(directory.read_config(), config)
+    return f"{directory.path} is finished: {done['step']} steps; raise steps to go on, or choose another name"
 
 
 def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:

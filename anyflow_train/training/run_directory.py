@@ -44,9 +44,14 @@ class RunDirectory:
         """Where the videos of one validation go."""
         return self.path / "validation" / f"step_{step:08d}"
 
-    def write_config(self, config: RunConfig) -> None:
-        """Save the resolved config."""
+    def begin(self, config: RunConfig) -> None:
+        """Save the resolved config. A finished run that was given more steps is unfinished again."""
+        (self.path / "done.json").unlink(missing_ok=True)
         replace_file(self.path / "config.json", to_json(config.model_dump(mode="json")))
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of the last start, undecoded."""
+        return json.loads((self.path / "config.json").read_text())
 
     def write_done(self, summary: dict[str, Any]) -> None:
         """Say that the run has ended, and how."""

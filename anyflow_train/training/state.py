@@ -25,7 +25,7 @@ class TrainState:
         skipped: steps skipped because a loss or gradient was not finite; skipped_in_row of them were the last ones.
         seconds: time spent so far, over all starts of the run.
         last_loss: of the last applied step.
-        metrics: the last validation's.
+        metrics: the last validation's, which was after `validated` steps.
         best: the best checkpoint so far.
     """
 
@@ -37,4 +37,5 @@ class TrainState:
     seconds: float = 0.0
     last_loss: float | None = None
     metrics: dict[str, float] | None = None
+    validated: int = 0
     best: Best | None = None

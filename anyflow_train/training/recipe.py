@@ -1,0 +1,133 @@
+"""The only factory: config -> networks, roles, updates, data. What cannot be built is named by its config key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.network import Lora, Student
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.run import RunConfig
+from anyflow_train.config.slots import branch_counts, micro_slots
+from anyflow_train.data.loader import Loader
+from anyflow_train.data.manifest import check_compatible
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.models.adapters import add_lora, trainable_parameters
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.wan import build_network, load_network
+from anyflow_train.objectives.flow_map import FlowMapObjective
+from anyflow_train.objectives.flow_matching import FlowMatchingObjective
+from anyflow_train.objectives.types import Roles
+from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
+from anyflow_train.training.ema import AveragedFlowMap, Ema
+from anyflow_train.training.engine import Engine, World, autocast_dtype
+from anyflow_train.training.updates import Term, Trainable, Update
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run trains with.
+
+    Attributes:
+        world: the processes.
+        trainables: by role; every run has a `student`.
+        roles: the flow maps that objectives see.
+        updates: what a step does, in order.
+    """
+
+    world: World
+    trainables: Mapping[str, Trainable]
+    roles: Roles
+    updates: tuple[Update, ...]
+
+    def groups(self, role: str) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """A role's tensors as a checkpoint names them: the student's groups have no prefix."""
+        trainable, prefix = self.trainables[role], "" if role == "student" else f"{role}."
+        groups = {kind: trainable.engine.tensors(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+        return {prefix + kind: tensors for kind, tensors in {**groups, "ema": trainable.ema.tensors()}.items()}
+
+
+def build_recipe(config: RunConfig, world: World) -> Recipe:
+    """Networks on the device, optimizer and averages at their start, and the list of updates.
+
+    Raises:
+        UserError: a network cannot be loaded, or is not what the config says.
+    """
+    network = build_student(config.student, config.seed).to(world.device)
+    if config.student.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.engine.compile:
+        network.compile()
+    parameters = trainable_parameters(network)
+    ema = Ema(parameters, config.optimizer.ema)
+    live = NetworkFlowMap(network, autocast_dtype(config.engine.precision))
+    engine = Engine(world, parameters, config.optimizer)
+    student = Trainable(network, engine, ema, AveragedFlowMap(live, ema))
+    roles = Roles(live, _derivative_role(config, network, ema), _teacher_role(config, world))
+    return Recipe(world, {"student": student}, roles, (_student_update(config, world),))
+
+
+def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
+    """The student on the CPU in float32, adapters attached.
+
+    Raises:
+        UserError: `student.init` cannot be loaded; UserErrors: it has another shape than `student.architecture`.
+    """
+    architecture = config.architecture.model_dump()
+    times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
+    if config.init is None:
+        network = build_network({**architecture, **times}, seed, config.time_frequency_limit)
+    else:
+        network = _load("student.init", config.init, config.gate_value, config.deltatime_type)
+        _check_architecture(network, architecture, config.init)
+    if isinstance(config.adapter, Lora):
+        add_lora(network, config.adapter, seed)
+    return network
+
+
+def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
+    """This process's batches from `start_step` on.
+
+    Raises:
+        UserError: the shards cannot be read, or were made for something else.
+    """
+    data, engine = config.data, config.engine
+    shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
+    check_compatible(shards.manifest, data, config.student.architecture, None)
+    return Loader(
+        shards,
+        config.seed,
+        engine.global_batch,
+        micro_slots(engine.global_batch, engine.micro_batch, world.size, world.rank),
+        data.text_lengths,
+        workers=data.workers,
+        start_step=start_step,
+        max_bad_share=data.max_bad_share,
+        device=world.device,
+    )
+
+
+def load_trained_network(
+    checkpoint: str | Path, weights: str = "ema"
+) -> tuple[AnyFlowTransformer3DModel, RunConfig]:
+    """A trained student on the CPU in float32, adapters attached but not merged, and its run's config.
+
+    Args:
+        checkpoint: run directory (its best checkpoint, else its latest) or checkpoint folder.
+        weights: `ema` or `raw`.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit its own config.
+    """
+    path = resolve_checkpoint(checkpoint)
+    config = RunConfig.model_validate(read_info(path).config)
+    network = build_student(config.student, config.seed)
+    targets = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
+    restore_tensors(path, "ema" if weights == "ema" else "weights", targets.items())
+    return network.eval(), config

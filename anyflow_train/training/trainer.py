@@ -1,0 +1,237 @@
+"""The loop: one trainer for every stage, because a run is a list of updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from statistics import fmean
+
+from torch import Tensor
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
+from anyflow_train.errors import UserError
+from anyflow_train.flow.draw import Draw
+from anyflow_train.training.checkpoint import restore_tensors
+from anyflow_train.training.checkpoint_writer import mark_best, prune_checkpoints, save_checkpoint
+from anyflow_train.training.engine import World, start_world
+from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
+from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
+from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point
+from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.schedule import learning_rate
+from anyflow_train.training.signals import StopRequest, stop_requests
+from anyflow_train.training.state import Best, TrainState
+from anyflow_train.training.tracking import Trackers
+from anyflow_train.training.updates import make_update
+from anyflow_train.training.validation import Validator
+
+BuildValidator = Callable[[RunConfig, World], Validator]
+
+
+def run(config: RunConfig, build_validator: BuildValidator | None = None) -> None:
+    """Train, or continue, until `config.steps`, a stop signal, or too many non-finite steps.
+
+    Args:
+        config: of the run; its directory is `<out>/<name>`.
+        build_validator: makes the judge of `config.evaluation`; None trains without validation.
+
+    Raises:
+        UserError: the run cannot start, continue, or go on.
+    """
+    directory = RunDirectory.of(config)
+    with directory.locked(), ExitStack() as stack:
+        finished = check_finished(directory, config)
+        if finished:
+            print(finished)
+            return
+        point = find_resume_point(directory.checkpoints, config)
+        world = start_world(config.engine)
+        recipe = build_recipe(config, world)
+        state = restore(recipe, point)
+        validator = build_validator(config, world) if build_validator and config.evaluation.every else None
+        directory.begin(config)
+        progress = stack.enter_context(closing(Progress(config.steps, state.step)))
+        trackers = stack.enter_context(closing(Trackers(config, directory, state.step)))
+        stop = stack.enter_context(stop_requests())
+        loader = stack.enter_context(closing(build_loader(config, world, state.step)))
+        if point is not None:
+            progress.say(f"going on from {point.path}")
+        Trainer(config, directory, recipe, state, progress, trackers, validator, stop).train(loader)
+
+
+def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
+    """Put a checkpoint's tensors into the roles that are trained; the state at the beginning without one."""
+    if point is None:
+        return TrainState()
+    for role, trainable in recipe.trainables.items():
+        for group, targets in recipe.groups(role).items():
+            restore_tensors(point.path, group, targets)
+        trainable.engine.adam_steps = point.info.adam_steps[role]
+    return point.info.state
+
+
+@dataclass
+class Trainer:
+    """A run in progress.
+
+    Attributes:
+        state: where the run stands.
+        validator: judges the student; None for a run without validation.
+        stop: whether someone asked the run to end.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    recipe: Recipe
+    state: TrainState
+    progress: Progress
+    trackers: Trackers
+    validator: Validator | None
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self._pace = Pace()
+        self._window: list[dict[str, float]] = []
+        self._saved = self.state.step
+        self._loss = self.state.last_loss
+        self._seconds_before = self.state.seconds - time.monotonic()
+
+    def train(self, batches: Iterable[Sequence[Batch]]) -> None:
+        """Run the remaining steps over this process's micro-batches, or fewer if asked to stop."""
+        self._validate_if_due()
+        steps = iter(batches)
+        while self.state.step < self.config.steps and self.stop.signal is None:
+            self._pace.begin()
+            self._step(next(steps))
+            self._pace.end()
+            self._log_if_due()
+            self._validate_if_due()
+            self._save_if_due()
+        self._save()
+        if self.state.step < self.config.steps:
+            self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to go on")
+        else:
+            self._finish()
+
+    def _step(self, batches: Sequence[Batch]) -> None:
+        config, step, device = self.config, self.state.step, self.recipe.world.device
+        batches = [batch.to(device) for batch in batches]
+        draws = [Draw(config.seed, step, batch.slots, device) for batch in batches]
+        rate = learning_rate(step, config.steps, config.optimizer)
+        values, suspects = {"learning_rate": rate}, ()
+        for update in self.recipe.updates:
+            if step % update.every:
+                continue
+            trainable = self.recipe.trainables[update.role]
+            prefix = f"{update.role}/" if len(self.recipe.updates) > 1 else ""
+            report = make_update(update, trainable, self.recipe.roles, batches, draws, rate, prefix)
+            if report.applied:
+                trainable.ema.update(step)
+            values |= report.values
+            suspects += report.suspects
+        self._advance(values, suspects)
+
+    def _advance(self, values: dict[str, float], suspects: tuple[str, ...]) -> None:
+        """Count the step. A skipped one moves on in the data, but its numbers stay out of the means."""
+        state, size = self.state, self.config.engine.global_batch
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            samples_seen=state.samples_seen + size,
+            data_position=state.data_position + size,
+            skipped=state.skipped + bool(suspects),
+            skipped_in_row=state.skipped_in_row + 1 if suspects else 0,
+        )
+        self.progress.advance()
+        if not suspects:
+            self._window.append(values)
+            return
+        names = ", ".join(suspects[:8]) + (f" and {len(suspects) - 8} more" if len(suspects) > 8 else "")
+        problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
+        if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
+            raise UserError("max_nonfinite_steps", f"{self.state.skipped_in_row} such steps in a row: {problem}")
+        self.progress.say(f"warning: {problem}; skipped")
+
+    def _log_if_due(self) -> None:
+        """Show and record the means since the last time; not only the last step's, which are noisy."""
+        if not (self._due(self.config.log_every) and self._window):
+            return
+        means = {name: fmean(row[name] for row in self._window if name in row) for name in self._window[-1]}
+        seconds = self._pace.seconds_per_step()
+        means["samples_per_second"] = self.config.engine.global_batch / seconds
+        means["seconds_per_step"] = seconds
+        means["memory_gib"] = peak_memory_gib(self.recipe.world.device)
+        means["skipped"] = self.state.skipped
+        self._loss = means.get("loss", self._loss)
+        self._window.clear()
+        self.progress.show(self.state.step, means)
+        self.trackers.log(self.state.step, means)
+
+    def _validate_if_due(self) -> None:
+        """Validate the averaged student. One that was interrupted is done first thing after the next start."""
+        if (
+            self.validator is None
+            or self.state.validated == self.state.step
+            or not self._due(self.config.evaluation.every)
+        ):
+            return
+        student = self.recipe.trainables["student"].averaged
+        folder = self.directory.validation(self.state.step)
+        validation = self.validator(student, folder, lambda: self.stop.signal is not None)
+        if validation is None:
+            return
+        metrics = validation.metrics
+        self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
+        self.progress.say(f"step {self.state.step}  " + "  ".join(f"{name} {v:.4g}" for name, v in metrics.items()))
+        self.trackers.log(self.state.step, {f"validation/{name}": value for name, value in metrics.items()})
+        self.trackers.videos(self.state.step, validation.videos)
+        self._note_best(metrics.get(self.config.evaluation.best_metric))
+
+    def _note_best(self, value: float | None) -> None:
+        best = self.state.best
+        if value is None or not math.isfinite(value) or (best is not None and value >= best.value):
+            return
+        best = Best(self.state.step, self.config.evaluation.best_metric, value)
+        self.state = dataclasses.replace(self.state, best=best)
+        self._save()
+
+    def _save_if_due(self) -> None:
+        if self._due(self.config.checkpoint.every):
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved == self.state.step:
+            return
+        self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
+        groups: dict[str, Iterable[tuple[str, Tensor]]] = {}
+        for role in self.recipe.trainables:
+            groups |= self.recipe.groups(role)
+        counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
+        save_checkpoint(self.directory.checkpoints, self.config, self.state, counts, groups)
+        mark_best(self.directory.checkpoints, self.state.best)
+        prune_checkpoints(self.directory.checkpoints, self.config.checkpoint.keep, self.state.best)
+        self._saved = self.state.step
+
+    def _finish(self) -> None:
+        summary = {
+            "step": self.state.step,
+            "last_loss": self._loss,
+            "seconds": self._seconds(),
+            "skipped": self.state.skipped,
+            "metrics": self.state.metrics or {},
+        }
+        self.directory.write_done(summary)
+        self.progress.say(f"finished {self.state.step} steps in {summary['seconds']:.0f} s: {self.directory.path}")
+
+    def _due(self, every: int) -> bool:
+        step = self.state.step
+        return step > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic()

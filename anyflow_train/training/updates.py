@@ -1,0 +1,186 @@
+"""A run is a list of updates: which role is trained on which terms, and how an update is made from a step's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anyflow_train.config.slots import Branch
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.objectives.rebalance import Rebalance, balance_value, rebalanced
+from anyflow_train.objectives.types import Loss, Objective, Roles
+from anyflow_train.training.ema import Ema
+from anyflow_train.training.engine import Engine, World
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of an update.
+
+    Attributes:
+        name: of the term in the logs.
+        objective: gives the losses of a micro-batch.
+        weight: factor of the term in the update's loss.
+        rebalance: how samples with r < t are scaled.
+        diffusion: the global batch's number of diffusion samples, over which rebalancing averages.
+    """
+
+    name: str
+    objective: Objective
+    weight: float
+    rebalance: Rebalance
+    diffusion: int
+
+    def __post_init__(self) -> None:
+        if self.rebalance != "none" and self.diffusion == 0:
+            raise ValueError("rebalancing scales to the diffusion samples' mean loss, but there are none")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of one role, every `every` steps."""
+
+    role: str
+    terms: tuple[Term, ...]
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A role that is trained.
+
+    Attributes:
+        network: holds the parameters, trained and frozen.
+        engine: optimizer and gradients of the trained ones.
+        ema: their averages.
+        averaged: the network's flow map under the averages.
+    """
+
+    network: nn.Module
+    engine: Engine
+    ema: Ema
+    averaged: FlowMap
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What came of one update.
+
+    Attributes:
+        applied: False if a loss or the gradient was not finite: nothing was changed.
+        values: name -> number, to log.
+        suspects: if not applied, keys of the samples with a non-finite loss, or of all where only the gradient was so.
+    """
+
+    applied: bool
+    values: dict[str, float]
+    suspects: tuple[str, ...]
+
+
+class DiffusionMean:
+    """A term's mean loss over the global batch's diffusion samples, all-reduced once a step.
+
+    Slots are in branch order, so the mean is complete in the first micro-step (of all processes together) that holds a
+    sample of another branch: before its loss is back-propagated, and before any sample needs it.
+    """
+
+    def __init__(self, term: Term, world: World) -> None:
+        self._term, self._world = term, world
+        self._sum = torch.zeros((), device=world.device)
+        self._mean: Tensor | None = None
+
+    def after(self, loss: Loss, slots: tuple[int, ...]) -> Tensor:
+        """The mean, () float32, as of this micro-batch. Before it is complete, no sample needs it."""
+        if self._mean is not None:
+            return self._mean
+        values = balance_value(loss, self._term.rebalance)
+        self._sum += torch.where(loss.branch == Branch.DIFFUSION, values, 0).sum()
+        width = len(slots) * self._world.size
+        end = (slots[0] // width + 1) * width
+        if end <= self._term.diffusion:
+            return self._sum
+        self._mean = self._world.all_reduce_sum(self._sum) / max(self._term.diffusion, 1)
+        return self._mean
+
+
+class Watch:
+    """Sums over this process's samples, kept on the device until the step's one synchronisation."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, str] = {}
+        self._samples: list[tuple[tuple[str, ...], Tensor]] = []
+
+    def see(self, prefix: str, loss: Loss, total: Tensor, keys: tuple[str, ...]) -> None:
+        """Count a micro-batch: its final losses' sum, its bare losses by branch, its metrics."""
+        values = loss.per_sample.detach().float()
+        self._samples.append((keys, values))
+        self._add("loss", total.detach().float())
+        for branch in Branch:
+            member = loss.branch == branch
+            name = f"{prefix}loss_{branch.name.lower()}"
+            self._counts[name] = f"count of {name}"
+            self._add(name, torch.where(member, values, 0).sum())
+            self._add(self._counts[name], member.sum().float())
+        for name, metric in loss.metrics.items():
+            self._add(prefix + name, metric.float().sum())
+
+    def sums(self) -> Tensor:
+        """(K,) float32."""
+        return torch.stack(list(self._sums.values()))
+
+    def means(self, sums: Sequence[float], global_batch: int) -> dict[str, float]:
+        """The sums of all processes -> means over the global batch, or over a branch, which is left out where empty."""
+        named = dict(zip(self._sums, sums, strict=True))
+        counts = {name: named[self._counts[name]] if name in self._counts else global_batch for name in named}
+        hidden = set(self._counts.values())
+        return {name: value / counts[name] for name, value in named.items() if name not in hidden and counts[name]}
+
+    def suspects(self) -> tuple[str, ...]:
+        """Keys of the samples whose loss is not finite, or of all. Waits for the device: only for skipped steps."""
+        rows = [
+            (key, fine)
+            for keys, values in self._samples
+            for key, fine in zip(keys, values.isfinite().tolist(), strict=True)
+        ]
+        bad = [key for key, fine in rows if not fine]
+        return tuple(dict.fromkeys(bad or [key for key, _ in rows]))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def make_update(
+    update: Update,
+    trainable: Trainable,
+    roles: Roles,
+    batches: Sequence[Batch],
+    draws: Sequence[Draw],
+    learning_rate: float,
+    prefix: str,
+) -> UpdateReport:
+    """Accumulate the gradient of all terms over a step's micro-batches, then step the optimizer once.
+
+    Args:
+        batches, draws: this process's micro-batches in slot order, and their random numbers.
+        prefix: of the names in the report.
+    """
+    engine, watch = trainable.engine, Watch()
+    global_batch = sum(len(batch.slots) for batch in batches) * engine.world.size
+    means = {term.name: DiffusionMean(term, engine.world) for term in update.terms}
+    for batch, draw in zip(batches, draws, strict=True):
+        for term in update.terms:
+            loss = term.objective(roles, batch, draw)
+            mean = means[term.name].after(loss, batch.slots)
+            total = term.weight * rebalanced(loss, mean, term.rebalance).sum()
+            engine.backward(total / global_batch)
+            watch.see(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
+    outcome = engine.step(learning_rate, watch.sums())
+    values = {**watch.means(outcome.values, global_batch), "gradient_norm": outcome.gradient_norm}
+    suspects = () if outcome.applied else watch.suspects()
+    return UpdateReport(outcome.applied, {prefix + name: value for name, value in values.items()}, suspects)
