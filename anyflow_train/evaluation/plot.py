@@ -1,0 +1,90 @@
+"""The picture of an evaluation: quality against the number of network calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from anyflow_train.data.files import atomic_file
+from anyflow_train.evaluation.intervals import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart by colour-blind readers. The first curve is the teacher's.
+COLOURS = ("#5f5f5f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("s", "o", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model: its name, and an estimate for each number of calls."""
+
+    label: str
+    steps: tuple[int, ...]
+    estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One measure of all models. On a log scale what reaches zero or below is drawn at the panel's lower edge."""
+
+    title: str
+    scale: Literal["log", "linear"]
+    curves: tuple[Curve, ...]
+
+
+def write_plot(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels side by side into a PNG, with one legend."""
+    figure = Figure(figsize=(3.9 * len(panels), 3.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, panel)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    floor = _floor(panel) if panel.scale == "log" else None
+    for number, curve in enumerate(panel.curves):
+        _draw_curve(axes, curve, number, floor)
+    steps = sorted({step for curve in panel.curves for step in curve.steps})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(steps))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(steps, [str(step) for step in steps])
+    if floor is not None:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=floor * 0.8)
+    axes.set_xlabel("network calls", fontsize=9)
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.tick_params(labelsize=8, length=3)
+    axes.grid(True, axis="y", which="major", color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curve(axes: Axes, curve: Curve, number: int, floor: float | None) -> None:
+    bound = float("-inf") if floor is None else floor
+    values, lows, highs = (
+        [max(bound, getattr(estimate, end)) for estimate in curve.estimates] for end in ("value", "low", "high")
+    )
+    colour = COLOURS[number % len(COLOURS)]
+    axes.fill_between(curve.steps, lows, highs, color=colour, alpha=0.16, linewidth=0)
+    marker = MARKERS[number % len(MARKERS)]
+    axes.plot(curve.steps, values, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=curve.label)
+
+
+def _floor(panel: Panel) -> float:
+    """What a log scale can still tell from zero: the least upper end of an interval, halved."""
+    highs = [estimate.high for curve in panel.curves for estimate in curve.estimates if estimate.high > 0]
+    return min(highs, default=1e-3) / 2

@@ -1,0 +1,93 @@
+"""What is written can be played, and shows what was given."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anyflow_train.evaluation.grid import Grid, draw_grid, write_grid
+from anyflow_train.evaluation.video import Frames, to_frames, write_gif, write_mp4
+
+
+def moving_bar(count: int = 5, height: int = 32, width: int = 48) -> Frames:
+    frames = np.full((count, height, width, 3), 20, dtype=np.uint8)
+    for number in range(count):
+        frames[number, :, 8 * number : 8 * number + 8] = (200, 60, 60)
+    return frames
+
+
+def read_mp4(path: Path) -> tuple[Frames, float]:
+    with av.open(str(path)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return frames.astype(np.uint8), float(container.streams.video[0].average_rate or 0)
+
+
+def test_to_frames_maps_the_range_and_clips():
+    video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(3, 1, 1, 5)
+    assert to_frames(video)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("fps", [16.0, 29.97])
+def test_mp4_plays_back_what_was_written(tmp_path: Path, fps: float):
+    frames = moving_bar()
+    write_mp4(tmp_path / "new" / "bar.mp4", frames, fps)
+    played, rate = read_mp4(tmp_path / "new" / "bar.mp4")
+    assert played.shape == frames.shape
+    assert rate == pytest.approx(fps, rel=1e-3)
+    # Half of the colour resolution is lost at the bar's edges; brightness is not.
+    assert np.abs(played.mean(3) - frames.mean(3)).mean() < 4
+
+
+def test_odd_sizes_are_padded_not_refused(tmp_path: Path):
+    write_mp4(tmp_path / "odd.mp4", moving_bar(height=33, width=47), 16)
+    assert read_mp4(tmp_path / "odd.mp4")[0].shape[1:3] == (34, 48)
+
+
+def test_the_same_frames_give_the_same_mp4(tmp_path: Path):
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / name, moving_bar(), 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_gif_has_all_frames_and_repeats(tmp_path: Path):
+    write_gif(tmp_path / "bar.gif", moving_bar(), 16)
+    with Image.open(tmp_path / "bar.gif") as image:
+        assert getattr(image, "n_frames", 1) == 5
+        assert image.info["loop"] == 0
+        assert image.info["duration"] == 60
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "bar.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises((ValueError, AttributeError)):
+        write_mp4(path, moving_bar().astype(np.float64), 16)  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_grid_holds_every_video_in_its_place():
+    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
+    videos = [[np.full((3, 32, 48, 3), colour, dtype=np.uint8) for colour in row] for row in colours]
+    drawn = draw_grid(Grid(["a", "b"], ["teacher\n1 call", "student\n1 call"], videos, 16), least=48, most=48)
+    assert drawn.shape[0] == 3
+    for row in colours:
+        for colour in row:
+            assert (drawn[1] == colour).all(axis=2).sum() == 32 * 48
+    red, yellow = (np.argwhere((drawn[1] == colour).all(axis=2)) for colour in ((200, 0, 0), (200, 200, 0)))
+    assert (red.max(0) < yellow.min(0)).all()
+
+
+def test_a_grid_with_a_missing_label_is_refused():
+    with pytest.raises(ValueError, match="one label"):
+        draw_grid(Grid(["a"], ["x", "y"], [[moving_bar()]], 16), 48, 48)
+
+
+def test_write_grid_writes_both_files(tmp_path: Path):
+    grid = Grid(["wide red stripes drifting left"], ["teacher\n1 call"], [[moving_bar()]], 16)
+    write_grid(grid, tmp_path / "grid.mp4", tmp_path / "grid.gif")
+    assert read_mp4(tmp_path / "grid.mp4")[0].shape[0] == 5
+    assert (tmp_path / "grid.gif").stat().st_size < 50_000
