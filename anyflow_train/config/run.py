@@ -40,6 +40,8 @@ class Data(Model):
     text_lengths: the text is padded to one of these lengths, drawn anew each step (Wan2.1 pads to 512 without a mask).
     max_bad_share: the share of unreadable samples at which a run stops.
     cache: folder for copies of remote shards; cache_gib bounds it.
+    shuffle_shards: samples are shuffled within groups of this many shuffled shards (null: all at once). For remote
+        shards larger than the cache: it has to hold two groups.
     """
 
     shards: str
@@ -51,6 +53,7 @@ class Data(Model):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     cache: str | None = None
     cache_gib: PositiveFloat = 100.0
+    shuffle_shards: PositiveInt | None = None
 
 
 class Engine(Model):

@@ -1,0 +1,204 @@
+"""The stream of training batches: what each step of a run sees, from any step on."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from anyflow_train.data.batch import Batch
+from anyflow_train.data.order import SampleOrder, step_text_length
+from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.flow.types import Condition
+
+# The share of bad reads is taken of at least this many, so that one bad file at the start of a run does not stop it.
+MIN_READS = 1000
+# If so many draws of a replacement are all bad, the storage is broken rather than a file.
+MAX_REPLACEMENTS = 20
+REQUESTS_PER_WORKER = 2
+NAMED = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch to fetch."""
+
+    step: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A micro-batch, and the samples that had to be replaced on the way."""
+
+    batch: Batch
+    bad: tuple[BadSampleError, ...]
+
+
+class Loader:
+    """Batches of a run for one rank; iterating yields, per step, a list with one batch per micro-step, for ever.
+
+    Slot j of step s is the sample at position `s * global_batch + j` of the stream (`data.order`). Workers are threads,
+    and only fetch (reading, checksums and decoding release the interpreter's lock): no order depends on them, there are
+    no processes to leave behind, and nothing to pickle. Texts are padded with zeros to the step's length, and cut to it
+    if longer, as Wan's pipeline does with its `max_sequence_length`.
+
+    Attributes:
+        bad_reads, reads: of samples, by this process so far.
+        bad: the bad samples' names (`shard: key`) and reasons.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        seed: int,
+        global_batch: int,
+        micro_slots: Sequence[tuple[int, ...]],
+        text_lengths: Sequence[int],
+        workers: int = 2,
+        start_step: int = 0,
+        max_bad_share: float = 0.01,
+        shuffle_shards: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Args:
+        seed: of the run.
+        global_batch: samples per step, over all ranks and micro-steps.
+        micro_slots: the slots of this rank, per micro-step.
+        text_lengths: each step pads to one of these.
+        workers: threads that fetch ahead; 0 fetches when asked.
+        start_step: the first step to yield.
+        max_bad_share: share of bad reads over which the iteration raises a UserError.
+        shuffle_shards: see `SampleOrder`.
+        device: where the batches will go: for a GPU they are made in pinned memory.
+        """
+        if any(slot >= global_batch for slots in micro_slots for slot in slots):
+            raise ValueError(f"micro_slots {list(micro_slots)} go over the global batch of {global_batch}")
+        self.bad_reads = 0
+        self.reads = 0
+        self.bad: dict[str, str] = {}
+        self._shards = shards
+        self._seed = seed
+        self._global_batch = global_batch
+        self._micro_slots = tuple(micro_slots)
+        self._text_lengths = tuple(text_lengths)
+        self._start_step = start_step
+        self._max_bad_share = max_bad_share
+        self._order = SampleOrder(seed, shards.shard_sizes, shuffle_shards)
+        self._pin = device is not None and device.type == "cuda"
+        self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
+        self._ahead = workers * REQUESTS_PER_WORKER
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        requests = (Request(step, slots) for step in count(self._start_step) for slots in self._micro_slots)
+        fetched = self._fetched(requests)
+        while True:
+            micro_batches = []
+            for _ in self._micro_slots:
+                result = next(fetched)
+                self._account(result)
+                micro_batches.append(result.batch)
+            yield micro_batches
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop fetching; remote copies under way are given up."""
+        if self._pool is not None:
+            self._shards.cancel()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def fetch(self, request: Request) -> Fetched:
+        """Read one micro-batch. Raises UserError if there is no end of bad samples."""
+        bad: list[BadSampleError] = []
+        samples = [self._read(request.step * self._global_batch + slot, bad) for slot in request.slots]
+        length = step_text_length(self._seed, request.step, self._text_lengths)
+        text = torch.stack([pad_text(sample.text, length) for sample in samples])
+        negative = pad_text(self._shards.texts.negative, length)[None]
+        latents = torch.stack([_latents(sample) for sample in samples])
+        keys = tuple(sample.key for sample in samples)
+        batch = Batch(latents, Condition(text), Condition(negative), keys, request.slots)
+        return Fetched(_pinned(batch) if self._pin else batch, tuple(bad))
+
+    def _read(self, position: int, bad: list[BadSampleError]) -> Sample:
+        index = self._order.index(position)
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                return self._shards.read(index)
+            except BadSampleError as error:
+                bad.append(error)
+                index = self._order.replacement(position, attempt)
+        problem = f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last one: {bad[-1]}"
+        raise UserError(self._shards.location, problem)
+
+    def _fetched(self, requests: Iterable[Request]) -> Iterator[Fetched]:
+        if self._pool is None:
+            return map(self.fetch, requests)
+        return _map_ahead(self._pool, self.fetch, requests, self._ahead)
+
+    def _account(self, fetched: Fetched) -> None:
+        """Count on the consumer's side and in its order, so that the step at which a run stops is always the same."""
+        self.reads += len(fetched.batch.keys) + len(fetched.bad)
+        self.bad_reads += len(fetched.bad)
+        for error in fetched.bad:
+            name = f"{error.shard}: {error.key}"
+            if name not in self.bad:
+                log.warning("bad sample, another one takes its place: %s", error)
+            self.bad[name] = error.reason
+        if self.bad_reads > self._max_bad_share * max(self.reads, MIN_READS):
+            raise UserError("data.max_bad_share", self._too_bad())
+
+    def _too_bad(self) -> str:
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:NAMED])
+        more = f"; and {len(self.bad) - NAMED} more" if len(self.bad) > NAMED else ""
+        share = f"{self.bad_reads} of {self.reads} reads from {self._shards.location} were bad"
+        return f"{share}, more than the allowed {self._max_bad_share:g}: {named}{more}"
+
+
+def pad_text(text: Tensor, length: int) -> Tensor:
+    """A text (L, D) of any dtype as (length, D) float32: zeros after its end, or cut."""
+    padded = torch.zeros(length, text.shape[1])
+    padded[: len(text)] = text[:length]
+    return padded
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, fetch: Callable[[Request], Fetched], requests: Iterable[Request], ahead: int
+) -> Iterator[Fetched]:
+    """`map` over endless requests, with `ahead` of them under way, results in order."""
+    queue: deque[Future[Fetched]] = deque()
+    for request in requests:
+        queue.append(pool.submit(fetch, request))
+        if len(queue) > ahead:
+            yield queue.popleft().result()
+
+
+def _latents(sample: Sample) -> Tensor:
+    """(F, C, H, W) float32; (0,) for prompts without video."""
+    return torch.empty(0) if sample.latents is None else sample.latents.float()
+
+
+def _pinned(batch: Batch) -> Batch:
+    return replace(
+        batch,
+        latents=batch.latents.pin_memory(),
+        condition=Condition(batch.condition.text.pin_memory()),
+        negative=Condition(batch.negative.text.pin_memory()),
+    )

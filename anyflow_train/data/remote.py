@@ -1,0 +1,183 @@
+"""Folders of shards, here or behind a URL. Remote files are copied whole into a bounded cache that processes share."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import logging
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+GIB = 1 << 30
+CHUNK = 1 << 20
+TIMEOUT_SECONDS = 60
+ATTEMPTS = 4
+RETRY_SECONDS = 1.0
+GOPEN_SCHEMES = ("pipe", "gs", "hf", "ais", "sftp", "ftps", "scp", "htgs")
+
+log = logging.getLogger(__name__)
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL (`http://`, `s3://`, `pipe:...`) rather than a folder of this machine."""
+    return location.startswith("pipe:") or "://" in location
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this machine."""
+
+    root: Path
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file's contents. Raises OSError."""
+        return (self.root / name).read_bytes()
+
+    def open(self, name: str, size: int | None) -> int:
+        """A file descriptor for reading; the caller closes it. Raises OSError."""
+        return os.open(self.root / name, os.O_RDONLY)
+
+    def cancel(self) -> None:
+        """Nothing is under way."""
+
+
+@dataclass
+class RemoteFolder:
+    """A URL prefix, or a URL with `{}` in place of the file name (`pipe:ssh host cat /data/{}`).
+
+    Attributes:
+        url: the prefix.
+        cache: folder of the copies; any number of processes may share it.
+        limit: bytes of copies to keep; the least recently used go first.
+        version: starts the copies' names, so that other shards at the same URL are never taken for these.
+    """
+
+    url: str
+    cache: Path
+    limit: int
+    version: str
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _failed: dict[str, OSError] = field(default_factory=dict)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file's contents, not cached. Raises OSError."""
+        with open_url(self._url_of(name)) as stream:
+            return stream.read()
+
+    def open(self, name: str, size: int | None) -> int:
+        """A file descriptor of the local copy, which is made first if need be; the caller closes it. Raises OSError.
+
+        size: what the file must measure, if known. A file that could not be copied is not tried again by this process.
+        """
+        if name in self._failed:
+            raise self._failed[name]
+        copy = self.cache / f"{self.version}-{name.replace('/', '_')}"
+        while True:
+            try:
+                descriptor = os.open(copy, os.O_RDONLY)
+            except FileNotFoundError:  # not there yet, or just removed by another process
+                self._fetch(name, copy, size)
+            else:
+                os.utime(descriptor)  # the time of last use, which decides what goes first
+                return descriptor
+
+    def cancel(self) -> None:
+        """Stop copies under way, in whatever thread; those readers get an OSError."""
+        self._stop.set()
+
+    def _url_of(self, name: str) -> str:
+        return self.url.replace("{}", name) if "{}" in self.url else f"{self.url.rstrip('/')}/{name}"
+
+    def _fetch(self, name: str, copy: Path, size: int | None) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with _locked(self.cache / f".{copy.name}.lock"):
+            if copy.exists():  # another process made it while this one waited
+                return
+            part = self.cache / f".{copy.name}.part"
+            try:
+                self._copy_with_retries(name, part, size)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                if not self._stop.is_set():
+                    self._failed[name] = error
+                raise
+            os.replace(part, copy)
+        self._evict(keep=copy)
+
+    def _copy_with_retries(self, name: str, part: Path, size: int | None) -> None:
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._copy(name, part, size)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if self._stop.is_set() or attempt + 1 == ATTEMPTS:
+                    raise
+                log.warning("copying %s failed (%s); trying again", self._url_of(name), error)
+                time.sleep(RETRY_SECONDS * 2**attempt)
+
+    def _copy(self, name: str, part: Path, size: int | None) -> None:
+        with open_url(self._url_of(name)) as stream, open(part, "wb") as file:
+            while chunk := stream.read(CHUNK):
+                if self._stop.is_set():
+                    raise OSError("the copy was cancelled")
+                file.write(chunk)
+            copied = file.tell()
+        if size is not None and copied != size:
+            raise OSError(f"{copied} bytes arrived, the manifest says {size}")
+
+    def _evict(self, keep: Path) -> None:
+        with _locked(self.cache / ".evict.lock"):
+            copies = [(entry.stat(), entry) for entry in self.cache.iterdir() if not entry.name.startswith(".")]
+            total = sum(stat.st_size for stat, _ in copies)
+            for stat, entry in sorted(copies, key=lambda copy: copy[0].st_mtime_ns):
+                if total <= self.limit:
+                    return
+                if entry != keep:
+                    entry.unlink(missing_ok=True)
+                    total -= stat.st_size
+
+
+@contextmanager
+def open_url(url: str) -> Iterator[BinaryIO]:
+    """A stream of a URL's bytes: http(s) by the standard library, webdataset's schemes, anything else by fsspec.
+
+    Raises FileNotFoundError if there is nothing at the URL, OSError for anything else that goes wrong.
+    """
+    scheme = url.partition(":")[0]
+    try:
+        if scheme in ("http", "https"):
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
+                yield stream
+        elif scheme in GOPEN_SCHEMES:
+            from webdataset.gopen import gopen  # imports a good deal: only where it is needed
+
+            with gopen(url, "rb") as stream:
+                yield stream  # pyright: ignore[reportReturnType]
+        else:
+            import fsspec
+
+            with fsspec.open(url, "rb") as stream:
+                yield stream  # pyright: ignore[reportReturnType]
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"{url}: {error}") from error
+        raise
+    except (ValueError, ImportError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error}") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes, and other threads of this one, respect; a killed holder lets go of it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

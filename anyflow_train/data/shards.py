@@ -1,0 +1,207 @@
+"""Reading shards: any sample by its index, straight from its place in the tar."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import zlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from anyflow_train.data.captions import parse_caption
+from anyflow_train.data.index import Entry, ShardIndex, build_index, index_name, parse_index, write_index
+from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
+from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote
+from anyflow_train.errors import UserError
+
+DEFAULT_CACHE = Path("~/.cache/anyflow_train/shards")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample.
+
+    Attributes:
+        key: its name.
+        latents: (F, C, H, W), normalised, in the dtype of the shards; None for prompts without video.
+        text: (L, D), valid tokens only, in the dtype of the shards.
+        caption: the text itself; empty if the shard does not have it.
+    """
+
+    key: str
+    latents: Tensor | None
+    text: Tensor
+    caption: str
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used: which one, and why."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        self.shard = shard
+        self.key = key
+        self.reason = reason
+        super().__init__(f"{shard}: {key}: {reason}")
+
+
+class ShardSet:
+    """The shards of a folder or URL, as one sequence of samples. Safe to read from several threads.
+
+    Attributes:
+        location: the folder or URL.
+        manifest: what the shards hold.
+        texts: embeddings of the negative prompt and of the validation prompts.
+    """
+
+    def __init__(
+        self, location: str, folder: LocalFolder | RemoteFolder, manifest: Manifest, texts: PromptTexts
+    ) -> None:
+        self.location = location
+        self.manifest = manifest
+        self.texts = texts
+        self._folder = folder
+        self._starts = (0, *accumulate(shard.samples for shard in manifest.shards))
+        self._indices: dict[int, ShardIndex] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, location: str, cache: str | None = None, cache_gib: float = 100.0) -> ShardSet:
+        """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
+
+        Args:
+            cache: folder for copies of remote shards; None is a folder in the user's cache.
+            cache_gib: how much of them to keep, in GiB.
+
+        Raises:
+            UserError: there is no readable manifest.
+        """
+        root = Path(cache or DEFAULT_CACHE).expanduser()
+        remote = RemoteFolder(location, root, int(cache_gib * GIB), "") if is_remote(location) else None
+        folder = remote or LocalFolder(Path(location))
+        data = _read(folder, location, MANIFEST)
+        manifest = parse_manifest(data, f"{location}/{MANIFEST}")
+        if remote:
+            remote.version = hashlib.sha256(location.encode() + data).hexdigest()[:16]
+        texts = parse_prompt_texts(_read(folder, location, TEXT), manifest, f"{location}/{TEXT}")
+        if manifest.samples == 0:
+            raise UserError(location, "the shards hold no sample")
+        return cls(location, folder, manifest, texts)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples per shard, in the order of their indices."""
+        return tuple(shard.samples for shard in self.manifest.shards)
+
+    def read(self, index: int) -> Sample:
+        """The sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
+        number = bisect_right(self._starts, index) - 1
+        shard, place = self.manifest.shards[number], index - self._starts[number]
+        key = f"sample {place}"
+        try:
+            entries = self._index(number).entries
+            if place >= len(entries):
+                raise ValueError("the shard ends before it")
+            entry = entries[place]
+            key = entry.key
+            data, caption = self._bytes(number, entry)
+            return self._decode(entry, data, caption)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise BadSampleError(shard.name, key, str(error)) from error
+
+    def cancel(self) -> None:
+        """Stop remote copies that are under way in other threads."""
+        self._folder.cancel()
+
+    def _bytes(self, number: int, entry: Entry) -> tuple[bytes, bytes]:
+        shard = self.manifest.shards[number]
+        file = self._folder.open(shard.name, shard.bytes)
+        try:
+            return (
+                _pread(file, entry.offset, entry.size),
+                _pread(file, entry.caption_offset, entry.caption_size),
+            )
+        finally:
+            os.close(file)
+
+    def _decode(self, entry: Entry, data: bytes, caption: bytes) -> Sample:
+        if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
+            raise ValueError("its bytes do not match their checksum")
+        tensors = load(data)
+        text = tensors.get("text")
+        if text is None or text.ndim != 2 or text.shape[1] != self.manifest.text_dim:
+            raise ValueError(f"its text is {_shape(text)}, the manifest says {self.manifest.text_dim} wide")
+        latents = tensors.get("latents")
+        if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) != self.manifest.latent_shape):
+            raise ValueError(f"its latents are {_shape(latents)}, the manifest says {self.manifest.latent_shape}")
+        if not all(torch.isfinite(tensor).all() for tensor in (latents, text) if tensor is not None):
+            raise ValueError("it holds non-finite numbers")
+        return Sample(entry.key, latents, text, _caption(caption))
+
+    def _index(self, number: int) -> ShardIndex:
+        with self._lock:
+            found = self._indices.get(number)
+        if found is None:
+            found = self._load_index(number)
+            with self._lock:
+                self._indices[number] = found
+        return found
+
+    def _load_index(self, number: int) -> ShardIndex:
+        shard = self.manifest.shards[number]
+        try:
+            return parse_index(self._folder.read_bytes(index_name(shard.name)))
+        except (OSError, ValueError) as error:
+            log.info("%s: no usable index (%s); building one from the tar's headers", shard.name, error)
+        with os.fdopen(self._folder.open(shard.name, shard.bytes), "rb") as file:
+            index = build_index(file)
+        if isinstance(self._folder, LocalFolder) and len(index.entries) == shard.samples:
+            self._keep_index(self._folder.root / index_name(shard.name), index)
+        return index
+
+    def _keep_index(self, path: Path, index: ShardIndex) -> None:
+        try:
+            write_index(path, index)
+        except OSError:  # a read-only folder: the next process builds it again
+            log.info("%s cannot be written", path)
+
+
+def _caption(data: bytes) -> str:
+    return parse_caption(data) if data else ""
+
+
+def _pread(file: int, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes; a single pread may return fewer of a large request."""
+    parts = []
+    while size > 0:
+        part = os.pread(file, size, offset)
+        if not part:
+            raise ValueError("the file ends before it")
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read(folder: LocalFolder | RemoteFolder, location: str, name: str) -> bytes:
+    try:
+        return folder.read_bytes(name)
+    except OSError as error:
+        reason = f"cannot read {name} ({error.strerror or error}); `anyflow prepare` writes it when it has finished"
+        raise UserError(location, reason) from None
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))

@@ -1,0 +1,48 @@
+"""Writing one shard: a WebDataset tar of `KEY.safetensors` and `KEY.json`, and its index."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save
+
+from anyflow_train.data.files import atomic_file
+from anyflow_train.data.index import Entry, ShardIndex, Skipped, index_name, write_index
+from anyflow_train.data.shards import Sample
+from anyflow_train.data.tar import TarWriter
+
+
+def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -> ShardIndex:
+    """Write the samples as they come; a clip that was skipped is only noted in the index.
+
+    The tar appears when it is whole, the index after it: a shard is complete if, and only if, it has its index.
+    """
+    entries: list[Entry] = []
+    skipped: list[Skipped] = []
+    with atomic_file(folder / name) as file:
+        tar = TarWriter(file)
+        for outcome in outcomes:
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                entries.append(_add(tar, outcome))
+        tar.finish()
+    index = ShardIndex(tuple(entries), tuple(skipped))
+    write_index(folder / index_name(name), index)
+    return index
+
+
+def _add(tar: TarWriter, sample: Sample) -> Entry:
+    tensors = {"text": sample.text.contiguous()}
+    if sample.latents is not None:
+        tensors["latents"] = sample.latents.contiguous()
+    data = save(tensors)
+    caption = json.dumps({"key": sample.key, "caption": sample.caption}, ensure_ascii=False).encode()
+    tensor_file = tar.add(f"{sample.key}.safetensors", data)
+    caption_file = tar.add(f"{sample.key}.json", caption)
+    return Entry(
+        sample.key, tensor_file.offset, tensor_file.size, zlib.crc32(data), caption_file.offset, caption_file.size
+    )
