@@ -14,7 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import ClipsConfig, EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import (
+    ClipsConfig,
+    CodecConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PrepareConfig,
+    SampleConfig,
+)
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.findings import Finding
@@ -30,6 +37,7 @@ MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
     "prepare": PrepareConfig,
     "clips": ClipsConfig,
+    "codec": CodecConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -89,6 +97,7 @@ def _rules(command: str) -> Callable[[Any], Iterable[Finding]]:
     if command == "train":
         return partial(run_errors, world=world_size())
     return {
+        "codec": command_rules.codec,
         "prepare": command_rules.prepare,
         "sample": command_rules.sample,
         "evaluate": command_rules.evaluate,

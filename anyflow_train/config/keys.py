@@ -44,17 +44,28 @@ def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
     return fitting or models
 
 
-def walk(model: type[Model], values: Mapping[str, Any] | None = None, prefix: str = "") -> Iterator[Key]:
-    """Every leaf of `model` in order; with `values`, unions follow the `kind` found there."""
+def walk(
+    model: type[Model], values: Mapping[str, Any] | None = None, prefix: str = "", defaults: Model | None = None
+) -> Iterator[Key]:
+    """Every leaf of `model` in order.
+
+    Args:
+        values: where given, unions follow the `kind` found there; else all of their variants come.
+        prefix: of the dotted keys.
+        defaults: the instance that the owner of this model has as default, where it has one.
+    """
     texts = field_texts(model)
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         value = values.get(name) if values is not None else None
+        default = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
         if nested := variants(field.annotation):
             for variant in chosen(nested, value):
-                yield from walk(variant, value if isinstance(value, Mapping) else None, f"{dotted}.")
+                inner = default if isinstance(default, variant) else None
+                yield from walk(variant, value if isinstance(value, Mapping) else None, f"{dotted}.", inner)
         else:
-            yield Key(dotted, type_name(field), _default(field), texts.get(name, ""))
+            required = field.is_required() and defaults is None
+            yield Key(dotted, type_name(field), None if required else show(default), texts.get(name, ""))
 
 
 def field_texts(model: type[Model]) -> dict[str, str]:
@@ -115,12 +126,10 @@ def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _default(field: FieldInfo) -> str | None:
-    if field.is_required():
-        return None
-    value = field.get_default(call_default_factory=True)
+def show(value: Any) -> str:
+    """A value as a person writes it on the command line."""
     if value is None:
         return "null"
     if isinstance(value, tuple):
-        return "[" + ",".join(str(item) for item in value) + "]"
+        return "[" + ",".join(show(item) for item in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)

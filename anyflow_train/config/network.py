@@ -36,7 +36,7 @@ class FullTraining(Model):
 
 
 class Lora(Model):
-    """Low-rank adapters on `targets`; `full_modules` are trained whole. Dropout breaks the finite difference: it is 0."""
+    """Low-rank adapters on `targets`; `full_modules` are trained whole. Dropout would break finite differences."""
 
     kind: Literal["lora"]
     rank: PositiveInt = 256

@@ -69,7 +69,7 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
 
 
 def to_hydra(settings: Sequence[Setting], groups: dict[str, dict[str, Choice]]) -> list[str]:
-    """Overrides for Hydra. Values become `++key=value`, so that unknown keys reach the models, which name all of them."""
+    """Overrides for Hydra. Values become `++key=value`, so that unknown keys reach the models, which name them all."""
     return [f"{item.key}={item.text}" if item.key in groups else f"++{item.key}={item.text}" for item in settings]
 
 

@@ -1,0 +1,154 @@
+"""The command line: `anyflow <command> [group=choice ...] [key=value ...]`, also `python -m anyflow_train`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train import __version__
+from anyflow_train.errors import UserError, UserErrors
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, and `module:function`, imported only when it runs.
+
+    decoded: the function takes the decoded config of the command; else the overrides as written and the config folder.
+    """
+
+    summary: str
+    target: str
+    decoded: bool = True
+
+
+COMMANDS = {
+    "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.tiny.clips:run"),
+    "codec": Command("train the embedded VAE (rebuilds a part of assets/tiny-wan)", "anyflow_train.commands.codec:run"),
+    "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare:run"),
+    "check": Command(
+        "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
+    ),
+    "train": Command("train a teacher or a student", "anyflow_train.training.trainer:run"),
+    "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
+    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
+    "sample": Command("make videos from prompts", "anyflow_train.sample:run"),
+    "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0, 1 (a sweep with failures), 2 (a user's mistake), 130 (Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserErrors as errors:
+        return _report(errors.errors)
+    except UserError as error:
+        return _report([error])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("--version", "-V"):
+        print(f"anyflow_train {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0 if arguments else USER_ERROR
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"; nearest is {near[0]!r}" if near else ""
+        raise UserError(name, f"is not a command{hint} (valid: {', '.join(COMMANDS)})")
+    overrides, config_dir, wants_help = _options(rest)
+    if wants_help:
+        from anyflow_train.config.help import command_help
+
+        print(command_help(name, COMMANDS[name].summary, config_dir))
+        return 0
+    return _run(name, overrides, config_dir)
+
+
+def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
+    command = COMMANDS[name]
+    if not command.decoded:
+        return _load(command.target)(overrides, config_dir)
+    from anyflow_train.config.compose import compose
+
+    config = compose(name, overrides, config_dir)
+    if name == "train":
+        _print_warnings(config)
+    _load(command.target)(config)
+    return 0
+
+
+def _load(target: str) -> Any:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _print_warnings(config: Any) -> None:
+    from anyflow_train.config.derived import world_size
+    from anyflow_train.config.rules.run import run_warnings
+
+    if os.environ.get("RANK", "0") == "0":
+        for finding in run_warnings(config, world_size()):
+            print(f"warning: {finding.error()}", file=sys.stderr)
+
+
+def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
+    """Overrides, the value of --config-dir, and whether help is asked for."""
+    overrides: list[str] = []
+    config_dir: Path | None = None
+    wants_help = False
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("--help", "-h"):
+            wants_help = True
+        elif argument == "--config-dir" or argument.startswith("--config-dir="):
+            text = argument.partition("=")[2] or next(remaining, "")
+            if not text:
+                raise UserError("--config-dir", "needs a folder")
+            config_dir = Path(text)
+        elif argument.startswith("-"):
+            raise UserError(
+                argument, "is not an option; there are --help and --config-dir FOLDER, all else is key=value"
+            )
+        else:
+            overrides.append(argument)
+    return overrides, config_dir, wants_help
+
+
+def _overview() -> str:
+    lines = [
+        "Distil a Wan2.1 video diffusion teacher into an any-step student.",
+        "",
+        "usage: anyflow <command> [group=choice ...] [key=value ...] [--config-dir FOLDER]",
+        "",
+        *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "`anyflow <command> --help` lists its groups, experiments and keys.",
+        "Start with `anyflow check experiment=tiny`.",
+    ]
+    return "\n".join(lines)
+
+
+def _report(errors: Sequence[UserError]) -> int:
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

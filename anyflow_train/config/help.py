@@ -1,0 +1,80 @@
+"""What `anyflow <command> --help` prints: groups with their choices, experiments, and every key."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from anyflow_train.config.base import Model
+from anyflow_train.config.compose import MODELS, config_folders
+from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups
+from anyflow_train.config.keys import summary, type_name, variants, walk
+
+WIDTH = 110
+# Commands that take the keys of a run, with what they take beside.
+OF_A_RUN = {
+    "check": {
+        "derivative": "true also measures the time derivative's error, on the run's weights and data",
+    },
+    "sweep": {"key=a,b": "runs each value, in every combination with the other lists"},
+}
+
+
+def command_help(command: str, title: str, config_dir: Path | None) -> str:
+    """Help of one command, with the choices that the config folders offer now."""
+    base = "train" if command in OF_A_RUN else command
+    groups = find_groups(config_folders(config_dir))
+    lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
+    for name, text in OF_A_RUN.get(command, {}).items():
+        lines.append(f"  {name:<20}{text}")
+    lines += ["", *_experiments(base, groups), *_groups(base, groups), "keys:", *_keys(base)]
+    return "\n".join(lines)
+
+
+def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
+    choices = choices_for(command, EXPERIMENT, groups.get(EXPERIMENT, {}))
+    if not choices:
+        return
+    yield f"{EXPERIMENT}=..."
+    width = max(map(len, choices)) + 2
+    yield from (f"  {name:<{width}}{choice.title}" for name, choice in choices.items())
+    yield ""
+
+
+def _groups(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
+    if command != "train":
+        return
+    yield "groups:"
+    for group in sorted(set(groups) - {EXPERIMENT}):
+        yield f"  {group + '=...':<22}{', '.join(groups[group])}"
+    yield ""
+
+
+def _keys(command: str) -> Iterator[str]:
+    yield from _section(MODELS[command], "", None)
+
+
+def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:
+    """A model's words, its own keys, then its inner models, each with a heading."""
+    yield from textwrap.wrap(summary(model), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    nested = {name: variants(field.annotation) for name, field in model.model_fields.items()}
+    said = ""
+    for key in walk(model, None, prefix, defaults):
+        if nested.get(key.dotted.removeprefix(prefix).partition(".")[0]) or key.dotted == f"{prefix}kind":
+            continue
+        yield f"    {key.dotted}: {key.type}{' (must be given)' if key.default is None else f' = {key.default}'}"
+        if key.text != said:
+            yield from textwrap.wrap(key.text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        said = key.text
+    for name, models in nested.items():
+        default = model.model_fields[name].get_default(call_default_factory=True)
+        for inner in models:
+            yield ""
+            yield f"{prefix}{name}{_kind(inner)}"
+            yield from _section(inner, f"{prefix}{name}.", default if isinstance(default, inner) else None)
+
+
+def _kind(model: type[Model]) -> str:
+    field = model.model_fields.get("kind")
+    return f".kind={type_name(field)}" if field else ""
