@@ -1,0 +1,118 @@
+"""The transformer block of Wan2.1, with its parameter names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
+from anyflow_train.models.rotary import rotate
+
+
+class AnyFlowTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward.
+
+    The modulation is kept per frame (or per sample) and broadcast over the tokens, never expanded to them.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn1 = Attention(dim, heads, eps)
+        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.attn2 = Attention(dim, heads, eps)
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, S, D) tokens, frame by frame.
+            text: (B, L, D) tokens to attend to.
+            modulation: (B or 1, F or 1, 6, D) float32.
+            rotation: (S, head_dim / 2, 2) float32, of `RotaryGrid`.
+
+        Returns:
+            (B, S, D) in the dtype of x.
+        """
+        modulation = modulation + wide(self.scale_shift_table)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
+
+        normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
+        x = add_gated(x, self.attn1(normed, normed, rotation), gate_attn)
+        x = x + self.attn2(self.norm2(x), text, None)
+        normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
+        return add_gated(x, self.ffn(normed), gate_ffn)
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """`x + update * gate` in float32 at least, returned in the dtype of x.
+
+    x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
+    """
+    frames = (gate.shape[1], -1)
+    return torch.addcmul(wide(x).unflatten(1, frames), update.unflatten(1, frames), gate).view(x.shape).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys (the norm spans all heads, as in Wan2.1)."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list, because checkpoints name it `to_out.0`
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None) -> Tensor:
+        """x: (B, S, D); context: (B, L, D), what is attended to (x itself in self-attention). Returns (B, S, D)."""
+        heads = (self.heads, -1)
+        query = self.norm_q(self.to_q(x)).unflatten(2, heads)
+        key = self.norm_k(self.to_k(context)).unflatten(2, heads)
+        value = self.to_v(context).unflatten(2, heads)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 at least, in the dtype of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = wide(self.weight), wide(self.bias)
+        return F.layer_norm(wide(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between; `net.1` is a place without parameters in checkpoints."""
+
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GeluLinear(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class GeluLinear(nn.Module):
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_tanh(self.proj(x))

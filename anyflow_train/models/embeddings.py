@@ -1,0 +1,105 @@
+"""From latents, times, text and image embeddings to the vectors that the blocks work on. Wan2.1's parameter names."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anyflow_train.models.blocks import WideLayerNorm
+from anyflow_train.models.fused import gelu_tanh, wide
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Patches of one frame to tokens. A convolution in name, parameters and shapes; computed as the matrix product that
+    it is when kernel and stride are equal, which is several times faster on a CPU."""
+
+    def __init__(self, in_channels: int, dim: int, patch: int) -> None:
+        super().__init__(in_channels, dim, kernel_size=(1, patch, patch), stride=(1, patch, patch))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, F, H, W) -> (B, D, F, H / patch, W / patch), a view of contiguous (B, F, H / patch, W / patch, D)."""
+        patch = self.kernel_size[1]
+        patches = input.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds the source time, the target time, the text and the image.
+
+    `(1 - gate) E_time(t) + gate E_delta(r or t - r)` is the time embedding (AnyFlow, 2605.13724).
+    """
+
+    delta_emb_gate: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        freq_dim: int,
+        text_dim: int,
+        image_dim: int | None,
+        gate_value: float,
+        deltatime_type: str,
+    ) -> None:
+        super().__init__()
+        self.deltatime_type = deltatime_type
+        self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.delta_embedder = TimestepEmbedding(freq_dim, dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TextProjection(text_dim, dim)
+        self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
+        # On the CPU by name, so that a network that is built on the meta device still knows its gate.
+        gate = torch.tensor([gate_value], dtype=torch.float32, device="cpu")
+        self.register_buffer("delta_emb_gate", gate, persistent=False)
+
+    def forward(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            t, r: (b, f) source and target time in 0..1000.
+
+        Returns:
+            (b, f, D) float32 time embedding and (b, f, 6, D) float32 modulation of the blocks.
+        """
+        delta = r if self.deltatime_type == "r" else t - r
+        # A handful of rows, whose small differences the derivative in time lives on: never in half precision.
+        with torch.autocast(t.device.type, enabled=False):
+            embedding = torch.lerp(
+                self._embed(self.time_embedder, t), self._embed(self.delta_embedder, delta), wide(self.delta_emb_gate)
+            )
+            modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
+        return embedding, wide(modulation).unflatten(-1, (6, -1))
+
+    def _embed(self, embedder: TimestepEmbedding, times: Tensor) -> Tensor:
+        features = self.timesteps_proj(times.flatten()).to(embedder.linear_1.weight.dtype)
+        return wide(embedder(features)).unflatten(0, times.shape)
+
+    def context(self, text: Tensor, image: Tensor | None) -> Tensor:
+        """(B, L, text_dim) and (B, I, image_dim) or None -> (B, I + L, D), the image tokens first."""
+        tokens = self.text_embedder(text)
+        if self.image_embedder is None or image is None:
+            return tokens
+        return torch.cat((self.image_embedder(image), tokens), dim=1)
+
+
+class TextProjection(nn.Module):
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.linear_2(gelu_tanh(self.linear_1(text)))
+
+
+class ImageProjection(nn.Module):
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = WideLayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
+        self.norm2 = WideLayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm2(self.ff(self.norm1(image)))

@@ -1,0 +1,45 @@
+"""Small networks for the tests: ours, diffusers', and inputs for both."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 20,
+    "freq_dim": 32,
+    "ffn_dim": 40,
+    "num_layers": 2,
+    "rope_max_seq_len": 16,
+}
+
+
+def small(**changes) -> AnyFlowTransformer3DModel:
+    torch.manual_seed(0)
+    return AnyFlowTransformer3DModel(**SMALL | changes)
+
+
+def stock_twin(network: AnyFlowTransformer3DModel) -> diffusers.AnyFlowTransformer3DModel:
+    """diffusers' class with the same config and weights."""
+    names = set(diffusers.AnyFlowTransformer3DModel.__init__.__wrapped__.__annotations__) - {"return"}
+    twin = diffusers.AnyFlowTransformer3DModel(**{name: network.config[name] for name in names})
+    twin.load_state_dict(network.state_dict())
+    return twin
+
+
+def inputs(batch: int = 3, frames: int = 3, text_length: int = 5) -> dict[str, torch.Tensor]:
+    """Latents, times per frame and text of a small network, t and r in 0..1000."""
+    draw = torch.Generator().manual_seed(1)
+    t = torch.rand(batch, frames, generator=draw) * 1000
+    return {
+        "hidden_states": torch.randn(batch, frames, 4, 6, 8, generator=draw),
+        "timestep": t,
+        "r_timestep": t * torch.rand(batch, frames, generator=draw),
+        "encoder_hidden_states": torch.randn(batch, text_length, 20, generator=draw),
+    }

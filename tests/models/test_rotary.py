@@ -1,0 +1,66 @@
+import torch
+from diffusers.models.transformers.transformer_anyflow import AnyFlowRotaryPosEmbed, apply_rotary_emb
+
+from anyflow_train.models.rotary import RotaryGrid, rotate, rotation_table
+
+CPU = torch.device("cpu")
+
+
+def test_rotation_is_that_of_diffusers():
+    x = torch.randn(2, 3 * 4 * 5, 2, 16, generator=torch.Generator().manual_seed(0))
+    layout = {"total_frames": 3, "full_frame_shape": (4, 5)}
+    frequencies = AnyFlowRotaryPosEmbed(16, (1, 2, 2), 32)(layout, CPU)["query"]
+    expected = apply_rotary_emb(x.transpose(1, 2), frequencies).transpose(1, 2)
+    # The angles are float64 on both sides; the product is float32 here and complex128 there.
+    torch.testing.assert_close(rotate(x, rotation_table(16, (3, 4, 5), CPU)), expected, rtol=0, atol=1e-6)
+
+
+def test_compiled_rotation_is_the_eager_one():
+    x = torch.randn(2, 24, 2, 12, generator=torch.Generator().manual_seed(0))
+    grid = RotaryGrid(12)
+
+    def turn(x):
+        return rotate(x, grid((2, 3, 4), x.device))
+
+    compiled = torch.compile(turn, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), turn(x), rtol=0, atol=1e-6)
+
+
+def test_attention_scores_depend_on_distance_only():
+    """The property that the embedding exists for: moving query and key together changes nothing."""
+    table = rotation_table(12, (1, 1, 9), CPU)
+    query, key = torch.randn(2, 1, 1, 1, 12, generator=torch.Generator().manual_seed(0)).expand(2, 1, 9, 1, 12)
+    scores = torch.einsum("bqhd,bkhd->qk", rotate(query, table), rotate(key, table))
+    for offset in range(-4, 5):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+
+
+def test_a_table_is_computed_once_per_grid():
+    grid = RotaryGrid(12)
+    first = grid((2, 3, 4), CPU)
+    assert grid((2, 3, 4), CPU) is first
+    assert grid((2, 4, 3), CPU) is not first
+
+
+def test_a_table_first_seen_in_inference_mode_can_be_trained_with():
+    grid = RotaryGrid(12)
+    with torch.inference_mode():
+        grid((1, 2, 2), CPU)
+    x = torch.randn(1, 4, 1, 12, requires_grad=True)
+    rotate(x, grid((1, 2, 2), CPU)).sum().backward()
+    assert x.grad is not None
+
+
+def test_an_analysis_with_fake_tensors_leaves_nothing_behind():
+    grid = RotaryGrid(12)
+    with torch._subclasses.FakeTensorMode():
+        grid((1, 2, 2), CPU)
+    assert type(grid((1, 2, 2), CPU)) is torch.Tensor
+
+
+def test_many_grids_do_not_pile_up():
+    grid = RotaryGrid(12)
+    for width in range(1, 60):
+        grid((1, 1, width), CPU)
+    assert len(grid._tables) <= 16
