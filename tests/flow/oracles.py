@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -49,14 +50,14 @@ class TwoModes:
     first: float
     second: float
     std: float
-    steps: int = 24
+    steps: int = 12
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         t = expand_time(t, x)
         variance = (1 - t) ** 2 * self.std**2 + t**2
         distance = [x - (1 - t) * mode for mode in (self.first, self.second)]
         odds = (distance[1] ** 2 - distance[0] ** 2) / (2 * variance)
-        first = self.share / (self.share + (1 - self.share) * (-odds).exp())
+        first = (odds + math.log(self.share / (1 - self.share))).sigmoid()
         slope = (t - (1 - t) * self.std**2) / variance
         parts = [-mode + slope * d for mode, d in zip((self.first, self.second), distance, strict=True)]
         return first * parts[0] + (1 - first) * parts[1]
