@@ -37,7 +37,7 @@ COMMANDS = {
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
     ),
-    "train": Command("train a teacher or a student", "anyflow_train.training.trainer:run"),
+    "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.sample:run"),

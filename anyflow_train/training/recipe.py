@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anyflow_train.config.network import Lora, Student
-from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.network import FullTraining, Lora, Student
+from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import branch_counts, micro_slots
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
@@ -59,7 +60,7 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    network = build_student(config.student, config.seed).to(world.device)
+    network = _moved(build_student(config.student, config.seed), world)
     if config.student.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.engine.compile:
@@ -84,7 +85,7 @@ def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
     if config.init is None:
         network = build_network({**architecture, **times}, seed, config.time_frequency_limit)
     else:
-        network = _load("student.init", config.init, config.gate_value, config.deltatime_type)
+        network = _load_student(config, config.init)
         _check_architecture(network, architecture, config.init)
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
@@ -109,13 +110,12 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         workers=data.workers,
         start_step=start_step,
         max_bad_share=data.max_bad_share,
+        shuffle_shards=data.shuffle_shards,
         device=world.device,
     )
 
 
-def load_trained_network(
-    checkpoint: str | Path, weights: str = "ema"
-) -> tuple[AnyFlowTransformer3DModel, RunConfig]:
+def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[AnyFlowTransformer3DModel, RunConfig]:
     """A trained student on the CPU in float32, adapters attached but not merged, and its run's config.
 
     Args:
@@ -127,7 +127,66 @@ def load_trained_network(
     """
     path = resolve_checkpoint(checkpoint)
     config = RunConfig.model_validate(read_info(path).config)
-    network = build_student(config.student, config.seed)
+    # A fully trained student is all in the checkpoint: what it started from need not be there any more.
+    whole = isinstance(config.student.adapter, FullTraining)
+    network = build_student(config.student.model_copy(update={"init": None}) if whole else config.student, config.seed)
     targets = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
     restore_tensors(path, "ema" if weights == "ema" else "weights", targets.items())
     return network.eval(), config
+
+
+def _derivative_role(config: RunConfig, network: AnyFlowTransformer3DModel, ema: Ema) -> FlowMap:
+    """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
+    if not isinstance(config.objective, FlowMapConfig):
+        return NetworkFlowMap(network, autocast_dtype(config.engine.precision))
+    flow_map = NetworkFlowMap(network, autocast_dtype(config.objective.derivative_precision))
+    return AveragedFlowMap(flow_map, ema) if config.objective.derivative_network == "ema" else flow_map
+
+
+def _teacher_role(config: RunConfig, world: World) -> FlowMap | None:
+    """The frozen teacher where the objective asks for it. It is called at r = t, where any gate gives the teacher."""
+    if not (isinstance(config.objective, FlowMapConfig) and config.objective.velocity == "teacher"):
+        return None
+    if config.teacher.source is None:
+        raise UserError("teacher.source", "is null, but objective.velocity is 'teacher'; name the teacher's folder")
+    try:
+        network = load_network(config.teacher.source).requires_grad_(False)
+    except UserError as error:
+        raise UserError("teacher.source", str(error)) from error
+    return NetworkFlowMap(_moved(network, world), autocast_dtype(config.engine.precision))
+
+
+def _student_update(config: RunConfig, world: World) -> Update:
+    objective, times = config.objective, config.times
+    if not isinstance(objective, FlowMapConfig):
+        term = Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
+        return Update("student", (term,))
+    counts = branch_counts(config.engine.global_batch, times.diffusion_share, times.consistency_share)
+    student = FlowMapObjective(objective, times, counts, world.size)
+    return Update("student", (Term("flow_map", student, 1.0, objective.rebalance, counts.diffusion),))
+
+
+def _load_student(config: Student, source: str) -> AnyFlowTransformer3DModel:
+    try:
+        return load_network(source, config.gate_value, config.deltatime_type)
+    except UserError as error:
+        times = f"student.gate_value={config.gate_value}, student.deltatime_type={config.deltatime_type}"
+        raise UserError("student.init", f"{error} (asked for: {times})") from error
+
+
+def _moved(network: AnyFlowTransformer3DModel, world: World) -> AnyFlowTransformer3DModel:
+    nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
+    return network
+
+
+def _check_architecture(network: AnyFlowTransformer3DModel, wanted: Mapping[str, Any], source: str) -> None:
+    """Raises UserErrors: one line for every difference, with the config's value and the file's."""
+    errors = []
+    for name, value in wanted.items():
+        found = network.config[name]
+        found = tuple(found) if isinstance(found, list) else found
+        if found != value:
+            problem = f"is {value!r}, but {source} was made with {found!r}"
+            errors.append(UserError(f"student.architecture.{name}", problem))
+    if errors:
+        raise UserErrors(errors)

@@ -1,0 +1,187 @@
+"""Validation inside of a run: samples at several step counts from fixed noise, distances to held-out data, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.run import Evaluation, RunConfig
+from anyflow_train.data.held_out import HeldOut, load_samples
+from anyflow_train.data.loader import pad_text
+from anyflow_train.data.manifest import check_compatible
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.grid import Grid, write_grid
+from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
+from anyflow_train.evaluation.video import to_frames
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.sampler import guided, sample, sample_euler
+from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.models.codec import Codec
+from anyflow_train.tiny import world
+from anyflow_train.training.engine import World
+from anyflow_train.training.validation import Validation
+
+# Enough for distances whose noise is the samples', not the held-out set's.
+MOST_HELD_OUT = 2048
+
+Sampler = Callable[[FlowMap, Tensor, Condition, int, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to sample, and the noise that goes with each of them at every validation.
+
+    Attributes:
+        captions: n texts.
+        text: (n, L, D) float32 embeddings, zero where padded.
+        noise: (n, F, C, H, W) float32.
+    """
+
+    captions: tuple[str, ...]
+    text: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class InRunValidator:
+    """Judges a student against held-out data, and shows it on the manifest's validation prompts.
+
+    Attributes:
+        config: of the validation.
+        sampler: how the student is sampled.
+        negative: the negative prompt, text (1, L, D).
+        held_out: what samples are compared with; None leaves out the numbers.
+        compared: prompts of the samples that are compared; None without held-out data.
+        shown: prompts of the videos; None without videos.
+        codec: decodes videos; None where nothing is decoded.
+        fps: of the videos.
+    """
+
+    config: Evaluation
+    sampler: Sampler
+    negative: Condition
+    held_out: HeldOut | None
+    compared: Prompts | None
+    shown: Prompts | None
+    codec: Codec | None
+    fps: float
+
+    def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
+        """Sample, measure, and write a grid of videos into `folder`; None as soon as `interrupted` says so."""
+        try:
+            metrics = self._metrics(student, interrupted)
+            return Validation(metrics, self._videos(student, folder, interrupted))
+        except _Interrupted:
+            return None
+
+    def _metrics(self, student: FlowMap, interrupted: Callable[[], bool]) -> dict[str, float]:
+        """`<metric>_<steps>` -> value."""
+        if self.held_out is None or self.compared is None:
+            return {}
+        real, metrics = self.held_out.latents, {}
+        for steps in self.config.steps:
+            latents = self._sample(student, self.compared, steps, interrupted)
+            metrics[f"energy_distance_{steps}"] = energy_distance(latents, real)
+            metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, real)
+            if self.config.oracle == "stripes" and self.codec is not None:
+                videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
+                labels = torch.tensor([world.label_of(caption) for caption in self.compared.captions])
+                metrics[f"class_error_{steps}"] = 1 - world.accuracy(videos.cpu(), labels)
+        return metrics
+
+    def _videos(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> dict[str, Path]:
+        """One grid: rows are prompts, columns step counts."""
+        if self.shown is None or self.codec is None:
+            return {}
+        columns = []
+        for steps in self.config.steps:
+            latents = self._sample(student, self.shown, steps, interrupted)
+            columns.append([to_frames(self.codec.decode_video(one[None])[0]) for one in latents])
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        grid = Grid(self.shown.captions, [f"{steps} calls" for steps in self.config.steps], rows, self.fps)
+        path = folder / "grid.mp4"
+        write_grid(grid, path, folder / "grid.gif")
+        return {"grid": path}
+
+    def _sample(self, student: FlowMap, prompts: Prompts, steps: int, interrupted: Callable[[], bool]) -> Tensor:
+        """Latents (n, F, C, H, W) float32 on the CPU."""
+        flow_map, device = guided(student, self.negative, self.config.guidance_scale), self.negative.text.device
+        parts = []
+        for text, noise in zip(
+            prompts.text.split(self.config.batch), prompts.noise.split(self.config.batch), strict=True
+        ):
+            if interrupted():
+                raise _Interrupted
+            x0 = self.sampler(flow_map, noise.to(device), Condition(text.to(device)), steps, self.config.shift)
+            parts.append(x0.float().cpu())
+        return torch.cat(parts)
+
+
+class _Interrupted(Exception):
+    """The run was asked to stop."""
+
+
+def build_validator(config: RunConfig, world: World) -> InRunValidator:
+    """Load what validation needs, so that whatever is missing is known before the first step.
+
+    Raises:
+        UserError: held-out shards, or the codec, cannot be read or do not fit the run.
+    """
+    evaluation, length = config.evaluation, max(config.data.text_lengths)
+    shards = ShardSet.open(config.data.shards, config.data.cache, config.data.cache_gib)
+    held_out = _load_held_out(config)
+    compared = None
+    if held_out is not None:
+        texts = [pad_text(text, length) for text in held_out.texts]
+        compared = _prompts("validation", held_out.captions, texts, evaluation.samples, config, shards)
+    shown, count = None, min(evaluation.videos, len(shards.texts.validation))
+    if count:
+        texts = [pad_text(text, length) for text in shards.texts.validation]
+        shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config, shards)
+    codec = _load_codec(config, world.device) if shown is not None or evaluation.oracle != "none" else None
+    return InRunValidator(
+        config=evaluation,
+        sampler=sample_euler if config.objective.kind == "flow_matching" else sample,
+        negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
+        held_out=held_out,
+        compared=compared,
+        shown=shown,
+        codec=codec,
+        fps=shards.manifest.fps or 16.0,
+    )
+
+
+def _load_held_out(config: RunConfig) -> HeldOut | None:
+    location, key = config.evaluation.held_out, "evaluation.held_out"
+    if location is None:
+        return None
+    shards = ShardSet.open(location, config.data.cache, config.data.cache_gib)
+    check_compatible(shards.manifest, config.data, config.student.architecture, None, key)
+    if len(shards) < 2:
+        raise UserError(key, f"{location} holds {len(shards)} sample; a distance needs two or more")
+    return load_samples(shards, min(len(shards), MOST_HELD_OUT))
+
+
+def _prompts(
+    purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig, shards: ShardSet
+) -> Prompts:
+    """The first `count` prompts, from the start again where there are fewer, with noise from `evaluation.seed`."""
+    shape = shards.manifest.latent_shape
+    if shape is None:
+        raise UserError("data.shards", f"{config.data.shards} holds prompts without video; this run trains on video")
+    rows = [number % len(captions) for number in range(count)]
+    draw = Draw(config.evaluation.seed, 0, tuple(range(count)), torch.device("cpu"))
+    noise = draw.normal(purpose, tuple(shape))
+    return Prompts(tuple(captions[row] for row in rows), torch.stack([texts[row] for row in rows]), noise)
+
+
+def _load_codec(config: RunConfig, device: torch.device) -> Codec:
+    source = config.teacher.codec_source
+    if source is None:
+        raise UserError("teacher.codec", "is null, but validation decodes videos; name a pipeline folder")
+    return Codec.load(source, device, torch.float32)

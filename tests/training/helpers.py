@@ -1,0 +1,152 @@
+"""A run of seconds: random latents in shards, a student of a few thousand parameters, and processes that train it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.manifest import (
+    FORMAT,
+    TEXT,
+    CodecInfo,
+    Manifest,
+    PromptTexts,
+    ShardInfo,
+    write_manifest,
+    write_prompt_texts,
+)
+from anyflow_train.data.shards import Sample
+from anyflow_train.data.writing import write_shard
+from anyflow_train.training import checkpoint_writer, engine, trainer
+from anyflow_train.training.checkpoint import list_checkpoints
+
+SHAPE = (2, 4, 4, 4)
+TEXT_DIM = 8
+
+
+def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ()) -> Path:
+    """Shards of random latents; the poisoned ones are finite, but their squares are not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def produce() -> Iterator[Sample]:
+        for number in range(samples):
+            scale = 1e30 if number in poison else 1.0
+            latents = scale * torch.randn(SHAPE, generator=generator)
+            yield Sample(f"clip-{number:03d}", latents, torch.randn(3, TEXT_DIM, generator=generator), f"clip {number}")
+
+    write_shard(folder, "shard-000000.tar", produce())
+    write_prompt_texts(folder / TEXT, PromptTexts(torch.zeros(1, TEXT_DIM), (torch.ones(2, TEXT_DIM),)))
+    manifest = Manifest(
+        format=FORMAT,
+        kind="video",
+        shards=(ShardInfo(name="shard-000000.tar", samples=samples),),
+        text_dim=TEXT_DIM,
+        latent_shape=SHAPE,
+        latent_dtype="fp32",
+        frames=5,
+        height=32,
+        width=32,
+        fps=16.0,
+        longest_text=3,
+        codec=CodecInfo(source="somewhere", vae="abc", text_encoder="def"),
+        validation_prompts=("clip",),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A stage-1 run of 12 steps on `folder/shards`; dotted keys change it (`engine__micro_batch=4`)."""
+    config: dict[str, Any] = {
+        "name": "run",
+        "out": str(folder),
+        "steps": 12,
+        "log_every": 1,
+        "student": {
+            "architecture": {
+                "num_attention_heads": 2,
+                "attention_head_dim": 12,
+                "in_channels": SHAPE[1],
+                "out_channels": SHAPE[1],
+                "text_dim": TEXT_DIM,
+                "freq_dim": 16,
+                "ffn_dim": 32,
+                "num_layers": 1,
+                "rope_max_seq_len": 16,
+            },
+            "time_frequency_limit": 0.03,
+        },
+        "objective": {"kind": "flow_map"},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "ema": {"decay": 0.9, "start_step": 4}},
+        "data": {
+            "shards": str(folder / "shards"),
+            "frames": 5,
+            "height": 32,
+            "width": 32,
+            "text_lengths": [4, 8],
+            "workers": 1,
+        },
+        "engine": {"device": "cpu", "precision": "fp32", "global_batch": 8, "micro_batch": 2, "threads": 1},
+        "checkpoint": {"every": 3, "keep": 2},
+        "evaluation": {"every": 0},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = config
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return config
+
+
+def train(config: dict[str, Any]) -> Path:
+    """Train in this process. Returns the run directory."""
+    decoded = RunConfig.model_validate(config)
+    trainer.run(decoded)
+    return Path(decoded.out) / decoded.name
+
+
+def final_tensors(run: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint: weights, averages, Adam's moments."""
+    files = sorted(list_checkpoints(run / "checkpoints")[-1].glob("*.safetensors"))
+    return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def train_and_die(config: dict[str, Any], place: str, count: int) -> None:
+    """Train, and SIGKILL this process at the `count`-th call of a place: `backward`, `step` or `write`."""
+    owner, name = {
+        "backward": (engine.Engine, "backward"),
+        "step": (engine.Engine, "step"),
+        "write": (checkpoint_writer, "write_synced"),
+    }[place]
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(owner, name, deadly)
+    train(config)
+
+
+def in_process(target: Any, *arguments: Any) -> BaseProcess:
+    """Start a function in a process of its own: forked from a clean one in which the imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process

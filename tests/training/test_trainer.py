@@ -1,0 +1,250 @@
+"""Whole runs of a tiny student: killed, stopped, poisoned, continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.training import trainer
+from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.recipe import load_trained_network
+from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.validation import Validation
+from tests.training.helpers import final_tensors, in_process, settings, train, train_and_die, write_latents
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_latents(folder / "shards")
+    return train(settings(folder))
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(run: Path, other: Path) -> None:
+    """Weights, averages and moments bit for bit; Adam's count and the position in the data too."""
+    tensors, others = final_tensors(run), final_tensors(other)
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    infos = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]
+    assert infos[0].adam_steps == infos[1].adam_steps
+    assert infos[0].state.data_position == infos[1].state.data_position
+
+
+def test_a_run_leaves_what_its_readers_need(undisturbed: Path) -> None:
+    assert [path.name for path in list_checkpoints(undisturbed / "checkpoints")] == ["step_00000009", "step_00000012"]
+    assert [row["step"] for row in logged(undisturbed)] == list(range(1, 13))
+    row = logged(undisturbed)[0]
+    assert {"loss", "loss_diffusion", "loss_consistency", "loss_free", "gradient_norm", "learning_rate"} <= row.keys()
+    assert {"samples_per_second", "seconds_per_step", "memory_gib", "skipped"} <= row.keys()
+    assert row["learning_rate"] == pytest.approx(1e-2 / 3)
+    done = json.loads((undisturbed / "done.json").read_text())
+    assert done["step"] == 12
+    assert done["last_loss"] == pytest.approx(logged(undisturbed)[-1]["loss"])
+    RunConfig.model_validate_json((undisturbed / "config.json").read_text())
+
+
+# Random places, drawn anew at every run of the suite; the seed is part of the test's name.
+SEED = int(os.environ.get("KILL_SEED", time.time_ns() % 10_000))
+DICE = random.Random(SEED)
+# Two steps make 8 backward passes; a checkpoint has 6 files, the 1st after step 3.
+KILLS = [
+    [("backward", DICE.randint(1, 40)), ("step", DICE.randint(1, 6)), ("write", DICE.randint(1, 6))],
+    [("write", DICE.randint(7, 12)), ("backward", DICE.randint(1, 12)), ("write", DICE.randint(1, 6))],
+]
+
+
+@pytest.mark.parametrize("kills", KILLS, ids=lambda kills: f"seed{SEED}-" + "-".join(f"{p}{n}" for p, n in kills))
+def test_killed_runs_end_bit_equal(undisturbed: Path, tmp_path: Path, kills: list[tuple[str, int]]) -> None:
+    write_latents(tmp_path / "shards")
+    config = settings(tmp_path, data__shards=str(tmp_path / "shards"))
+    for place, count in kills:
+        process = in_process(train_and_die, config, place, count)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    run = train(config)
+    assert_equal_runs(run, undisturbed)
+    assert [row["step"] for row in logged(run)] == list(range(1, 13))
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_in_two_halves_equals_one(undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(tmp_path / "shards")
+    train(settings(tmp_path, steps=5))
+    run = train(settings(tmp_path))
+    assert "going on from" in capsys.readouterr().out
+    assert_equal_runs(run, undisturbed)
+    train(settings(tmp_path))
+    assert "is finished: 12 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
+    undisturbed: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_latents(tmp_path / "shards")
+    run = train(settings(tmp_path, steps=9))
+    file = run / "checkpoints" / "step_00000009" / "exp_avg-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content if damage == "flipped" else content[:-1])
+    assert_equal_runs(train(settings(tmp_path)), undisturbed)
+    assert "exp_avg-00001.safetensors does not match its checksum" in capsys.readouterr().err
+
+
+COMMAND = "import json, sys; from tests.training.helpers import train; train(json.loads(sys.argv[1]))"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_and_exits_well(undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+    write_latents(tmp_path / "shards")
+    # long enough to be still running; what was left is done with the undisturbed run's number of steps
+    config = settings(tmp_path, steps=100_000, checkpoint__every=100_000)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, json.dumps(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("step 1/")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "start again to go on" in output
+    assert number.name in errors
+    run = RunDirectory.of(RunConfig.model_validate(config)).path
+    stopped = list_checkpoints(run / "checkpoints")
+    assert len(stopped) == 1
+    if read_info(stopped[0]).state.step < 12:
+        assert_equal_runs(train(settings(tmp_path)), undisturbed)
+
+
+def test_changed_keys_are_refused_by_name(undisturbed: Path) -> None:
+    config = settings(undisturbed.parent, steps=20, seed=1, optimizer__lr=1.0)
+    with pytest.raises(UserErrors) as caught:
+        train(config)
+    assert [error.where for error in caught.value.errors] == ["optimizer.lr", "seed"]
+
+
+def test_a_poisoned_sample_is_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(tmp_path / "shards", samples=40, poison=(7,))
+    run = train(settings(tmp_path, steps=5))  # 40 samples: an epoch of 5 steps, one of them with the bad sample
+    output = capsys.readouterr().out
+    assert output.count("not finite") == 1
+    assert "clip-007" in output
+    info = read_info(list_checkpoints(run / "checkpoints")[-1])
+    assert (info.state.skipped, info.state.step, info.state.data_position) == (1, 5, 40)
+    assert info.adam_steps == {"student": 4}
+    assert all(tensor.isfinite().all() for tensor in final_tensors(run).values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards", samples=8, poison=(2, 5))
+    with pytest.raises(UserError, match=r"max_nonfinite_steps.*3 such steps in a row.*clip-002.*clip-005|clip-005"):
+        train(settings(tmp_path))
+
+
+def test_the_number_of_micro_batches_does_not_matter(undisturbed: Path, tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    run = train(settings(tmp_path, engine__micro_batch=8))
+    for row, other in zip(logged(run), logged(undisturbed), strict=True):
+        # float32 sums in another order, over 12 steps of Adam
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+class Judge:
+    """Pretends that the student was best after 6 steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def __call__(self, student: FlowMap, folder: Path, interrupted: Any) -> Validation | None:
+        step = int(folder.name.removeprefix("step_"))
+        self.steps.append(step)
+        return Validation({"energy_distance_4": abs(step - 6.0)})
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    judge = Judge()
+    config = RunConfig.model_validate(settings(tmp_path, evaluation__every=2, checkpoint__every=5, checkpoint__keep=1))
+    trainer.run(config, lambda config, world: judge)
+    assert judge.steps == [2, 4, 6, 8, 10, 12]
+    run = tmp_path / "run"
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000006", "step_00000012"]
+    assert json.loads((run / "checkpoints" / "best").read_text())["step"] == 6
+    assert json.loads((run / "done.json").read_text())["metrics"] == {"energy_distance_4": 6.0}
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "flow_map"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_trained_network_comes_back_from_its_checkpoint(tmp_path: Path, objective: str, adapter: str) -> None:
+    write_latents(tmp_path / "shards")
+    changes: dict[str, Any] = {"objective": {"kind": objective}}
+    if adapter == "lora":
+        lora = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["condition_embedder.time_embedder"]}
+        changes["student__adapter"] = lora
+    run = train(settings(tmp_path, steps=6, **changes))
+    tensors = final_tensors(run)
+    for weights, group in (("raw", "weights"), ("ema", "ema")):
+        network, config = load_trained_network(run, weights)
+        assert config.objective.kind == objective
+        state = trainable_parameters(network)
+        trained = {name.split(": ")[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}-")}
+        assert trained
+        assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+    different = [
+        name for name in trained if not torch.equal(trained[name], tensors[f"weights-00001.safetensors: {name}"])
+    ]
+    assert different
+
+
+def test_the_ema_derivative_network_trains(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    run = train(settings(tmp_path, objective__derivative_network="ema", steps=6))
+    assert logged(run)[-1]["skipped"] == 0
+
+
+def test_a_bf16_run_sees_float32_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow_train.models.embeddings import ConditionEmbedder
+
+    seen: list[torch.dtype] = []
+    original = ConditionEmbedder.forward
+
+    def spy(self: ConditionEmbedder, *arguments: Any) -> Any:
+        seen.extend(a.dtype for a in arguments[:2])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ConditionEmbedder, "forward", spy)
+    write_latents(tmp_path / "shards")
+    train(settings(tmp_path, steps=1, engine__precision="bf16", objective__derivative_precision="bf16"))
+    assert seen
+    assert set(seen) == {torch.float32}
+
+
+def test_accelerate_launch_runs_it_unchanged(undisturbed: Path, tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    program = tmp_path / "program.py"
+    program.write_text(COMMAND)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [*launcher, *options, str(program), json.dumps(settings(tmp_path))]
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    assert_equal_runs(tmp_path / "run", undisturbed)
