@@ -62,14 +62,16 @@ def build() -> AutoencoderKLWan:
 def train_vae(settings: CodecSettings, report: Callable[[str], None] = print) -> AutoencoderKLWan:
     """Trains the codec and writes `latents_mean` and `latents_std` into its config.
 
-    The random draws depend on `settings.seed` alone. Progress goes to `report`, one line at a time.
+    The random draws depend on `settings.seed` alone, and the caller's generator is left as it was. Progress goes to
+    `report`, one line at a time.
     """
-    torch.manual_seed(settings.seed)
-    codec = build()
-    initialise(codec, _draw(settings, 8, settings.joint_frames, settings.crop))
-    codec = train_jointly(codec, settings, report)
-    write_statistics(codec, settings.statistics_clips)
-    codec = train_decoder(codec, settings, report)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        codec = build()
+        initialise(codec, _draw(8, settings.joint_frames, settings.crop))
+        codec = train_jointly(codec, settings, report)
+        write_statistics(codec, settings.statistics_clips)
+        codec = train_decoder(codec, settings, report)
     return codec.eval().requires_grad_(False)
 
 
@@ -77,7 +79,7 @@ def train_jointly(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
     """Trains encoder and decoder on crops; returns the moving average."""
 
     def loss(step: int) -> Tensor:
-        video = _draw(settings, settings.joint.batch, settings.joint_frames, settings.crop)
+        video = _draw(settings.joint.batch, settings.joint_frames, settings.crop)
         posterior = codec.encode(video, return_dict=False)[0]
         noise = settings.latent_noise * torch.randn_like(posterior.mean)
         seen = codec.decode(posterior.sample() + noise, return_dict=False)[0]
@@ -101,7 +103,7 @@ def train_decoder(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
     def loss(step: int) -> Tensor:
         whole = step % 2 == 1 and step > 0.3 * settings.decoder.steps
         count = max(1, settings.decoder.batch // 2) if whole else settings.decoder.batch
-        video = _draw(settings, count, world.FRAMES, world.SIZE if whole else settings.crop)
+        video = _draw(count, world.FRAMES, world.SIZE if whole else settings.crop)
         with torch.no_grad():
             latents = codec.encode(video, return_dict=False)[0].mode()
             latents = latents + settings.latent_noise * spread * torch.randn_like(latents)
@@ -153,7 +155,7 @@ def judge(codec: AutoencoderKLWan, video: Tensor, labels: Tensor) -> str:
     )
 
 
-def _draw(settings: CodecSettings, count: int, frames: int, size: int) -> Tensor:
+def _draw(count: int, frames: int, size: int) -> Tensor:
     """Clips at any phase, from torch's global generator: crops of a world that is wider than its clips."""
     labels = torch.randint(0, world.CLASSES, (count,))
     contrast = world.LEAST_CONTRAST + (1 - world.LEAST_CONTRAST) * torch.rand(count)
