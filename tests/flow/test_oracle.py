@@ -44,8 +44,8 @@ def test_two_mode_toy_solves_its_ode() -> None:
     data = TwoModes(share=0.3, first=-1.0, second=1.0, std=0.3)
     x, t, r = points()
     fine = TwoModes(share=0.3, first=-1.0, second=1.0, std=0.3, steps=96).average_velocity(x, t, r)
-    # RK4 at 24 steps against 96: fourth order leaves 1/256 of an error that is already small.
-    torch.testing.assert_close(data.average_velocity(x, t, r), fine, rtol=0, atol=1e-6)
+    # RK4 at 12 steps against 96: 1e-5, a thousandth of the Monte-Carlo errors that it is used with.
+    torch.testing.assert_close(data.average_velocity(x, t, r), fine, rtol=0, atol=5e-5)
     torch.testing.assert_close(data.average_velocity(x, t, t), data.velocity(x, t))
 
 
