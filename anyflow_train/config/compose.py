@@ -12,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
@@ -55,7 +56,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         config_dir: a folder of further config files, laid out as `configs/` is.
 
     Raises:
-        UserErrors: every error of the overrides and the files, with dotted keys.
+        UserErrors: every error of the overrides, with dotted keys.
+        UserError: a config file that Hydra cannot compose, or an impossible WORLD_SIZE.
     """
     folders = config_folders(config_dir)
     settings, syntax_errors = parse(overrides)
@@ -68,13 +70,16 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     if choice_errors:
         # Without its groups the config is not what was meant: only the keys that were written can be judged.
         written = {setting.key for setting in accepted}
-        _, field_errors = decode(MODELS[command], values, lambda _config: (), {}, {})
+        _, field_errors = decode(MODELS[command], values, lambda _config: (), {}, dict)
         field_errors = [error for error in field_errors if error.where in written]
         config = None
     else:
         choices = [setting for setting in accepted if setting.key in groups]
-        fallback, _ = _plain(_compose_files(command, to_hydra(choices, groups), folders))
-        config, field_errors = decode(MODELS[command], values, _rules(command), known, fallback)
+
+        def unchanged() -> dict[str, Any]:
+            return _plain(_compose_files(command, to_hydra(choices, groups), folders))[0]
+
+        config, field_errors = decode(MODELS[command], values, _rules(command), known, unchanged)
     if errors := [*syntax_errors, *choice_errors, *field_errors]:
         raise UserErrors(errors)
     return config
@@ -113,7 +118,7 @@ def _compose_files(command: str, overrides: list[str], folders: list[Path]) -> D
             return hydra_compose(command, overrides=[*overrides, *search])
     except MissingConfigException as error:
         raise _missing_file(error) from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError("configs", " ".join(str(error).split())) from error
 
 

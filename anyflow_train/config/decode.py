@@ -24,7 +24,7 @@ def decode(
     values: Mapping[str, Any],
     rules: Callable[[M], Iterable[Finding]],
     known: Mapping[str, str],
-    fallback: Mapping[str, Any],
+    fallback: Callable[[], Mapping[str, Any]],
 ) -> tuple[M | None, list[UserError]]:
     """Decode `values`, and hold the result against `rules`.
 
@@ -33,7 +33,7 @@ def decode(
 
     Args:
         known: dotted keys that hold a placeholder because they have no value, and what to say about each.
-        fallback: values of the same config before a person changed it.
+        fallback: gives the values of the same config before a person changed it; called only where it is needed.
 
     Returns:
         The model, or None where there are errors; and the errors.
@@ -41,12 +41,11 @@ def decode(
     errors = [UserError(key, message) for key, message in known.items()]
     wrong = set(known)
     decoded, details = _validate(model, values)
-    for field, dotted, message in _field_errors(model, values, details):
-        if field not in wrong:
-            errors.append(UserError(dotted, message))
-    wrong |= {field for field, _, _ in _field_errors(model, values, details)}
+    wrong_fields = list(_field_errors(model, values, details))
+    errors += [UserError(dotted, message) for field, dotted, message in wrong_fields if field not in wrong]
+    wrong |= {field for field, _, _ in wrong_fields}
     if decoded is None:
-        decoded, _ = _validate(model, _replaced(values, wrong, fallback))
+        decoded, _ = _validate(model, _replaced(values, wrong, fallback()))
     if decoded is not None:
         errors += [finding.error() for finding in rules(decoded) if not finding.involves(wrong)]
     return (None if errors else decoded), errors

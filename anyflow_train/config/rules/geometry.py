@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import Architecture, Lora
+from anyflow_train.config.network import Lora
 from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_shapes
 from anyflow_train.config.run import RunConfig
 
@@ -118,18 +118,13 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
     for module in adapter.full_modules:
         inside = [name for name in shapes if in_modules(name, [module])]
         if not inside:
-            parents = _last_parts([name.rpartition(".")[0] for name in shapes])
-            yield Finding(("student.adapter.full_modules",), f"{module!r} matches no module{_nearest(module, parents)}")
+            modules = _last_parts([parent for name in shapes for parent in _parents(name)])
+            yield Finding(("student.adapter.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
         elif any(matches(name.removesuffix(".weight"), adapter.targets) for name in inside):
             yield Finding(
                 ("student.adapter.full_modules", "student.adapter.targets"),
                 f"{module!r} holds layers that student.adapter.targets adapts too; leave it in one of them",
             )
-
-
-def adapter_layers(architecture: Architecture) -> list[str]:
-    """The layer names that `student.adapter.targets` may hold, shortest form."""
-    return _last_parts(linear_layers(architecture))
 
 
 def _last_parts(names: list[str]) -> list[str]:
@@ -138,6 +133,12 @@ def _last_parts(names: list[str]) -> list[str]:
         name.split(".", 2)[2] if name.startswith("blocks.") and name.count(".") > 1 else name for name in names
     )
     return list(dict.fromkeys(name.removeprefix("condition_embedder.") for name in shortened if name))
+
+
+def _parents(name: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _nearest(wrong: str, valid: list[str]) -> str:

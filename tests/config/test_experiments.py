@@ -1,0 +1,129 @@
+"""Every shipped experiment composes, passes its rules, and holds the published hyper-parameters where it says so."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from anyflow_train.config.compose import MODELS, compose, config_folders
+from anyflow_train.config.derived import derive
+from anyflow_train.config.groups import EXPERIMENT, find_groups
+from anyflow_train.config.network import LORA_TARGETS, Lora
+from anyflow_train.config.objective import FlowMap, FlowMatching
+from anyflow_train.config.rules.run import run_warnings
+from anyflow_train.config.run import RunConfig
+
+GROUPS = find_groups(config_folders(None))
+EXPERIMENTS = GROUPS[EXPERIMENT]
+RUNS = [name for name, choice in EXPERIMENTS.items() if choice.command == "train"]
+# What a person has to give beside the experiment, by command.
+NEEDED = {
+    "prepare": ["source=clips", "out=shards"],
+    "evaluate": ["models=[runs/a]", "held_out=shards", "out=report"],
+}
+
+
+def test_every_experiment_says_its_command() -> None:
+    assert {choice.command for choice in EXPERIMENTS.values()} <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_composes(name: str) -> None:
+    command = EXPERIMENTS[name].command
+    assert command is not None
+    config = compose(command, [f"experiment={name}", *NEEDED.get(command, [])])
+    assert isinstance(config, MODELS[command])
+    # What is saved in a run directory is read back as it was.
+    assert type(config).model_validate_json(config.model_dump_json(), strict=True) == config
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_derive(name: str) -> None:
+    config: RunConfig = compose("train", [f"experiment={name}"])
+    assert config.name == name
+    derived = derive(config, world=1)
+    assert derived.global_batch == derived.accumulation * config.engine.micro_batch
+    assert 0 < derived.trainable <= derived.parameters
+    unexpected = [finding for finding in run_warnings(config, 1) if finding.keys[0] != "evaluation.held_out"]
+    assert unexpected == []
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "batch", "micro", "heads", "layers", "ffn"),
+    [("1_3b", 6000, 32, 2, 12, 30, 8960), ("14b", 4000, 16, 1, 40, 40, 13824)],
+)
+@pytest.mark.parametrize("stage", ["teacher", "forward", "forward_reference"])
+def test_published_hyperparameters(
+    size: str, stage: str, steps: int, batch: int, micro: int, heads: int, layers: int, ffn: int
+) -> None:
+    config: RunConfig = compose("train", [f"experiment=wan{size}_{stage}"])
+    shape, optimizer = config.student.architecture, config.optimizer
+    assert (shape.num_attention_heads, shape.attention_head_dim, shape.num_layers, shape.ffn_dim) == (
+        (heads, 128, layers, ffn)
+    )
+    assert (shape.text_dim, shape.freq_dim) == (4096, 256)
+    assert (config.steps, config.engine.global_batch, config.engine.micro_batch) == (steps, batch, micro)
+    assert (config.data.frames, config.data.height, config.data.width) == (81, 480, 832)
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (5e-5, (0.9, 0.95), 0.0)
+    assert (optimizer.warmup_steps, optimizer.schedule, optimizer.clip_norm) == (1000, "constant", 1.0)
+    assert (optimizer.ema.decay, optimizer.ema.start_step) == (0.999, 1000)
+    adapter = config.student.adapter
+    assert isinstance(adapter, Lora)
+    assert (adapter.rank, adapter.alpha) == (256, 256.0)
+    embedders = [target for target in adapter.targets if target not in LORA_TARGETS]
+    assert set(adapter.targets) >= set(LORA_TARGETS)
+    assert len(embedders) == (0 if stage == "teacher" else 4)
+
+
+@pytest.mark.parametrize("name", ["wan1_3b_teacher", "wan14b_teacher", "tiny_teacher"])
+def test_teachers_are_plain_flow_matching_without_a_second_time(name: str) -> None:
+    config: RunConfig = compose("train", [f"experiment={name}"])
+    assert isinstance(config.objective, FlowMatching)
+    assert config.student.gate_value == 0
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith("_reference")])
+def test_references_are_as_published(name: str) -> None:
+    config: RunConfig = compose("train", [f"experiment={name}"])
+    assert config.objective == FlowMap(
+        kind="flow_map",
+        guidance="prediction",
+        guidance_scale=3.0,
+        text_dropout=0.1,
+        velocity="data",
+        derivative_network="student",
+        derivative_precision="bf16",
+        derivative_ends="free",
+        epsilon=0.005,
+        weight="beta08",
+        rebalance="weighted",
+    )
+    assert config.times.precision == "bf16"
+    assert (config.times.shift, config.times.diffusion_share, config.times.consistency_share) == (5.0, 0.5, 0.25)
+    assert (config.student.gate_value, config.student.deltatime_type) == (0.25, "r")
+    assert config.engine.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith("_reference")])
+def test_reference_twins_differ_only_where_the_published_recipe_does(name: str) -> None:
+    reference: RunConfig = compose("train", [f"experiment={name}"])
+    ours: RunConfig = compose("train", [f"experiment={name.removesuffix('_reference')}"])
+    differing = {key for key, value in reference.model_dump().items() if value != ours.model_dump()[key]}
+    assert differing <= {"name", "objective", "times", "engine"}
+
+
+def test_every_choice_of_every_group_is_valid() -> None:
+    """A choice that no experiment uses would otherwise rot: the i-th choices of all free groups together."""
+    free = {group: list(GROUPS[group]) for group in sorted(set(GROUPS) - {EXPERIMENT, "objective", "times", "teacher"})}
+    for turn in range(max(map(len, free.values()))):
+        chosen = {group: names[turn % len(names)] for group, names in free.items()}
+        config = compose("train", ["experiment=tiny", *(f"{group}={name}" for group, name in chosen.items())])
+        assert config.name == "tiny"
+
+
+def test_every_file_explains_itself() -> None:
+    folder = config_folders(None)[0]
+    for path in folder.rglob("*.yaml"):
+        if path.parent != folder:
+            assert re.match(r"# \S", path.read_text(encoding="utf-8")), path

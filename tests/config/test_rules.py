@@ -1,0 +1,202 @@
+"""Each rule names the dotted key that fixes it; nothing else is reported beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+
+from anyflow_train.config.base import Model
+from anyflow_train.config.commands import CodecConfig, EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.compose import compose
+from anyflow_train.config.decode import decode
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.rules import commands
+from anyflow_train.config.rules.run import run_errors, run_warnings
+from anyflow_train.config.run import RunConfig
+
+WHOLE = {"kind": "flow_matching", "guidance": "none", "guidance_scale": 1.0, "text_dropout": 0.1}
+LORA = {"kind": "lora"}
+
+
+@cache
+def saved(experiment: str) -> str:
+    return compose("train", [f"experiment={experiment}"]).model_dump_json()
+
+
+def changed(changes: dict[str, Any], experiment: str = "tiny") -> dict[str, Any]:
+    values = json.loads(saved(experiment))
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return values
+
+
+def found(model: type[Model], values: dict[str, Any], rules: Callable[[Any], Iterable[Finding]]) -> dict[str, str]:
+    _, errors = decode(model, values, rules, {}, dict)
+    return {error.where: error.problem for error in errors}
+
+
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    # Shares and branches.
+    ({"times.diffusion_share": 0.9}, "times.consistency_share", "make 1.15 together"),
+    ({"times.diffusion_share": 1.0, "times.consistency_share": 0.0}, "times.diffusion_share", "no sample with r < t"),
+    (
+        {"engine.global_batch": 2, "engine.micro_batch": 2},
+        "engine.global_batch",
+        "none is left for free; 4 is the next",
+    ),
+    (
+        {"engine.global_batch": 1, "engine.micro_batch": 1},
+        "engine.global_batch",
+        "none is left for consistency and free; 4 is the next",
+    ),
+    ({"times.diffusion_share": 0.0}, "objective.rebalance", "set objective.rebalance=none"),
+    ({"objective": WHOLE}, "times.diffusion_share", "times=flow_matching"),
+    # Times and network.
+    ({"times.distribution": "logit_normal"}, "times.distribution", "set times.distribution=uniform"),
+    ({"student.gate_value": 0.0}, "student.gate_value", "hides the target time"),
+    ({"student.architecture.attention_head_dim": 23}, "student.architecture.attention_head_dim", "even"),
+    ({"student.architecture.freq_dim": 63}, "student.architecture.freq_dim", "even"),
+    ({"student.architecture.out_channels": 8}, "student.architecture.out_channels", "in_channels=16"),
+    ({"student.init": None, "student.adapter": LORA}, "student.adapter", "student/adapter=full"),
+    ({"student.time_frequency_limit": 0.1}, "student.time_frequency_limit", "=null"),
+    # Adapters.
+    ({"student.adapter": LORA | {"targets": []}}, "student.adapter.targets", "is empty"),
+    ({"student.adapter": LORA | {"targets": ["attn1.to_qq"]}}, "student.adapter.targets", "nearest is 'attn1.to_q'"),
+    ({"student.adapter": LORA | {"targets": ["patch_embedding"]}}, "student.adapter.targets", "no linear layer"),
+    (
+        {"student.adapter": LORA | {"full_modules": ["delta_embeder"]}},
+        "student.adapter.full_modules",
+        "nearest is 'delta_embedder'",
+    ),
+    (
+        {"student.adapter": LORA | {"full_modules": ["ffn"]}},
+        "student.adapter.full_modules",
+        "leave it in one of them",
+    ),
+    # Guidance and velocity.
+    ({"objective.guidance_scale": 3.0}, "objective.guidance", "prediction or target"),
+    ({"objective.guidance": "target"}, "objective.guidance_scale", "set a scale above 1"),
+    (
+        {"objective.velocity": "teacher", "teacher.source": None, "teacher.codec": "x"},
+        "teacher.source",
+        "objective.velocity=data",
+    ),
+    # Sizes.
+    ({"data.frames": 18}, "data.frames", "nearest are 17 and 21"),
+    ({"data.height": 72}, "data.height", "multiple of 16 (VAE 8 x patch 2); nearest are 64 and 80"),
+    ({"data.width": 8}, "data.width", "nearest are 16"),
+    ({"student.architecture.patch_size": [2, 2, 2]}, "data.frames", "5 latent frames"),
+    ({"student.architecture.rope_max_seq_len": 4}, "data.frames", "gives 5 tokens along that axis"),
+    ({"data.width": 1040}, "data.width", "gives 65 tokens along that axis"),
+    # Batches and schedule.
+    ({"engine.micro_batch": 5}, "engine.global_batch", "nearest are 30 and 35"),
+    ({"optimizer.schedule": "constant"}, "optimizer.final_lr_share", "no effect"),
+    # Validation.
+    ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
+    ({"evaluation.best_metric": "energy_4"}, "evaluation.best_metric", "nearest is 'energy_distance_4'"),
+    ({"teacher.source": None, "evaluation.videos": 0}, "teacher.codec", "evaluation.oracle=none"),
+    ({"teacher.source": None, "evaluation.oracle": "none"}, "teacher.codec", "evaluation.videos=0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "words"), CASES)
+def test_run_rule(changes: dict[str, Any], key: str, words: str) -> None:
+    errors = found(RunConfig, changed(changes), partial(run_errors, world=1))
+    assert list(errors) == [key]
+    assert words in errors[key]
+
+
+POSSIBLE: list[dict[str, Any]] = [
+    {"objective.guidance": "target", "objective.guidance_scale": 3.0},
+    {"times.diffusion_share": 0.0, "objective.rebalance": "none"},
+    {"times.diffusion_share": 0.5, "times.consistency_share": 0.5},
+    {"student.init": None, "student.time_frequency_limit": 0.03},
+    {"student.adapter": LORA | {"full_modules": ["time_embedder", "delta_embedder"]}},
+    {"evaluation.best_metric": "sliced_wasserstein_8"},
+    {"evaluation.every": 0, "evaluation.best_metric": "nothing", "teacher.source": None},
+    {"evaluation.held_out": None, "evaluation.best_metric": "nothing"},
+]
+
+
+@pytest.mark.parametrize("changes", POSSIBLE)
+def test_possible_runs(changes: dict[str, Any]) -> None:
+    assert found(RunConfig, changed(changes), partial(run_errors, world=1)) == {}
+
+
+WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
+    ("tiny", {"optimizer.ema.start_step": 800}, 1, "optimizer.ema.start_step", "a plain copy"),
+    ("tiny", {"optimizer.warmup_steps": 800}, 1, "optimizer.warmup_steps", "never reached"),
+    ("tiny", {"evaluation.every": 801}, 1, "evaluation.every", "no validation"),
+    ("tiny", {"objective.derivative_precision": "bf16"}, 1, "objective.derivative_precision", "pointless"),
+    ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
+    ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
+    ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "already holds guidance"),
+    # 3 processes x micro-batch 2, 18 slots of which 9 are diffusion: the second micro-step holds 3 of 6, one a process;
+    # with 12 slots, 6 diffusion fill the first micro-step; with 24 slots of which .4 are diffusion (10) it is uneven.
+    (
+        "tiny",
+        {"engine.global_batch": 24, "engine.micro_batch": 2, "times.diffusion_share": 0.4},
+        3,
+        "engine.global_batch",
+        "takes 1 needless time derivatives per step; engine.global_batch=",
+    ),
+]
+
+
+@pytest.mark.parametrize(("experiment", "changes", "world", "key", "words"), WARNINGS)
+def test_warning(experiment: str, changes: dict[str, Any], world: int, key: str, words: str) -> None:
+    values = changed(changes, experiment)
+    assert found(RunConfig, values, partial(run_errors, world=world)) == {}
+    config = RunConfig.model_validate_json(json.dumps(values))
+    warnings = {finding.keys[0]: finding.text for finding in run_warnings(config, world)}
+    assert list(warnings) == [key]
+    assert words in warnings[key]
+
+
+def test_even_splits_do_not_warn() -> None:
+    config = RunConfig.model_validate_json(json.dumps(changed({"engine.global_batch": 24, "engine.micro_batch": 2})))
+    assert run_warnings(config, 3) == []
+
+
+COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[str, Any], str, str]] = [
+    (CodecConfig, commands.codec, {"out": "x", "joint_frames": 8}, "joint_frames", "nearest are 5 and 9"),
+    (CodecConfig, commands.codec, {"out": "x", "crop": 20}, "crop", "multiple of 8"),
+    (PrepareConfig, commands.prepare, {"out": "x", "codec": "c"}, "source", "prompts=FILE"),
+    (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "prompts": "p"}, "prompts", "give one"),
+    (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "frames": 80}, "frames", "77 and 81"),
+    (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "height": 100}, "height", "96 and 112"),
+    (SampleConfig, commands.sample, {"out": "x", "model": "m"}, "prompts", "prompt_file=FILE"),
+    (SampleConfig, commands.sample, {"out": "x", "model": "m", "prompts": ["a"], "width": 100}, "width", "96 and 112"),
+    (SampleConfig, commands.sample, {"out": "x", "model": "m", "prompts": ["a"], "frames": 2}, "frames", "1 and 5"),
+    (
+        EvaluateConfig,
+        commands.evaluate,
+        {"out": "x", "models": ["m"], "teacher": "t", "held_out": "h", "reference": "guided_teacher"},
+        "guidance_scale",
+        "above 1",
+    ),
+    (
+        EvaluateConfig,
+        commands.evaluate,
+        {"out": "x", "models": ["m"], "teacher": "t", "held_out": "h", "guidance_scale": 3.0},
+        "reference",
+        "guided_teacher",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "rules", "values", "key", "words"), COMMAND_CASES)
+def test_command_rule(
+    model: type[Model], rules: Callable[[Any], Iterable[Finding]], values: dict[str, Any], key: str, words: str
+) -> None:
+    errors = found(model, values, rules)
+    assert list(errors) == [key]
+    assert words in errors[key]
