@@ -1,0 +1,180 @@
+"""`anyflow evaluate`: a teacher and its students at several numbers of calls, from the same noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.data.held_out import HeldOut, load_samples
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.evaluation.grid import Grid, write_grid
+from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
+from anyflow_train.evaluation.load import Model, load_exported, load_model, on_device, unique_names
+from anyflow_train.evaluation.measure import Cell, Ruler, Sampled
+from anyflow_train.evaluation.oracle import Recognition, judge_stripes
+from anyflow_train.evaluation.report import TEACHER, Report, write_report
+from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
+from anyflow_train.evaluation.video import to_frames
+from anyflow_train.flow.sampler import guided, sample, sample_euler
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.models.codec import Codec
+
+GRID_CALLS = 8
+"""Columns of the grid go up to this number of calls."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that the models have in common."""
+
+    config: EvaluateConfig
+    captions: list[str]
+    inputs: Inputs
+    ruler: Ruler
+    judge: Callable[[Tensor], Recognition] | None
+    say: Callable[[str], None]
+
+
+def run(config: EvaluateConfig) -> Report:
+    """Evaluate, and write `report.json`, `report.md`, `quality.png`, `grid.mp4` and `grid.gif` into `config.out`.
+
+    Raises:
+        UserError: a model, the shards or the codec cannot be loaded.
+    """
+    start = time.monotonic()
+    say = partial(_say, start)
+    out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    shards = ShardSet.open(config.held_out)
+    models = [load_model(source, config.weights) for source in config.models]
+    teacher = on_device(load_exported(config.teacher), device, dtype)
+    negative = padded_condition([shards.texts.negative], config.text_length, device)
+    teacher = guided(teacher, negative, config.guidance_scale)
+    codec = Codec.load(config.codec or config.teacher, device, torch.float32)
+
+    say(f"reading {config.held_out_samples} held-out samples, and sampling the teacher's fine solution")
+    setting, fine = prepare(config, shards, teacher, codec, device, say)
+    teacher_sets = {steps: best_shift(setting, teacher, steps) for steps in config.steps}
+    cells = [_teacher_cell(setting, steps, samples) for steps, samples in teacher_sets.items()]
+    student_sets: dict[str, dict[int, Sampled]] = {}
+    for name, model in zip(unique_names(models), models, strict=True):
+        student_sets[name] = sample_student(setting, model, device, dtype)
+        cells += _student_cells(setting, name, student_sets[name], teacher_sets)
+    cells.append(setting.ruler.cell(TEACHER, config.fine_steps, fine, None, setting.judge))
+    report = Report(config, tuple(cells), time.monotonic() - start)
+    print(write_report(out, report))
+    first = next(iter(student_sets))
+    _write_grid(setting, codec, {TEACHER: teacher_sets, first: student_sets[first]}, shards.manifest.fps or 16.0, out)
+    say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
+    return report
+
+
+def pick_device(name: str, threads: int) -> torch.device:
+    """The device of a command's config; `auto` is the GPU if there is one. `threads` 0 leaves torch's choice."""
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def prepare(
+    config: EvaluateConfig,
+    shards: ShardSet,
+    teacher: FlowMap,
+    codec: Codec,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[Setting, Sampled]:
+    """What all models share, and the teacher's fine solution.
+
+    Captions are the held-out samples' own, every caption about equally often.
+    """
+    held_out = load_samples(shards, config.held_out_samples)
+    rows = cycle(balanced_order(held_out.captions), config.samples)
+    captions = [held_out.captions[row] for row in rows]
+    shape = tuple(held_out.latents.shape[1:])
+    noise = draw_noise(config.samples, shape, config.seed, "evaluation")
+    inputs = Inputs(noise, [held_out.texts[row] for row in rows], config.text_length, config.batch, device)
+    fine = sample_all(sample_euler, teacher, inputs, config.fine_steps, config.shift)
+    reference = _reference(config, held_out, teacher, device)
+    ruler = Ruler(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
+    decode = partial(_decode, codec, device)
+    judge = None if config.oracle == "none" else partial(judge_stripes, captions=captions, decode=decode, batch=32)
+    return Setting(config, captions, inputs, ruler, judge, say), ruler.sampled(fine, config.shift)
+
+
+def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
+    """The teacher's samples at the shift that suits it best. One step goes from 1 to 0 whatever the shift."""
+    shifts = setting.config.shifts if steps > 1 else setting.config.shifts[:1]
+    found = []
+    for shift in shifts:
+        latents = sample_all(sample_euler, teacher, setting.inputs, steps, shift)
+        found.append(setting.ruler.sampled(latents, shift))
+        setting.say(f"teacher, {steps} calls, shift {shift:g}: energy distance {float(found[-1].energy[0]):.3f}")
+    return min(found, key=lambda samples: float(samples.energy[0]))
+
+
+def sample_student(
+    setting: Setting, model: Model, device: torch.device, dtype: torch.dtype | None
+) -> dict[int, Sampled]:
+    """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
+    flow_map = on_device(model.network, device, dtype)
+    sets = {}
+    for steps in setting.config.steps:
+        latents = sample_all(sample, flow_map, setting.inputs, steps, setting.config.shift)
+        sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
+        setting.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
+    return sets
+
+
+def _teacher_cell(setting: Setting, steps: int, samples: Sampled) -> Cell:
+    return setting.ruler.cell(TEACHER, steps, samples, None, setting.judge)
+
+
+def _student_cells(
+    setting: Setting, name: str, sets: dict[int, Sampled], teacher_sets: dict[int, Sampled]
+) -> list[Cell]:
+    return [
+        setting.ruler.cell(name, steps, samples, teacher_sets[steps], setting.judge) for steps, samples in sets.items()
+    ]
+
+
+def _reference(config: EvaluateConfig, held_out: HeldOut, teacher: FlowMap, device: torch.device) -> Tensor:
+    """The held-out samples, or the teacher's fine (guided) samples with their captions, from other noise."""
+    if config.reference == "data":
+        return held_out.latents
+    shape = tuple(held_out.latents.shape[1:])
+    noise = draw_noise(config.held_out_samples, shape, config.seed, "reference")
+    inputs = Inputs(noise, held_out.texts, config.text_length, config.batch, device)
+    return sample_all(sample_euler, teacher, inputs, config.fine_steps, config.shift)
+
+
+def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
+    return codec.decode_video(latents.to(device))
+
+
+def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, Sampled]], fps: float, out: Path) -> None:
+    """Videos of the first prompts: the teacher's columns, then the student's, up to `GRID_CALLS` calls."""
+    count = min(setting.config.videos, len(setting.captions))
+    if count == 0:
+        return
+    columns, videos = [], []
+    for name, by_steps in sets.items():
+        for steps in sorted(steps for steps in by_steps if steps <= GRID_CALLS):
+            decoded = _decode(codec, setting.inputs.device, by_steps[steps].latents[:count])
+            videos.append([to_frames(video) for video in decoded])
+            columns.append(f"{name}\n{steps} call{'s' * (steps > 1)}")
+    by_prompt = list(zip(*videos, strict=True))
+    write_grid(Grid(setting.captions[:count], columns, by_prompt, fps), out / "grid.mp4", out / "grid.gif")
+
+
+def _say(start: float, text: str) -> None:
+    print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)

@@ -1,0 +1,56 @@
+"""Does a video show what its caption says? Answered by a closed-form oracle where the data set has one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyflow_train.evaluation.intervals import Estimate
+from anyflow_train.tiny.world import label_of, recognise
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """The oracle's verdict on a set of videos.
+
+    Attributes:
+        accuracy: share of videos that show the class of their caption.
+        purity: mean share of a video's variation that is the recognised pattern; low for blur and noise.
+    """
+
+    accuracy: Estimate
+    purity: float
+
+
+@torch.inference_mode()
+def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
+    """Decode (n, F, C, H, W) latents in batches and recognise the stripes in them.
+
+    Args:
+        latents: normalised, float32.
+        captions: n captions of the stripes world.
+        decode: latents -> videos (B, 3, F, H, W) in [-1, 1].
+        batch: videos per decoding.
+    """
+    labels = torch.tensor([label_of(caption) for caption in captions])
+    right, purity = [], []
+    for start in range(0, len(latents), batch):
+        reading = recognise(decode(latents[start : start + batch]).float().cpu())
+        right.append(reading.labels == labels[start : start + batch])
+        purity.append(reading.purity)
+    hits = int(torch.cat(right).sum())
+    return Recognition(wilson(hits, len(latents)), float(torch.cat(purity).mean()))
+
+
+def wilson(hits: int, trials: int) -> Estimate:
+    """A share with Wilson's 95 % interval, which stays honest at 0 and 1 where a bootstrap has no width."""
+    z = 1.959964
+    share, spread = hits / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
+    # At 0 and 1 the interval ends there exactly; rounding must not take the value out of it.
+    return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))

@@ -1,0 +1,117 @@
+"""What an evaluation leaves behind: `report.json`, a table, and the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train import __version__
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.data.files import atomic_file, write_json
+from anyflow_train.evaluation.intervals import Estimate
+from anyflow_train.evaluation.measure import Cell
+from anyflow_train.evaluation.plot import Curve, Panel, write_plot
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of an evaluation.
+
+    Attributes:
+        config: what was asked for.
+        cells: the teacher's, then every student's, by number of calls; last the teacher's fine solution.
+        seconds: what it took.
+    """
+
+    config: EvaluateConfig
+    cells: tuple[Cell, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and intervals by name; what does not apply is null."""
+        config = self.config.model_dump(mode="json")
+        cells = [asdict(cell) for cell in self.cells]
+        return {"package": "anyflow_train", "version": __version__, "seconds": self.seconds, "config": config} | {
+            "interval": "95 %",
+            "cells": cells,
+        }
+
+
+def write_report(folder: Path, report: Report) -> str:
+    """Write `report.json`, `report.md` and `quality.png`. Returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = "\n".join(table_lines(report))
+    write_json(folder / "report.json", report.to_json())
+    with atomic_file(folder / "report.md") as file:
+        file.write(f"{table}\n\n{_caption(report)}\n".encode())
+    write_plot(folder / "quality.png", panels(report))
+    return table
+
+
+def table_lines(report: Report) -> list[str]:
+    """A markdown table, aligned so that it also reads on a terminal."""
+    oracle = any(cell.recognition for cell in report.cells)
+    head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
+    rows = [head + ["class accuracy", "purity"] * oracle]
+    rows += [_row(cell, oracle) for cell in report.cells]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def panels(report: Report) -> list[Panel]:
+    """The panels of the plot; the fine solution is no point of a curve."""
+    reference = "held-out data" if report.config.reference == "data" else "the guided teacher"
+    drawn = [
+        Panel(f"energy distance to {reference}", "log", _curves(report, lambda cell: cell.energy_distance)),
+        Panel("error to the teacher's fine solution (rms)", "log", _curves(report, lambda cell: cell.trajectory_error)),
+    ]
+    if any(cell.recognition for cell in report.cells):
+        accuracy = _curves(report, lambda cell: cell.recognition.accuracy if cell.recognition else None)
+        drawn.append(Panel("class accuracy", "linear", accuracy))
+    return drawn
+
+
+def _curves(report: Report, measure: Any) -> tuple[Curve, ...]:
+    curves = []
+    for model in dict.fromkeys(cell.model for cell in report.cells):
+        cells = [cell for cell in report.cells if cell.model == model and cell.steps in report.config.steps]
+        label = "teacher, Euler at its best shift" if model == TEACHER else model
+        curves.append(Curve(label, tuple(cell.steps for cell in cells), tuple(measure(cell) for cell in cells)))
+    return tuple(curve for curve in curves if curve.steps)
+
+
+def _row(cell: Cell, oracle: bool) -> list[str]:
+    row = [cell.model, str(cell.steps), f"{cell.shift:g}", _interval(cell.energy_distance)]
+    row += [_interval(cell.energy_ratio), _interval(cell.sliced_wasserstein), _interval(cell.trajectory_error)]
+    if oracle:
+        seen = cell.recognition
+        row += [_interval(seen.accuracy), f"{seen.purity:.3f}"] if seen else ["", ""]
+    return row
+
+
+def _interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _caption(report: Report) -> str:
+    config = report.config
+    reference = "held-out samples" if config.reference == "data" else "samples of the guided teacher's fine solution"
+    return (
+        f"{config.samples} samples from the same noise against {config.held_out_samples} {reference}, in latent space; "
+        f"95 % intervals. The teacher takes Euler steps at the best of shifts {_listed(config.shifts)}; "
+        f"its fine solution takes {config.fine_steps} steps at shift {config.shift:g}; guidance scale "
+        f"{config.guidance_scale:g}. A ratio is left out where the teacher's distance may be zero."
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

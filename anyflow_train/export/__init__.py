@@ -1,0 +1,3 @@
+"""`anyflow export`."""
+
+from anyflow_train.export.command import run as run

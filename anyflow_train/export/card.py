@@ -1,0 +1,97 @@
+"""The README of an export: what it is, how to use it, where it comes from. Short, and only what is known."""
+
+from __future__ import annotations
+
+from anyflow_train.export.provenance import Provenance
+
+_PIPELINE = """```python
+import torch
+from diffusers import AnyFlowPipeline
+from diffusers.utils import export_to_video
+
+pipeline = AnyFlowPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype}).to("cuda")
+video = pipeline(
+    "a prompt", height={height}, width={width}, num_frames={frames}, num_inference_steps=4, guidance_scale=1.0
+).frames[0]
+export_to_video(video, "video.mp4", fps=16)
+```
+
+`num_inference_steps` may be any number: 1, 2, 4, 8, ...
+"""
+
+_TRANSFORMER = """```python
+import torch
+from diffusers import AnyFlowTransformer3DModel
+
+transformer = AnyFlowTransformer3DModel.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype})
+```
+
+It samples with `FlowMapEulerDiscreteScheduler(shift={shift})`.
+"""
+
+_LORA = """The base is the Wan2.1 transformer that the run started from, with a second time embedder, which begins as
+a copy of the first:
+
+```python
+from diffusers import AnyFlowTransformer3DModel, WanTransformer3DModel
+
+wan = WanTransformer3DModel.from_pretrained("{base}", subfolder="transformer")
+names = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
+         "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps", "image_dim", "rope_max_seq_len")
+weights = wan.state_dict()
+for name in [name for name in weights if ".time_embedder." in name]:
+    weights[name.replace("time_embedder", "delta_embedder")] = weights[name]
+transformer = AnyFlowTransformer3DModel(
+    **{{name: wan.config[name] for name in names}}, gate_value={gate}, deltatime_type="{deltatime}"
+)
+transformer.load_state_dict(weights)
+transformer.load_lora_adapter("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
+```
+
+It samples with `FlowMapEulerDiscreteScheduler(shift={shift})`.
+"""
+
+_WAN_PIPELINE = """```python
+import torch
+from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype})
+```
+"""
+
+_USES = {"pipeline": _PIPELINE, "transformer": _TRANSFORMER, "lora": _LORA, "wan_pipeline": _WAN_PIPELINE}
+_KINDS = {
+    "pipeline": "An any-step video diffusion pipeline (AnyFlow, arXiv 2605.13724)",
+    "transformer": "The transformer of an any-step video diffusion pipeline (AnyFlow, arXiv 2605.13724)",
+    "lora": "LoRA weights of an any-step video diffusion transformer (AnyFlow, arXiv 2605.13724)",
+    "wan_pipeline": "A video diffusion pipeline in the layout of Wan2.1",
+}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def model_card(provenance: Provenance) -> str:
+    """Markdown."""
+    data, student = provenance.config.data, provenance.config.student
+    use = _USES[provenance.format].format(
+        dtype=_DTYPES[provenance.precision],
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        shift=provenance.shift,
+        base=provenance.base or "the Wan2.1 pipeline that the run started from",
+        gate=student.gate_value,
+        deltatime=student.deltatime_type,
+    )
+    objective = provenance.config.objective
+    facts = [
+        f"Trained by anyflow_train {provenance.version}: run `{provenance.config.name}`, step {provenance.step}, "
+        f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
+        f"Started from: {provenance.base or 'random weights'}.",
+        f"Objective: {objective.kind}, guidance {objective.guidance} (scale {objective.guidance_scale:g}).",
+        f"Trained on {data.frames} frames of {data.width}x{data.height}, global batch "
+        f"{provenance.config.engine.global_batch}.",
+        f"On these files, stock diffusers differed from the trained model by {provenance.difference:.1e} "
+        "(relative root mean square).",
+    ]
+    lines = "\n".join(f"* {fact}" for fact in facts)
+    return f"# {provenance.config.name}\n\n{_KINDS[provenance.format]}.\n\n{use}\n## Where it comes from\n\n{lines}\n"

@@ -1,0 +1,47 @@
+"""`anyflow export`: a checkpoint -> a folder that stock diffusers loads with no code of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anyflow_train.config.commands import ExportConfig
+from anyflow_train.export.card import model_card
+from anyflow_train.export.folder import check_writable, new_folder, write_marker
+from anyflow_train.export.formats import FORMATS, Job
+from anyflow_train.export.provenance import Provenance, public_name
+from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
+from anyflow_train.training.recipe import load_trained_network
+
+
+def run(config: ExportConfig) -> Provenance:
+    """Write, reload with stock diffusers, compare; only then does the folder appear under its name.
+
+    Raises:
+        UserError: there is no such checkpoint, it does not fit the format, or the folder may not be written.
+        WrongExport: what was written does not compute what was trained.
+    """
+    out = Path(config.out).expanduser()
+    check_writable(out, config.overwrite)
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    step = read_info(checkpoint).state.step
+    network, trained = load_trained_network(checkpoint, config.weights)
+    print(f"exporting {trained.name}, step {step}, {config.weights} weights, as {config.format} in {config.precision}")
+    with new_folder(out, config.overwrite) as folder:
+        difference = FORMATS[config.format](Job(config, trained, network, folder))
+        base = public_name(trained.student.init)
+        provenance = Provenance(
+            config.format,
+            config.weights,
+            config.precision,
+            config.shift,
+            trained,
+            checkpoint.name,
+            step,
+            base,
+            difference,
+        )
+        (folder / "README.md").write_text(model_card(provenance))
+        write_marker(folder, provenance.to_json())
+    print(f"stock diffusers reloads it and differs from the trained model by {difference:.1e} (relative)")
+    print(f"wrote {out}")
+    return provenance

@@ -1,0 +1,94 @@
+"""The exported folder: whole or absent, marked as ours, and never written over somebody else's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anyflow_train import __version__
+from anyflow_train.data.files import write_json
+from anyflow_train.errors import UserError
+
+MARKER = "anyflow_export.json"
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden sibling to write into, which takes the name `out` at the end, or goes if the writing fails.
+
+    Args:
+        out: the folder to make; it may exist if it is empty, or if `overwrite` and an earlier export made it.
+        overwrite: whether an earlier export may be replaced.
+
+    Raises:
+        UserError: `out` may not be written.
+    """
+    check_writable(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.with_name(f".{out.name}.building-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+        check_writable(out, overwrite)
+        _replace(out, building)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_writable(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that an export may not write to.
+
+    Raises:
+        UserError: `out` is a file, holds files that no export wrote, or holds an export and `overwrite` is off.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UserError("out", f"'{out}' is not a folder; name a new one")
+    found = _files(out)
+    if not found:
+        return
+    written = _written_files(out)
+    if written is None:
+        raise UserError("out", f"'{out}' holds files that no export made; name a new folder")
+    foreign = sorted(found - written - {MARKER})
+    if foreign:
+        raise UserError("out", f"'{out}' holds '{foreign[0]}', which the export did not make; name a new folder")
+    if not overwrite:
+        raise UserError("out", f"'{out}' holds an earlier export; name a new folder, or set overwrite=true")
+
+
+def write_marker(folder: Path, provenance: dict[str, Any]) -> None:
+    """Mark a finished folder as ours: where it comes from, and the names of its files. Written last."""
+    made_by = {"package": "anyflow_train", "version": __version__}
+    write_json(folder / MARKER, {**made_by, **provenance, "files": sorted(_files(folder))})
+
+
+def _written_files(folder: Path) -> set[str] | None:
+    """What an export's marker names; None where there is no such marker."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        return set(marker["files"]) if marker["package"] == "anyflow_train" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _replace(out: Path, building: Path) -> None:
+    """Give `building` the name `out`. Between the two renames of a replacement there is no `out`, never half of one."""
+    if not out.exists():
+        building.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    building.rename(out)
+    shutil.rmtree(old)

@@ -1,0 +1,136 @@
+"""What each `format` of an export writes, and how it is checked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from anyflow_train.config.commands import ExportConfig
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
+from anyflow_train.export import verify
+from anyflow_train.export.lora import adapters, reload_lora, write_lora
+from anyflow_train.export.parts import copy_parts, pipeline_index, read_json, resolve_folder, write_index
+from anyflow_train.export.weights import stored, write_network
+from anyflow_train.models.adapters import merge_lora
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.wan import to_wan
+
+
+@dataclass(frozen=True)
+class Job:
+    """An export under way.
+
+    Attributes:
+        config: what was asked for.
+        trained: config of the run.
+        network: the trainer's model, adapters attached, on the CPU in float32.
+        folder: where to write.
+    """
+
+    config: ExportConfig
+    trained: RunConfig
+    network: AnyFlowTransformer3DModel
+    folder: Path
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative difference that the precision of the files explains."""
+        return verify.TOLERANCES[self.config.precision]
+
+    def codec_folder(self) -> Path:
+        """Local pipeline folder of the tokenizer, text encoder and VAE. Raises UserError if there is none."""
+        source = self.config.codec or self.trained.teacher.codec_source
+        if source is None:
+            problem = "the run names no teacher and no codec; name the pipeline folder of its VAE and text encoder"
+            raise UserError("codec", problem)
+        return resolve_folder(source)
+
+
+def export_pipeline(job: Job) -> float:
+    """An AnyFlowPipeline. Returns the relative difference of its outputs from the trainer's model."""
+    source = job.codec_folder()
+    probe = verify.Probe.of(job.network.config)
+    expected = verify.two_jumps(job.network, probe, job.config.shift)
+    difference = _write_student(job, job.folder / "transformer", probe)
+    copy_parts(source, job.folder)
+    FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
+    index = pipeline_index(source, "AnyFlowPipeline", StockTransformer.__name__, FlowMapEulerDiscreteScheduler.__name__)
+    write_index(job.folder, index)
+    return max(difference, verify.check_pipeline(job.folder, probe, expected, job.config.shift, job.tolerance))
+
+
+def export_transformer(job: Job) -> float:
+    """Its transformer alone."""
+    return _write_student(job, job.folder, verify.Probe.of(job.network.config))
+
+
+def export_lora(job: Job) -> float:
+    """The adapters alone, compared on top of what the run started from."""
+    factors = adapters(job.network, job.config.precision)
+    probe = verify.Probe.of(job.network.config)
+    write_lora(job.folder, factors)
+    found = verify.flow_map_outputs(reload_lora(job.folder, job.trained.student), probe)
+    return verify.check_outputs("the LoRA file", found, verify.flow_map_outputs(job.network, probe), job.tolerance)
+
+
+def export_wan_pipeline(job: Job) -> float:
+    """A WanPipeline of a teacher, which has one time: only at gate 0 does the network depend on no other."""
+    gate = job.trained.student.gate_value
+    if gate != 0:
+        problem = f"wan_pipeline needs student.gate_value=0; this run has {gate}, and its second time would be lost"
+        raise UserError("format", problem)
+    source = job.codec_folder()
+    probe = verify.Probe.of(job.network.config)
+    expected = verify.velocity_outputs(job.network, probe)
+    wan: Any = to_wan(merge_lora(job.network))
+    state = stored(wan.state_dict(), job.config.precision)
+    write_network(WanTransformer3DModel, job.folder / "transformer", wan.config, state, job.config.max_shard_gib)
+    reloaded: Any = WanTransformer3DModel.from_pretrained(job.folder / "transformer", torch_dtype=torch.float32)
+    verify.check_weights(reloaded, state)
+    difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
+    copy_parts(source, job.folder)
+    scheduler = _wan_scheduler(source, job)
+    index = pipeline_index(source, "WanPipeline", WanTransformer3DModel.__name__, scheduler)
+    write_index(job.folder, {**index, "boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]})
+    verify.check_index(job.folder)
+    return difference
+
+
+FORMATS: dict[str, Callable[[Job], float]] = {
+    "pipeline": export_pipeline,
+    "transformer": export_transformer,
+    "lora": export_lora,
+    "wan_pipeline": export_wan_pipeline,
+}
+
+
+def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
+    expected = verify.flow_map_outputs(job.network, probe)
+    merged = merge_lora(job.network)
+    found = verify.flow_map_outputs(merged, probe)
+    verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
+    state = stored(merged.state_dict(), job.config.precision)
+    write_network(StockTransformer, folder, merged.config, state, job.config.max_shard_gib)
+    reloaded: Any = StockTransformer.from_pretrained(folder, torch_dtype=torch.float32)
+    verify.check_weights(reloaded, state)
+    return verify.check_outputs("what was written", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
+
+
+def _wan_scheduler(source: Path, job: Job) -> str:
+    """The codec folder's own scheduler, else Euler steps at the configured shift. Returns its class."""
+    target = job.folder / "scheduler"
+    if (source / "scheduler").is_dir():
+        shutil.copytree(source / "scheduler", target)
+    else:
+        FlowMatchEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(target)
+    return read_json(target / "scheduler_config.json")["_class_name"]

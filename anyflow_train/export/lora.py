@@ -1,0 +1,46 @@
+"""The adapters alone, as a LoRA file of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anyflow_train.config.network import Student
+from anyflow_train.errors import UserError
+from anyflow_train.export.weights import DTYPES, Precision
+from anyflow_train.models.adapters import lora_state_dict
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.wan import load_network
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def adapters(network: AnyFlowTransformer3DModel, precision: Precision) -> dict[str, Tensor]:
+    """The adapters by the names of diffusers, those of the second time embedder among them.
+
+    Raises:
+        UserError: the network has none, or more than a LoRA file can hold.
+    """
+    try:
+        factors = lora_state_dict(network)
+    except ValueError as error:
+        raise UserError("format", f"lora is not possible: {error}; use format=pipeline or format=transformer") from None
+    return {name: factor.to(DTYPES[precision]).contiguous() for name, factor in factors.items()}
+
+
+def write_lora(folder: Path, factors: dict[str, Tensor]) -> None:
+    """Write `pytorch_lora_weights.safetensors`."""
+    save_file(factors, folder / FILE, metadata={"format": "pt"})
+
+
+def reload_lora(folder: Path, student: Student) -> StockTransformer:
+    """Stock diffusers' network with the adapters of a file on what the run started from, in float32."""
+    assert student.init is not None, "adapters are trained on a network that was loaded"
+    base = load_network(student.init, student.gate_value, student.deltatime_type)
+    stock = StockTransformer(**{name: value for name, value in base.config.items() if not name.startswith("_")})
+    stock.load_state_dict(base.state_dict(), strict=True, assign=True)
+    stock.load_lora_adapter(str(folder), weight_name=FILE)
+    return stock.eval()

@@ -1,0 +1,84 @@
+"""The parts of a pipeline folder that training leaves as they are (tokenizer, text encoder, VAE), and the index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from anyflow_train.data.files import write_json
+from anyflow_train.errors import UserError
+
+INDEX = "model_index.json"
+COPIED = ("tokenizer", "text_encoder", "vae")
+VAE_CLASS = "AutoencoderKLWan"
+
+
+def resolve_folder(source: str) -> Path:
+    """A local pipeline folder, or the local copy of a hub repository's parts, downloaded if need be.
+
+    Raises:
+        UserError: it is neither, or parts are missing.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _snapshot(source)
+    missing = [name for name in COPIED if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            "codec", f"'{source}' has no folder '{missing[0]}'; a Wan2.1 pipeline folder or hub id is needed"
+        )
+    vae = read_json(folder / "vae" / "config.json").get("_class_name")
+    if vae != VAE_CLASS:
+        raise UserError("codec", f"the VAE of '{source}' is {vae}, not {VAE_CLASS}")
+    return folder
+
+
+def copy_parts(source: Path, folder: Path) -> None:
+    """Copy tokenizer, text encoder and VAE file by file; links, as the hub's cache has them, become files."""
+    for name in COPIED:
+        shutil.copytree(source / name, folder / name)
+
+
+def pipeline_index(source: Path, pipeline: str, transformer: str, scheduler: str) -> dict[str, Any]:
+    """`model_index.json` of a pipeline class with the parts of `source`, all classes from diffusers or transformers."""
+    known = read_json(source / INDEX) if (source / INDEX).is_file() else {}
+    encoder = read_json(source / "text_encoder" / "config.json")["architectures"][0]
+    tokenizer = read_json(source / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": known.get("text_encoder", ["transformers", encoder]),
+        "tokenizer": known.get("tokenizer", ["transformers", tokenizer]),
+        "transformer": ["diffusers", transformer],
+        "vae": ["diffusers", VAE_CLASS],
+    }
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write `model_index.json`."""
+    write_json(folder / INDEX, index)
+
+
+def _snapshot(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [f"{name}/*" for name in (*COPIED, "scheduler")]
+    try:
+        return Path(snapshot_download(source, allow_patterns=[INDEX, *wanted]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UserError("codec", f"'{source}' is no folder here, and not to be had from the hub: {problem}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file that cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read: {error}") from None

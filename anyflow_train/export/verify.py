@@ -1,0 +1,175 @@
+"""An export is right when stock diffusers, given the written files alone, computes what the trainer's model computes.
+
+The network is asked at random inputs, for several (t, r). Tolerances are relative root mean squares over all outputs:
+
+* merging LoRA reorders float32 sums: 1e-6 on small networks, growing with width; 1e-4 is allowed.
+* bf16 keeps 8 bits of a weight, an error of 2^-9 / sqrt(3) = 1.1e-3 each; the outputs of some tens of residual layers
+  add up to about 1e-2; 5e-2 is allowed. fp16 keeps 11 bits, an eighth: 1e-2 is allowed.
+
+A missed adapter may change the outputs by less than bf16 does. So the merge is checked in float32 before weights are
+rounded, and the written weights are compared with the rounded ones bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.anyflow.pipeline_anyflow import AnyFlowPipeline
+from torch import Tensor
+
+from anyflow_train.export.weights import Precision
+from anyflow_train.flow.times import sampling_grid
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+
+MERGE_TOLERANCE = 1e-4
+TOLERANCES: dict[Precision, float] = {"fp32": MERGE_TOLERANCE, "bf16": 5e-2, "fp16": 1e-2}
+TIMES = ((1.0, 0.0), (1.0, 0.6), (0.8, 0.8), (0.5, 0.0), (0.2, 0.1))
+"""Pairs (t, r) in [0, 1]: whole and part of the way, on the diagonal, near the data."""
+SAMPLING_STEPS = 2
+
+
+class WrongExport(RuntimeError):
+    """What was written does not compute what was trained: a defect of the exporter, not of its user."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Random inputs of a network, in diffusers' layout; batches hold one sample for each of `TIMES`.
+
+    Attributes:
+        latents: (B, F, C, H, W) float32.
+        text: (B, L, D) float32.
+        image: (B, I, D_image) float32, or None for text-to-video.
+    """
+
+    latents: Tensor
+    text: Tensor
+    image: Tensor | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Probe:
+        """Small inputs that fit a network's config; always the same."""
+        generator = torch.Generator().manual_seed(0)
+        batch, side = len(TIMES), 2 * config["patch_size"][1]
+        latents = torch.randn(batch, 3, config["in_channels"], side, side, generator=generator)
+        text = torch.randn(batch, 16, config["text_dim"], generator=generator)
+        has_image = config["image_dim"] is not None
+        image = torch.randn(batch, 8, config["image_dim"], generator=generator) if has_image else None
+        return cls(latents, text, image)
+
+    def row(self, number: int) -> Probe:
+        """One sample of the probe."""
+        rows = slice(number, number + 1)
+        return Probe(self.latents[rows], self.text[rows], None if self.image is None else self.image[rows])
+
+
+@torch.inference_mode()
+def flow_map_outputs(network: AnyFlowTransformer3DModel | StockTransformer, probe: Probe) -> Tensor:
+    """Average velocities at all of `TIMES`, (B, F, C, H, W) float32."""
+    return _call(network, probe, torch.tensor(TIMES))
+
+
+@torch.inference_mode()
+def velocity_outputs(network: AnyFlowTransformer3DModel, probe: Probe) -> Tensor:
+    """Instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
+    return _call(network, probe, torch.tensor([(t, t) for t, _ in TIMES]))
+
+
+@torch.inference_mode()
+def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
+    """The same of a Wan transformer, which has one time and puts channels before frames."""
+    times = 1000 * torch.tensor([t for t, _ in TIMES])
+    hidden = probe.latents.permute(0, 2, 1, 3, 4)
+    output = network(hidden, times, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[0]
+    return output.permute(0, 2, 1, 3, 4)
+
+
+@torch.inference_mode()
+def two_jumps(network: AnyFlowTransformer3DModel, probe: Probe, shift: float) -> Tensor:
+    """What two steps of our sampler make of the first latents of the probe: (1, F, C, H, W)."""
+    one = probe.row(0)
+    x = one.latents
+    for t, r in pairwise(sampling_grid(SAMPLING_STEPS, shift).tolist()):
+        x = x - (t - r) * _call(network, one, torch.tensor([(t, r)], dtype=torch.float32))
+    return x
+
+
+def check_weights(written: ModelMixin, expected: Mapping[str, Tensor]) -> None:
+    """Compare a reloaded network with the tensors that were to be written: same names, same bits."""
+    found = written.state_dict()
+    if found.keys() != expected.keys():
+        different = sorted(found.keys() ^ expected.keys())
+        raise WrongExport(
+            f"{len(different)} keys differ between what was written and the model, first '{different[0]}'"
+        )
+    for name, tensor in expected.items():
+        if not torch.equal(found[name], tensor.to(found[name].dtype)):
+            raise WrongExport(f"'{name}' was not written as it is")
+
+
+def check_outputs(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Compare outputs; returns their relative difference.
+
+    Raises:
+        WrongExport: it is above the tolerance, or not a number.
+    """
+    difference = float((found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not difference <= tolerance:
+        raise WrongExport(f"{what} differs from the trained model by {difference:.2e}, {tolerance:.0e} is allowed")
+    return difference
+
+
+def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, tolerance: float) -> float:
+    """Sample two steps with the stock AnyFlowPipeline of a folder and compare with `two_jumps`."""
+    check_index(folder)
+    parts = {"text_encoder": None, "tokenizer": None, "vae": None}
+    pipeline = AnyFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if pipeline.scheduler.config.shift != shift:
+        raise WrongExport(f"the scheduler's shift is {pipeline.scheduler.config.shift}, not {shift}")
+    one = probe.row(0)
+    sampled = pipeline(
+        prompt_embeds=one.text,
+        latents=one.latents.permute(0, 2, 1, 3, 4),
+        num_inference_steps=SAMPLING_STEPS,
+        height=16,
+        width=16,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return check_outputs("sampling", sampled.permute(0, 2, 1, 3, 4), expected, tolerance)
+
+
+def check_index(folder: Path) -> None:
+    """Every part that the index names has its folder, and its own config names the same class."""
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        configs = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+        path = folder / name / configs.get(name, "config.json")
+        if not path.is_file():
+            raise WrongExport(f"the index names '{name}', but {path.name} is missing in it")
+        found = json.loads(path.read_text()).get("_class_name", entry[1])
+        if found != entry[1]:
+            raise WrongExport(f"the index says that '{name}' is {entry[1]}, its config says {found}")
+
+
+_Forward = Callable[..., tuple[Tensor, ...]]
+
+
+def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
+    frames = probe.latents.shape[1]
+    t, r = (1000 * times[:, column, None].expand(-1, frames) for column in (0, 1))
+    return network(probe.latents, t, r, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[
+        0
+    ].float()

@@ -1,0 +1,59 @@
+"""Writing a transformer in the files of stock diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from anyflow_train.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Stock diffusers computes these in float32 whatever dtype is asked for, so they are stored in float32. Its own list
+# lacks `delta_embedder`, the twin of `time_embedder`: it is exact at least for those who load in float32.
+KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+Config = Mapping[str, Any]
+State = Mapping[str, Tensor]
+
+
+def stored(state: State, precision: Precision) -> dict[str, Tensor]:
+    """Weights in the dtype of their file, by name.
+
+    Raises:
+        UserError: a weight is not finite, or would not be in this precision.
+    """
+    cast = {name: tensor.detach().cpu().to(_dtype(name, precision)).contiguous() for name, tensor in state.items()}
+    broken = [name for name, tensor in cast.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError("precision", f"'{broken[0]}' holds numbers that are not finite in {precision}")
+    return cast
+
+
+def write_transformer(
+    network_class: type[ModelMixin], folder: Path, config: Config, state: State, shard: float
+) -> None:
+    """Write stock diffusers' network with these weights; strict, every key accounted for.
+
+    Args:
+        network_class: diffusers' AnyFlowTransformer3DModel or WanTransformer3DModel.
+        folder: to write `config.json` and the weights into.
+        config: constructor arguments; what begins with an underscore is left out.
+        state: as `stored` gives it.
+        shard: largest file in GiB.
+    """
+    # On the meta device nothing is allocated and nothing is initialised: the weights are assigned, not copied.
+    with torch.device("meta"):
+        model = network_class(**{name: value for name, value in config.items() if not name.startswith("_")})
+    model.load_state_dict(dict(state), strict=True, assign=True)
+    model.save_pretrained(folder, max_shard_size=int(shard * 2**30), safe_serialization=True)
+
+
+def _dtype(name: str, precision: Precision) -> torch.dtype:
+    kept = any(part in name.split(".") for part in KEPT_IN_FP32)
+    return torch.float32 if kept else DTYPES[precision]

@@ -1,0 +1,36 @@
+"""The oracle's verdict and its interval."""
+
+import pytest
+import torch
+
+from anyflow_train.evaluation.oracle import judge_stripes, wilson
+from anyflow_train.tiny import world
+
+
+def test_judge_counts_the_videos_that_show_their_caption():
+    clips, labels = world.draw_clips(24, seed=0)
+    captions = [world.caption(int(label)) for label in labels]
+    captions[0], captions[1] = captions[1], captions[0]  # two different classes, exchanged
+    verdict = judge_stripes(clips, captions, decode=lambda latents: latents, batch=7)
+    assert verdict.accuracy.value == pytest.approx(22 / 24)
+    assert 0.7 < verdict.purity <= 1
+    noise = judge_stripes(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24)
+    assert noise.purity < 0.05
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+def test_wilson_intervals_cover(share: float):
+    trials = 120
+    hits = torch.distributions.Binomial(trials, torch.tensor(share))
+    torch.manual_seed(0)
+    draws = hits.sample((2000,)).int().tolist()
+    covered = sum(wilson(k, trials).low <= share <= wilson(k, trials).high for k in draws) / 2000
+    # A share of whole numbers cannot be covered in exactly 95 %; Wilson's stays within a few percent of it.
+    assert 0.91 < covered < 0.99
+
+
+def test_wilson_has_a_width_at_one():
+    estimate = wilson(512, 512)
+    assert estimate.value == estimate.high == 1
+    # Closed form: n / (n + z^2).
+    assert estimate.low == pytest.approx(512 / (512 + 1.959964**2))
