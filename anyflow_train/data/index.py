@@ -44,10 +44,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The contents of one shard, and what was left out when it was made."""
+    """The contents of one shard, what was left out when it was made, and the tokens of its longest text."""
 
     entries: tuple[Entry, ...]
     skipped: tuple[Skipped, ...] = ()
+    longest_text: int | None = None
 
 
 def index_name(shard: str) -> str:
@@ -59,7 +60,8 @@ def write_index(path: Path, index: ShardIndex) -> None:
     """Write the sidecar atomically, one line a sample."""
     entries = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.entries)
     skipped = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.skipped)
-    text = f'{{"version": {VERSION},\n"entries": [\n{entries}\n],\n"skipped": [\n{skipped}\n]}}\n'
+    head = f'"version": {VERSION},\n"longest_text": {json.dumps(index.longest_text)}'
+    text = f'{{{head},\n"entries": [\n{entries}\n],\n"skipped": [\n{skipped}\n]}}\n'
     with atomic_file(path) as file:
         file.write(text.encode())
 
@@ -71,7 +73,8 @@ def parse_index(data: bytes) -> ShardIndex:
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this program reads {VERSION}")
         entries = tuple(Entry(*entry) for entry in content["entries"])
-        return ShardIndex(entries, tuple(Skipped(*entry) for entry in content["skipped"]))
+        skipped = tuple(Skipped(*entry) for entry in content["skipped"])
+        return ShardIndex(entries, skipped, content["longest_text"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a shard index: {error!r}") from error
 

