@@ -5,6 +5,7 @@ Weights, config and call are interchangeable with `diffusers.AnyFlowTransformer3
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +102,20 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
                 f"the config names {name}, not {cls.__name__}; for a Wan2.1 transformer use {cls.__name__}.from_wan"
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_wan(
+        cls,
+        source: str | Path,
+        *,
+        gate_value: float = 0.25,
+        deltatime_type: str = "r",
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> AnyFlowTransformer3DModel:
+        """A student that starts as a Wan2.1 text-to-video transformer: see `anyflow_train.models.wan.from_wan`."""
+        from anyflow_train.models.wan import from_wan  # which imports this class
+
+        return from_wan(source, gate_value=gate_value, deltatime_type=deltatime_type, torch_dtype=torch_dtype)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import torch
 
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+
+TINY_WAN = Path(__file__).parents[2] / "assets" / "tiny-wan"
 
 SMALL = {
     "num_attention_heads": 2,
@@ -31,6 +35,11 @@ def stock_twin(network: AnyFlowTransformer3DModel) -> diffusers.AnyFlowTransform
     twin = diffusers.AnyFlowTransformer3DModel(**{name: network.config[name] for name in names})
     twin.load_state_dict(network.state_dict())
     return twin
+
+
+def small_wan(**changes) -> diffusers.WanTransformer3DModel:
+    torch.manual_seed(0)
+    return diffusers.WanTransformer3DModel(**SMALL | changes)
 
 
 def inputs(batch: int = 3, frames: int = 3, text_length: int = 5) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def test_saved_folders_load_in_diffusers_and_back(tmp_path, gate):
 
 def test_from_pretrained_keeps_the_same_modules_in_float32_as_diffusers_and_the_delta_embedder(tmp_path):
     small().save_pretrained(tmp_path)
-    load = {"pretrained_model_name_or_path": tmp_path, "torch_dtype": torch.bfloat16}
+    load = {"pretrained_model_name_or_path": tmp_path, "dtype": torch.bfloat16}
     ours = {n: p.dtype for n, p in AnyFlowTransformer3DModel.from_pretrained(**load).named_parameters()}
     stock = {n: p.dtype for n, p in diffusers.AnyFlowTransformer3DModel.from_pretrained(**load).named_parameters()}
     different = {name for name in ours if ours[name] != stock[name]}
