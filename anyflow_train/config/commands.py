@@ -17,7 +17,6 @@ class ClipsConfig(Model):
     out: str
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
-    overwrite: bool = False
 
 
 class CodecPhase(Model):

@@ -1,0 +1,18 @@
+"""`anyflow clips`: the embedded stripes world as a folder of mp4 clips with captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anyflow_train.config.commands import ClipsConfig
+from anyflow_train.tiny.clips import write_clips
+
+
+def run(config: ClipsConfig) -> None:
+    """Write the clips that are missing in `config.out`.
+
+    Raises:
+        UserError: the folder holds clips of another count or seed.
+    """
+    paths = write_clips(Path(config.out), config.count, config.seed)
+    print(f"{len(paths)} clips with captions in {config.out}")
