@@ -67,11 +67,11 @@ def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ())
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A stage-1 run of 12 steps on `folder/shards`; dotted keys change it (`engine__micro_batch=4`)."""
+    """A stage-1 run of 8 steps on `folder/shards`; dotted keys change it (`engine__micro_batch=2`)."""
     config: dict[str, Any] = {
         "name": "run",
         "out": str(folder),
-        "steps": 12,
+        "steps": 8,
         "log_every": 1,
         "student": {
             "architecture": {
@@ -88,7 +88,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "time_frequency_limit": 0.03,
         },
         "objective": {"kind": "flow_map"},
-        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "ema": {"decay": 0.9, "start_step": 4}},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "ema": {"decay": 0.9, "start_step": 3}},
         "data": {
             "shards": str(folder / "shards"),
             "frames": 5,
@@ -97,8 +97,8 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "text_lengths": [4, 8],
             "workers": 1,
         },
-        "engine": {"device": "cpu", "precision": "fp32", "global_batch": 8, "micro_batch": 2, "threads": 1},
-        "checkpoint": {"every": 3, "keep": 2},
+        "engine": {"device": "cpu", "precision": "fp32", "global_batch": 8, "micro_batch": 4, "threads": 1},
+        "checkpoint": {"every": 2, "keep": 2},
         "evaluation": {"every": 0},
     }
     for key, value in changes.items():
@@ -121,6 +121,14 @@ def final_tensors(run: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint: weights, averages, Adam's moments."""
     files = sorted(list_checkpoints(run / "checkpoints")[-1].glob("*.safetensors"))
     return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def train_with_log(config: dict[str, Any], log: Path) -> None:
+    """Train with both outputs in a file."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    train(config)
 
 
 def train_and_die(config: dict[str, Any], place: str, count: int) -> None:
