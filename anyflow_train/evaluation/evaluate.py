@@ -14,6 +14,7 @@ from torch import Tensor
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.data.held_out import HeldOut, load_samples
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
 from anyflow_train.evaluation.load import Model, load_exported, load_model, on_device, unique_names
@@ -51,7 +52,7 @@ def run(config: EvaluateConfig) -> Report:
     start = time.monotonic()
     say = partial(_say, start)
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    dtype = autocast_dtype(config.precision)
     shards = ShardSet.open(config.held_out)
     models = [load_model(source, config.weights) for source in config.models]
     teacher = on_device(load_exported(config.teacher), device, dtype)
@@ -74,15 +75,6 @@ def run(config: EvaluateConfig) -> Report:
     _write_grid(setting, codec, {TEACHER: teacher_sets, first: student_sets[first]}, shards.manifest.fps or 16.0, out)
     say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
     return report
-
-
-def pick_device(name: str, threads: int) -> torch.device:
-    """The device of a command's config; `auto` is the GPU if there is one. `threads` 0 leaves torch's choice."""
-    if threads:
-        torch.set_num_threads(threads)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def prepare(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
@@ -86,4 +87,5 @@ def unique_names(models: list[Model]) -> list[str]:
 
 def on_device(network: AnyFlowTransformer3DModel, device: torch.device, dtype: torch.dtype | None) -> FlowMap:
     """The network's flow map on a device; `dtype` is that of autocast, None for float32."""
-    return NetworkFlowMap(network.to(device), dtype)
+    nn.Module.to(network, device)  # diffusers' own `to` only adds checks of quantised networks
+    return NetworkFlowMap(network, dtype)

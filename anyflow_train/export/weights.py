@@ -35,9 +35,7 @@ def stored(state: State, precision: Precision) -> dict[str, Tensor]:
     return cast
 
 
-def write_transformer(
-    network_class: type[ModelMixin], folder: Path, config: Config, state: State, shard: float
-) -> None:
+def write_network(network_class: type[ModelMixin], folder: Path, config: Config, state: State, shard: float) -> None:
     """Write stock diffusers' network with these weights; strict, every key accounted for.
 
     Args:

@@ -1,0 +1,164 @@
+"""What is exported loads in stock diffusers, without code of ours, and computes what was trained."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anyflow_train.config.commands import ExportConfig
+from anyflow_train.errors import UserError
+from anyflow_train.export import formats, run, verify
+from anyflow_train.export.folder import MARKER
+from anyflow_train.training.recipe import load_trained_network
+from tests.export.runs import FULL, LORA, TINY_WAN, WITH_DELTA, make_run
+
+
+def export(trained: Path, out: Path, **options) -> Path:
+    run(ExportConfig(checkpoint=str(trained), out=str(out), **options))
+    return out
+
+
+def velocity(network, trained: Path, weights: str = "ema") -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of an exported network and of the trainer's model."""
+    model = load_trained_network(trained, weights)[0]
+    probe = verify.Probe.of(model.config)
+    return verify.flow_map_outputs(network, probe), verify.flow_map_outputs(model, probe)
+
+
+@pytest.mark.parametrize(("adapter", "deltatime"), [(LORA, "r"), (FULL, "t-r")])
+def test_a_pipeline_samples_with_stock_diffusers_alone(tmp_path: Path, adapter: dict, deltatime: str):
+    trained = make_run(tmp_path, adapter, deltatime=deltatime)
+    out = export(trained, tmp_path / "out", precision="fp32", shift=5.0)
+    pipeline = diffusers.AnyFlowPipeline.from_pretrained(out)
+    assert pipeline.scheduler.config.shift == 5.0
+    assert pipeline.transformer.config.gate_value == 0.25
+    assert pipeline.transformer.config.deltatime_type == deltatime
+    found, expected = velocity(pipeline.transformer, trained)
+    # float32 on both sides, other kernels and another order of the sums.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline("red stripes", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 5, 3, 32, 32)
+    assert torch.isfinite(video).all()
+    for part in ("tokenizer", "text_encoder", "vae"):
+        for file in (TINY_WAN / part).iterdir():
+            assert (out / part / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bf16_keeps_the_time_embedders_in_float32_and_makes_shards(tmp_path: Path):
+    trained = make_run(tmp_path, LORA)
+    out = export(trained, tmp_path / "out", format="transformer", precision="bf16", max_shard_gib=1e-4)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    stored = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    kept = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert {"condition_embedder.delta_embedder.linear_1.weight", "scale_shift_table"} <= kept
+    assert stored["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    network = diffusers.AnyFlowTransformer3DModel.from_pretrained(out, torch_dtype=torch.bfloat16)
+    assert network.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert "lora" not in " ".join(stored)
+
+
+def test_raw_and_averaged_weights_are_told_apart(tmp_path: Path):
+    trained = make_run(tmp_path, FULL)
+    outs = {w: export(trained, tmp_path / w, format="transformer", precision="fp32", weights=w) for w in ("ema", "raw")}
+    for weights, out in outs.items():
+        network = diffusers.AnyFlowTransformer3DModel.from_pretrained(out)
+        found, expected = velocity(network, trained, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((outs["raw"] / MARKER).read_text())["weights"] == "raw"
+
+
+def test_a_lora_file_holds_the_second_time_embedder_and_loads_in_stock_diffusers(tmp_path: Path):
+    trained = make_run(tmp_path, WITH_DELTA)
+    out = export(trained, tmp_path / "out", format="lora", precision="fp32")
+    names = load_file(out / "pytorch_lora_weights.safetensors")
+    assert "transformer.condition_embedder.delta_embedder.linear_2.lora_A.weight" in names
+    # The model card's own lines are the recipe for users: they must work.
+    lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = lines.replace('from_pretrained("base"', f'from_pretrained("{tmp_path / "base"}"')
+    scope: dict = {}
+    exec(lines.replace("path/to/this/folder", str(out)), scope)
+    found, expected = velocity(scope["transformer"], trained)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fully_trained_student_has_no_lora_file(tmp_path: Path):
+    with pytest.raises(UserError, match="format: lora is not possible"):
+        export(make_run(tmp_path, FULL), tmp_path / "out", format="lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_becomes_a_wan_pipeline(tmp_path: Path):
+    trained = make_run(tmp_path, FULL, gate=0.0)
+    out = export(trained, tmp_path / "out", format="wan_pipeline", precision="fp16")
+    pipeline = diffusers.WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    model = load_trained_network(trained)[0]
+    probe = verify.Probe.of(model.config)
+    found, expected = verify.wan_outputs(pipeline.transformer, probe), verify.velocity_outputs(model, probe)
+    verify.check_outputs("the teacher", found, expected, 1e-2)
+    assert pipeline.scheduler.config.shift == 5.0
+    pipeline.set_progress_bar_config(disable=True)
+    assert (
+        pipeline("red", height=32, width=32, num_frames=5, num_inference_steps=1, output_type="latent")
+        .frames.isfinite()
+        .all()
+    )
+
+
+def test_a_student_is_refused_as_wan_pipeline(tmp_path: Path):
+    with pytest.raises(UserError, match=r"student\.gate_value=0"):
+        export(make_run(tmp_path, FULL, gate=0.25), tmp_path / "out", format="wan_pipeline")
+
+
+def test_a_missed_merge_is_noticed_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained = make_run(tmp_path, LORA)
+    base = formats.merge_lora
+    monkeypatch.setattr(formats, "merge_lora", lambda network: _without_adapters(base, network))
+    with pytest.raises(verify.WrongExport, match="LoRA merged"):
+        export(trained, tmp_path / "out", format="transformer")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_wrong_shift_in_the_scheduler_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained = make_run(tmp_path, FULL)
+    scheduler = formats.FlowMapEulerDiscreteScheduler
+    monkeypatch.setattr(formats, "FlowMapEulerDiscreteScheduler", _Named(scheduler))
+    with pytest.raises(verify.WrongExport, match="shift"):
+        export(trained, tmp_path / "out")
+
+
+def test_the_marker_tells_where_it_comes_from_and_no_path(tmp_path: Path):
+    out = export(make_run(tmp_path, FULL), tmp_path / "out", format="transformer")
+    marker = json.loads((out / MARKER).read_text())
+    assert (marker["run"], marker["step"], marker["checkpoint"]) == ("run", 7, "step_00000007")
+    assert marker["config"]["data"]["frames"] == 5
+    assert marker["difference"] < verify.TOLERANCES["bf16"]
+    assert str(tmp_path) not in (out / MARKER).read_text() + (out / "README.md").read_text()
+
+
+def test_a_pipeline_needs_a_codec(tmp_path: Path):
+    trained = make_run(tmp_path, FULL)
+    with pytest.raises(UserError, match=r"codec: .*no folder 'tokenizer'"):
+        export(trained, tmp_path / "out", codec=str(tmp_path / "run"))
+
+
+class _Named:
+    """A scheduler class that forgets the shift, as leaving it out would."""
+
+    def __init__(self, scheduler: type) -> None:
+        self._scheduler = scheduler
+        self.__name__ = scheduler.__name__
+
+    def __call__(self, shift: float):
+        return self._scheduler()
+
+
+def _without_adapters(merge, network):
+    for name, parameter in network.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    return merge(network)
