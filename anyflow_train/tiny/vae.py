@@ -50,6 +50,7 @@ class CodecSettings:
     statistics_clips: int = 256  # clips that latents_mean and latents_std are taken over
     flow_shift: float = 5.0  # of the pipeline's scheduler
     report_every: int = 50  # steps
+    judged_clips: int = 12  # held-out clips behind each progress line
 
 
 def build() -> AutoencoderKLWan:
@@ -89,7 +90,7 @@ def train_jointly(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return fit + settings.kl_weight * kl + settings.moment_weight * moment_penalty(posterior.mean)
 
-    return _optimise(codec, codec.parameters(), settings.joint, settings.report_every, loss, "joint", report)
+    return _optimise(codec, codec.parameters(), settings.joint, settings, loss, "joint", report)
 
 
 def train_decoder(codec: AutoencoderKLWan, settings: CodecSettings, report: Callable[[str], None]) -> AutoencoderKLWan:
@@ -109,7 +110,7 @@ def train_decoder(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
             latents = latents + settings.latent_noise * spread * torch.randn_like(latents)
         return _sharp(codec.decode(latents, return_dict=False)[0], video, settings)
 
-    return _optimise(codec, trained, settings.decoder, settings.report_every, loss, "decoder", report)
+    return _optimise(codec, trained, settings.decoder, settings, loss, "decoder", report)
 
 
 def moment_penalty(latents: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def _optimise(
     codec: AutoencoderKLWan,
     parameters: Iterable[nn.Parameter],
     phase: Phase,
-    report_every: int,
+    settings: CodecSettings,
     loss_at: Callable[[int], Tensor],
     name: str,
     report: Callable[[str], None],
@@ -190,7 +191,7 @@ def _optimise(
     """Runs one phase on `codec` in place and returns the moving average of its weights."""
     parameters = list(parameters)
     average = copy.deepcopy(codec).requires_grad_(False)
-    held_out, labels = world.draw_clips(world.CLASSES // 2, seed=999)
+    held_out, labels = world.draw_clips(settings.judged_clips, seed=999)
     optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     started = time.perf_counter()
     for step in range(phase.steps):
@@ -205,7 +206,7 @@ def _optimise(
         with torch.no_grad():
             for kept, new in zip(average.parameters(), codec.parameters(), strict=True):
                 kept.lerp_(new, 1 - decay)
-        if (step + 1) % report_every == 0 or step + 1 == phase.steps:
+        if (step + 1) % settings.report_every == 0 or step + 1 == phase.steps:
             seconds = time.perf_counter() - started
             line = judge(average, held_out, labels)
             report(f"{name} {step + 1}/{phase.steps} {seconds:.0f} s loss {loss.item():.4f} {line}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
@@ -14,10 +15,11 @@ from anyflow_train.tiny.codec import train_codec
 from anyflow_train.tiny.vae import CodecSettings, Phase
 
 ONE_STEP = CodecSettings(
-    joint=Phase(steps=1, batch=2, learning_rate=1e-3),
-    decoder=Phase(steps=1, batch=2, learning_rate=1e-3),
+    joint=Phase(steps=1, batch=1, learning_rate=1e-3),
+    decoder=Phase(steps=1, batch=1, learning_rate=1e-3),
     joint_frames=5,
-    statistics_clips=4,
+    statistics_clips=2,
+    judged_clips=2,
 )
 
 
@@ -29,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_parts_load_as_a_wan_pipeline_has_them(folder: Path) -> None:
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
-    assert vae.dtype == torch.float16
     assert len(vae.config["latents_mean"]) == len(vae.config["latents_std"]) == 16
     assert min(vae.config["latents_std"]) > 0
     assert UMT5EncoderModel.from_pretrained(folder / "text_encoder").config.d_model == 64
