@@ -35,6 +35,7 @@ class CodecConfig(Model):
     latent_noise: in units of a channel's spread.
     statistics_clips: clips that the latents' mean and spread are taken over.
     flow_shift: of the pipeline's scheduler.
+    report_every: steps between progress lines; judged_clips: held-out clips behind each.
     """
 
     out: str
@@ -50,6 +51,7 @@ class CodecConfig(Model):
     statistics_clips: PositiveInt = 256
     flow_shift: PositiveFloat = 5.0
     report_every: PositiveInt = 50
+    judged_clips: PositiveInt = 12
     threads: NonNegativeInt = 0
 
 
