@@ -1,0 +1,72 @@
+"""The end of a sweep: one table of what came out, on the terminal and in the sweep's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from anyflow_train.commands.sweep_plan import Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one combination.
+
+    state: finished, failed, stopped, or waiting.
+    seconds: of training, over all starts of the run.
+    """
+
+    label: str
+    values: dict[str, str]
+    state: str
+    folder: str
+    step: int | None = None
+    last_loss: float | None = None
+    seconds: float | None = None
+    metrics: dict[str, float] | None = None
+
+
+def markdown(outcomes: Sequence[Outcome], best_metric: str) -> str:
+    """A table that reads well as plain text: one row per combination, the best metric's family at all step counts."""
+    metrics = _family(outcomes, best_metric)
+    keys = list(outcomes[0].values)
+    rows = [[*keys, "state", "last loss", *metrics, "time"]]
+    for outcome in outcomes:
+        measured = outcome.metrics or {}
+        rows.append(
+            [
+                *outcome.values.values(),
+                outcome.state,
+                _number(outcome.last_loss),
+                *(_number(measured.get(metric)) for metric in metrics),
+                "" if outcome.seconds is None else f"{outcome.seconds:.0f} s",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def write(plan: Plan, outcomes: Sequence[Outcome], table: str) -> list[Path]:
+    """Write `sweep.md` and `sweep.json` (which holds every metric) into the sweep's folder."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    paths = [plan.folder / "sweep.md", plan.folder / "sweep.json"]
+    paths[0].write_text(table, encoding="utf-8")
+    paths[1].write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n", encoding="utf-8")
+    return paths
+
+
+def _family(outcomes: Sequence[Outcome], best_metric: str) -> list[str]:
+    """`energy_distance_4` -> that distance at every step count that some run measured, in order."""
+    stem = best_metric.rpartition("_")[0]
+    found = {name for outcome in outcomes for name in outcome.metrics or {} if name.rpartition("_")[0] == stem}
+    return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
