@@ -155,6 +155,6 @@ def in_process(target: Any, *arguments: Any) -> BaseProcess:
     """Start a function in a process of its own: forked from a clean one in which the imports are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=target, args=arguments)
+    process = context.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process

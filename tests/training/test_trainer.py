@@ -85,7 +85,7 @@ def test_killed_runs_end_bit_equal(undisturbed: Path, tmp_path: Path, kills: lis
     config = settings(tmp_path, data__shards=str(tmp_path / "shards"))
     for place, count in kills:
         process = in_process(train_and_die, config, place, count)
-        process.join(120)
+        process.join(200)
         assert process.exitcode == -signal.SIGKILL
     run = train(config)
     assert_equal_runs(run, undisturbed)
@@ -122,13 +122,13 @@ def test_a_stop_signal_saves_and_exits_well(undisturbed: Path, tmp_path: Path, n
     write_latents(tmp_path / "shards")
     log = tmp_path / "log"
     # many steps, so that the signal comes before the end; the rest is then done with the undisturbed run's number
-    process = in_process(train_with_log, settings(tmp_path, steps=100_000, checkpoint__every=100_000), log)
+    process = in_process(train_with_log, settings(tmp_path, steps=1000, checkpoint__every=1000), log)
     while not (log.exists() and "step 1/" in log.read_text()):
         assert process.is_alive()
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(200)
     assert process.exitcode == 0, log.read_text()
     assert number.name in log.read_text()
     assert "start again to go on" in log.read_text()

@@ -1,0 +1,96 @@
+"""Validation inside of a run, with flow maps whose samples are known."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.evaluation.metrics import energy_distance
+from anyflow_train.evaluation.validation import InRunValidator, build_validator
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.codec import Codec
+from anyflow_train.training.engine import World
+from tests.training.helpers import SHAPE, settings, write_latents
+
+EVALUATION = {"every": 1, "steps": [1, 2], "samples": 6, "batch": 4, "videos": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_latents(folder / "shards", samples=5)
+    return folder
+
+
+def validator_of(folder: Path, **changes: Any) -> InRunValidator:
+    evaluation = {**EVALUATION, "held_out": str(folder / "shards"), **changes}
+    config = RunConfig.model_validate(settings(folder, evaluation=evaluation))
+    return build_validator(config, World(torch.device("cpu")))
+
+
+def stay(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """The flow map that leaves noise where it is."""
+    return torch.zeros_like(x)
+
+
+def go(interrupted: bool = False) -> Any:
+    return lambda: interrupted
+
+
+def test_metrics_are_of_the_samples_from_fixed_noise(folder: Path) -> None:
+    validator = validator_of(folder)
+    assert validator.compared is not None
+    assert validator.compared.captions[-1] == validator.compared.captions[0]  # 5 held-out prompts, 6 samples
+    assert len(validator.compared.noise.unique(dim=0)) == 6
+    validation = validator(stay, folder, go())
+    assert validation is not None
+    shards = ShardSet.open(str(folder / "shards"))
+    real = torch.stack([sample.latents for i in range(5) if (sample := shards.read(i)).latents is not None])
+    expected = energy_distance(validator.compared.noise, real)
+    assert validation.metrics["energy_distance_1"] == pytest.approx(expected)
+    assert validation.metrics["energy_distance_2"] == pytest.approx(expected)
+    assert validation.videos == {}
+
+
+def test_every_validation_and_every_start_sees_the_same_noise(folder: Path) -> None:
+    first, second = validator_of(folder), validator_of(folder)
+    assert first.compared is not None
+    assert second.compared is not None
+    assert torch.equal(first.compared.noise, second.compared.noise)
+    other = validator_of(folder, seed=1).compared
+    assert other is not None
+    assert not torch.equal(first.compared.noise, other.noise)
+
+
+def test_a_stop_request_ends_it_at_once(folder: Path) -> None:
+    assert validator_of(folder)(stay, folder, go(interrupted=True)) is None
+
+
+def test_without_held_out_data_there_are_no_numbers(folder: Path) -> None:
+    validation = validator_of(folder, held_out=None)(stay, folder, go())
+    assert validation is not None
+    assert validation.metrics == {}
+
+
+def test_videos_are_written_as_one_grid(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    statistics = {"latents_mean": [0.0] * SHAPE[1], "latents_std": [1.0] * SHAPE[1]}
+    vae = AutoencoderKLWan(z_dim=SHAPE[1], **sizes, **statistics).eval()
+    validator = validator_of(folder)
+    assert validator.compared is not None
+    shown = dataclasses.replace(validator.compared, captions=("a", "b"), text=validator.compared.text[:2])
+    shown = dataclasses.replace(shown, noise=validator.compared.noise[:2])
+    codec = Codec("", vae, torch.device("cpu"), torch.float32)
+    validation = dataclasses.replace(validator, shown=shown, codec=codec)(stay, tmp_path, go())
+    assert validation is not None
+    assert validation.videos == {"grid": tmp_path / "grid.mp4"}
+    assert (tmp_path / "grid.mp4").stat().st_size > 0
