@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from diffusers.pipelines.anyflow.pipeline_anyflow import AnyFlowPipeline
 from torch import Tensor
 
 from anyflow_train.export.weights import Precision
-from anyflow_train.flow.times import sampling_grid
+from anyflow_train.flow.sampler import sample
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
 MERGE_TOLERANCE = 1e-4
@@ -97,10 +98,8 @@ def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
 def two_jumps(network: AnyFlowTransformer3DModel, probe: Probe, shift: float) -> Tensor:
     """What two steps of our sampler make of the first latents of the probe: (1, F, C, H, W)."""
     one = probe.row(0)
-    x = one.latents
-    for t, r in pairwise(sampling_grid(SAMPLING_STEPS, shift).tolist()):
-        x = x - (t - r) * _call(network, one, torch.tensor([(t, r)], dtype=torch.float32))
-    return x
+    condition = Condition(one.text, one.image)
+    return sample(NetworkFlowMap(network, None), one.latents, condition, SAMPLING_STEPS, shift)
 
 
 def check_weights(written: ModelMixin, expected: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,98 @@
+"""Videos from the command line: what is written, from what noise, and what is refused."""
+
+import json
+from pathlib import Path
+
+import av
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from anyflow_train import export, sample
+from anyflow_train.config.commands import ExportConfig, SampleConfig
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.load import load_model
+from anyflow_train.evaluation.video import to_frames
+from anyflow_train.models.codec import Codec
+from tests.export.runs import FULL, LORA, TINY_WAN, make_run
+
+
+def config(model: Path, out: Path, **options) -> SampleConfig:
+    settings = {"prompts": ("wide red stripes",), "precision": "fp32", "text_length": 16, "device": "cpu"}
+    return SampleConfig(model=str(model), out=str(out), **{**settings, **options})
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_run_gives_a_video_for_every_prompt_seed_and_number_of_calls(tmp_path: Path):
+    trained, prompts = make_run(tmp_path, LORA), tmp_path / "prompts.txt"
+    prompts.write_text("Narrow blue stripes, drifting UP!\n\nwide red stripes\n")
+    out = tmp_path / "out"
+    entries = sample.run(config(trained, out, prompt_file=str(prompts), steps=(1, 2), seeds=(3, 4)))
+    assert len(entries) == 2 * 2 * 2
+    assert entries[0].file == "000_wide-red-stripes_seed3_calls1.mp4"
+    assert entries[-1].file == "001_narrow-blue-stripes-drifting-up_seed4_calls2.mp4"
+    assert all(frames_in(out / entry.file) == 5 for entry in entries)
+    assert frames_in(out / "grid.mp4") == 5
+    index = json.loads((out / "index.json").read_text())
+    assert (index["model"], index["step"], index["height"]) == ("run", 7, 32)
+    assert len(index["videos"]) == 8
+
+
+def test_an_exported_folder_gives_what_stock_diffusers_gives(tmp_path: Path):
+    exported = tmp_path / "exported"
+    trained = make_run(tmp_path, FULL)
+    export.run(ExportConfig(checkpoint=str(trained), out=str(exported), precision="fp32"))
+    written: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "write_mp4", lambda path, frames, fps: written.append(frames))
+        sample.run(config(exported, tmp_path / "out", steps=(2,), seeds=(5,)))
+    pipeline = diffusers.AnyFlowPipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline(
+        "wide red stripes", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16,
+        generator=torch.Generator().manual_seed(5), output_type="pt",
+    ).frames[0]  # fmt: skip
+    stock = to_frames(video.transpose(0, 1) * 2 - 1)
+    # Rounding to whole grey values may fall to either side.
+    assert np.abs(written[0].astype(int) - stock.astype(int)).max() <= 1
+
+
+def test_a_wan_transformer_is_sampled_by_euler_steps(tmp_path: Path):
+    make_run(tmp_path, FULL)
+    assert load_model(str(tmp_path / "base"), "ema").network.config["gate_value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ()}, "prompts: there is none"),
+        ({"prompt_file": "missing.txt"}, r"prompt_file: 'missing\.txt' cannot be read"),
+        ({"frames": 6}, r"frames: 6 is not 4n \+ 1; 5 is"),
+        ({"height": 40}, "height: 40 is no multiple of 16"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        sample.run(config(make_run(tmp_path, FULL), tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_unknown_size_asks_for_it(tmp_path: Path):
+    make_run(tmp_path, FULL)
+    with pytest.raises(UserError, match="width: is not set"):
+        sample.run(config(tmp_path / "base", tmp_path / "out", frames=5, height=32))
+
+
+def test_noise_does_not_depend_on_anything_but_the_seed_and_the_size(tmp_path: Path):
+    model = load_model(str(make_run(tmp_path, FULL)), "ema")
+    codec = Codec.load(TINY_WAN, "cpu")
+    size = sample.Size(5, 32, 32)
+    noise = sample.initial_noise(3, model, codec, size)
+    assert noise.shape == (1, 2, 16, 4, 4)
+    assert torch.equal(noise, sample.initial_noise(3, model, codec, size))
+    assert not torch.equal(noise, sample.initial_noise(4, model, codec, size))
