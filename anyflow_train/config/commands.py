@@ -11,6 +11,27 @@ from anyflow_train.config.base import Model
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
+class CheckOptions(Model):
+    """What `anyflow check` takes beside the keys of a run.
+
+    derivative: also measure the time derivative's error, on weights and data.
+    derivative_weights: run or checkpoint whose averaged weights are measured; null: those that the run begins with.
+    derivative_samples: how many samples of the run's data it is measured on.
+    derivative_epsilons: half spans of the central difference, in time from 0 to 1.
+    """
+
+    derivative: bool = False
+    derivative_weights: str | None = None
+    derivative_samples: PositiveInt = 32
+    derivative_epsilons: Annotated[tuple[Annotated[float, Field(gt=0, le=0.1)], ...], Field(min_length=1)] = (
+        0.001,
+        0.0025,
+        0.005,
+        0.01,
+        0.02,
+    )
+
+
 class ClipsConfig(Model):
     """`anyflow clips`: render clips of the embedded stripes world as mp4 with captions."""
 
@@ -135,6 +156,7 @@ class EvaluateConfig(Model):
     models: runs, checkpoints or exported folders of students.
     reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
+    oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
     """
 
     out: str
@@ -152,6 +174,7 @@ class EvaluateConfig(Model):
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
     oracle: Literal["none", "stripes"] = "none"
+    oracle_samples: PositiveInt = 512
     bootstrap: PositiveInt = 1000
     batch: PositiveInt = 32
     seed: NonNegativeInt = 0

@@ -99,7 +99,8 @@ def prepare(
     reference = _reference(config, held_out, teacher, device)
     ruler = Ruler(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
-    judge = None if config.oracle == "none" else partial(judge_stripes, captions=captions, decode=decode, batch=32)
+    judged = captions[: config.oracle_samples]
+    judge = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
     return Setting(config, captions, inputs, ruler, judge, say), ruler.sampled(fine, config.shift)
 
 

@@ -28,16 +28,16 @@ class Recognition:
 
 @torch.inference_mode()
 def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
-    """Decode (n, F, C, H, W) latents in batches and recognise the stripes in them.
+    """Decode the first n latents in batches and recognise the stripes in them.
 
     Args:
-        latents: normalised, float32.
+        latents: (m >= n, F, C, H, W) normalised, float32.
         captions: n captions of the stripes world.
         decode: latents -> videos (B, 3, F, H, W) in [-1, 1].
         batch: videos per decoding.
     """
     labels = torch.tensor([label_of(caption) for caption in captions])
-    right, purity = [], []
+    latents, right, purity = latents[: len(captions)], [], []
     for start in range(0, len(latents), batch):
         reading = recognise(decode(latents[start : start + batch]).float().cpu())
         right.append(reading.labels == labels[start : start + batch])
