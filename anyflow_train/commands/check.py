@@ -7,24 +7,63 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.compose import compose
+from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import derive, table, world_size
+from anyflow_train.config.overrides import Setting, parse
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserErrors
 
 
 def run(overrides: Sequence[str], config_dir: Path | None) -> int:
-    """Print the config as YAML, derived quantities and warnings as comments, so that the whole output is valid YAML."""
-    config: RunConfig = compose("train", overrides, config_dir)
+    """Print the config as YAML, derived quantities and warnings as comments, so that the whole output is valid YAML.
+
+    Raises:
+        UserErrors: of the run's keys and of the command's own, together.
+    """
+    options, config = _decode(overrides, config_dir)
     print(as_yaml(config), end="")
     print("\n# What follows from it:")
     for name, value in table(derive(config, world_size())):
         print(f"#   {name:<14} {value}")
     for finding in run_warnings(config, world_size()):
         print(f"# warning: {finding.error()}")
+    if options.derivative:
+        # Imported here, because it imports torch, which a plain check has no use for.
+        from anyflow_train.commands.derivative import measure
+
+        print(f"\n# Relative error of the time derivative, {options.derivative_samples} samples:")
+        print("".join(f"#   {line}\n" for line in measure(config, options).splitlines()), end="")
     return 0
 
 
 def as_yaml(config: RunConfig) -> str:
     """The config as it can be given back: every key with its value."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _decode(overrides: Sequence[str], config_dir: Path | None) -> tuple[CheckOptions, RunConfig]:
+    own, others = _split(overrides)
+    options, errors = decode(CheckOptions, {setting.key: setting.value for setting in own}, lambda _: (), {}, dict)
+    try:
+        config = compose("train", others, config_dir)
+    except UserErrors as several:
+        raise UserErrors([*errors, *several.errors]) from None
+    if options is None:
+        raise UserErrors(errors)
+    return options, config
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[Setting], list[str]]:
+    """The command's own settings, and the rest as written."""
+    own: list[Setting] = []
+    others: list[str] = []
+    for override in overrides:
+        settings, _ = parse([override])
+        if settings and settings[0].key in CheckOptions.model_fields:
+            own += settings
+        else:
+            others.append(override)
+    return own, others

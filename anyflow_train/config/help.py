@@ -7,18 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anyflow_train.config.base import Model
+from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups
 from anyflow_train.config.keys import summary, type_name, variants, walk
 
 WIDTH = 110
-# Commands that take the keys of a run, with what they take beside.
-OF_A_RUN = {
-    "check": {
-        "derivative": "true also measures the time derivative's error, on the run's weights and data",
-    },
-    "sweep": {"key=a,b": "runs each value, in every combination with the other lists"},
-}
+# Commands that take the keys of a run.
+OF_A_RUN = ("check", "sweep")
 
 
 def command_help(command: str, title: str, config_dir: Path | None) -> str:
@@ -26,8 +22,10 @@ def command_help(command: str, title: str, config_dir: Path | None) -> str:
     base = "train" if command in OF_A_RUN else command
     groups = find_groups(config_folders(config_dir))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
-    for name, text in OF_A_RUN.get(command, {}).items():
-        lines.append(f"  {name:<20}{text}")
+    if command == "sweep":
+        lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
+    if command == "check":
+        lines += ["", *_section(CheckOptions, "", None)]
     lines += ["", *_experiments(base, groups), *_groups(base, groups), "keys:", *_keys(base)]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
@@ -26,7 +26,10 @@ class Setting:
     @property
     def value(self) -> Any:
         """The value, decoded; None where several were given."""
-        return None if self.parsed.is_sweep_override() else self.parsed.value()
+        if self.parsed.is_sweep_override():
+            return None
+        value = self.parsed.value()
+        return value.text if isinstance(value, QuotedString) else value
 
     def alternatives(self) -> list[str]:
         """The values of `key=a,b` one by one, as text that can be parsed again; one for a plain `key=a`."""

@@ -93,7 +93,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.frames": 18}, "data.frames", "nearest are 17 and 21"),
     ({"data.height": 72}, "data.height", "multiple of 16 (VAE 8 x patch 2); nearest are 64 and 80"),
     ({"data.width": 8}, "data.width", "nearest are 16"),
-    ({"student.architecture.patch_size": [2, 2, 2]}, "data.frames", "5 latent frames"),
+    ({"student.architecture.patch_size": [2, 2, 2]}, "student.architecture.patch_size", "[1, p, p]"),
     ({"student.architecture.rope_max_seq_len": 4}, "data.frames", "gives 5 tokens along that axis"),
     ({"data.width": 1040}, "data.width", "gives 65 tokens along that axis"),
     # Batches and schedule.

@@ -46,12 +46,6 @@ def run_sizes(config: RunConfig) -> Iterator[Finding]:
     if size:
         return
     latent = latent_shape(config.data, architecture.in_channels)
-    if latent[0] % architecture.patch_size[0]:
-        yield Finding(
-            ("data.frames", "student.architecture.patch_size"),
-            f"{config.data.frames} frames give {latent[0]} latent frames, which patches of "
-            f"{architecture.patch_size[0]} do not divide",
-        )
     longest = architecture.rope_max_seq_len
     for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
         if tokens > longest:
@@ -66,6 +60,9 @@ def network_shape(config: RunConfig) -> Iterator[Finding]:
     """What the transformer's constructor would refuse later."""
     architecture = config.student.architecture
     prefix = "student.architecture"
+    patch = architecture.patch_size
+    if patch[0] != 1 or patch[1] != patch[2]:
+        yield Finding((f"{prefix}.patch_size",), f"{list(patch)} is not of the form [1, p, p] (Wan2.1: [1, 2, 2])")
     if architecture.attention_head_dim % 2:
         yield Finding(
             (f"{prefix}.attention_head_dim",),

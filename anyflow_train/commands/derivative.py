@@ -1,0 +1,57 @@
+"""`anyflow check derivative=true`: how far the time derivative is off, on a run's weights and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from torch import nn
+
+from anyflow_train.config.commands import CheckOptions
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
+from anyflow_train.training.engine import World, autocast_dtype, start_world
+from anyflow_train.training.recipe import build_loader, build_student, load_trained_network
+
+
+def measure(config: RunConfig, options: CheckOptions) -> str:
+    """A table: the central difference at several spans, in float32 and bfloat16, against the exact derivative.
+
+    Raises:
+        UserError: weights or data cannot be read.
+    """
+    world = start_world(config.engine)
+    network = _weights(config, options).eval().requires_grad_(False)
+    nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
+    networks = {name: NetworkFlowMap(network, autocast_dtype(name)) for name in ("fp32", "bf16")}
+    rows = derivative_errors(
+        networks["fp32"],
+        networks,
+        list(_samples(config, world, options.derivative_samples)),
+        options.derivative_epsilons,
+        config.times.shift,
+        config.objective.derivative_ends if isinstance(config.objective, FlowMap) else "clamped",
+    )
+    return derivative_table(rows)
+
+
+def _weights(config: RunConfig, options: CheckOptions) -> AnyFlowTransformer3DModel:
+    if options.derivative_weights is None:
+        return build_student(config.student, config.seed)
+    return load_trained_network(options.derivative_weights)[0]
+
+
+def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batch, Draw]]:
+    """The run's own first micro-batches, with their own draws, until there are `count` samples."""
+    with closing(build_loader(config, world, 0)) as loader:
+        for step, batches in enumerate(loader):
+            for batch in batches:
+                if count <= 0:
+                    return
+                count -= len(batch.slots)
+                yield batch.to(world.device), Draw(config.seed, step, batch.slots, world.device)

@@ -1,0 +1,93 @@
+"""`anyflow check`: the resolved config, derived quantities, and the derivative's error."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from anyflow_train.commands import check
+from anyflow_train.config.compose import compose
+from anyflow_train.config.derived import derive, table
+from anyflow_train.config.network import Architecture, FullTraining, Lora
+from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
+from anyflow_train.config.run import RunConfig
+from anyflow_train.models.adapters import add_lora, trainable_parameters
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from tests.commands.runs import SHORT
+from tests.training.helpers import write_latents
+
+SMALL = Architecture(
+    num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=16
+)
+
+
+def test_output_is_the_config_as_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["experiment=wan1_3b_forward", "optimizer.lr=1e-5"]
+    assert check.run(given, None) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == compose("train", given).model_dump(mode="json")
+    assert "32 = 1 process x 16 accumulation x 2 micro-batch" in printed
+    assert "16 diffusion, 8 consistency, 8 free" in printed
+    assert "21 frames x 16 channels x 60 x 104" in printed
+    assert "32,760 per sample (21 x 30 x 52)" in printed
+    assert "# warning: evaluation.held_out: null" in printed
+
+
+def test_several_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config: RunConfig = compose("train", ["experiment=wan14b_forward"])
+    derived = derive(config, 8)
+    assert (derived.accumulation, derived.global_batch, derived.samples) == (2, 16, 64000)
+    assert dict(table(derived))["global batch"] == "16 = 8 processes x 2 accumulation x 1 micro-batch"
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"image_dim": 24}, {"cross_attn_norm": False}, {"patch_size": (1, 4, 4), "out_channels": 4}]
+)
+def test_parameters_are_those_of_the_network(changes: dict[str, object]) -> None:
+    architecture = Architecture.model_validate(SMALL.model_dump() | changes)
+    with torch.device("meta"):
+        network = AnyFlowTransformer3DModel(**architecture.model_dump())
+    assert parameter_shapes(architecture) == {name: tuple(p.shape) for name, p in network.named_parameters()}
+
+
+def test_sizes_of_the_published_models() -> None:
+    """Wan2.1's own counts (1,418,996,800 and 14,288,491,584) and one more time embedder."""
+    small = Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+    for architecture, wan in ((small, 1_418_996_800), (Architecture(), 14_288_491_584)):
+        width = architecture.num_attention_heads * architecture.attention_head_dim
+        assert count_parameters(architecture) == wan + (256 + 1) * width + (width + 1) * width
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        FullTraining(),
+        Lora(kind="lora", rank=4),
+        Lora(kind="lora", rank=3, targets=("to_q", "time_embedder.linear_1", "proj_out")),
+        Lora(kind="lora", rank=4, full_modules=("delta_embedder", "proj_out")),
+    ],
+)
+def test_trainable_parameters_are_those_that_are_trained(adapter: FullTraining | Lora) -> None:
+    network = AnyFlowTransformer3DModel(**SMALL.model_dump())
+    if isinstance(adapter, Lora):
+        add_lora(network, adapter, 0)
+    trained = sum(math.prod(p.shape) for p in trainable_parameters(network).values())
+    assert count_trainable(SMALL, adapter) == trained
+
+
+def test_derivative_on_a_runs_weights_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(tmp_path / "shards")
+    given = [*SHORT, f"data.shards={tmp_path / 'shards'}", "derivative=true", "derivative_epsilons=[0.0001,0.05]"]
+    assert check.run([*given, "derivative_samples=8"], None) == 0
+    rows = [line.lstrip("# ").split() for line in capsys.readouterr().out.splitlines() if "%" in line][1:]
+    errors = {(row[0], row[1]): [float(cell.rstrip("%")) for cell in row[2:]] for row in rows}
+    assert set(errors) == {("fp32", "0.0001"), ("fp32", "0.05"), ("bf16", "0.0001"), ("bf16", "0.05")}
+    # A float32 difference over a short span of a smooth network is the derivative; bfloat16 loses it in rounding there.
+    assert errors["fp32", "0.0001"][0] == 0
+    assert errors["fp32", "0.0001"][1] < errors["fp32", "0.05"][1]
+    assert errors["fp32", "0.0001"][1] < 5 < errors["bf16", "0.0001"][1]

@@ -1,0 +1,134 @@
+"""The command line: help, exit codes, errors as lines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anyflow_train import __main__ as cli
+from anyflow_train.config.compose import MODELS
+from anyflow_train.errors import UserError, UserErrors
+
+TINY = "experiment=tiny"
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert cli.main([]) == 2
+
+
+def test_help_and_version_need_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom anyflow_train.__main__ import main\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0\n"
+        "assert not {'hydra', 'pydantic', 'omegaconf', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    model = MODELS.get(command, MODELS["train"])
+    for field in model.model_fields:
+        assert f"    {field}: " in printed or f"\n{field}" in printed
+    if model is MODELS["train"]:
+        assert "experiment=..." in printed
+        assert "wan1_3b_forward_reference" in printed
+        assert "student/adapter=..." in printed
+        assert "    objective.rebalance: weighted | unweighted | none = weighted" in printed
+        assert "objective.kind=flow_map" in printed
+    else:
+        assert "wan1_3b_forward" not in printed
+
+
+def test_every_command_exists() -> None:
+    """Its module is a file of this package with that function: read, not imported, because most import torch."""
+    package = Path(cli.__file__).parent
+    for command in cli.COMMANDS.values():
+        module, _, function = command.target.partition(":")
+        path = package.joinpath(*module.split(".")[1:])
+        source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+        assert f"def {function}(" in source or f"import {function}" in source, command.target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["evaluat"], "error: evaluat: is not a command; nearest is 'evaluate' "),
+        (["check", "--config-dir"], "error: --config-dir: needs a folder"),
+        (["check", "--config-dir=/nowhere/at/all", TINY], "error: --config-dir: '/nowhere/at/all' is not a folder"),
+        (["check", "--lr=3"], "error: --lr=3: is not an option"),
+        (["check", TINY, "lr=3"], "error: lr: unknown key; nearest is 'optimizer.lr'"),
+        (["check", TINY, "derivative=maybe"], "error: derivative: 'maybe' is wrong"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line)
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (UserError("data.shards", "'x' is not there"), 2, "error: data.shards: 'x' is not there\n"),
+        (UserErrors([UserError("a", "b"), UserError("c", "d")]), 2, "error: a: b\nerror: c: d\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_a_command_raises(
+    raised: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_target: str) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "_load", fail)
+    assert cli.main(["clips", "out=x"]) == code
+    assert capsys.readouterr().err == words
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_target: str) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "_load", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["clips", "out=x"])
+
+
+def test_a_command_gets_its_decoded_config_and_warnings_go_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    received = []
+    monkeypatch.setattr(cli, "_load", lambda _target: received.append)
+    assert cli.main(["train", TINY, "optimizer.warmup_steps=900"]) == 0
+    assert isinstance(received[0], MODELS["train"])
+    assert capsys.readouterr().err.startswith("warning: optimizer.warmup_steps: 900 is not below steps=")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", TINY, "optimizer.warmup_steps=900"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_as_a_module_from_any_directory(tmp_path: Path) -> None:
+    """What is written stays where it was written, what is shipped is found from anywhere."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "anyflow_train", "check", TINY, "data.shards=here"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "\n  shards: here\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    # A reader that has seen enough is no error.
+    piped = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert piped.stdout is not None
+    piped.stdout.close()
+    _, errors = piped.communicate()
+    assert errors == b""
