@@ -17,7 +17,7 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
-from anyflow_train.evaluation.load import Model, load_exported, load_model, on_device, unique_names
+from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import Cell, Ruler, Sampled
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
 from anyflow_train.evaluation.report import TEACHER, Report, write_report
@@ -55,10 +55,11 @@ def run(config: EvaluateConfig) -> Report:
     dtype = autocast_dtype(config.precision)
     shards = ShardSet.open(config.held_out)
     models = [load_model(source, config.weights) for source in config.models]
-    teacher = on_device(load_exported(config.teacher), device, dtype)
+    taught = load_model(config.teacher, config.weights)
+    codec = Codec.load(config.codec or taught.codec_source or config.teacher, device, torch.float32)
+    teacher = on_device(taught.network, device, dtype)
     negative = padded_condition([shards.texts.negative], config.text_length, device)
     teacher = guided(teacher, negative, config.guidance_scale)
-    codec = Codec.load(config.codec or config.teacher, device, torch.float32)
 
     say(f"reading {config.held_out_samples} held-out samples, and sampling the teacher's fine solution")
     setting, fine = prepare(config, shards, teacher, codec, device, say)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AnyFlowPipeline
 from diffusers.utils import export_to_video
 
-pipeline = AnyFlowPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype}).to("cuda")
+pipeline = AnyFlowPipeline.from_pretrained("path/to/this/folder", dtype=torch.{dtype}).to("cuda")
 video = pipeline(
     "a prompt", height={height}, width={width}, num_frames={frames}, num_inference_steps=4, guidance_scale=1.0
 ).frames[0]
@@ -23,7 +23,7 @@ _TRANSFORMER = """```python
 import torch
 from diffusers import AnyFlowTransformer3DModel
 
-transformer = AnyFlowTransformer3DModel.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype})
+transformer = AnyFlowTransformer3DModel.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
 ```
 
 It samples with `FlowMapEulerDiscreteScheduler(shift={shift})`.
@@ -55,7 +55,7 @@ _WAN_PIPELINE = """```python
 import torch
 from diffusers import WanPipeline
 
-pipeline = WanPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype})
+pipeline = WanPipeline.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
 ```
 """
 

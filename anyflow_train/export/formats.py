@@ -95,7 +95,7 @@ def export_wan_pipeline(job: Job) -> float:
     wan: Any = to_wan(merge_lora(job.network))
     state = stored(wan.state_dict(), job.config.precision)
     write_network(WanTransformer3DModel, job.folder / "transformer", wan.config, state, job.config.max_shard_gib)
-    reloaded: Any = WanTransformer3DModel.from_pretrained(job.folder / "transformer", torch_dtype=torch.float32)
+    reloaded: Any = WanTransformer3DModel.from_pretrained(job.folder / "transformer", dtype=torch.float32)
     verify.check_weights(reloaded, state)
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
     copy_parts(source, job.folder)
@@ -121,7 +121,7 @@ def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
     verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
     state = stored(merged.state_dict(), job.config.precision)
     write_network(StockTransformer, folder, merged.config, state, job.config.max_shard_gib)
-    reloaded: Any = StockTransformer.from_pretrained(folder, torch_dtype=torch.float32)
+    reloaded: Any = StockTransformer.from_pretrained(folder, dtype=torch.float32)
     verify.check_weights(reloaded, state)
     return verify.check_outputs("what was written", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
 

@@ -131,7 +131,7 @@ def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, t
     """Sample two steps with the stock AnyFlowPipeline of a folder and compare with `two_jumps`."""
     check_index(folder)
     parts = {"text_encoder": None, "tokenizer": None, "vae": None}
-    pipeline = AnyFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32, **parts)
+    pipeline = AnyFlowPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.scheduler.config.shift != shift:
         raise WrongExport(f"the scheduler's shift is {pipeline.scheduler.config.shift}, not {shift}")

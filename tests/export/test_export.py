@@ -56,7 +56,7 @@ def test_bf16_keeps_the_time_embedders_in_float32_and_makes_shards(tmp_path: Pat
     kept = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
     assert {"condition_embedder.delta_embedder.linear_1.weight", "scale_shift_table"} <= kept
     assert stored["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
-    network = diffusers.AnyFlowTransformer3DModel.from_pretrained(out, torch_dtype=torch.bfloat16)
+    network = diffusers.AnyFlowTransformer3DModel.from_pretrained(out, dtype=torch.bfloat16)
     assert network.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert "lora" not in " ".join(stored)
 
@@ -94,7 +94,7 @@ def test_a_fully_trained_student_has_no_lora_file(tmp_path: Path):
 def test_a_teacher_becomes_a_wan_pipeline(tmp_path: Path):
     trained = make_run(tmp_path, FULL, gate=0.0)
     out = export(trained, tmp_path / "out", format="wan_pipeline", precision="fp16")
-    pipeline = diffusers.WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline = diffusers.WanPipeline.from_pretrained(out, dtype=torch.float32)
     model = load_trained_network(trained)[0]
     probe = verify.Probe.of(model.config)
     found, expected = verify.wan_outputs(pipeline.transformer, probe), verify.velocity_outputs(model, probe)

@@ -1,0 +1,116 @@
+"""A whole evaluation on small random networks: what is written, and what is equal where it must be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.data.manifest import TEXT, CodecInfo, Manifest, PromptTexts, ShardInfo, write_manifest
+from anyflow_train.data.manifest import write_prompt_texts as write_texts
+from anyflow_train.data.shards import Sample
+from anyflow_train.data.writing import write_shard
+from anyflow_train.evaluation import evaluate
+from anyflow_train.evaluation.report import Report
+from anyflow_train.tiny import world
+from tests.export.runs import FULL, make_run
+
+SHAPE = (2, 16, 4, 4)
+CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
+
+
+def write_held_out(folder: Path, count: int) -> Path:
+    """Shards of random latents with captions of the stripes world."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    samples = [Sample(f"clip-{n:03d}", draw(*SHAPE), draw(3, 64), caption) for n, caption in enumerate(captions)]
+    write_shard(folder, "shard-000000.tar", iter(samples))
+    write_texts(folder / TEXT, PromptTexts(torch.zeros(1, 64), ()))
+    manifest = Manifest(
+        format="anyflow_train shards 1",
+        kind="video",
+        shards=(ShardInfo(name="shard-000000.tar", samples=count),),
+        text_dim=64,
+        latent_shape=SHAPE,
+        frames=5,
+        height=32,
+        width=32,
+        fps=16.0,
+        codec=CodecInfo(source="somewhere", vae="abc", text_encoder="def"),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its teacher at `base`, and held-out shards."""
+    root = tmp_path_factory.mktemp("evaluate")
+    make_run(root, FULL)
+    write_held_out(root / "held_out", 24)
+    return root
+
+
+def run(folder: Path, out: str, **options) -> Report:
+    settings = {
+        "models": (str(folder / "run"),),
+        "teacher": str(folder / "base"),
+        "held_out": str(folder / "held_out"),
+        "steps": (1, 2),
+        "samples": 10,
+        "held_out_samples": 24,
+        "fine_steps": 4,
+        "shifts": (1.0, 5.0),
+        "bootstrap": 50,
+        "batch": 4,
+        "text_length": 8,
+        "videos": 2,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    return evaluate.run(EvaluateConfig(out=str(folder / out), **{**settings, **options}))
+
+
+def test_an_evaluation_leaves_its_report_plot_and_grid(folder: Path):
+    run(folder, "whole", oracle="stripes")
+    report = json.loads((folder / "whole" / "report.json").read_text())
+    names = [(cell["model"], cell["steps"]) for cell in report["cells"]]
+    assert names == [("teacher", 1), ("teacher", 2), ("run", 1), ("run", 2), ("teacher", 4)]
+    student = report["cells"][3]
+    for measure in ("energy_distance", "sliced_wasserstein", "trajectory_error"):
+        assert student[measure]["low"] <= student[measure]["value"] <= student[measure]["high"]
+    assert 0 <= student["recognition"]["accuracy"]["low"] <= 1
+    assert report["cells"][0]["energy_ratio"] is None
+    assert report["cells"][4]["trajectory_error"]["value"] == 0
+    for name in ("report.md", "quality.png", "grid.mp4", "grid.gif"):
+        assert (folder / "whole" / name).stat().st_size > 0
+
+
+def test_the_teacher_as_its_own_student_is_as_good_as_itself(folder: Path):
+    # A Wan network as a student is the flow map of its velocity at gate 0: Euler steps. With one shift for both, all
+    # numbers must be equal, and the paired interval of their ratio has no width.
+    report = run(folder, "same", models=(str(folder / "base"),), shifts=(5.0,), videos=0)
+    teacher, student = report.cells[1], report.cells[3]
+    assert student.energy_distance == teacher.energy_distance
+    assert student.energy_ratio is not None
+    assert (student.energy_ratio.low, student.energy_ratio.high) == (1, 1)
+    assert not (folder / "same" / "grid.mp4").exists()
+
+
+def test_fine_guided_samples_are_near_the_guided_reference(folder: Path):
+    report = run(folder, "guided", reference="guided_teacher", guidance_scale=3.0, videos=0, steps=(2,))
+    fine = report.cells[-1].energy_distance
+    # The same law, drawn from other noise: zero within the interval.
+    assert fine.low <= 0 <= fine.high
+
+
+def test_results_do_not_depend_on_the_batch(folder: Path):
+    cells = [run(folder, f"batch{batch}", batch=batch, videos=0, steps=(2,)).cells for batch in (3, 10)]
+    for left, right in zip(*cells, strict=True):
+        assert left.energy_distance.value == pytest.approx(right.energy_distance.value, abs=1e-4)
