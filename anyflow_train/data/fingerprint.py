@@ -16,6 +16,17 @@ WHOLE_FILE_BYTES = 1 << 30
 END_BYTES = 64 << 20
 
 
+NAMED = "name:"  # of a component whose files were out of reach: it cannot be told from another's
+
+
+def known_fingerprint(source: str | None, component: str) -> str | None:
+    """`component_fingerprint`, or None where there is no source or its files are out of reach."""
+    if source is None:
+        return None
+    fingerprint = component_fingerprint(source, component)
+    return None if fingerprint.startswith(NAMED) else fingerprint
+
+
 def component_fingerprint(source: str, component: str) -> str:
     """A fingerprint of a pipeline's component (`vae`, `text_encoder`): of its config and weight files.
 
@@ -25,7 +36,7 @@ def component_fingerprint(source: str, component: str) -> str:
     """
     folder = _folder(source, component)
     if folder is None:
-        return f"name:{source}"
+        return f"{NAMED}{source}"
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text())
     # What names where the files came from, or who saved them, says nothing about what they compute.

@@ -17,6 +17,7 @@ from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.files import atomic_file, write_json
+from anyflow_train.data.fingerprint import NAMED
 from anyflow_train.errors import UserError, UserErrors
 
 MANIFEST = "manifest.json"
@@ -162,8 +163,10 @@ def check_compatible(
     if longest is not None and longest > max(data.text_lengths):
         problem = f"{list(data.text_lengths)} cannot hold the longest text of {key}: {longest} tokens"
         errors.append(UserError("data.text_lengths", problem))
-    if vae_fingerprint is not None and manifest.codec.vae not in (None, vae_fingerprint):
-        problem = f"encoded by the VAE of {manifest.codec.source} ({manifest.codec.vae}), not by this run's"
+    made_by = manifest.codec.vae
+    known = made_by is not None and not made_by.startswith(NAMED)
+    if vae_fingerprint is not None and known and made_by != vae_fingerprint:
+        problem = f"encoded by the VAE of {manifest.codec.source} ({made_by}), not by this run's"
         errors.append(UserError(key, f"{problem} ({vae_fingerprint})"))
     if errors:
         raise UserErrors(errors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.run import Evaluation, RunConfig
+from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.held_out import HeldOut, load_samples
 from anyflow_train.data.loader import pad_text
 from anyflow_train.data.manifest import check_compatible
@@ -161,7 +162,8 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     if location is None:
         return None
     shards = ShardSet.open(location, config.data.cache, config.data.cache_gib)
-    check_compatible(shards.manifest, config.data, config.student.architecture, None, key)
+    vae = known_fingerprint(config.teacher.codec_source, "vae")
+    check_compatible(shards.manifest, config.data, config.student.architecture, vae, key)
     if len(shards) < 2:
         raise UserError(key, f"{location} holds {len(shards)} sample; a distance needs two or more")
     return load_samples(shards, min(len(shards), MOST_HELD_OUT))

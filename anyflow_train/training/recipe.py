@@ -13,6 +13,7 @@ from anyflow_train.config.network import FullTraining, Lora, Student
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import branch_counts, micro_slots
+from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
@@ -100,7 +101,8 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
     """
     data, engine = config.data, config.engine
     shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
-    check_compatible(shards.manifest, data, config.student.architecture, None)
+    vae = known_fingerprint(config.teacher.codec_source, "vae")
+    check_compatible(shards.manifest, data, config.student.architecture, vae)
     return Loader(
         shards,
         config.seed,

@@ -39,6 +39,12 @@ def test_each_difference_names_its_key(data: dict, network: dict, vae: str, mess
     assert str(caught.value).startswith(message)
 
 
+def test_a_vae_known_by_name_alone_is_not_called_another() -> None:
+    manifest = make_manifest(())
+    codec = manifest.codec.model_copy(update={"vae": "name:Wan-AI/some-model"})
+    check(manifest.model_copy(update={"codec": codec}), vae="xyz")
+
+
 def test_all_differences_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         check(make_manifest(()), DATA.model_copy(update={"frames": 9, "height": 64}), vae="xyz")
