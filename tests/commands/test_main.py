@@ -111,11 +111,11 @@ def test_a_command_gets_its_decoded_config_and_warnings_go_to_stderr(
 ) -> None:
     received = []
     monkeypatch.setattr(cli, "_load", lambda _target: received.append)
-    assert cli.main(["train", TINY, "optimizer.warmup_steps=900"]) == 0
+    assert cli.main(["train", TINY, "steps=800", "optimizer.warmup_steps=900"]) == 0
     assert isinstance(received[0], MODELS["train"])
-    assert capsys.readouterr().err.startswith("warning: optimizer.warmup_steps: 900 is not below steps=")
+    assert capsys.readouterr().err.startswith("warning: optimizer.warmup_steps: 900 is not below steps=800")
     monkeypatch.setenv("RANK", "1")
-    assert cli.main(["train", TINY, "optimizer.warmup_steps=900"]) == 0
+    assert cli.main(["train", TINY, "steps=800", "optimizer.warmup_steps=900"]) == 0
     assert capsys.readouterr().err == ""
 
 
