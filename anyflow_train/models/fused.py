@@ -2,15 +2,13 @@
 
 In eager mode autograd keeps (and re-reads) an intermediate for every arithmetic step. These operations are a large part
 of a small network's step and of a large network's activations, so each is one autograd node here that keeps its input
-and recomputes the rest. Under `torch.compile` the plain formulas are used: the compiler fuses them itself.
-Forward-mode derivatives (`torch.func.jvp`) go through the plain formulas too.
+and recomputes the rest. The plain formulas are used under `torch.compile`, which fuses them itself, and under the
+transforms of `torch.func`, such as an exact derivative in time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +45,9 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     x: (B, S, D), the S tokens being ordered frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for
     all tokens of a frame. Returns (B, S, D) in the dtype of x.
     """
-    if torch.compiler.is_compiling():
-        return _modulated_layer_norm(x, shift, scale, eps)
+    if _transformed():
+        normed = F.layer_norm(wide(x), x.shape[-1:], None, None, eps)
+        return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
@@ -57,14 +56,14 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _transformed() -> bool:
+    """Whether something else than plain eager mode runs this code."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _by_hand(x: Tensor) -> bool:
     """Elsewhere torch's own fused kernels are as fast and keep as little."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def _modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(wide(x), x.shape[-1:], None, None, eps)
-    return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not _transformed()
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:
@@ -73,41 +72,28 @@ def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:
 
 
 class _RMSNorm(Function):
-    """Keeps x only; autograd would keep three tensors of its size."""
+    """Keeps x and one number per token; autograd would keep three tensors of the size of x."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return (x * _inverse_rms(x, eps)).mul_(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        x, weight, ctx.eps = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        inverse = _inverse_rms(x, ctx.eps)
+        x, weight, inverse = ctx.saved_tensors
         normed = x * inverse
+        weighed = grad * normed
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).sum_to_size(weight.shape)
+            grad_weight = weighed.sum_to_size(weight.shape)
         if ctx.needs_input_grad[0]:
-            grad_x = grad * weight
-            along = torch.linalg.vecdot(grad_x, normed).div_(-x.shape[-1]).unsqueeze(-1)
-            grad_x = grad_x.addcmul_(normed, along).mul_(inverse)
+            along = (weighed @ weight).div_(-x.shape[-1]).unsqueeze(-1)
+            grad_x = torch.mul(grad, weight, out=weighed).addcmul_(normed, along).mul_(inverse)
         return grad_x, grad_weight, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, weight_tangent: Tensor, _: None) -> Tensor:
-        plain = partial(F.rms_norm, eps=ctx.eps)
-        return _push_forward(lambda x, weight: plain(x, weight.shape, weight), ctx, (x_tangent, weight_tangent))
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
 
 
 class _GeluTanh(Function):
@@ -115,68 +101,58 @@ class _GeluTanh(Function):
     so that the backward pass needs no transcendental function."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        squared = x * x
-        return squared.mul_(_GELU_CUBIC).add_(_GELU_LINEAR).mul_(x).sigmoid_().mul_(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-        ctx.save_for_forward(*inputs)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        output = _polynomial(x, _GELU_CUBIC).mul_(x).sigmoid_().mul_(x)
+        ctx.save_for_backward(x, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, output = ctx.saved_tensors
         gate = (output / x).nan_to_num_(nan=0.5)
-        slope = (x * x).mul_(3 * _GELU_CUBIC).add_(_GELU_LINEAR)
-        return slope.mul_(output).mul_(1 - gate).add_(gate).mul_(grad)
+        bend = _polynomial(x, 3 * _GELU_CUBIC).mul_(output)
+        return bend.lerp_(torch.ones_like(gate[:1]), gate).mul_(grad)  # gate + (1 - gate) * bend
 
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor) -> Tensor:
-        return _push_forward(partial(F.gelu, approximate="tanh"), ctx, (x_tangent,))
+
+def _polynomial(x: Tensor, quadratic: float) -> Tensor:
+    """`2 sqrt(2 / pi) + quadratic x^2`, in one pass over x."""
+    return torch.addcmul(x.new_tensor(_GELU_LINEAR), x, x, value=quadratic)
 
 
 class _ModulatedLayerNorm(Function):
-    """Keeps x and the modulation; autograd would keep the normalised x too."""
+    """Keeps x, the modulation and two numbers per token; autograd would keep the normalised x too."""
 
     @staticmethod
-    def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        return _modulated_layer_norm(x, shift, scale, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-        x, shift, scale, ctx.eps = inputs
-        ctx.save_for_backward(x, shift, scale)
-        ctx.save_for_forward(x, shift, scale)
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        normed, mean, inverse = _normalise(wide(x), eps)
+        ctx.save_for_backward(x, shift, scale, mean, inverse)
+        normed = _by_frame(normed, scale)
+        return torch.addcmul(shift, normed, 1 + scale, out=normed).view(x.shape).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, shift, scale = ctx.saved_tensors
-        full, dims = wide(x), x.shape[-1:]
+        x, shift, scale, mean, inverse = ctx.saved_tensors
+        full = wide(x)
         grad = _by_frame(wide(grad), scale)
-        normed, mean, inverse = torch.native_layer_norm(full, dims, None, None, ctx.eps)
         grad_x = grad_shift = grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_shift = grad.sum_to_size(shift.shape)
         if ctx.needs_input_grad[2]:
+            normed = (full - mean).mul_(inverse)
             grad_scale = _by_frame(normed, scale).mul_(grad).sum_to_size(scale.shape)
         if ctx.needs_input_grad[0]:
             inner = (grad * (1 + scale)).view(x.shape)
-            mask = [True, False, False]
             back = torch.ops.aten.native_layer_norm_backward
-            grad_x = back(inner, full, dims, mean, inverse, None, None, mask)[0].to(x.dtype)
+            wanted = [True, False, False]
+            grad_x = back(inner, full, x.shape[-1:], mean, inverse, None, None, wanted)[0].to(x.dtype)
         return grad_x, grad_shift, grad_scale, None
 
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, shift_tangent: Tensor, scale_tangent: Tensor, _: None) -> Tensor:
-        plain = partial(_modulated_layer_norm, eps=ctx.eps)
-        return _push_forward(plain, ctx, (x_tangent, shift_tangent, scale_tangent))
 
-
-def _push_forward(plain: Callable[..., Tensor], ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
-    """The forward-mode derivative of the plain formula at the inputs kept in `ctx`."""
-    primals = ctx.saved_tensors
-    tangents = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True))
-    return torch.func.jvp(plain, primals, tangents)[1]
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over the last dimension: the result, the mean and the inverse standard deviation."""
+    weight = bias = None
+    if x.device.type == "cpu":  # where the kernel that has a weight is vectorised and the one without is not
+        weight, bias = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)

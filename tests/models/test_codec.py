@@ -3,6 +3,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+import transformers
 
 from anyflow_train.errors import UserError
 from anyflow_train.models.codec import Codec, clean_prompt
@@ -23,7 +24,10 @@ def codec():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return diffusers.WanPipeline.from_pretrained(TINY_WAN, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_WAN, subfolder="tokenizer")
+    encoder = transformers.UMT5EncoderModel.from_pretrained(TINY_WAN, subfolder="text_encoder", dtype=torch.float32)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(TINY_WAN, subfolder="vae", dtype=torch.float32)
+    return diffusers.WanPipeline(tokenizer, encoder, vae, scheduler=None)
 
 
 @pytest.mark.parametrize("max_length", [16, 512])
