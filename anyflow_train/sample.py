@@ -108,8 +108,9 @@ def video_size(config: SampleConfig, model: Model) -> Size:
         UserErrors: it is not configured, and the model does not say what it was trained on.
     """
     known = _trained_size(config.model, model)
-    sides = {name: getattr(config, name) or known.get(name) for name in ("frames", "height", "width")}
-    missing = [name for name, value in sides.items() if value is None]
+    wanted = {"frames": config.frames, "height": config.height, "width": config.width}
+    sides = known | {name: value for name, value in wanted.items() if value is not None}
+    missing = [name for name in wanted if name not in sides]
     if missing:
         raise UserErrors([UserError(name, "is not set, and this model does not say it; set it") for name in missing])
     return Size(**sides)
