@@ -1,0 +1,254 @@
+"""Our transformer against diffusers' own: time of forward and forward + backward, and peak memory.
+
+Same weights, same inputs, one run: the two alternate, and the medians of their times are compared. Memory is measured
+apart, each network in a process of its own: on a CPU the largest growth of the resident set during one forward +
+backward (after one at a much smaller size, so that libraries are loaded and weights have gradients); on a GPU what the
+allocator held at most, less the weights and gradients.
+
+    python benchmarks/transformer.py                              # three sizes on the CPU, 1 thread and all of them
+    python benchmarks/transformer.py --size quickstart --threads 1 --json result.json
+    python benchmarks/transformer.py --clock cpu --threads 1      # on a machine that others use too
+    python benchmarks/transformer.py --device cuda --size 1.3b --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
+from torch import Tensor
+
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+
+NETWORKS = {"ours": AnyFlowTransformer3DModel, "diffusers": StockTransformer}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+RUNS = 7
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network and a batch: latents (batch, frames, 16, height, width), text of `text_length` tokens."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    text_length: int
+    network: dict[str, int]
+
+
+_QUICKSTART = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 24,
+    "num_layers": 4,
+    "ffn_dim": 192,
+    "text_dim": 64,
+    "freq_dim": 64,
+}
+_WIDE = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 4, "ffn_dim": 2048, "text_dim": 512}
+_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960}
+SIZES = {
+    "quickstart": Size(32, 5, 8, 8, 16, _QUICKSTART),
+    "9x12x16": Size(1, 9, 24, 32, 64, _WIDE),
+    "21x15x26": Size(1, 21, 30, 52, 64, _WIDE),
+    "1.3b": Size(1, 21, 60, 104, 512, _1_3B),
+}
+CPU_SIZES = ("quickstart", "9x12x16", "21x15x26")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians in seconds and peaks in bytes, of one size with one number of threads."""
+
+    size: str
+    threads: int
+    forward: dict[str, float]
+    both: dict[str, float]
+    memory: dict[str, int]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Speed of ours over diffusers', and our memory over diffusers'."""
+        return {
+            "forward": self.forward["diffusers"] / self.forward["ours"],
+            "forward+backward": self.both["diffusers"] / self.both["ours"],
+            "memory": self.memory["ours"] / self.memory["diffusers"],
+        }
+
+
+def main() -> None:
+    options = _options()
+    if options.memory_of is not None:
+        print(peak_memory(options.memory_of, SIZES[options.size[0]], options.device, DTYPES[options.dtype]))
+        return
+    device = _device_name(options.device)
+    print(f"{device}, torch {torch.__version__}, diffusers {diffusers.__version__}, {options.dtype}, ours first")
+    print(f"{'size':12} {'threads':>7} | {'forward':^34} | {'forward + backward':^34} | peak memory")
+    results = []
+    for name in options.size:
+        memory = {kind: _memory_in_a_process(kind, name, options) for kind in NETWORKS}
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            forward, both = compare(SIZES[name], options)
+            results.append(Result(name, threads, forward, both, memory))
+            print(_row(results[-1]), flush=True)
+    if options.json is not None:
+        rows = [asdict(result) | {"ratios": result.ratios} for result in results]
+        options.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "results": rows}, indent=1))
+
+
+def compare(size: Size, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of forward and of forward + backward, by network; the two alternate."""
+    device, dtype = options.device, DTYPES[options.dtype]
+    networks = {kind: build(kind, size, device, dtype) for kind in NETWORKS}
+    networks["ours"].load_state_dict(networks["diffusers"].state_dict())
+    inputs = draw(size, device, dtype)
+    clock = CLOCKS[options.clock]
+    forward: dict[str, list[float]] = {kind: [] for kind in NETWORKS}
+    both: dict[str, list[float]] = {kind: [] for kind in NETWORKS}
+    for run in range(options.runs + 1):
+        for kind, network in networks.items():
+            for call, seconds in ((forward_only, forward[kind]), (forward_and_backward, both[kind])):
+                network.zero_grad()
+                elapsed = _timed(call, network, inputs, clock)
+                seconds.extend([elapsed] if run else [])  # the first run warms up
+    return _medians(forward), _medians(both)
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def build(kind: str, size: Size, device: str, dtype: torch.dtype) -> Any:
+    """A network with random weights, the same for every call."""
+    torch.manual_seed(0)
+    network = NETWORKS[kind](**size.network).to(device)
+    return network if dtype == torch.float32 else network.to(dtype)
+
+
+def draw(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments of a call; times per sample and frame, the only shape that diffusers takes."""
+    torch.manual_seed(1)
+    t = torch.rand(size.batch, 1).expand(-1, size.frames) * 1000
+    text_dim = size.network.get("text_dim", 4096)
+    return {
+        "hidden_states": torch.randn(size.batch, size.frames, 16, size.height, size.width).to(device, dtype),
+        "timestep": t.to(device),
+        "r_timestep": (t / 2).to(device),
+        "encoder_hidden_states": torch.randn(size.batch, size.text_length, text_dim).to(device, dtype),
+    }
+
+
+def forward_only(network: Any, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        network(**inputs)
+
+
+def forward_and_backward(network: Any, inputs: dict[str, Tensor]) -> None:
+    network(**inputs).sample.float().square().mean().backward()
+
+
+def peak_memory(kind: str, size: Size, device: str, dtype: torch.dtype) -> int:
+    """Bytes that one forward + backward holds at most beside weights and gradients. Run it in a fresh process."""
+    network = build(kind, size, device, dtype)
+    forward_and_backward(network, draw(Size(1, 1, 4, 4, 4, size.network), device, dtype))
+    inputs = draw(size, device, dtype)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        forward_and_backward(network, inputs)
+        return torch.cuda.max_memory_allocated() - before
+    return _peak_resident(lambda: forward_and_backward(network, inputs))
+
+
+def _peak_resident(call: Callable[[], None]) -> int:
+    """Growth of the resident set during a call, in bytes, read every millisecond by a thread beside it."""
+    page = resource.getpagesize()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.001):
+            highest = max(highest, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    done.set()
+    watcher.join()
+    return highest - before
+
+
+def _memory_in_a_process(kind: str, size: str, options: argparse.Namespace) -> int:
+    """In a process of its own: what another network has freed would otherwise be used again unseen."""
+    command = [sys.executable, __file__, "--memory-of", kind, "--size", size]
+    command += ["--device", options.device, "--dtype", options.dtype]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _timed(
+    call: Callable[[Any, dict[str, Tensor]], None], network: Any, inputs: dict[str, Tensor], clock: Callable[[], float]
+) -> float:
+    synchronize = torch.cuda.synchronize if inputs["timestep"].is_cuda else lambda: None
+    synchronize()
+    start = clock()
+    call(network, inputs)
+    synchronize()
+    return clock() - start
+
+
+def _row(result: Result) -> str:
+    cells = [f"{result.size:12} {result.threads:7d}"]
+    for name, times in (("forward", result.forward), ("forward+backward", result.both)):
+        cells.append(f"{times['ours']:10.4f} s {times['diffusers']:10.4f} s {result.ratios[name]:7.2f}x")
+    ours, stock = (result.memory[kind] / 2**20 for kind in ("ours", "diffusers"))
+    return " | ".join([*cells, f"{ours:.0f} of {stock:.0f} MiB ({result.ratios['memory']:.2f}x)"])
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return platform.processor()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(CPU_SIZES))
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="CPU threads, one row for each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, of one thread")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
+    parser.add_argument("--memory-of", choices=NETWORKS, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads is None:
+        options.threads = [1] if options.device == "cuda" else sorted({1, os.cpu_count() or 1})
+    return options
+
+
+if __name__ == "__main__":
+    main()
