@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def test_a_run_leaves_what_its_readers_need(undisturbed: Path) -> None:
 
 
 # Random places, drawn anew at every run of the suite; the seed is part of the test's name.
-SEED = int(os.environ.get("KILL_SEED", time.time_ns() % 10_000))
+# Parallel test workers must collect the same names: they share their run's id.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(time.time_ns()))
+SEED = int(os.environ.get("KILL_SEED", zlib.crc32(RUN.encode()) % 10_000))
 DICE = random.Random(SEED)
 # A step makes 2 backward passes; every 2nd one ends with a checkpoint of 6 files.
 KILLS = [
