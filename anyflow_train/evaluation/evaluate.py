@@ -130,12 +130,14 @@ def sample_student(
 
 
 def _teacher_cell(setting: Setting, steps: int, samples: Sampled) -> Cell:
+    setting.say(f"measuring the teacher at {steps} calls")
     return setting.ruler.cell(TEACHER, steps, samples, None, setting.judge)
 
 
 def _student_cells(
     setting: Setting, name: str, sets: dict[int, Sampled], teacher_sets: dict[int, Sampled]
 ) -> list[Cell]:
+    setting.say(f"measuring {name}")
     return [
         setting.ruler.cell(name, steps, samples, teacher_sets[steps], setting.judge) for steps, samples in sets.items()
     ]

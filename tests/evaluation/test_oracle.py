@@ -14,6 +14,8 @@ def test_judge_counts_the_videos_that_show_their_caption():
     verdict = judge_stripes(clips, captions, decode=lambda latents: latents, batch=7)
     assert verdict.accuracy.value == pytest.approx(22 / 24)
     assert 0.7 < verdict.purity <= 1
+    part = judge_stripes(clips, captions[:6], decode=lambda latents: latents, batch=4)
+    assert part.accuracy.value == pytest.approx(4 / 6)
     noise = judge_stripes(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24)
     assert noise.purity < 0.05
 
