@@ -194,6 +194,12 @@ def release(pipe: Path) -> None:
         time.sleep(0.05)
 
 
+def run_interruptibly(config: PrepareConfig) -> None:
+    """Prepare, open to SIGINT even where the test suite itself is a background job, for which shells ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run(config)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_job_continues_to_the_same_bytes(
     codec: str, clips: Path, tmp_path: Path, number: signal.Signals
@@ -206,7 +212,7 @@ def test_a_killed_job_continues_to_the_same_bytes(
     os.mkfifo(source / "00005.mp4")
     config = make_config(codec, source, out, threads=1)
     # A fork, as imports alone can take half a minute on a busy machine; one thread, as OpenMP does not survive it.
-    job = multiprocessing.get_context("fork").Process(target=run, args=(config,))
+    job = multiprocessing.get_context("fork").Process(target=run_interruptibly, args=(config,))
     job.start()
     while not (out / "shard-000000.index.json").exists():
         assert job.is_alive()
