@@ -39,8 +39,7 @@ def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor
     labels = torch.tensor([label_of(caption) for caption in captions])
     latents, right, purity = latents[: len(captions)], [], []
     for start in range(0, len(labels), batch):
-        part = latents[start : min(start + batch, len(labels))]
-        reading = recognise(decode(part).float().cpu())
+        reading = recognise(decode(latents[start : start + batch]).float().cpu())
         right.append(reading.labels == labels[start : start + batch])
         purity.append(reading.purity)
     hits = int(torch.cat(right).sum())
