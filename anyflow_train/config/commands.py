@@ -156,7 +156,6 @@ class EvaluateConfig(Model):
     models: runs, checkpoints or exported folders of students.
     reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
-    oracle_samples: how many of the samples are decoded for the oracle, which costs more than to sample them.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
     """
 
