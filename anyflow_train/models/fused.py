@@ -85,14 +85,13 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
-        weighed = grad * normed
+        product = grad * x
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = weighed.sum_to_size(weight.shape)
+        if ctx.needs_input_grad[1]:  # a matrix-vector product: the sum over tokens without another pass
+            grad_weight = product.flatten(0, -2).t() @ inverse.flatten()
         if ctx.needs_input_grad[0]:
-            along = (weighed @ weight).div_(-x.shape[-1]).unsqueeze(-1)
-            grad_x = torch.mul(grad, weight, out=weighed).addcmul_(normed, along).mul_(inverse)
+            along = (product @ weight).unsqueeze(-1).mul_(inverse**3).div_(-x.shape[-1])
+            grad_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(x, along)
         return grad_x, grad_weight, None
 
 
