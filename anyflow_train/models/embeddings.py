@@ -22,8 +22,11 @@ class PatchEmbedding(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, F, H, W) -> (B, D, F, H / patch, W / patch), a view of contiguous (B, F, H / patch, W / patch, D)."""
         patch = self.kernel_size[1]
-        patches = input.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+        # Channels last first: two copies, but of long runs, take a sixth of the time of one of single numbers.
+        pixels = input.permute(0, 2, 3, 4, 1).contiguous()
+        patches = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).transpose(3, 4).flatten(4)
+        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        return F.linear(patches, weight, self.bias).permute(0, 4, 1, 2, 3)
 
 
 class ConditionEmbedder(nn.Module):

@@ -222,5 +222,6 @@ def _frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
 
 def _unpatchify(x: Tensor, frames: int, rows: int, columns: int, patch: int) -> Tensor:
     """(B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
-    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
-    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+    patches = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
+    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies of long runs are fast
+    return pixels.permute(0, 1, 4, 2, 3).contiguous()

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.models.networks import inputs, small, stock_twin
@@ -198,7 +199,7 @@ def test_compiles_whole_and_once():
     """No graph break (fullgraph), and no recompilation when only t and r change."""
     torch._dynamo.reset()
     network = small(num_layers=1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     arguments = inputs()
     expected = network(**arguments).sample
