@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0, 1 (a sweep with failures), 2 (a user's mistake), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no error, not at the interpreter's exit
+        return code
     except UserErrors as errors:
         return _report(errors.errors)
     except UserError as error:

@@ -121,7 +121,8 @@ def test_a_command_gets_its_decoded_config_and_warnings_go_to_stderr(
 
 def test_as_a_module_from_any_directory(tmp_path: Path) -> None:
     """What is written stays where it was written, what is shipped is found from anywhere."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    # Buffered, whatever the suite's own environment says: then the output meets the closed pipe only at the end.
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-m", "anyflow_train", "check", TINY, "data.shards=here"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "\n  shards: here\n" in done.stdout
