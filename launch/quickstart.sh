@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 prepare_environment
 run=${RUN:-runs/quickstart}
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Threads that wait shall sleep: spinning ones stop each other on a machine that has other work.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 started=$SECONDS
 
 step() { printf '\n== %s (at %d s)\n' "$1" $((SECONDS - started)); }
