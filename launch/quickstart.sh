@@ -25,7 +25,11 @@ anyflow train experiment=tiny out="$run" name=student \
   data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out"
 
 step "4/6 evaluation of teacher and student"
-anyflow evaluate experiment=tiny_evaluate models="[$run/student]" held_out="$run/shards/held_out" out="$run/report"
+if [ "$run/report/report.json" -nt "$run/student/done.json" ]; then
+  echo "$run/report is newer than the student"
+else
+  anyflow evaluate experiment=tiny_evaluate models="[$run/student]" held_out="$run/shards/held_out" out="$run/report"
+fi
 
 step "5/6 export"
 anyflow export checkpoint="$run/student" out="$run/pipeline" format=pipeline precision=fp32 overwrite=true
