@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Model(BaseModel):
-    """A config node: unknown keys and silent type conversions are errors; values never change after decoding."""
+    """A config node: unknown keys are errors, and values never change after decoding.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    Types are strict where users write them: `config.decode` passes `strict=True`. Saved configs, which hold decoded
+    values as JSON, are read without it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
