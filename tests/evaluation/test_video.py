@@ -64,7 +64,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     path = tmp_path / "bar.mp4"
     path.write_bytes(b"old")
     with pytest.raises((ValueError, AttributeError)):
-        write_mp4(path, moving_bar().astype(np.float64), 16)  # type: ignore[arg-type]
+        write_mp4(path, moving_bar().astype(np.float64), 16)  # type: ignore[arg-type]  # the wrong type is the test
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
