@@ -44,8 +44,9 @@ from anyflow_train.models.wan import build_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import Engine, World
+from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport, make_update
+from anyflow_train.training.world import World
 
 FIRST_MOMENT = 0.9
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -205,7 +206,7 @@ def make_side(network: nn.Module, flow_map: Any, device: torch.device, everywher
     """A network with an optimizer and averages of its own."""
     parameters = dict(network.named_parameters())
     ema = Ema(parameters, EmaConfig(decay=0.999, start_step=0))
-    engine = Engine(World(device), parameters, Optimizer(betas=(FIRST_MOMENT, 0.95)))
+    engine = ReplicatedEngine(World(device), network, parameters, Optimizer(betas=(FIRST_MOMENT, 0.95)))
     return Side(Trainable(network, engine, ema, AveragedFlowMap(flow_map, ema)), Roles(flow_map, flow_map), everywhere)
 
 
@@ -213,9 +214,9 @@ def compare(left: Side, right: Side, step: Step) -> dict[str, float]:
     """Relative differences of the loss and of the (clipped) gradient, which Adam's first moment holds after a step."""
     losses, gradients = [], []
     for side in (left, right):
-        before = [moment.clone() for _, moment in side.trainable.engine.tensors("exp_avg")]
+        before = [entry.read().clone() for entry in side.trainable.engine.entries("exp_avg").values()]
         losses.append(side.step(*step).values["loss"])
-        after = [moment for _, moment in side.trainable.engine.tensors("exp_avg")]
+        after = [entry.read() for entry in side.trainable.engine.entries("exp_avg").values()]
         gradients.append([new - FIRST_MOMENT * old for new, old in zip(after, before, strict=True)])
     distance = sum(float((a - b).double().square().sum()) for a, b in zip(*gradients, strict=True)) ** 0.5
     norm = sum(float(a.double().square().sum()) for a in gradients[0]) ** 0.5

@@ -57,7 +57,11 @@ class Data(Model):
 
 
 class Engine(Model):
-    """Where and in which precision a step runs. Accumulation follows: global_batch / (micro_batch x processes)."""
+    """Where and in which precision a step runs. Accumulation follows: global_batch / (micro_batch x processes).
+
+    sequence_parallel: neighbouring processes that share each sample and split its tokens; it divides the heads.
+    timeout_seconds: how long a process may keep the others waiting before the run ends.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -65,6 +69,8 @@ class Engine(Model):
     micro_batch: PositiveInt = 2
     compile: bool = False
     threads: NonNegativeInt = 0
+    sequence_parallel: PositiveInt = 1
+    timeout_seconds: PositiveInt = 1800
 
 
 class Checkpoint(Model):

@@ -24,8 +24,8 @@ from anyflow_train.flow.sampler import guided, sample, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.tiny import world
-from anyflow_train.training.engine import World
 from anyflow_train.training.validation import Validation
+from anyflow_train.training.world import World
 
 # Enough for distances whose noise is the samples', not the held-out set's.
 MOST_HELD_OUT = 2048

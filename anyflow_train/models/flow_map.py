@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyflow_train.flow.types import Condition
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
 TIME_SCALE = 1000.0
 
@@ -18,11 +17,12 @@ class NetworkFlowMap:
     """The flow map that a network computes.
 
     Attributes:
-        network: gives the average velocity; a Wan2.1 teacher is one that is called at `r = t`.
+        network: an `AnyFlowTransformer3DModel`, or an engine's wrapper of one. It gives the average velocity; a Wan2.1
+            teacher is one that is called at `r = t`.
         autocast_dtype: half precision of the matrix products; None computes in the precision of the weights.
     """
 
-    network: AnyFlowTransformer3DModel
+    network: nn.Module
     autocast_dtype: torch.dtype | None
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:

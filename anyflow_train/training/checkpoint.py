@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.errors import UserError
+from anyflow_train.training.entry import Entry
 from anyflow_train.training.files import file_sha256, to_json
 from anyflow_train.training.state import Best, TrainState
+from anyflow_train.training.world import ALONE, World
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
@@ -100,33 +102,22 @@ def read_tensors(checkpoint: Path, group: str) -> Iterator[tuple[str, Tensor]]:
     Raises:
         DamagedCheckpoint: there is no such group.
     """
-    paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
-    if not paths:
-        raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+    for name, file in _tensors_by_name(checkpoint, group).items():
+        yield name, file.get_tensor(name)
 
 
 @torch.no_grad()
-def restore_tensors(checkpoint: Path, group: str, targets: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy a group into existing tensors; names and shapes must agree exactly.
+def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], world: World = ALONE) -> None:
+    """Put a group's tensors in their places; names and shapes must agree exactly. Rank 0 alone reads.
 
     Raises:
         UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
     """
-    wanted = dict(targets)
-    for name, tensor in read_tensors(checkpoint, group):
-        target = wanted.pop(name, None)
-        if target is None:
-            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which the configured student does not train")
-        if target.shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, but the student's has {tuple(target.shape)}"
-            raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shapes}")
-        target.copy_(tensor)
-    if wanted:
-        raise UserError(str(checkpoint), f"lacks '{next(iter(wanted))}' ({group}), which the configured student trains")
+    world.on_main(lambda: _check_names(checkpoint, group, entries))
+    stored = _tensors_by_name(checkpoint, group) if world.is_main else {}
+    for name, entry in entries.items():
+        whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape)
+        entry.write(world.broadcast_tensor(whole.to(world.device)))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -152,6 +143,28 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def content_checksum(content: dict[str, Any]) -> str:
     """Checksum of `state.json`'s own content, kept in it beside the rest."""
     return hashlib.sha256(to_json(content)).hexdigest()
+
+
+def _check_names(checkpoint: Path, group: str, entries: Mapping[str, Entry]) -> None:
+    stored = _tensors_by_name(checkpoint, group)
+    for name, file in stored.items():
+        if name not in entries:
+            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which the configured student does not train")
+        shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(entries[name].shape)
+        if shape != wanted:
+            raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shape}, but the student's has {wanted}")
+    missing = entries.keys() - stored.keys()
+    if missing:
+        raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which the configured student trains")
+
+
+def _tensors_by_name(checkpoint: Path, group: str) -> dict[str, Any]:
+    """The open file of every tensor; nothing is read yet."""
+    paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+    if not paths:
+        raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")
+    files = [safe_open(path, framework="pt") for path in paths]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def _verify(checkpoint: Path, files: Mapping[str, str]) -> None:

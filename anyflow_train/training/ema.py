@@ -8,20 +8,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.flow.types import Condition, FlowMap
 
 
 class Ema:
-    """Averages by model name. A plain copy of the parameters before `start_step`; it has no state but its tensors."""
+    """Averages by model name. A plain copy of the parameters before `start_step`; it has no state but its tensors.
 
-    def __init__(self, parameters: Mapping[str, Parameter], config: EmaConfig) -> None:
+    Args:
+        shards: what this process holds of every parameter, as the engine says: under ZeRO-3 a part of it.
+    """
+
+    def __init__(self, shards: Mapping[str, Tensor], config: EmaConfig) -> None:
         self._config = config
-        self._live: list[Tensor] = list(parameters.values())
-        self._names = tuple(parameters)
-        self._averages = [parameter.detach().clone() for parameter in self._live]
+        self._live = list(shards.values())
+        self._names = tuple(shards)
+        self._averages = [shard.detach().clone() for shard in self._live]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -46,12 +49,12 @@ class Ema:
             self._swap()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The averages by model name."""
+        """The averages, or this process's parts of them, by model name."""
         yield from zip(self._names, self._averages, strict=True)
 
     def _swap(self) -> None:
-        for index, parameter in enumerate(self._live):
-            parameter.data, self._averages[index] = self._averages[index], parameter.data
+        for index, shard in enumerate(self._live):
+            shard.data, self._averages[index] = self._averages[index], shard.data
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from anyflow_train.config.network import FullTraining, Lora, Student
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
@@ -28,8 +28,10 @@ from anyflow_train.objectives.flow_matching import FlowMatchingObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import Engine, World, autocast_dtype
+from anyflow_train.training.engine import autocast_dtype, build_engine
+from anyflow_train.training.entry import Entry
 from anyflow_train.training.updates import Term, Trainable, Update
+from anyflow_train.training.world import World
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Recipe:
     roles: Roles
     updates: tuple[Update, ...]
 
-    def groups(self, role: str) -> dict[str, Iterable[tuple[str, Tensor]]]:
+    def groups(self, role: str) -> dict[str, dict[str, Entry]]:
         """A role's tensors as a checkpoint names them: the student's groups have no prefix."""
         trainable, prefix = self.trainables[role], "" if role == "student" else f"{role}."
-        groups = {kind: trainable.engine.tensors(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
-        return {prefix + kind: tensors for kind, tensors in {**groups, "ema": trainable.ema.tensors()}.items()}
+        engine = trainable.engine
+        groups = {kind: engine.entries(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+        groups["ema"] = {name: engine.entry(name, average) for name, average in trainable.ema.tensors()}
+        return {prefix + kind: entries for kind, entries in groups.items()}
 
 
 def build_recipe(config: RunConfig, world: World) -> Recipe:
@@ -61,17 +65,17 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    network = _moved(build_student(config.student, config.seed), world)
+    network = _moved(world.together(lambda: build_student(config.student, config.seed)), world)
+    teacher = world.together(lambda: _teacher_role(config, world))
     if config.student.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.engine.compile:
         network.compile()
-    parameters = trainable_parameters(network)
-    ema = Ema(parameters, config.optimizer.ema)
-    live = NetworkFlowMap(network, autocast_dtype(config.engine.precision))
-    engine = Engine(world, parameters, config.optimizer)
+    engine = build_engine(world, network, trainable_parameters(network), config.optimizer)
+    ema = Ema(engine.shards(), config.optimizer.ema)
+    live = NetworkFlowMap(engine.network, autocast_dtype(config.engine.precision))
     student = Trainable(network, engine, ema, AveragedFlowMap(live, ema))
-    roles = Roles(live, _derivative_role(config, network, ema), _teacher_role(config, world))
+    roles = Roles(live, _derivative_role(config, engine.network, ema), teacher)
     return Recipe(world, {"student": student}, roles, (_student_update(config, world),))
 
 
@@ -107,7 +111,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         shards,
         config.seed,
         engine.global_batch,
-        micro_slots(engine.global_batch, engine.micro_batch, world.size, world.rank),
+        micro_slots(engine.global_batch, engine.micro_batch, world.data_size, world.data_rank),
         data.text_lengths,
         workers=data.workers,
         start_step=start_step,
@@ -132,12 +136,12 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
     # A fully trained student is all in the checkpoint: what it started from need not be there any more.
     whole = isinstance(config.student.adapter, FullTraining)
     network = build_student(config.student.model_copy(update={"init": None}) if whole else config.student, config.seed)
-    targets = {name: parameter.detach() for name, parameter in trainable_parameters(network).items()}
-    restore_tensors(path, "ema" if weights == "ema" else "weights", targets.items())
+    entries = {name: Entry.of(parameter) for name, parameter in trainable_parameters(network).items()}
+    restore_tensors(path, "ema" if weights == "ema" else "weights", entries)
     return network.eval(), config
 
 
-def _derivative_role(config: RunConfig, network: AnyFlowTransformer3DModel, ema: Ema) -> FlowMap:
+def _derivative_role(config: RunConfig, network: nn.Module, ema: Ema) -> FlowMap:
     """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
     if not isinstance(config.objective, FlowMapConfig):
         return NetworkFlowMap(network, autocast_dtype(config.engine.precision))
@@ -164,7 +168,7 @@ def _student_update(config: RunConfig, world: World) -> Update:
         term = Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
         return Update("student", (term,))
     counts = branch_counts(config.engine.global_batch, times.diffusion_share, times.consistency_share)
-    student = FlowMapObjective(objective, times, counts, world.size)
+    student = FlowMapObjective(objective, times, counts, world.data_size)
     return Update("student", (Term("flow_map", student, 1.0, objective.rebalance, counts.diffusion),))
 
 

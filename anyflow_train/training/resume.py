@@ -35,6 +35,8 @@ FREE_KEYS = (
     "engine.threads",
     "engine.micro_batch",
     "engine.compile",
+    "engine.sequence_parallel",
+    "engine.timeout_seconds",
     "student.gradient_checkpointing",
     "teacher.codec",
 )

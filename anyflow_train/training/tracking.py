@@ -99,10 +99,13 @@ class Tensorboard:
 
 
 class Trackers:
-    """All sinks of a run as one."""
+    """All sinks of a run as one. Without a directory there are none: only one process of a run records it."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, step: int) -> None:
-        self._sinks: list[Tracker] = [MetricsFile(directory.metrics, step)]
+    def __init__(self, config: RunConfig, directory: RunDirectory | None, step: int) -> None:
+        self._sinks: list[Tracker] = []
+        if directory is None:
+            return
+        self._sinks.append(MetricsFile(directory.metrics, step))
         if isinstance(config.tracker, WandbTracker):
             self._sinks.append(Wandb(config.tracker, config, directory))
         if isinstance(config.tracker, TensorboardTracker):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
+from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
 from anyflow_train.training.checkpoint import restore_tensors
 from anyflow_train.training.checkpoint_writer import mark_best, prune_checkpoints, save_checkpoint
-from anyflow_train.training.engine import World, start_world
+from anyflow_train.training.entry import read_entries
 from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point
@@ -29,6 +34,7 @@ from anyflow_train.training.state import Best, TrainState
 from anyflow_train.training.tracking import Trackers
 from anyflow_train.training.updates import make_update
 from anyflow_train.training.validation import Validator
+from anyflow_train.training.world import World, check_agreement, leave_world, start_world
 
 BuildValidator = Callable[[RunConfig, World], Validator]
 
@@ -44,21 +50,25 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> Non
         UserError: the run cannot start, continue, or go on.
     """
     directory = RunDirectory.of(config)
-    with directory.locked(), ExitStack() as stack:
-        finished = check_finished(directory, config)
+    with ExitStack() as stack:
+        world = start_world(config.engine)
+        stack.callback(leave_world)
+        check_agreement(world, run_facts(config))
+        world.together(lambda: stack.enter_context(directory.locked()) if world.is_main else None)
+        finished = world.on_main(lambda: check_finished(directory, config))
         if finished:
             print(finished)
             return
-        point = find_resume_point(directory.checkpoints, config)
-        world = start_world(config.engine)
+        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
-        validator = build_validator(config, world) if build_validator and config.evaluation.every else None
-        directory.begin(config)
+        judge = build_validator if config.evaluation.every else None
+        validator = world.together(lambda: judge(config, world)) if judge else None
+        loader = stack.enter_context(closing(world.together(lambda: build_loader(config, world, state.step))))
+        world.on_main(lambda: directory.begin(config))
         progress = stack.enter_context(closing(Progress(config.steps, state.step)))
-        trackers = stack.enter_context(closing(Trackers(config, directory, state.step)))
+        trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         stop = stack.enter_context(stop_requests())
-        loader = stack.enter_context(closing(build_loader(config, world, state.step)))
         if point is not None:
             progress.say(f"going on from {point.path}")
         Trainer(config, directory, recipe, state, progress, trackers, validator, stop).train(loader)
@@ -69,10 +79,20 @@ def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
     if point is None:
         return TrainState()
     for role, trainable in recipe.trainables.items():
-        for group, targets in recipe.groups(role).items():
-            restore_tensors(point.path, group, targets)
+        for group, entries in recipe.groups(role).items():
+            restore_tensors(point.path, group, entries, recipe.world)
         trainable.engine.adam_steps = point.info.adam_steps[role]
     return point.info.state
+
+
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """What all processes of a run must agree on."""
+    content = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return {
+        "the config": hashlib.sha256(content.encode()).hexdigest()[:12],
+        "anyflow_train": __version__,
+        "torch": torch.__version__,
+    }
 
 
 @dataclass
@@ -105,7 +125,7 @@ class Trainer:
         """Run the remaining steps over this process's micro-batches, or fewer if asked to stop."""
         self._validate_if_due()
         steps = iter(batches)
-        while self.state.step < self.config.steps and self.stop.signal is None:
+        while self.state.step < self.config.steps and not self._asked_to_stop():
             self._pace.begin()
             self._step(next(steps))
             self._pace.end()
@@ -182,7 +202,7 @@ class Trainer:
             return
         student = self.recipe.trainables["student"].averaged
         folder = self.directory.validation(self.state.step)
-        validation = self.validator(student, folder, lambda: self.stop.signal is not None)
+        validation = self.validator(student, folder, self._asked_to_stop)
         if validation is None:
             return
         metrics = validation.metrics
@@ -209,13 +229,17 @@ class Trainer:
         if self._saved == self.state.step:
             return
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
-        groups: dict[str, Iterable[tuple[str, Tensor]]] = {}
+        groups: dict[str, Iterator[tuple[str, Tensor]]] = {}
         for role in self.recipe.trainables:
-            groups |= self.recipe.groups(role)
-        counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
-        save_checkpoint(self.directory.checkpoints, self.config, self.state, counts, groups)
-        mark_best(self.directory.checkpoints, self.state.best)
-        prune_checkpoints(self.directory.checkpoints, self.config.checkpoint.keep, self.state.best)
+            groups |= {group: read_entries(entries) for group, entries in self.recipe.groups(role).items()}
+        if self.recipe.world.is_main:
+            counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
+            save_checkpoint(self.directory.checkpoints, self.config, self.state, counts, groups)
+            mark_best(self.directory.checkpoints, self.state.best)
+            prune_checkpoints(self.directory.checkpoints, self.config.checkpoint.keep, self.state.best)
+        else:
+            for tensors in groups.values():
+                deque(tensors, maxlen=0)  # takes part in the reading
         self._saved = self.state.step
 
     def _finish(self) -> None:
@@ -226,8 +250,12 @@ class Trainer:
             "skipped": self.state.skipped,
             "metrics": self.state.metrics or {},
         }
-        self.directory.write_done(summary)
+        self.recipe.world.on_main(lambda: self.directory.write_done(summary))
         self.progress.say(f"finished {self.state.step} steps in {summary['seconds']:.0f} s: {self.directory.path}")
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all must stop after the same step."""
+        return self.recipe.world.any(self.stop.signal is not None)
 
     def _due(self, every: int) -> bool:
         step = self.state.step

@@ -15,7 +15,8 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.rebalance import Rebalance, balance_value, rebalanced
 from anyflow_train.objectives.types import Loss, Objective, Roles
 from anyflow_train.training.ema import Ema
-from anyflow_train.training.engine import Engine, World
+from anyflow_train.training.engine import Engine
+from anyflow_train.training.world import World
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class DiffusionMean:
             return self._mean
         values = balance_value(loss, self._term.rebalance)
         self._sum += torch.where(loss.branch == Branch.DIFFUSION, values, 0).sum()
-        width = len(slots) * self._world.size
+        width = len(slots) * self._world.data_size
         end = (slots[0] // width + 1) * width
         if end <= self._term.diffusion:
             return self._sum
@@ -141,13 +142,14 @@ class Watch:
         hidden = set(self._counts.values())
         return {name: value / counts[name] for name, value in named.items() if name not in hidden and counts[name]}
 
-    def suspects(self) -> tuple[str, ...]:
-        """Keys of the samples whose loss is not finite, or of all. Waits for the device: only for skipped steps."""
-        rows = [
+    def suspects(self, world: World) -> tuple[str, ...]:
+        """Keys of all processes' samples whose loss is not finite, or of all. Waits: only for skipped steps."""
+        own = [
             (key, fine)
             for keys, values in self._samples
             for key, fine in zip(keys, values.isfinite().tolist(), strict=True)
         ]
+        rows = [row for rows in world.gather(own) for row in rows]
         bad = [key for key, fine in rows if not fine]
         return tuple(dict.fromkeys(bad or [key for key, _ in rows]))
 
@@ -171,7 +173,7 @@ def make_update(
         prefix: of the names in the report.
     """
     engine, watch = trainable.engine, Watch()
-    global_batch = sum(len(batch.slots) for batch in batches) * engine.world.size
+    global_batch = sum(len(batch.slots) for batch in batches) * engine.world.data_size
     means = {term.name: DiffusionMean(term, engine.world) for term in update.terms}
     for batch, draw in zip(batches, draws, strict=True):
         for term in update.terms:
@@ -182,5 +184,5 @@ def make_update(
             watch.see(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
     outcome = engine.step(learning_rate, watch.sums())
     values = {**watch.means(outcome.values, global_batch), "gradient_norm": outcome.gradient_norm}
-    suspects = () if outcome.applied else watch.suspects()
+    suspects = () if outcome.applied else watch.suspects(engine.world)
     return UpdateReport(outcome.applied, {prefix + name: value for name, value in values.items()}, suspects)

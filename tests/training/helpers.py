@@ -27,8 +27,9 @@ from anyflow_train.data.manifest import (
 )
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.writing import write_shard
-from anyflow_train.training import checkpoint_writer, engine, trainer
+from anyflow_train.training import checkpoint_writer, trainer
 from anyflow_train.training.checkpoint import list_checkpoints
+from anyflow_train.training.engine import ReplicatedEngine
 
 SHAPE = (2, 4, 4, 4)
 TEXT_DIM = 8
@@ -134,8 +135,8 @@ def train_with_log(config: dict[str, Any], log: Path) -> None:
 def train_and_die(config: dict[str, Any], place: str, count: int) -> None:
     """Train, and SIGKILL this process at the `count`-th call of a place: `backward`, `step` or `write`."""
     owner, name = {
-        "backward": (engine.Engine, "backward"),
-        "step": (engine.Engine, "step"),
+        "backward": (ReplicatedEngine, "backward"),
+        "step": (ReplicatedEngine, "step"),
         "write": (checkpoint_writer, "write_synced"),
     }[place]
     original, calls = getattr(owner, name), 0

@@ -22,6 +22,7 @@ from anyflow_train.training.checkpoint import (
     verify_checkpoint,
 )
 from anyflow_train.training.checkpoint_writer import mark_best, prune_checkpoints, save_checkpoint
+from anyflow_train.training.entry import Entry
 from anyflow_train.training.state import Best, TrainState
 
 CONFIG = RunConfig.model_validate(
@@ -39,6 +40,10 @@ def tensors() -> dict[str, Tensor]:
     return {f"layer.{i}": torch.randn(4, i + 1, generator=torch.Generator().manual_seed(i)) for i in range(5)}
 
 
+def entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
+    return {name: Entry.of(tensor) for name, tensor in tensors.items()}
+
+
 def write(folder: Path, step: int = 3, best: Best | None = None) -> Path:
     groups = {"weights": tensors().items(), "ema": tensors().items()}
     return save_checkpoint(folder, CONFIG, TrainState(step=step, best=best), {"student": step}, groups, shard_bytes=64)
@@ -47,7 +52,7 @@ def write(folder: Path, step: int = 3, best: Best | None = None) -> Path:
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = write(tmp_path, best=Best(2, "energy_distance_4", 0.5))
     targets = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-    restore_tensors(path, "weights", targets.items())
+    restore_tensors(path, "weights", entries(targets))
     assert all(torch.equal(targets[name], tensor) for name, tensor in tensors().items())
     info = verify_checkpoint(path)
     assert info.state == TrainState(step=3, best=Best(2, "energy_distance_4", 0.5))
@@ -136,12 +141,12 @@ def test_other_tensors_than_the_students_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
     targets = tensors()
     with pytest.raises(UserError, match=r"lacks 'more'"):
-        restore_tensors(path, "weights", {**targets, "more": torch.zeros(1)}.items())
+        restore_tensors(path, "weights", entries({**targets, "more": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"shape \(4, 3\)"):
-        restore_tensors(path, "weights", {**targets, "layer.2": torch.zeros(3)}.items())
+        restore_tensors(path, "weights", entries({**targets, "layer.2": torch.zeros(3)}))
     del targets["layer.4"]
     with pytest.raises(UserError, match=r"holds 'layer.4'"):
-        restore_tensors(path, "weights", targets.items())
+        restore_tensors(path, "weights", entries(targets))
 
 
 def test_a_format_of_the_future_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

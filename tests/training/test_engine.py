@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from anyflow_train.config.run import Engine as EngineConfig
 from anyflow_train.config.run import Optimizer
-from anyflow_train.errors import UserError
-from anyflow_train.training.engine import Engine, World, start_world
+from anyflow_train.training.engine import ReplicatedEngine
+from anyflow_train.training.entry import read_entries
+from anyflow_train.training.world import World
 
 CPU = World(torch.device("cpu"))
 NOTHING = torch.zeros(0)
@@ -28,8 +28,10 @@ def data() -> torch.Tensor:
     return torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
 
 
-def engine_of(module: nn.Module, **options: float) -> Engine:
-    return Engine(CPU, dict(module.named_parameters()), Optimizer.model_validate({"lr": 0.1, **options}))
+def engine_of(module: nn.Module, **options: float) -> ReplicatedEngine:
+    return ReplicatedEngine(
+        CPU, module, dict(module.named_parameters()), Optimizer.model_validate({"lr": 0.1, **options})
+    )
 
 
 def weights(module: nn.Module) -> torch.Tensor:
@@ -78,21 +80,24 @@ def test_a_non_finite_step_changes_nothing(poison: str) -> None:
     engine = engine_of(module)
     engine.backward(module(data()).square().mean())
     engine.step(0.1, NOTHING)
-    before = {kind: [t.clone() for _, t in engine.tensors(kind)] for kind in ("weights", "exp_avg", "exp_avg_sq")}
+    before = {
+        kind: [t.clone() for _, t in read_entries(engine.entries(kind))]
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+    }
     scale = math.nan if poison == "gradient" else 1.0
     engine.backward(module(data()).mean() * scale)
     outcome = engine.step(0.1, torch.tensor([1.0, math.inf if poison == "watched" else 2.0]))
     assert not outcome.applied
     assert engine.adam_steps == 1
     for kind, tensors in before.items():
-        for old, (_, new) in zip(tensors, engine.tensors(kind), strict=True):
+        for old, (_, new) in zip(tensors, read_entries(engine.entries(kind)), strict=True):
             assert torch.equal(old, new)
 
 
 def test_a_parameter_without_gradient_keeps_adams_count_in_step() -> None:
     module = network()
     unused = nn.Parameter(torch.ones(2))
-    engine = Engine(CPU, {"unused": unused, **dict(module.named_parameters())}, Optimizer(lr=0.1))
+    engine = ReplicatedEngine(CPU, module, {"unused": unused, **dict(module.named_parameters())}, Optimizer(lr=0.1))
     engine.backward(module(data()).mean())
     assert engine.step(0.1, NOTHING).applied
     assert engine.adam_steps == 1
@@ -108,8 +113,9 @@ def test_restored_moments_and_count_continue_bit_exactly() -> None:
     copy = network()
     restored = engine_of(copy)
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
-        for (_, new), (_, old) in zip(restored.tensors(kind), engine.tensors(kind), strict=True):
-            new.copy_(old)
+        places = restored.entries(kind)
+        for name, tensor in read_entries(engine.entries(kind)):
+            places[name].write(tensor)
     restored.adam_steps = engine.adam_steps
     for one, other in ((module, engine), (copy, restored)):
         other.backward(one(data()).square().mean())
@@ -120,18 +126,6 @@ def test_restored_moments_and_count_continue_bit_exactly() -> None:
 def test_masters_must_be_float32() -> None:
     with pytest.raises(ValueError, match="float32"):
         engine_of(network().to(torch.bfloat16))
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes"):
-        start_world(EngineConfig(device="cpu"))
-
-
-def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"engine\.device"):
-        start_world(EngineConfig(device="cuda"))
 
 
 def test_the_engine_needs_no_launcher_package() -> None:

@@ -18,8 +18,9 @@ from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Loss, Roles
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import Engine, World
+from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.updates import DiffusionMean, Term, Trainable, Update, make_update
+from anyflow_train.training.world import World
 
 CPU = World(torch.device("cpu"))
 COUNTS = BranchCounts(3, 2, 3)  # three diffusion slots: with micro-batches of 2 the boundary lies inside of one
@@ -62,7 +63,8 @@ def draws(given: Sequence[Batch]) -> list[Draw]:
 def trainable_of(toy: Toy) -> Trainable:
     parameters = dict(toy.named_parameters())
     ema = Ema(parameters, EmaConfig())
-    return Trainable(toy, Engine(CPU, parameters, Optimizer(lr=0.1, clip_norm=1e9)), ema, AveragedFlowMap(toy, ema))
+    engine = ReplicatedEngine(CPU, toy, parameters, Optimizer(lr=0.1, clip_norm=1e9))
+    return Trainable(toy, engine, ema, AveragedFlowMap(toy, ema))
 
 
 def flow_map_update(rebalance: str) -> Update:
@@ -76,7 +78,7 @@ def updated(rebalance: str, micro_batch: int) -> tuple[dict[str, float], Tensor]
     trainable = trainable_of(toy)
     report = make_update(flow_map_update(rebalance), trainable, Roles(toy, toy), given, draws(given), 0.1, "")
     assert report.applied
-    first_moments = torch.cat([tensor.flatten() for _, tensor in trainable.engine.tensors("exp_avg")])
+    first_moments = torch.cat([entry.read().flatten() for entry in trainable.engine.entries("exp_avg").values()])
     return report.values, first_moments / 0.1  # exp_avg after one step is (1 - beta1) times the gradient
 
 

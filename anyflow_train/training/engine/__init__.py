@@ -1,0 +1,40 @@
+"""One optimizer per trainable role, with an explicit step boundary: replicated on every process, or sharded by ZeRO.
+
+Parameters are float32 masters under every engine. bf16 is an autocast over them, so that the modules that must stay
+float32 do, and gradients are summed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from anyflow_train.config.run import Optimizer as OptimizerConfig
+from anyflow_train.training.engine.replicated import ReplicatedEngine
+from anyflow_train.training.engine.types import Engine, Outcome
+from anyflow_train.training.engine.zero import ZeroEngine, zero_stage
+from anyflow_train.training.world import World
+
+__all__ = ["Engine", "Outcome", "ReplicatedEngine", "ZeroEngine", "autocast_dtype", "build_engine"]
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The type in which matrix products run: bfloat16 over float32 masters, or None for float32 throughout."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def build_engine(
+    world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: OptimizerConfig
+) -> Engine:
+    """The engine that the launcher asks for.
+
+    Args:
+        network: on `world.device`, holds the parameters.
+        parameters: the trained ones by model name; float32.
+    """
+    if zero_stage() == 0:
+        return ReplicatedEngine(world, network, parameters, config)
+    return ZeroEngine(world, network, parameters, config)

@@ -1,0 +1,54 @@
+"""AdamW, with a state that exists from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from anyflow_train.config.run import Optimizer as OptimizerConfig
+
+
+def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Raises ValueError for a master in half precision: small updates would be lost in it."""
+    half = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
+    if half:
+        raise ValueError(f"masters must be float32, but {half[0]} is {parameters[half[0]].dtype}")
+    return torch.optim.AdamW(
+        list(parameters.values()),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def start_moments(optimizer: torch.optim.AdamW, masters: Iterable[Tensor]) -> None:
+    """Adam's state exists from the start, so that saving and restoring need no special first step."""
+    for master in masters:
+        optimizer.state[master] = {
+            # the fused kernel reads its step count on the parameter's device
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+
+def read_count(optimizer: torch.optim.AdamW) -> int:
+    """How many updates the bias correction has counted."""
+    return int(next(iter(optimizer.state.values()))["step"].item())
+
+
+def write_count(optimizer: torch.optim.AdamW, count: int) -> None:
+    """Set that count."""
+    for state in optimizer.state.values():
+        state["step"].fill_(count)
+
+
+def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

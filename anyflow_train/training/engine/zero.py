@@ -1,0 +1,166 @@
+"""DeepSpeed ZeRO as an engine: the only module that imports DeepSpeed and accelerate."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from anyflow_train.config.run import Optimizer as OptimizerConfig
+from anyflow_train.training.engine.adamw import adamw, read_count, set_rate, start_moments, write_count
+from anyflow_train.training.engine.types import Outcome
+from anyflow_train.training.entry import Entry
+from anyflow_train.training.world import World
+
+
+def zero_stage() -> int:
+    """The ZeRO stage that `accelerate launch` was given; 0 without DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return 0
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO 1, 2 or 3, in float32: masters and moments are sharded, at stage 3 the parameters too.
+
+    DeepSpeed's own step decides on the gradient; a loss that is not finite poisons the whole gradient, so that a step
+    is skipped on all processes or on none. Its checkpoints fit one world size only; `entries` give the whole tensors.
+    """
+
+    def __init__(
+        self, world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: OptimizerConfig
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read when DeepSpeed is imported
+        import deepspeed
+        from accelerate.utils import DeepSpeedPlugin
+
+        self.world = world
+        self._parameters = dict(parameters)
+        self._stage = zero_stage()
+        self._optimizer = adamw(self._parameters, config)
+        settings = _deepspeed_settings(DeepSpeedPlugin(), config.clip_norm)
+        self._deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=settings)
+        self.network = self._deepspeed
+        self._start_moments()
+
+    def backward(self, loss: Tensor) -> None:
+        poison = torch.where(loss.isfinite(), 1.0, math.nan)
+        # DeepSpeed means over all processes, where the sum is wanted
+        self._deepspeed.backward(loss * poison * self.world.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float, watched: Tensor) -> Outcome:
+        values = self.world.all_reduce_sum(watched).tolist()
+        set_rate(self._optimizer, learning_rate)
+        self._deepspeed.step()
+        return Outcome(
+            self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm() or 0.0), tuple(values)
+        )
+
+    @property
+    def adam_steps(self) -> int:
+        return read_count(self._optimizer)
+
+    @adam_steps.setter
+    def adam_steps(self, count: int) -> None:
+        write_count(self._optimizer, count)
+
+    def shards(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return dict(self._parameters)
+        return {name: parameter.ds_tensor for name, parameter in self._parameters.items()}
+
+    def entry(self, name: str, shard: Tensor) -> Entry:
+        if self._stage < 3:
+            return Entry.of(shard)
+        shape = self._parameters[name].ds_shape
+        return Entry(shape, lambda: self._join(shape, shard), lambda whole: shard.copy_(self._cut(whole, shard)))
+
+    def entries(self, kind: str) -> dict[str, Entry]:
+        if kind == "weights":
+            return {name: self._weight(name, shard) for name, shard in self.shards().items()}
+        return {name: self._moment(name, kind) for name in self._parameters}
+
+    def _weight(self, name: str, shard: Tensor) -> Entry:
+        """The parameter is float32, so it is its own master; writing must reach DeepSpeed's copy too."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter, entry = self._parameters[name], self.entry(name, shard)
+
+        def write(whole: Tensor) -> None:
+            entry.write(whole)
+            if self._stage < 3:
+                safe_set_full_fp32_param(parameter, whole)
+            else:
+                safe_set_local_fp32_param(parameter, self._cut(whole, shard))
+
+        return Entry(entry.shape, entry.read, write)
+
+    def _moment(self, name: str, kind: str) -> Entry:
+        from deepspeed.utils import (
+            safe_get_full_optimizer_state,
+            safe_get_local_optimizer_state,
+            safe_set_full_optimizer_state,
+        )
+
+        parameter = self._parameters[name]
+        if self._stage == 3:
+            return self.entry(name, safe_get_local_optimizer_state(parameter, kind))
+        return Entry(
+            parameter.shape,
+            lambda: safe_get_full_optimizer_state(parameter, kind),
+            lambda whole: safe_set_full_optimizer_state(parameter, whole, kind),
+        )
+
+    def _start_moments(self) -> None:
+        """DeepSpeed moves the optimizer onto flat shards of the masters; its moments start there."""
+        optimizer = self._deepspeed.optimizer
+        sharded = self._stage == 3
+        masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
+        start_moments(self._optimizer, masters)
+        if not sharded:
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _join(self, shape: torch.Size, shard: Tensor) -> Tensor:
+        whole = torch.empty(self.world.size * shard.numel(), dtype=shard.dtype, device=self.world.device)
+        dist.all_gather_into_tensor(whole, shard.detach().to(self.world.device).flatten())
+        return whole[: shape.numel()].view(shape)
+
+    def _cut(self, whole: Tensor, shard: Tensor) -> Tensor:
+        """This process's part of a whole tensor; the last part is filled up with zeros."""
+        size = shard.numel()
+        part = whole.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
+        return nn.functional.pad(part, (0, size - part.numel())).view(shard.shape)
+
+
+def _deepspeed_settings(plugin: Any, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's config. Stage and offload are the launcher's; nothing else is, and nothing is `auto`."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only counted, never used: the loader makes the batches
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # `step` is the boundary, not the n-th `backward`
+        "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": plugin.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 1 << 28,
+            "allgather_bucket_size": 1 << 28,
+            # Averages are swapped into the shards between forwards: no whole parameter may outlive its own forward, and
+            # none may be fetched ahead of it.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
+    }
+    for part in ("optimizer", "param"):
+        device = getattr(plugin, f"offload_{part}_device")
+        if device not in (None, "none"):
+            settings["zero_optimization"][f"offload_{part}"] = {"device": device, "pin_memory": True}
+    return settings

@@ -1,0 +1,213 @@
+"""The processes of a run: who is who, what they share, and how a mistake of one becomes the clear end of all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anyflow_train.config.run import Engine as EngineConfig
+from anyflow_train.errors import UserError, UserErrors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees it.
+
+    `sequence_parallel` neighbours hold the same samples and split their tokens; so there are
+    `size / sequence_parallel` shares of the data.
+
+    Attributes:
+        device: of this process.
+        rank, size: of this process among all.
+        sequence_parallel: processes per sample.
+        data_group: the processes at the same place of their sample, one for each share of the data; None: all.
+        sequence_group: the processes of this process's samples; None where `sequence_parallel` is 1.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    sequence_parallel: int = 1
+    data_group: Any = None
+    sequence_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the terminal."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of every global batch is this process's."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_size(self) -> int:
+        """How many shares a global batch is cut into."""
+        return self.size // self.sequence_parallel
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over the shares of the data; with one share the tensor itself."""
+        if self.data_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total, group=self.data_group)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Waits for all of them."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(float(flag))
+        dist.all_reduce(count)
+        return bool(count)
+
+    def gather(self, value: T) -> list[T]:
+        """One value of every process, by rank. Waits for all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in the given one, which has its shape and dtype on every process."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do a piece of work on every process; if one of them cannot, all raise what it says.
+
+        Raises:
+            UserErrors: as `work` does, here or elsewhere. What not all processes found names those that did.
+        """
+        if self.size == 1:
+            return work()
+        result, found = None, []
+        try:
+            result = work()
+        except UserErrors as errors:
+            found = [(error.where, error.problem) for error in errors.errors]
+        except UserError as error:
+            found = [(error.where, error.problem)]
+        everywhere = self.gather(found)
+        if not any(everywhere):
+            return result  # pyright: ignore[reportReturnType]
+        raise UserErrors([UserError(key, text + self._where(ranks)) for (key, text), ranks in _by_problem(everywhere)])
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do a piece of work on rank 0 alone; every process gets its result, or its UserErrors."""
+        return self.broadcast(self.together(lambda: work() if self.is_main else None))  # pyright: ignore
+
+    def _where(self, ranks: list[int]) -> str:
+        # What rank 0 alone looked at, it saw for all.
+        if len(ranks) == self.size or ranks == [0]:
+            return ""
+        return f" (on process {', '.join(map(str, ranks))} of {self.size})"
+
+
+ALONE = World(torch.device("cpu"))
+"""One process on a CPU."""
+
+
+def start_world(config: EngineConfig) -> World:
+    """Choose the device, and join the processes that a launcher started.
+
+    Raises:
+        UserError: the processes do not fit the config, or each other.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config)
+    size = _variable("WORLD_SIZE", 1)
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        if size > 1:
+            raise UserError("WORLD_SIZE", f"is {size}, but MASTER_ADDR or RANK is missing; start with launch/train.sh")
+        return World(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+    rank = dist.get_rank()
+    if dist.get_world_size() != size:  # some set-ups fall back to a world of one without a word
+        raise UserError("WORLD_SIZE", f"is {size}, but {dist.get_world_size()} processes joined")
+    width = config.sequence_parallel
+    if size % width:
+        raise UserError("engine.sequence_parallel", f"is {width}, which does not divide {size} processes")
+    return World(device, rank, size, width, *_groups(rank, size, width))
+
+
+def leave_world() -> None:
+    """Take leave of the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_agreement(world: World, facts: dict[str, str]) -> None:
+    """Compare what must be the same on every process.
+
+    Raises:
+        UserErrors: one line for every fact that some process has otherwise than rank 0.
+    """
+    everywhere = world.gather(facts)
+    errors = []
+    for name, value in everywhere[0].items():
+        other = [rank for rank, found in enumerate(everywhere) if found[name] != value]
+        if other:
+            problem = f"is {value} on process 0, but {everywhere[other[0]][name]} on process {other[0]}"
+            errors.append(UserError(name, f"{problem}; give all {world.size} processes the same"))
+    if errors:
+        raise UserErrors(errors)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device", "is 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = _variable("LOCAL_RANK", 0)
+    if local >= torch.cuda.device_count():
+        problem = f"is {local}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
+        raise UserError("LOCAL_RANK", problem)
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:
+    """The data group and the sequence group. Every process takes part in the making of all groups."""
+    if width == 1:
+        return None, None
+    places = [dist.new_group(range(place, size, width)) for place in range(width)]
+    samples = [dist.new_group(range(first, first + width)) for first in range(0, size, width)]
+    return places[rank % width], samples[rank // width]
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(name, f"is {text!r} in the environment, which is not a number; start with launch/train.sh")
+    return int(text)
+
+
+def _by_problem(everywhere: list[list[tuple[str, str]]]) -> list[tuple[tuple[str, str], list[int]]]:
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, found in enumerate(everywhere):
+        for problem in found:
+            ranks.setdefault(problem, []).append(rank)
+    return list(ranks.items())
