@@ -153,17 +153,20 @@ class ExportConfig(Model):
 class EvaluateConfig(Model):
     """`anyflow evaluate`: teacher and students at a list of step counts, same noise.
 
-    models: runs, checkpoints or exported folders of students.
+    models: runs, checkpoints or exported folders of students; none, and the teacher is measured alone.
     reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
+    text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    training_shards: what the models were trained on; how near samples come to it is then measured too.
     """
 
     out: str
-    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    models: tuple[str, ...]
     teacher: str
     codec: str | None = None
     held_out: str
+    training_shards: str | None = None
     reference: Literal["data", "guided_teacher"] = "data"
     guidance_scale: PositiveFloat = 1.0
     weights: Literal["ema", "raw"] = "ema"

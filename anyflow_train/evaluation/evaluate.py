@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
 from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import Cell, Ruler, Sampled
+from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
 from anyflow_train.evaluation.report import TEACHER, Report, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
@@ -36,6 +37,7 @@ class Setting:
     """Everything that the models have in common."""
 
     config: EvaluateConfig
+    held_out: HeldOut
     captions: list[str]
     inputs: Inputs
     ruler: Ruler
@@ -54,6 +56,7 @@ def run(config: EvaluateConfig) -> Report:
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
     shards = ShardSet.open(config.held_out)
+    training = None if config.training_shards is None else open_training(config.training_shards, shards)
     models = [load_model(source, config.weights) for source in config.models]
     taught = load_model(config.teacher, config.weights)
     codec = Codec.load(config.codec or taught.codec_source or config.teacher, device, torch.float32)
@@ -66,14 +69,18 @@ def run(config: EvaluateConfig) -> Report:
     teacher_sets = {steps: best_shift(setting, teacher, steps) for steps in config.steps}
     cells = [_teacher_cell(setting, steps, samples) for steps, samples in teacher_sets.items()]
     student_sets: dict[str, dict[int, Sampled]] = {}
-    for name, model in zip(unique_names(models), models, strict=True):
+    for name, model in zip(_student_names(models), models, strict=True):
         student_sets[name] = sample_student(setting, model, device, dtype)
         cells += _student_cells(setting, name, student_sets[name], teacher_sets)
     cells.append(setting.ruler.cell(TEACHER, config.fine_steps, fine, None, setting.judge))
-    report = Report(config, tuple(cells), time.monotonic() - start)
+    sets = {TEACHER: teacher_sets, **student_sets}
+    trained_on = None
+    if training is not None:
+        samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), fine]
+        cells, trained_on = with_nearest(setting, training, cells, samples)
+    report = Report(config, tuple(cells), time.monotonic() - start, trained_on)
     print(write_report(out, report))
-    first = next(iter(student_sets))
-    _write_grid(setting, codec, {TEACHER: teacher_sets, first: student_sets[first]}, shards.manifest.fps or 16.0, out)
+    _write_grid(setting, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
     return report
 
@@ -102,7 +109,7 @@ def prepare(
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
     judge = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
-    return Setting(config, captions, inputs, ruler, judge, say), ruler.sampled(fine, config.shift)
+    return Setting(config, held_out, captions, inputs, ruler, judge, say), ruler.sampled(fine, config.shift)
 
 
 def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
@@ -127,6 +134,25 @@ def sample_student(
         sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
         setting.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
     return sets
+
+
+def with_nearest(
+    setting: Setting, training: ShardSet, cells: list[Cell], samples: list[Sampled]
+) -> tuple[list[Cell], TrainingSet]:
+    """The cells of these samples with their distances to the training clips, and those of the held-out clips."""
+    setting.say(f"looking for the nearest of {len(training)} training clips")
+    ruler = setting.ruler
+    sets = [setting.held_out.latents, *(sampled.latents for sampled in samples)]
+    of_held_out, *of_samples = nearest_distances(training, sets)
+    measured = [
+        replace(cell, nearest=summarise(distances, ruler.resampling))
+        for cell, distances in zip(cells, of_samples, strict=True)
+    ]
+    return measured, TrainingSet(len(training), summarise(of_held_out, ruler.reference_resampling))
+
+
+def _student_names(models: list[Model]) -> list[str]:
+    return [f"{name} (student)" if name == TEACHER else name for name in unique_names(models)]
 
 
 def _teacher_cell(setting: Setting, steps: int, samples: Sampled) -> Cell:
@@ -158,7 +184,7 @@ def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
 
 
 def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, Sampled]], fps: float, out: Path) -> None:
-    """Videos of the first prompts: the teacher's columns, then the student's, up to `GRID_CALLS` calls."""
+    """Videos of the first prompts: the teacher's columns, then the first student's, up to `GRID_CALLS` calls."""
     count = min(setting.config.videos, len(setting.captions))
     if count == 0:
         return

@@ -131,17 +131,21 @@ class SlicedReference:
     def _read(self, x: Tensor, resampling: Resampling):
         """Weighted quantiles of every direction in turn: (R + 1, levels) float64."""
         levels = middle_levels(torch.device("cpu"))
-        weights = resampling.weights[: self._replicates + 1]
         for values in project(x, self._axes).cpu():
-            ordered, order = values.sort()
-            cumulative = weights[:, order].cumsum(1)
-            index = torch.searchsorted(cumulative, levels.expand(len(weights), -1).contiguous())
-            yield ordered[index.clamp_max_(len(ordered) - 1)]
+            yield weighted_quantiles(values, resampling.weights[: self._replicates + 1], levels)
 
 
 def weighted_means(values: Tensor, resampling: Resampling) -> Tensor:
     """Means over the class mixture of (n,) values, for every replicate: (R + 1,) float64."""
     return resampling.weights @ values.double()
+
+
+def weighted_quantiles(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of (n,) values under each row of (R + 1, n) weights, at (K,) float64 levels: (R + 1, K)."""
+    ordered, order = values.sort()
+    cumulative = weights[:, order].cumsum(1)
+    index = torch.searchsorted(cumulative, levels.expand(len(weights), -1).contiguous())
+    return ordered[index.clamp_max_(len(ordered) - 1)]
 
 
 def percentile(replicates: Tensor) -> Estimate:

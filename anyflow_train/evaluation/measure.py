@@ -19,6 +19,7 @@ from anyflow_train.evaluation.intervals import (
     weighted_means,
 )
 from anyflow_train.evaluation.metrics import squared_errors
+from anyflow_train.evaluation.nearest import Nearest
 from anyflow_train.evaluation.oracle import Recognition
 
 
@@ -35,6 +36,7 @@ class Cell:
         trajectory_error: root mean square to the teacher's fine solution from the same noise.
         energy_ratio: to the teacher's energy distance at as many calls; None where that may be zero.
         recognition: the oracle's verdict, where there is one.
+        nearest: distances to the training clips, where these are given.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Cell:
     trajectory_error: Estimate
     energy_ratio: Estimate | None = None
     recognition: Recognition | None = None
+    nearest: Nearest | None = None
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,24 @@ class Ruler:
         strata, reference_strata: (n,) and (m,), see `heldout.strata`.
         replicates: bootstrap resamples.
         seed: of the resamples.
+
+    Attributes:
+        resampling: of the samples, the same for every set.
+        reference_resampling: of the reference.
     """
 
     def __init__(
         self, reference: Tensor, fine: Tensor, strata: Tensor, reference_strata: Tensor, replicates: int, seed: int
     ) -> None:
         self._fine = fine
-        self._resampling: Resampling = resample(strata, replicates, 2 * seed)
-        of_reference = resample(reference_strata, replicates, 2 * seed + 1)
-        self._energy = EnergyReference(reference, of_reference)
-        self._sliced = SlicedReference(reference, of_reference)
+        self.resampling: Resampling = resample(strata, replicates, 2 * seed)
+        self.reference_resampling = resample(reference_strata, replicates, 2 * seed + 1)
+        self._energy = EnergyReference(reference, self.reference_resampling)
+        self._sliced = SlicedReference(reference, self.reference_resampling)
 
     def sampled(self, latents: Tensor, shift: float) -> Sampled:
         """The samples with what is needed to rank them."""
-        return Sampled(latents, shift, self._energy.replicates(latents, self._resampling))
+        return Sampled(latents, shift, self._energy.replicates(latents, self.resampling))
 
     def cell(
         self,
@@ -95,13 +102,13 @@ class Ruler:
         judge: Callable[[Tensor], Recognition] | None,
     ) -> Cell:
         """All measures of a set; `teacher` is the teacher's set at as many calls, for the ratio."""
-        errors = weighted_means(squared_errors(samples.latents, self._fine), self._resampling)
+        errors = weighted_means(squared_errors(samples.latents, self._fine), self.resampling)
         return Cell(
             model,
             steps,
             samples.shift,
             percentile(samples.energy),
-            reflected(self._sliced.replicates(samples.latents, self._resampling)),
+            reflected(self._sliced.replicates(samples.latents, self.resampling)),
             percentile(errors.sqrt()),
             None if teacher is None else ratio(samples.energy, teacher.energy),
             None if judge is None else judge(samples.latents),

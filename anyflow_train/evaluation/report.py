@@ -12,6 +12,7 @@ from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.data.files import atomic_file, write_json
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.measure import Cell
+from anyflow_train.evaluation.nearest import Nearest, TrainingSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 
 TEACHER = "teacher"
@@ -25,11 +26,13 @@ class Report:
         config: what was asked for.
         cells: the teacher's, then every student's, by number of calls; last the teacher's fine solution.
         seconds: what it took.
+        training: what the samples were held against; None where no training clips were given.
     """
 
     config: EvaluateConfig
     cells: tuple[Cell, ...]
     seconds: float
+    training: TrainingSet | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and intervals by name; what does not apply is null."""
@@ -37,6 +40,7 @@ class Report:
         cells = [asdict(cell) for cell in self.cells]
         return {"package": "anyflow_train", "version": __version__, "seconds": self.seconds, "config": config} | {
             "interval": "95 %",
+            "training": None if self.training is None else asdict(self.training),
             "cells": cells,
         }
 
@@ -56,8 +60,11 @@ def table_lines(report: Report) -> list[str]:
     """A markdown table, aligned so that it also reads on a terminal."""
     oracle = any(cell.recognition for cell in report.cells)
     head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
-    rows = [head + ["class accuracy", "purity"] * oracle]
-    rows += [_row(cell, oracle) for cell in report.cells]
+    head += ["class accuracy", "purity"] * oracle + ["to nearest training clip", "1 %", "least"] * bool(report.training)
+    rows = [head, *(_row(cell, oracle) for cell in report.cells)]
+    if report.training:
+        near = _nearest(report.training.held_out)
+        rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -93,7 +100,11 @@ def _row(cell: Cell, oracle: bool) -> list[str]:
     if oracle:
         seen = cell.recognition
         row += [_interval(seen.accuracy), f"{seen.purity:.3f}"] if seen else ["", ""]
-    return row
+    return row + (_nearest(cell.nearest) if cell.nearest else [])
+
+
+def _nearest(nearest: Nearest) -> list[str]:
+    return [_interval(nearest.mean), _interval(nearest.percentile_1), f"{nearest.minimum:.3f}"]
 
 
 def _interval(estimate: Estimate | None) -> str:
@@ -105,12 +116,22 @@ def _interval(estimate: Estimate | None) -> str:
 def _caption(report: Report) -> str:
     config = report.config
     reference = "held-out samples" if config.reference == "data" else "samples of the guided teacher's fine solution"
-    return (
+    sentences = [
         f"{config.samples} samples from the same noise against {config.held_out_samples} {reference}, in latent space; "
-        f"95 % intervals. The teacher takes Euler steps at the best of shifts {_listed(config.shifts)}; "
+        "95 % intervals.",
+        f"The teacher takes Euler steps at the best of shifts {_listed(config.shifts)}; "
         f"its fine solution takes {config.fine_steps} steps at shift {config.shift:g}; guidance scale "
-        f"{config.guidance_scale:g}. A ratio is left out where the teacher's distance may be zero."
-    )
+        f"{config.guidance_scale:g}; texts padded to {config.text_length} tokens.",
+        "A ratio is left out where the teacher's distance may be zero.",
+    ]
+    if config.oracle != "none":
+        sentences.append(f"Class accuracy is that of {min(config.samples, config.oracle_samples)} decoded samples.")
+    if report.training:
+        sentences.append(
+            f"Distances to the nearest of {report.training.clips} training clips: mean, 1 % quantile and least; "
+            f"the last row is of {config.held_out_samples} held-out clips."
+        )
+    return " ".join(sentences)
 
 
 def _listed(values: Sequence[float]) -> str:

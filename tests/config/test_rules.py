@@ -217,6 +217,13 @@ COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[
         "reference",
         "guided_teacher",
     ),
+    (
+        EvaluateConfig,
+        commands.evaluate,
+        {"out": "x", "models": ["m"], "teacher": "t", "held_out": "h", "training_shards": "h"},
+        "training_shards",
+        "is both",
+    ),
 ]
 
 

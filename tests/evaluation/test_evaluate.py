@@ -50,10 +50,11 @@ def write_held_out(folder: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, its teacher at `base`, and held-out shards."""
+    """A run, its teacher at `base`, held-out shards, and training shards that begin with the same clips."""
     root = tmp_path_factory.mktemp("evaluate")
     make_run(root, FULL)
     write_held_out(root / "held_out", 24)
+    write_held_out(root / "training", 30)
     return root
 
 
@@ -108,6 +109,27 @@ def test_fine_guided_samples_are_near_the_guided_reference(folder: Path):
     fine = report.cells[-1].energy_distance
     # The same law, drawn from other noise: zero within the interval.
     assert fine.low <= 0 <= fine.high
+
+
+def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder: Path):
+    run(folder, "near", training_shards=str(folder / "training"), models=(), videos=0, steps=(1,))
+    report = json.loads((folder / "near" / "report.json").read_text())
+    assert [(cell["model"], cell["steps"]) for cell in report["cells"]] == [("teacher", 1), ("teacher", 4)]
+    # Every held-out clip is in the training shards, which no sample of a random network is.
+    assert report["training"]["clips"] == 30
+    assert report["training"]["held_out"]["mean"]["high"] < 1e-4
+    for cell in report["cells"]:
+        near = cell["nearest"]
+        assert 1 < near["minimum"] <= near["percentile_1"]["value"] <= near["mean"]["value"] < near["mean"]["high"]
+    table = (folder / "near" / "report.md").read_text()
+    assert "| held-out clips |" in table
+    assert "nearest of 30 training clips" in table
+
+
+def test_a_student_called_teacher_is_told_from_the_teacher(folder: Path):
+    (folder / "teacher").symlink_to(folder / "base")
+    report = run(folder, "named", models=(str(folder / "teacher"),), videos=0, steps=(1,))
+    assert [cell.model for cell in report.cells] == ["teacher", "teacher (student)", "teacher"]
 
 
 def test_results_do_not_depend_on_the_batch(folder: Path):

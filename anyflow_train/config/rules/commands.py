@@ -43,7 +43,12 @@ def sample(config: SampleConfig) -> Iterator[Finding]:
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
-    """A guided reference needs guidance; the other one is of the data, which is not guided."""
+    """A guided reference needs guidance, the data has none; held-out clips are not those of the training."""
+    if config.training_shards == config.held_out:
+        yield Finding(
+            ("training_shards", "held_out"),
+            f"{config.held_out!r} is both; give the shards that the models were trained on",
+        )
     guided = config.reference == "guided_teacher"
     if guided and config.guidance_scale <= 1:
         yield Finding(
