@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided, sample, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
-from anyflow_train.tiny import world
+from anyflow_train.tiny.world import accuracy, label_of
 from anyflow_train.training.validation import Validation
-from anyflow_train.training.world import World
+from anyflow_train.training.world import World, collect_rows, shared_rows
 
 # Enough for distances whose noise is the samples', not the held-out set's.
 MOST_HELD_OUT = 2048
@@ -52,8 +52,11 @@ class Prompts:
 class InRunValidator:
     """Judges a student against held-out data, and shows it on the manifest's validation prompts.
 
+    The processes of a run share the samples; rank 0 measures and writes.
+
     Attributes:
         config: of the validation.
+        world: the processes.
         sampler: how the student is sampled.
         negative: the negative prompt, text (1, L, D).
         held_out: what samples are compared with; None leaves out the numbers.
@@ -64,6 +67,7 @@ class InRunValidator:
     """
 
     config: Evaluation
+    world: World
     sampler: Sampler
     negative: Condition
     held_out: HeldOut | None
@@ -75,52 +79,58 @@ class InRunValidator:
     def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
         """Sample, measure, and write a grid of videos into `folder`; None as soon as `interrupted` says so."""
         try:
-            metrics = self._metrics(student, interrupted)
-            return Validation(metrics, self._videos(student, folder, interrupted))
+            compared = self._sample_all(student, self.compared, interrupted)
+            shown = self._sample_all(student, self.shown, interrupted)
         except _Interrupted:
             return None
+        return self.world.on_main(lambda: Validation(self._metrics(compared), self._videos(shown, folder)))
 
-    def _metrics(self, student: FlowMap, interrupted: Callable[[], bool]) -> dict[str, float]:
-        """`<metric>_<steps>` -> value."""
+    def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, float]:
+        """Samples by step count -> `<metric>_<steps>` -> value."""
         if self.held_out is None or self.compared is None:
             return {}
         real, metrics = self.held_out.latents, {}
-        for steps in self.config.steps:
-            latents = self._sample(student, self.compared, steps, interrupted)
+        for steps, latents in samples.items():
             metrics[f"energy_distance_{steps}"] = energy_distance(latents, real)
             metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, real)
             if self.config.oracle == "stripes" and self.codec is not None:
                 videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
-                labels = torch.tensor([world.label_of(caption) for caption in self.compared.captions])
-                metrics[f"class_error_{steps}"] = 1 - world.accuracy(videos.cpu(), labels)
+                labels = torch.tensor([label_of(caption) for caption in self.compared.captions])
+                metrics[f"class_error_{steps}"] = 1 - accuracy(videos.cpu(), labels)
         return metrics
 
-    def _videos(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> dict[str, Path]:
+    def _videos(self, samples: Mapping[int, Tensor], folder: Path) -> dict[str, Path]:
         """One grid: rows are prompts, columns step counts."""
         if self.shown is None or self.codec is None:
             return {}
-        columns = []
-        for steps in self.config.steps:
-            latents = self._sample(student, self.shown, steps, interrupted)
-            columns.append([to_frames(self.codec.decode_video(one[None])[0]) for one in latents])
+        codec = self.codec
+        columns = [[to_frames(codec.decode_video(one[None])[0]) for one in latents] for latents in samples.values()]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        grid = Grid(self.shown.captions, [f"{steps} calls" for steps in self.config.steps], rows, self.fps)
+        grid = Grid(self.shown.captions, [f"{steps} calls" for steps in samples], rows, self.fps)
         path = folder / "grid.mp4"
         write_grid(grid, path, folder / "grid.gif")
         return {"grid": path}
 
+    def _sample_all(
+        self, student: FlowMap, prompts: Prompts | None, interrupted: Callable[[], bool]
+    ) -> dict[int, Tensor]:
+        """Step count -> latents (n, F, C, H, W) float32 on the CPU, the same on every process."""
+        if prompts is None:
+            return {}
+        return {steps: self._sample(student, prompts, steps, interrupted) for steps in self.config.steps}
+
     def _sample(self, student: FlowMap, prompts: Prompts, steps: int, interrupted: Callable[[], bool]) -> Tensor:
-        """Latents (n, F, C, H, W) float32 on the CPU."""
         flow_map, device = guided(student, self.negative, self.config.guidance_scale), self.negative.text.device
-        parts = []
-        for text, noise in zip(
-            prompts.text.split(self.config.batch), prompts.noise.split(self.config.batch), strict=True
-        ):
+        size = self.config.batch
+        batches = list(zip(prompts.text.split(size), prompts.noise.split(size), strict=True))
+        mine = []
+        for index in shared_rows(len(batches), self.world):
             if interrupted():
                 raise _Interrupted
+            text, noise = batches[index]
             x0 = self.sampler(flow_map, noise.to(device), Condition(text.to(device)), steps, self.config.shift)
-            parts.append(x0.float().cpu())
-        return torch.cat(parts)
+            mine.append(x0.float().cpu())
+        return torch.cat(collect_rows(len(batches), mine, self.world))
 
 
 class _Interrupted(Exception):
@@ -147,6 +157,7 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     codec = _load_codec(config, world.device) if shown is not None or evaluation.oracle != "none" else None
     return InRunValidator(
         config=evaluation,
+        world=world,
         sampler=sample_euler if config.objective.kind == "flow_matching" else sample,
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,

@@ -34,7 +34,7 @@ from anyflow_train.training.state import Best, TrainState
 from anyflow_train.training.tracking import Trackers
 from anyflow_train.training.updates import make_update
 from anyflow_train.training.validation import Validator
-from anyflow_train.training.world import World, check_agreement, leave_world, start_world
+from anyflow_train.training.world import World, check_agreement, start_world
 
 BuildValidator = Callable[[RunConfig, World], Validator]
 
@@ -52,7 +52,6 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> Non
     directory = RunDirectory.of(config)
     with ExitStack() as stack:
         world = start_world(config.engine)
-        stack.callback(leave_world)
         check_agreement(world, run_facts(config))
         world.together(lambda: stack.enter_context(directory.locked()) if world.is_main else None)
         finished = world.on_main(lambda: check_finished(directory, config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,8 +143,10 @@ def start_world(config: EngineConfig) -> World:
         if size > 1:
             raise UserError("WORLD_SIZE", f"is {size}, but MASTER_ADDR or RANK is missing; start with launch/train.sh")
         return World(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+        atexit.register(dist.destroy_process_group)
     rank = dist.get_rank()
     if dist.get_world_size() != size:  # some set-ups fall back to a world of one without a word
         raise UserError("WORLD_SIZE", f"is {size}, but {dist.get_world_size()} processes joined")
@@ -153,10 +156,19 @@ def start_world(config: EngineConfig) -> World:
     return World(device, rank, size, width, *_groups(rank, size, width))
 
 
-def leave_world() -> None:
-    """Take leave of the other processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def shared_rows(count: int, world: World) -> list[int]:
+    """Which of `count` equal pieces of work are this process's: as many for every one.
+
+    Where they do not come out even the last piece is done more than once: under ZeRO-3 a process that runs fewer
+    forwards than the others hangs them all.
+    """
+    return [min(row, count - 1) for row in range(world.data_rank, count + (-count) % world.data_size, world.data_size)]
+
+
+def collect_rows(count: int, mine: list[T], world: World) -> list[T]:
+    """The results of `shared_rows`, in order, on every process."""
+    everyone = world.gather(mine)[:: world.sequence_parallel]
+    return [everyone[row % world.data_size][row // world.data_size] for row in range(count)]
 
 
 def check_agreement(world: World, facts: dict[str, str]) -> None:
