@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
 from anyflow_train.models.rotary import rotate
+from anyflow_train.models.sequence_parallel import SequencePart
 
 _FEW_KEYS = 32
 """Up to here plain products train a third faster on a CPU than torch's attention kernel (on a short text)."""
@@ -28,13 +29,16 @@ class AnyFlowTransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, part: SequencePart | None = None
+    ) -> Tensor:
         """
         Args:
             x: (B, S, D) tokens, frame by frame.
             text: (B, L, D) tokens to attend to.
             modulation: (B or 1, F or 1, 6, D) float32.
             rotation: (S, head_dim / 2, 2) float32, of `RotaryGrid`.
+            part: which part of the sequence these S tokens are; None: all of it.
 
         Returns:
             (B, S, D) in the dtype of x.
@@ -43,8 +47,8 @@ class AnyFlowTransformerBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
-        x = add_gated(x, self.attn1(normed, normed, rotation), gate_attn)
-        x = x + self.attn2(self.norm2(x), text, None)
+        x = add_gated(x, self.attn1(normed, normed, rotation, part), gate_attn)
+        x = x + self.attn2(self.norm2(x), text)
         normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
         return add_gated(x, self.ffn(normed), gate_ffn)
 
@@ -71,15 +75,31 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None) -> Tensor:
-        """x: (B, S, D); context: (B, L, D), what is attended to (x itself in self-attention). Returns (B, S, D)."""
+    def forward(
+        self, x: Tensor, context: Tensor, rotation: Tensor | None = None, part: SequencePart | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: (B, S, D).
+            context: (B, L, D), what is attended to: x itself in self-attention.
+            rotation: (S, head_dim / 2, 2) float32, for self-attention.
+            part: which part of the sequence x and the context are, for self-attention; None: all of it.
+
+        Returns:
+            (B, S, D).
+        """
         heads = (self.heads, -1)
         query = self.norm_q(self.to_q(x)).unflatten(2, heads)
         key = self.norm_k(self.to_k(context)).unflatten(2, heads)
         value = self.to_v(context).unflatten(2, heads)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        return self.to_out[0](attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)))
+        if part is not None:
+            query, key, value = part.all_tokens_of_some_heads(query, key, value)
+        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        if part is not None:
+            attended = part.all_heads_of_own_tokens(attended)
+        return self.to_out[0](attended)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.loaders.single_file_model import FromOriginalModelMixin
@@ -21,6 +22,7 @@ from anyflow_train.models.blocks import AnyFlowTransformerBlock
 from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
 from anyflow_train.models.fused import modulated_layer_norm, wide
 from anyflow_train.models.rotary import RotaryGrid
+from anyflow_train.models.sequence_parallel import SequenceGroup
 
 
 class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
@@ -92,6 +94,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * patch**2)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self._sequence_group: SequenceGroup | None = None
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -116,6 +119,20 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         from anyflow_train.models.wan import from_wan  # which imports this class
 
         return from_wan(source, gate_value=gate_value, deltatime_type=deltatime_type, torch_dtype=torch_dtype)
+
+    def split_sequence(self, group: dist.ProcessGroup | None) -> None:
+        """From now on split the tokens of each sample over the processes of `group`; None: no longer.
+
+        All of them call forward, and backward, together and with the same whole samples; all get the same whole output.
+
+        Gradients: every process computes the same loss from the output. What it gets, for parameters and inputs, is the
+        part of the gradient that comes through its own tokens; the sum over the group is the gradient without a group.
+
+        Raises:
+            ValueError: the number of processes does not divide `num_attention_heads`, or this is none of them.
+        """
+        config: Any = self.config
+        self._sequence_group = None if group is None else SequenceGroup.of(group, config.num_attention_heads)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -143,7 +160,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
 
         Raises:
             ValueError: a shape other than those above, a height or width that the patch does not divide, a grid longer
-                than `rope_max_seq_len`.
+                than `rope_max_seq_len`, fewer tokens in a frame than processes that split it.
         """
         batch, frames, _, height, width = self._check_latents(hidden_states)
         self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
@@ -155,14 +172,19 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         embedding, modulation = self.condition_embedder(t, r)
         context = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
         x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2)
+        part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
+        if part is not None:
+            x, rotation = part.take(x), part.take(rotation.unsqueeze(0)).squeeze(0)
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
         for block in self.blocks:
             if checkpoint is None or not self.gradient_checkpointing:
-                x = block(x, context, modulation, rotation)
+                x = block(x, context, modulation, rotation, part)
             else:
-                x = checkpoint(block, x, context, modulation, rotation)
+                x = checkpoint(block, x, context, modulation, rotation, part)
         shift, scale = (wide(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
         x = self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
+        if part is not None:
+            x = part.gather(x)
 
         sample = _unpatchify(x, frames, height // patch, width // patch, patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,108 @@
+"""Two processes that split the tokens compute what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.models.sequence_cases import CASES, run
+
+ROOT = Path(__file__).parents[2]
+EXACT = sorted(set(CASES) - {"bf16 autocast"})
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have left what they found in all cases: one launch for this file."""
+    folder = tmp_path_factory.mktemp("sequence")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.models.sequence_cases"]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            arguments = [*command, str(rank), str(folder)]
+            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    return folder
+
+
+def found(folder: Path, case: str) -> list[dict[str, Tensor]]:
+    """What `run` returned in each process."""
+    files = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+    return [{k.removeprefix(f"{case}/"): v for k, v in file.items() if k.startswith(f"{case}/")} for file in files]
+
+
+def summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: parts[0][name] + parts[1][name] for name in parts[0] if name not in ("output", "tokens")}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", EXACT)
+def test_outputs_and_summed_gradients_are_those_of_one_process(launched: Path, case: str) -> None:
+    whole = run(CASES[case], None)
+    parts = found(launched, case)
+    assert torch.equal(parts[0].pop("output"), parts[1]["output"])
+    # float32 in another order (products of fewer rows, keys in another order): as between us and diffusers.
+    torch.testing.assert_close(parts[1]["output"], whole.pop("output"), rtol=1e-5, atol=1e-5)
+    gradients = summed(parts)
+    assert gradients.keys() == whole.keys() - {"tokens"}
+    assert (case == "no gradient") == (not gradients)
+    for name, gradient in gradients.items():
+        assert (gradient - whole[name]).abs().max() <= 2e-5 * whole[name].abs().max(), name
+
+
+@pytest.mark.distributed
+def test_half_precision_strays_no_further_than_in_one_process(launched: Path) -> None:
+    case = CASES["bf16 autocast"]
+    exact, whole = run(CASES["times per frame"], None), run(case, None)
+    parts = found(launched, "bf16 autocast")
+    split = summed(parts) | {"output": parts[1]["output"]}
+    for name in exact.keys() - {"tokens"}:
+        # Other roundings of the same size: their root mean square is alike, but a small tensor shows few of them.
+        assert _distance(split[name], exact[name]) <= 1.5 * _distance(whole[name], exact[name]) + 1e-3, name
+
+
+def _distance(x: Tensor, exact: Tensor) -> float:
+    return float((x.float() - exact).norm() / exact.norm())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "tokens"), [("times per frame", [18, 18]), ("odd number of tokens", [24, 21]), ("no gradient", [18, 18])]
+)
+def test_each_process_holds_its_part_of_every_frame(launched: Path, case: str, tokens: list[int]) -> None:
+    assert [int(part["tokens"]) for part in found(launched, case)] == tokens
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_split_is_refused_by_all_with_the_numbers(launched: Path) -> None:
+    first, second = (json.loads((launched / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["heads"] == second["heads"] == "3 attention heads cannot be split evenly over 2 processes"
+    assert first["positions"] == second["positions"] == "frames of 1 tokens cannot be split over 2 processes"
+    assert first["member"] == "accepted"
+    assert "not a member of the group" in second["member"]
+
+
+def test_a_group_of_one_changes_nothing(tmp_path: Path) -> None:
+    case = CASES["odd number of tokens"]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        grouped, plain = run(case, dist.group.WORLD), run(case, None)
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(grouped[name], plain[name]) for name in grouped.keys() | plain.keys())
