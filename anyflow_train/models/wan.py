@@ -38,7 +38,9 @@ _ONLY_VALUE = {
 }
 """What the other arguments of Wan2.1's transformer must be: a student has no place for anything else."""
 
-_TIME, _DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
+"""How a student of a Wan2.1 transformer takes its second time, where nothing else is asked for."""
 
 
 def load_network(
@@ -58,18 +60,35 @@ def load_network(
     Raises:
         UserError: there is no such network, it is of another kind, its keys do not fit, or its times are others.
     """
+    place, arguments, kind = describe_source(source, gate_value, deltatime_type)
+    if kind == AnyFlowTransformer3DModel.__name__:
+        return _load(AnyFlowTransformer3DModel, source, place, torch_dtype)
+    wan = _load(WanTransformer3DModel, source, place, torch_dtype)
+    return student_of(wan, arguments["gate_value"], arguments["deltatime_type"])
+
+
+def describe_source(
+    source: str | Path, gate_value: float | None, deltatime_type: str | None
+) -> tuple[str | None, dict[str, Any], str]:
+    """The subfolder that holds the transformer, the constructor's arguments of the student, the stored class's name.
+
+    The arguments and errors are `load_network`'s; no weight is read.
+    """
     place, config = _locate(source)
     kind = config.get("_class_name")
+    given = {"gate_value": gate_value, "deltatime_type": deltatime_type}
     if kind == WanTransformer3DModel.__name__:
-        times = {"gate_value": gate_value, "deltatime_type": deltatime_type}
-        given = {name: value for name, value in times.items() if value is not None}
-        return from_wan(source, torch_dtype=torch_dtype, **given)
+        problem = _unlike_text_to_video(config)
+        if problem is not None:
+            raise UserError(str(source), problem)
+        times = {name: TIMES[name] if value is None else value for name, value in given.items()}
+        return place, {**{name: config[name] for name in SHARED_CONFIG if name in config}, **times}, kind
     if kind != AnyFlowTransformer3DModel.__name__:
         raise UserError(str(source), f"holds a {kind}, where a Wan2.1 or AnyFlow transformer is wanted")
-    for name, wanted in (("gate_value", gate_value), ("deltatime_type", deltatime_type)):
+    for name, wanted in given.items():
         if wanted is not None and config[name] != wanted:
             raise UserError(str(source), f"was made with {name} = {config[name]!r}, and must be run with it")
-    return _load(AnyFlowTransformer3DModel, source, place, torch_dtype)
+    return place, {name: value for name, value in config.items() if not name.startswith("_")}, kind
 
 
 def from_wan(
@@ -91,13 +110,10 @@ def from_wan(
     Raises:
         UserError: there is no such network, it is of another kind (image-to-video), or its keys do not fit.
     """
-    place, config = _locate(source)
-    if config.get("_class_name") != WanTransformer3DModel.__name__:
-        raise UserError(str(source), f"holds a {config.get('_class_name')}, where a WanTransformer3DModel is wanted")
-    problem = _unlike_text_to_video(config)
-    if problem is not None:
-        raise UserError(str(source), problem)
-    return student_of(_load(WanTransformer3DModel, source, place, torch_dtype), gate_value, deltatime_type)
+    kind = _locate(source)[1].get("_class_name")
+    if kind != WanTransformer3DModel.__name__:
+        raise UserError(str(source), f"holds a {kind}, where a WanTransformer3DModel is wanted")
+    return load_network(source, gate_value, deltatime_type, torch_dtype)
 
 
 def student_of(
@@ -112,7 +128,7 @@ def student_of(
     if problem is not None:
         raise ValueError(f"this WanTransformer3DModel {problem}")
     weights = wan.state_dict()
-    twin = {_DELTA + k.removeprefix(_TIME): w.clone() for k, w in weights.items() if k.startswith(_TIME)}
+    twin = {DELTA + k.removeprefix(TIME): w.clone() for k, w in weights.items() if k.startswith(TIME)}
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         shared = {name: wan.config[name] for name in SHARED_CONFIG}
         student = AnyFlowTransformer3DModel(**shared, gate_value=gate_value, deltatime_type=deltatime_type)
@@ -134,7 +150,7 @@ def to_wan(network: AnyFlowTransformer3DModel) -> WanTransformer3DModel:
     if config.image_dim is not None:
         raise ValueError("a network with image_dim is not a Wan2.1 text-to-video transformer")
     wan = WanTransformer3DModel(**{name: config[name] for name in SHARED_CONFIG}, image_dim=None)
-    weights = {key: weight for key, weight in network.state_dict().items() if not key.startswith(_DELTA)}
+    weights = {key: weight for key, weight in network.state_dict().items() if not key.startswith(DELTA)}
     wan.load_state_dict(weights, strict=True, assign=True)
     return wan
 

@@ -21,6 +21,7 @@ from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.stored import StoredNetwork, open_network
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.models.wan import build_network, load_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
@@ -28,7 +29,7 @@ from anyflow_train.objectives.flow_matching import FlowMatchingObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import autocast_dtype, build_engine
+from anyflow_train.training.engine import autocast_dtype, build_engine, build_sharded, zero_stage
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.updates import Term, Trainable, Update
 from anyflow_train.training.world import World
@@ -65,7 +66,7 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    network = _moved(world.together(lambda: build_student(config.student, config.seed)), world)
+    network = _start_student(config.student, config.seed, world)
     teacher = world.together(lambda: _teacher_role(config, world))
     if config.student.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -77,6 +78,26 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     student = Trainable(network, engine, ema, AveragedFlowMap(live, ema))
     roles = Roles(live, _derivative_role(config, engine.network, ema), teacher)
     return Recipe(world, {"student": student}, roles, (_student_update(config, world),))
+
+
+def _start_student(config: Student, seed: int, world: World) -> AnyFlowTransformer3DModel:
+    """The student on its device; under ZeRO-3 one that starts from trained weights is in shards from the first."""
+    if config.init is None or zero_stage() < 3:
+        return _moved(world.together(lambda: build_student(config, seed)), world)
+    stored = world.together(lambda: _open_student(config, str(config.init)))
+    network = build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
+    if isinstance(config.adapter, Lora):
+        add_lora(network, config.adapter, seed)
+    return network
+
+
+def _open_student(config: Student, source: str) -> StoredNetwork:
+    try:
+        stored = open_network(source, config.gate_value, config.deltatime_type)
+    except UserError as error:
+        raise _init_error(config, error) from error
+    _check_architecture(stored.arguments, config.architecture.model_dump(), source)
+    return stored
 
 
 def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
@@ -91,7 +112,7 @@ def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
         network = build_network({**architecture, **times}, seed, config.time_frequency_limit)
     else:
         network = _load_student(config, config.init)
-        _check_architecture(network, architecture, config.init)
+        _check_architecture(network.config, architecture, config.init)
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
     return network
@@ -176,8 +197,12 @@ def _load_student(config: Student, source: str) -> AnyFlowTransformer3DModel:
     try:
         return load_network(source, config.gate_value, config.deltatime_type)
     except UserError as error:
-        times = f"student.gate_value={config.gate_value}, student.deltatime_type={config.deltatime_type}"
-        raise UserError("student.init", f"{error} (asked for: {times})") from error
+        raise _init_error(config, error) from error
+
+
+def _init_error(config: Student, error: UserError) -> UserError:
+    times = f"student.gate_value={config.gate_value}, student.deltatime_type={config.deltatime_type}"
+    return UserError("student.init", f"{error} (asked for: {times})")
 
 
 def _moved(network: AnyFlowTransformer3DModel, world: World) -> AnyFlowTransformer3DModel:
@@ -185,11 +210,11 @@ def _moved(network: AnyFlowTransformer3DModel, world: World) -> AnyFlowTransform
     return network
 
 
-def _check_architecture(network: AnyFlowTransformer3DModel, wanted: Mapping[str, Any], source: str) -> None:
+def _check_architecture(actual: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
     """Raises UserErrors: one line for every difference, with the config's value and the file's."""
     errors = []
     for name, value in wanted.items():
-        found = network.config[name]
+        found = actual[name]
         found = tuple(found) if isinstance(found, list) else found
         if found != value:
             problem = f"is {value!r}, but {source} was made with {found!r}"

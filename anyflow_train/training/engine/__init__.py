@@ -15,10 +15,19 @@ from torch.nn import Parameter
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.training.engine.replicated import ReplicatedEngine
 from anyflow_train.training.engine.types import Engine, Outcome
-from anyflow_train.training.engine.zero import ZeroEngine, zero_stage
+from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, zero_stage
 from anyflow_train.training.world import World
 
-__all__ = ["Engine", "Outcome", "ReplicatedEngine", "ZeroEngine", "autocast_dtype", "build_engine"]
+__all__ = [
+    "Engine",
+    "Outcome",
+    "ReplicatedEngine",
+    "ZeroEngine",
+    "autocast_dtype",
+    "build_engine",
+    "build_sharded",
+    "zero_stage",
+]
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
+from anyflow_train.errors import UserError
 from anyflow_train.training.engine.adamw import adamw, read_count, set_rate, start_moments, write_count
 from anyflow_train.training.engine.types import Outcome
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def zero_stage() -> int:
@@ -24,6 +27,37 @@ def zero_stage() -> int:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return 0
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], world: World) -> Network:
+    """A network that is cut into shards while it is made (ZeRO-3): no process ever holds more than one whole weight.
+
+    Args:
+        build: makes the network, with any weights.
+        read: gives a weight by model name; asked on rank 0 only, once for each.
+    """
+    deepspeed = _deepspeed(world)
+    with deepspeed.zero.Init(config_dict_or_path=_settings(1.0)):
+        network = build()
+    for name, parameter in network.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if world.is_main:
+                parameter.data.copy_(read(name))
+    return network
+
+
+def _deepspeed(world: World) -> Any:
+    """DeepSpeed, on the processes that the world has joined."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read when DeepSpeed is imported
+    try:
+        import deepspeed
+    except ImportError as error:
+        problem = "is missing, but the launcher asks for ZeRO; pip install 'anyflow_train[deepspeed]'"
+        raise UserError("deepspeed", problem) from error
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR", "is missing; start with launch/train.sh")
+    deepspeed.init_distributed()
+    return deepspeed
 
 
 class ZeroEngine:
@@ -36,15 +70,12 @@ class ZeroEngine:
     def __init__(
         self, world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: OptimizerConfig
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read when DeepSpeed is imported
-        import deepspeed
-        from accelerate.utils import DeepSpeedPlugin
-
+        deepspeed = _deepspeed(world)
         self.world = world
         self._parameters = dict(parameters)
         self._stage = zero_stage()
         self._optimizer = adamw(self._parameters, config)
-        settings = _deepspeed_settings(DeepSpeedPlugin(), config.clip_norm)
+        settings = _settings(config.clip_norm)
         self._deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=settings)
         self.network = self._deepspeed
         self._start_moments()
@@ -138,8 +169,11 @@ class ZeroEngine:
         return nn.functional.pad(part, (0, size - part.numel())).view(shard.shape)
 
 
-def _deepspeed_settings(plugin: Any, clip_norm: float) -> dict[str, Any]:
+def _settings(clip_norm: float) -> dict[str, Any]:
     """DeepSpeed's config. Stage and offload are the launcher's; nothing else is, and nothing is `auto`."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only counted, never used: the loader makes the batches
         "gradient_accumulation_steps": 1,
