@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
-from anyflow_train.data.files import write_json
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
@@ -21,6 +20,7 @@ from anyflow_train.evaluation.load import Model, load_model, on_device
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, to_frames, write_mp4
 from anyflow_train.export.folder import MARKER
+from anyflow_train.files import write_json
 from anyflow_train.flow.sampler import guided, sample
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec

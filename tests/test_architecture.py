@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow_train"
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
+    "files": set(),
     "flow": {"errors", "config"},
     "models": {"errors", "config", "flow"},
-    "data": {"errors", "config", "flow", "models"},
+    "data": {"errors", "config", "files", "flow", "models"},
     "objectives": {"errors", "config", "flow", "data", "models"},
-    "tiny": {"errors", "config", "flow", "data", "models"},
-    "training": {"errors", "config", "flow", "data", "models", "objectives", "tiny"},
-    "evaluation": {"errors", "config", "flow", "data", "models", "objectives", "tiny", "training"},
+    "tiny": {"errors", "config", "files", "flow", "data", "models"},
+    "training": {"errors", "config", "files", "flow", "data", "models", "objectives", "tiny"},
+    "evaluation": {"errors", "config", "files", "flow", "data", "models", "objectives", "tiny", "training"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,8 +7,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from anyflow_train.data.files import atomic_file
 from anyflow_train.data.tar import scan
+from anyflow_train.files import atomic_file
 
 VERSION = 1
 TENSORS = "safetensors"

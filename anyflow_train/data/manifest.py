@@ -16,9 +16,9 @@ from torch import Tensor
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
-from anyflow_train.data.files import atomic_file, write_json
 from anyflow_train.data.fingerprint import NAMED
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.files import atomic_file, write_json
 
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"

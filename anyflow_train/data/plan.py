@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.files import TEMPORARY, write_json
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
 from anyflow_train.data.sources import Clip, Source, list_clips, list_prompts, validation_prompts
 from anyflow_train.errors import UserError
+from anyflow_train.files import TEMPORARY, write_json
 
 SETTINGS = "prepare.json"
 LOCK = ".lock"

@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.files import atomic_file
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
@@ -30,6 +29,7 @@ from anyflow_train.data.prepare_texts import (
 from anyflow_train.data.prepare_videos import VideoShape, write_prompt_shards, write_video_shards
 from anyflow_train.data.sources import validation_prompts
 from anyflow_train.errors import UserError
+from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from anyflow_train.data.files import atomic_file
 from anyflow_train.data.manifest import TEXT, PromptTexts, write_prompt_texts
 from anyflow_train.data.plan import Plan, ShardPlan
 from anyflow_train.data.progress import Progress
 from anyflow_train.data.sources import Clip
+from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
 
 TEXT_BATCH = 16

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from anyflow_train.data.files import atomic_file
 from anyflow_train.data.index import Entry, ShardIndex, Skipped, index_name, write_index
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import TarWriter
+from anyflow_train.files import atomic_file
 
 
 def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -> ShardIndex:

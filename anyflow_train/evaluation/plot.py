@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from anyflow_train.data.files import atomic_file
 from anyflow_train.evaluation.intervals import Estimate
+from anyflow_train.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

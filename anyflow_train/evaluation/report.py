@@ -9,11 +9,11 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.data.files import atomic_file, write_json
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.measure import Cell
 from anyflow_train.evaluation.nearest import Nearest, TrainingSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
+from anyflow_train.files import atomic_file, write_json
 
 TEACHER = "teacher"
 

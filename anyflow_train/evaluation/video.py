@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from anyflow_train.data.files import atomic_file
+from anyflow_train.files import atomic_file
 
 Frames = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB."""

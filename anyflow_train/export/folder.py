@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
-from anyflow_train.data.files import write_json
 from anyflow_train.errors import UserError
+from anyflow_train.files import write_json
 
 MARKER = "anyflow_export.json"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import diffusers
 
-from anyflow_train.data.files import write_json
 from anyflow_train.errors import UserError
+from anyflow_train.files import write_json
 
 INDEX = "model_index.json"
 COPIED = ("tokenizer", "text_encoder", "vae")

@@ -1,7 +1,6 @@
 """Writes the stripes world as a user would bring data: a folder of mp4 clips with a caption beside each."""
 
 import json
-import os
 from pathlib import Path
 
 import av
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import atomic_file, replace_file
 from anyflow_train.tiny import world
 
 SETTINGS_FILE = "clips.json"
@@ -37,7 +37,8 @@ def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
         clips = world.render(labels[part], phase[part], contrast[part])
         for index, clip in zip(part, clips, strict=True):
             _write_video(paths[index], clip)
-            _write_text(paths[index].with_suffix(".txt"), world.caption(int(labels[index])) + "\n")
+            with atomic_file(paths[index].with_suffix(".txt")) as file:
+                file.write(f"{world.caption(int(labels[index]))}\n".encode())
     return paths
 
 
@@ -45,24 +46,17 @@ def _claim(folder: Path, settings: dict[str, int]) -> None:
     """Marks the folder with the settings of its clips, or checks the mark that is there."""
     mark = folder / SETTINGS_FILE
     if not mark.exists():
-        _write_text(mark, json.dumps(settings) + "\n")
+        replace_file(mark, json.dumps(settings).encode() + b"\n")
         return
     found = json.loads(mark.read_text())
     if found != settings:
         raise UserError(str(mark), f"the folder holds clips of {found}, not of {settings}: give another folder")
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def _write_video(path: Path, clip: Tensor) -> None:
     """Writes (3, F, H, W) in [-1, 1] as h264 with full colour resolution: 4:2:0 would smear the narrow stripes."""
     pixels = ((clip.movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous().numpy()
-    partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
+    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=world.FRAMES_PER_SECOND)
         stream.width, stream.height = pixels.shape[2], pixels.shape[1]
         stream.pix_fmt = "yuv444p"
@@ -70,4 +64,3 @@ def _write_video(path: Path, clip: Tensor) -> None:
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    os.replace(partial, path)

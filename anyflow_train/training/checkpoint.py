@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import file_sha256, to_json
 from anyflow_train.training.entry import Entry
-from anyflow_train.training.files import file_sha256, to_json
 from anyflow_train.training.state import Best, TrainState
 from anyflow_train.training.world import ALONE, World
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
+from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
 from anyflow_train.training.checkpoint import FORMAT, checkpoint_name, content_checksum, list_checkpoints
-from anyflow_train.training.files import replace_file, sync_folder, to_json, write_synced
 from anyflow_train.training.state import Best, TrainState
 
 SHARD_BYTES = 1 << 30

@@ -16,7 +16,7 @@ from typing import Any
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.training.files import replace_file, to_json
+from anyflow_train.files import replace_file, to_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
-from anyflow_train.training.files import replace_file
+from anyflow_train.files import replace_file
 from anyflow_train.training.run_directory import RunDirectory
 
 

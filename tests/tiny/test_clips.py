@@ -40,7 +40,7 @@ def test_an_interrupted_folder_is_completed_and_the_rest_kept(tmp_path: Path) ->
     assert write_clips(tmp_path, count=3, seed=1) == paths
     assert paths[1].read_bytes() == content
     assert paths[0].stat().st_mtime_ns == first
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_missing_video_is_noticed_though_its_caption_is_there(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Files are whole or absent."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from anyflow_train.files import atomic_file, file_sha256, replace_file, to_json, write_json, write_synced
+
+
+def test_a_file_takes_its_name_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.bin"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.bin"
+    replace_file(path, b"old")
+    with pytest.raises(TypeError), atomic_file(path) as file:
+        file.write(b"half")
+        file.write("text")  # type: ignore[arg-type]  # the wrong type is the test
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checksums_are_of_the_content(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    expected = hashlib.sha256(content).hexdigest()
+    assert write_synced(tmp_path / "a", content) == expected
+    assert file_sha256(tmp_path / "a") == expected
+
+
+def test_json_depends_on_the_value_alone_and_keeps_its_letters(tmp_path: Path) -> None:
+    assert to_json({"b": 1, "a": "é"}) == to_json({"a": "é", "b": 1}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
+    write_json(tmp_path / "a.json", [1, 2])
+    assert (tmp_path / "a.json").read_bytes() == to_json([1, 2])
