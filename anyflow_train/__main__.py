@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
+from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.errors import UserError, UserErrors
 
 USER_ERROR = 2
@@ -100,7 +101,9 @@ def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
 
 def _load(target: str) -> Any:
     module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
+    loaded = getattr(importlib.import_module(module), function)
+    silence_loading_bars()
+    return loaded
 
 
 def _print_warnings(config: Any) -> None:

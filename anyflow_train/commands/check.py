@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.decode import decode
@@ -34,6 +35,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
         # Imported here, because it imports torch, which a plain check has no use for.
         from anyflow_train.commands.derivative import measure
 
+        silence_loading_bars()
         print(f"\n# Relative error of the time derivative, {options.derivative_samples} samples:")
         print("".join(f"#   {line}\n" for line in measure(config, options).splitlines()), end="")
     return 0
