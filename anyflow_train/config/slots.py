@@ -47,8 +47,7 @@ def branch_counts(global_batch: int, diffusion_share: float, consistency_share: 
     """Shares of the global batch, rounded half up; free takes what is left.
 
     Raises ValueError where the shares are impossible, or where the batch is too small to hold every branch: the
-        published
-    code then divides by zero or silently drops a branch.
+    published code then divides by zero or silently drops a branch.
     """
     free_share = 1 - diffusion_share - consistency_share
     if min(diffusion_share, consistency_share) < 0 or free_share < -1e-9:

@@ -72,8 +72,7 @@ def exact_derivative(
     """The same derivative by forward-mode differentiation (`torch.func.jvp`), without gradient; arguments as above.
 
     Runs attention with the math backend: the fused kernels have no forward-mode formula. About 1.8 times the cost of
-        the
-    central difference; not with gradient checkpointing.
+    the central difference; not with gradient checkpointing.
     """
     x, t, r, tangent = (at_least_float32(a) for a in (x, t, r, tangent))
     with sdpa_kernel(SDPBackend.MATH):
