@@ -16,8 +16,8 @@ def check(manifest: Manifest, data: Data = DATA, network: Architecture = NETWORK
 
 
 def test_fitting_shards_pass() -> None:
-    check(make_manifest(()))
-    check(make_manifest(()), vae=None)
+    check(make_manifest())
+    check(make_manifest(), vae=None)
 
 
 @pytest.mark.parametrize(
@@ -35,24 +35,24 @@ def test_fitting_shards_pass() -> None:
 )
 def test_each_difference_names_its_key(data: dict, network: dict, vae: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        check(make_manifest(()), DATA.model_copy(update=data), NETWORK.model_copy(update=network), vae)
+        check(make_manifest(), DATA.model_copy(update=data), NETWORK.model_copy(update=network), vae)
     assert str(caught.value).startswith(message)
 
 
 def test_a_vae_known_by_name_alone_is_not_called_another() -> None:
-    manifest = make_manifest(())
+    manifest = make_manifest()
     codec = manifest.codec.model_copy(update={"vae": "name:Wan-AI/some-model"})
     check(manifest.model_copy(update={"codec": codec}), vae="xyz")
 
 
 def test_all_differences_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        check(make_manifest(()), DATA.model_copy(update={"frames": 9, "height": 64}), vae="xyz")
+        check(make_manifest(), DATA.model_copy(update={"frames": 9, "height": 64}), vae="xyz")
     assert len(str(caught.value).splitlines()) == 3
 
 
 def test_prompts_are_refused_for_a_run_on_video() -> None:
-    manifest = make_manifest(()).model_copy(update={"kind": "prompts", "latent_shape": None})
+    manifest = make_manifest().model_copy(update={"kind": "prompts", "latent_shape": None})
     with pytest.raises(UserError, match="prompts without video"):
         check(manifest)
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.data.manifest import TEXT, CodecInfo, Manifest, PromptTexts, ShardInfo, write_manifest
-from anyflow_train.data.manifest import write_prompt_texts as write_texts
+from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
-from anyflow_train.data.writing import write_shard
 from anyflow_train.evaluation import evaluate
 from anyflow_train.evaluation.report import Report
 from anyflow_train.tiny import world
 from tests.export.runs import FULL, make_run
+from tests.shards import describe, write_shards
 
 SHAPE = (2, 16, 4, 4)
 CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
@@ -22,7 +21,6 @@ CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
 
 def write_held_out(folder: Path, count: int) -> Path:
     """Shards of random latents with captions of the stripes world."""
-    folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
 
@@ -30,22 +28,7 @@ def write_held_out(folder: Path, count: int) -> Path:
         return torch.randn(shape, generator=generator)
 
     samples = [Sample(f"clip-{n:03d}", draw(*SHAPE), draw(3, 64), caption) for n, caption in enumerate(captions)]
-    write_shard(folder, "shard-000000.tar", iter(samples))
-    write_texts(folder / TEXT, PromptTexts(torch.zeros(1, 64), ()))
-    manifest = Manifest(
-        format="anyflow_train shards 1",
-        kind="video",
-        shards=(ShardInfo(name="shard-000000.tar", samples=count),),
-        text_dim=64,
-        latent_shape=SHAPE,
-        frames=5,
-        height=32,
-        width=32,
-        fps=16.0,
-        codec=CodecInfo(source="somewhere", vae="abc", text_encoder="def"),
-    )
-    write_manifest(folder, manifest)
-    return folder
+    return write_shards(folder, [samples], describe(SHAPE, 64, longest_text=3), PromptTexts(torch.zeros(1, 64), ()))
 
 
 @pytest.fixture(scope="module")

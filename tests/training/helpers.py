@@ -15,21 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.data.manifest import (
-    FORMAT,
-    TEXT,
-    CodecInfo,
-    Manifest,
-    PromptTexts,
-    ShardInfo,
-    write_manifest,
-    write_prompt_texts,
-)
+from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
-from anyflow_train.data.writing import write_shard
 from anyflow_train.training import checkpoint_writer, trainer
 from anyflow_train.training.checkpoint import list_checkpoints
 from anyflow_train.training.engine import ReplicatedEngine
+from tests.shards import describe, write_shards
 
 SHAPE = (2, 4, 4, 4)
 TEXT_DIM = 8
@@ -37,7 +28,6 @@ TEXT_DIM = 8
 
 def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ()) -> Path:
     """Shards of random latents; the poisoned ones are finite, but their squares are not."""
-    folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
 
     def produce() -> Iterator[Sample]:
@@ -46,25 +36,9 @@ def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ())
             latents = scale * torch.randn(SHAPE, generator=generator)
             yield Sample(f"clip-{number:03d}", latents, torch.randn(3, TEXT_DIM, generator=generator), f"clip {number}")
 
-    write_shard(folder, "shard-000000.tar", produce())
-    write_prompt_texts(folder / TEXT, PromptTexts(torch.zeros(1, TEXT_DIM), (torch.ones(2, TEXT_DIM),)))
-    manifest = Manifest(
-        format=FORMAT,
-        kind="video",
-        shards=(ShardInfo(name="shard-000000.tar", samples=samples),),
-        text_dim=TEXT_DIM,
-        latent_shape=SHAPE,
-        latent_dtype="fp32",
-        frames=5,
-        height=32,
-        width=32,
-        fps=16.0,
-        longest_text=3,
-        codec=CodecInfo(source="somewhere", vae="abc", text_encoder="def"),
-        validation_prompts=("clip",),
-    )
-    write_manifest(folder, manifest)
-    return folder
+    manifest = describe(SHAPE, TEXT_DIM, longest_text=3).model_copy(update={"validation_prompts": ("clip",)})
+    texts = PromptTexts(torch.zeros(1, TEXT_DIM), (torch.ones(2, TEXT_DIM),))
+    return write_shards(folder, [produce()], manifest, texts)
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
