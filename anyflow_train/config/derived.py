@@ -21,11 +21,13 @@ TEMPORAL_FACTOR = 4
 class Derived:
     """What a run amounts to.
 
+    shares: groups of `sequence_parallel` processes that each have a part of the global batch.
     latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
     branches: samples of each branch per step; None for an objective without branches.
     """
 
-    world: int
+    shares: int
+    sequence_parallel: int
     accumulation: int
     global_batch: int
     branches: BranchCounts | None
@@ -45,9 +47,11 @@ class Derived:
 def derive(config: RunConfig, world: int) -> Derived:
     """Derived quantities of a config that its rules accept, on `world` processes."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
+    shares = world // config.engine.sequence_parallel
     return Derived(
-        world=world,
-        accumulation=config.engine.global_batch // (config.engine.micro_batch * world),
+        shares=shares,
+        sequence_parallel=config.engine.sequence_parallel,
+        accumulation=config.engine.global_batch // (config.engine.micro_batch * shares),
         global_batch=config.engine.global_batch,
         branches=_branches(config),
         latent=latent,
@@ -86,12 +90,14 @@ def world_size() -> int:
 def table(derived: Derived) -> list[tuple[str, str]]:
     """Name and value, for people."""
     frames, channels, height, width = derived.latent
-    per_process = derived.global_batch // (derived.accumulation * derived.world)
+    micro_batch = derived.global_batch // (derived.accumulation * derived.shares)
+    share = "process" if derived.sequence_parallel == 1 else f"group of {derived.sequence_parallel} processes"
+    plural = f"{share}es" if share == "process" else share.replace("group", "groups")
     rows = [
         (
             "global batch",
-            f"{derived.global_batch} = {derived.world} process{'es' if derived.world > 1 else ''} x "
-            f"{derived.accumulation} accumulation x {per_process} micro-batch",
+            f"{derived.global_batch} = {derived.shares} {share if derived.shares == 1 else plural} x "
+            f"{derived.accumulation} accumulation x {micro_batch} micro-batch",
         ),
         ("latent", f"{frames} frames x {channels} channels x {height} x {width}"),
         ("tokens", f"{derived.tokens:,} per sample ({' x '.join(map(str, derived.grid))})"),

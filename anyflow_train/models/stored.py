@@ -39,7 +39,9 @@ class StoredNetwork:
         return file.get_tensor(stored).float()
 
 
-def open_network(source: str | Path, gate_value: float | None, deltatime_type: str | None) -> StoredNetwork:
+def open_network(
+    source: str | Path, gate_value: float | None = None, deltatime_type: str | None = None
+) -> StoredNetwork:
     """What `load_network` would load, with the same arguments, checks and errors."""
     place, arguments, kind = describe_source(source, gate_value, deltatime_type)
     files = _open_files(source, place)

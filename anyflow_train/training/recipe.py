@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -29,10 +29,18 @@ from anyflow_train.objectives.flow_matching import FlowMatchingObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import autocast_dtype, build_engine, build_sharded, zero_stage
+from anyflow_train.training.engine import (
+    autocast_dtype,
+    build_engine,
+    build_sharded,
+    shard_frozen,
+    zero_stage,
+)
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.updates import Term, Trainable, Update
 from anyflow_train.training.world import World
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
         UserError: a network cannot be loaded, or is not what the config says.
     """
     network = _start_student(config.student, config.seed, world)
-    teacher = world.together(lambda: _teacher_role(config, world))
+    network.split_sequence(world.sequence_group)
+    teacher = _teacher_role(config, world)
     if config.student.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.engine.compile:
@@ -174,13 +183,24 @@ def _teacher_role(config: RunConfig, world: World) -> FlowMap | None:
     """The frozen teacher where the objective asks for it. It is called at r = t, where any gate gives the teacher."""
     if not (isinstance(config.objective, FlowMapConfig) and config.objective.velocity == "teacher"):
         return None
+    if zero_stage() < 3:
+        network = _moved(world.together(lambda: _open_teacher(config, load_network)), world)
+    else:
+        stored = world.together(lambda: _open_teacher(config, open_network))
+        network = build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
+    network.split_sequence(world.sequence_group)
+    network.requires_grad_(False)
+    whole = network if zero_stage() < 3 else shard_frozen(network)
+    return NetworkFlowMap(whole, autocast_dtype(config.engine.precision))
+
+
+def _open_teacher(config: RunConfig, open_source: Callable[[str], Opened]) -> Opened:
     if config.teacher.source is None:
         raise UserError("teacher.source", "is null, but objective.velocity is 'teacher'; name the teacher's folder")
     try:
-        network = load_network(config.teacher.source).requires_grad_(False)
+        return open_source(config.teacher.source)
     except UserError as error:
         raise UserError("teacher.source", str(error)) from error
-    return NetworkFlowMap(_moved(network, world), autocast_dtype(config.engine.precision))
 
 
 def _student_update(config: RunConfig, world: World) -> Update:

@@ -119,6 +119,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.width": 1040}, "data.width", "gives 65 tokens along that axis"),
     # Batches and schedule.
     ({"engine.micro_batch": 5}, "engine.global_batch", "nearest are 30 and 35"),
+    ({"engine.sequence_parallel": 2}, "engine.sequence_parallel", "does not divide the 1 process"),
     ({"optimizer.schedule": "constant"}, "optimizer.final_lr_share", "no effect"),
     # Validation.
     ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
@@ -135,6 +136,7 @@ def test_run_rule(changes: dict[str, Any], key: str, words: str) -> None:
     assert words in errors[key]
 
 
+SEQUENCE, GLOBAL_BATCH = "engine.sequence_parallel", "engine.global_batch"
 POSSIBLE: list[dict[str, Any]] = [
     {"objective.guidance": "target", "objective.guidance_scale": 3.0},
     {"times.diffusion_share": 0.0, "objective.rebalance": "none"},
@@ -145,6 +147,19 @@ POSSIBLE: list[dict[str, Any]] = [
     {"evaluation.every": 0, "evaluation.best_metric": "nothing", "teacher.source": None},
     {"evaluation.held_out": None, "evaluation.best_metric": "nothing"},
 ]
+
+
+def test_a_sequence_is_split_by_heads_and_the_batch_by_groups() -> None:
+    rule = partial(run_errors, world=6)
+    alone = {"engine.global_batch": 32, "engine.micro_batch": 16}
+    assert "4 attention heads" in found(RunConfig, changed({**alone, "engine.sequence_parallel": 3}), rule)[SEQUENCE]
+    assert "3 processes" in found(RunConfig, changed({**alone, "engine.sequence_parallel": 2}), rule)[GLOBAL_BATCH]
+    assert (
+        found(
+            RunConfig, changed({"engine.micro_batch": 16, "engine.sequence_parallel": 2}), partial(run_errors, world=4)
+        )
+        == {}
+    )
 
 
 @pytest.mark.parametrize("changes", POSSIBLE)

@@ -15,14 +15,8 @@ ENGINES = {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3}
 
 def launch(runs: list[tuple[str, dict[str, Any]]], log: Path, timeout: float = 240) -> None:
     """Train each run, by two gloo processes, under the engine that it names. Start-up is paid once for all."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "launch" / "zero2.yaml"),
-    ]
-    command = [*launcher, "--num_processes", "2", "--main_process_port", "0", "-m", "tests.training.several"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command = [*launcher, "--config_file", str(ROOT / "launch" / "zero2.yaml"), "-m", "tests.training.several"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with log.open("w") as output:
         process = subprocess.run(

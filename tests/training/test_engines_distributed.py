@@ -17,8 +17,9 @@ from tests.training.several import launch
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, HALF, END = 20, 6, 10
+TEACHER = {"kind": "flow_map", "velocity": "teacher"}
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedder"]}
-# Engine, adapter, and what else is another than in the run of one process.
+# Engine, kind of run, and what else is another than in the run of one process.
 EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp": ("ddp", "full", {"engine__micro_batch": 4}),
     "ddp-accumulated": ("ddp", "full", {"engine__micro_batch": 1}),
@@ -26,17 +27,23 @@ EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero2": ("zero2", "full", {"engine__micro_batch": 2}),
     "zero2-lora": ("zero2", "lora", {"engine__micro_batch": 2}),
     "zero3": ("zero3", "full", {"engine__micro_batch": 2}),
+    "ddp-sequence": ("ddp", "full", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
+    "zero2-sequence": ("zero2", "lora", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
+    "zero3-teacher": ("zero3", "teacher", {"engine__micro_batch": 2}),
     "zero3-lora": ("zero3", "lora", {"engine__micro_batch": 4}),
 }
 
 
-def config(folder: Path, name: str, adapter: str, **changes: Any) -> dict[str, Any]:
+def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]:
     # At the other tests' rate of 1e-2 the losses of this network double a rounding error every step.
     run = settings(folder, name=name, steps=STEPS, optimizer__lr=1e-3, checkpoint__every=STEPS, **changes)
     run["student"]["init"] = str(folder / "network")
     run["student"]["time_frequency_limit"] = None
-    if adapter == "lora":
+    if kind == "lora":
         run["student"]["adapter"] = LORA
+    if kind == "teacher":
+        run["objective"] = TEACHER
+        run["teacher"] = {"source": str(folder / "teacher")}
     return run
 
 
@@ -46,10 +53,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     write_latents(folder / "shards")
     architecture = settings(folder)["student"]["architecture"]
-    build_network({**architecture, "gate_value": 0.25}, 3, 0.03).save_pretrained(folder / "network")
-    for adapter in ("full", "lora"):
-        train(config(folder, f"one-{adapter}", adapter))
-    equal = [(engine, config(folder, name, adapter, **changes)) for name, (engine, adapter, changes) in EQUAL.items()]
+    for name, seed in (("network", 3), ("teacher", 4)):
+        build_network({**architecture, "gate_value": 0.25}, seed, 0.03).save_pretrained(folder / name)
+    for kind in ("full", "lora", "teacher"):
+        train(config(folder, f"one-{kind}", kind))
+    equal = [(engine, config(folder, name, kind, **changes)) for name, (engine, kind, changes) in EQUAL.items()]
     half = ("zero2", {**config(folder, "moved", "full", engine__micro_batch=2), "steps": HALF})
     launch([*equal, half], folder / "first.log")
     train({**config(folder, "moved", "full"), "steps": END})
@@ -75,8 +83,8 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [*EQUAL, "moved"])
 def test_weights_averages_and_moments_are_those_of_one_process(runs: Path, name: str) -> None:
-    adapter = EQUAL[name][1] if name in EQUAL else "full"
-    ours, one = final_tensors(runs / name), final_tensors(runs / f"one-{adapter}")
+    kind = EQUAL[name][1] if name in EQUAL else "full"
+    ours, one = final_tensors(runs / name), final_tensors(runs / f"one-{kind}")
     assert ours.keys() == one.keys()
     for key, tensor in ours.items():
         # Float32 sums in another order, magnified by Adam where the second moment is small; 8e-6 is the most seen. A

@@ -19,6 +19,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *objective.shares(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),
+        *schedule.sequence(config, world),
         *schedule.batches(config, world),
         *schedule.validation(config),
     ]

@@ -13,9 +13,22 @@ DISTANCES = ("energy_distance", "sliced_wasserstein")
 ORACLE_METRICS = ("class_error",)
 
 
+def sequence(config: RunConfig, world: int) -> Iterator[Finding]:
+    """Processes that share a sample must come out even, and so must its heads among them."""
+    key, width = "engine.sequence_parallel", config.engine.sequence_parallel
+    if world % width:
+        yield Finding((key,), f"{width} does not divide the {world} process{'es' if world > 1 else ''} of this start")
+    heads = config.student.architecture.num_attention_heads
+    if heads % width:
+        yield Finding(
+            (key, "student.architecture.num_attention_heads"), f"{width} does not divide the {heads} attention heads"
+        )
+
+
 def batches(config: RunConfig, world: int) -> Iterator[Finding]:
-    """The global batch must be whole micro-batches on every process."""
+    """The global batch must be whole micro-batches on every process, or group of processes that share samples."""
     engine = config.engine
+    world = max(world // engine.sequence_parallel, 1)
     width = engine.micro_batch * world
     if engine.global_batch % width == 0:
         return

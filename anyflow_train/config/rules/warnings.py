@@ -69,6 +69,7 @@ def validation(config: RunConfig) -> Iterator[Finding]:
 def balance(config: RunConfig, world: int) -> Iterator[Finding]:
     """Micro-steps in which processes hold different numbers of diffusion samples: all of them run the differences."""
     engine = config.engine
+    world = world // engine.sequence_parallel
     if not isinstance(config.objective, FlowMap) or world == 1:
         return
     counts = branch_counts(engine.global_batch, config.times.diffusion_share, config.times.consistency_share)

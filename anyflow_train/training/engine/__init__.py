@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.training.engine.replicated import ReplicatedEngine
 from anyflow_train.training.engine.types import Engine, Outcome
-from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, zero_stage
+from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, shard_frozen, zero_stage
 from anyflow_train.training.world import World
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "autocast_dtype",
     "build_engine",
     "build_sharded",
+    "shard_frozen",
     "zero_stage",
 ]
 

@@ -46,6 +46,14 @@ def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], w
     return network
 
 
+def shard_frozen(network: nn.Module) -> nn.Module:
+    """A network of `build_sharded` that is only called, never trained."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=network, config=_settings(1.0))
+    return engine
+
+
 def _deepspeed(world: World) -> Any:
     """DeepSpeed, on the processes that the world has joined."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read when DeepSpeed is imported
