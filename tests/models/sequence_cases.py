@@ -1,7 +1,7 @@
 """What the test of sequence parallelism runs, in the test itself with one process and here with two.
 
-`python -m tests.models.sequence_cases RANK FOLDER` is one of the two: it writes `FOLDER/RANK.safetensors`, everything
-that `run` returns under "case/name", and `FOLDER/RANK.json`, the messages of the calls that must be refused.
+`python -m tests.models.sequence_cases FOLDER` starts the two; each writes `FOLDER/RANK.safetensors`, everything that
+`run` returns under "case/name", and `FOLDER/RANK.json`, the messages of the calls that must be refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from anyflow_train.config.network import Lora
 from anyflow_train.models.adapters import add_lora
@@ -115,4 +116,5 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    # Forked, since imports are nearly all that this costs; no thread of torch has run here that a fork could lose.
+    start_processes(main, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")
