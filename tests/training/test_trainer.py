@@ -152,8 +152,7 @@ def test_a_poisoned_sample_is_skipped_counted_and_named(tmp_path: Path, capsys: 
     write_latents(tmp_path / "shards", samples=40, poison=(7,))
     run = train(settings(tmp_path, steps=5))  # 40 samples: an epoch of 5 steps, one of them with the bad sample
     output = capsys.readouterr().out
-    assert output.count("not finite") == 1
-    assert "clip-007" in output
+    assert [line.split("samples: ")[1] for line in output.splitlines() if "not finite" in line] == ["clip-007; skipped"]
     info = read_info(list_checkpoints(run / "checkpoints")[-1])
     assert (info.state.skipped, info.state.step, info.state.data_position) == (1, 5, 40)
     assert info.adam_steps == {"student": 4}
@@ -170,8 +169,9 @@ def test_the_number_of_micro_batches_does_not_matter(undisturbed: Path, tmp_path
     write_latents(tmp_path / "shards")
     run = train(settings(tmp_path, engine__micro_batch=2))
     for row, other in zip(logged(run), logged(undisturbed), strict=True):
-        # float32 sums in another order, over 8 steps of Adam
+        # float32 sums in another order, over 8 steps of Adam; the norm also sees a scale, which Adam takes out
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
 
 
 class Judge:
@@ -221,9 +221,13 @@ def test_a_trained_network_comes_back_from_its_checkpoint(tmp_path: Path, object
     assert different
 
 
-def test_the_ema_derivative_network_trains(tmp_path: Path) -> None:
+def test_the_ema_derivative_network_is_the_average(undisturbed: Path, tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
-    run = train(settings(tmp_path, objective__derivative_network="ema", steps=2))
+    run = train(settings(tmp_path, objective__derivative_network="ema", steps=6))
+    losses, others = ([row["loss"] for row in logged(path)] for path in (run, undisturbed))
+    # The average is a copy until after step 4, and lags behind the student from then on.
+    assert losses[:4] == others[:4]
+    assert all(loss != other for loss, other in zip(losses[4:], others[4:6], strict=True))
     assert logged(run)[-1]["skipped"] == 0
 
 
