@@ -26,7 +26,7 @@ from anyflow_train.config.commands import (
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.groups import find_groups
+from anyflow_train.config.groups import find_groups, groups_of
 from anyflow_train.config.overrides import check, nearest_of, parse, to_hydra
 from anyflow_train.config.paths import asset, resource
 from anyflow_train.config.rules import commands as command_rules
@@ -61,11 +61,16 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     """
     folders = config_folders(config_dir)
     settings, syntax_errors = parse(overrides)
-    groups = find_groups(folders)
+    every_group = find_groups(folders)
+    groups = groups_of(command, every_group)
     choice_errors = list(check(settings, command, groups))
     refused = {error.where for error in choice_errors}
     accepted = [setting for setting in settings if setting.key not in refused]
-    composed = _compose_files(command, to_hydra(accepted, groups), folders)
+    # Hydra sees a group wherever there is a folder of that name.
+    plain = [setting for setting in accepted if setting.key in every_group.keys() - groups.keys()]
+    composed = _compose_files(command, to_hydra([item for item in accepted if item not in plain], groups), folders)
+    for setting in plain:
+        OmegaConf.update(composed, setting.key, setting.value, force_add=True)
     values, known = _plain(composed)
     if choice_errors:
         # Without its groups the config is not what was meant: only the keys that were written can be judged.

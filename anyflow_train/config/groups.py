@@ -28,6 +28,14 @@ def find_groups(folders: Sequence[Path]) -> dict[str, dict[str, Choice]]:
     return groups
 
 
+def groups_of(command: str, groups: dict[str, dict[str, Choice]]) -> dict[str, dict[str, Choice]]:
+    """The groups of a command: a run is assembled from all of them, what else there is has experiments only.
+
+    So `teacher=FOLDER` can be a plain key elsewhere.
+    """
+    return groups if command == "train" else {EXPERIMENT: groups.get(EXPERIMENT, {})}
+
+
 def choices_for(command: str, group: str, choices: dict[str, Choice]) -> dict[str, Choice]:
     """The choices that make sense for a command: all of them, but only its own experiments."""
     if group != EXPERIMENT:

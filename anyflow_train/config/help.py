@@ -9,7 +9,7 @@ from pathlib import Path
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.compose import MODELS, config_folders
-from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups
+from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
 
 WIDTH = 110
@@ -20,13 +20,13 @@ OF_A_RUN = ("check", "sweep")
 def command_help(command: str, title: str, config_dir: Path | None) -> str:
     """Help of one command, with the choices that the config folders offer now."""
     base = "train" if command in OF_A_RUN else command
-    groups = find_groups(config_folders(config_dir))
+    groups = groups_of(base, find_groups(config_folders(config_dir)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
         lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
     if command == "check":
         lines += ["", *_section(CheckOptions, "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(base, groups), "keys:", *_keys(base)]
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base)]
     return "\n".join(lines)
 
 
@@ -40,11 +40,12 @@ def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator
     yield ""
 
 
-def _groups(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
-    if command != "train":
+def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
+    named = sorted(set(groups) - {EXPERIMENT})
+    if not named:
         return
     yield "groups:"
-    for group in sorted(set(groups) - {EXPERIMENT}):
+    for group in named:
         yield f"  {group + '=...':<22}{', '.join(groups[group])}"
     yield ""
 

@@ -192,3 +192,8 @@ def test_composition_is_quick_and_without_torch() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (2, "error: lr: unknown key; nearest is 'optimizer.lr'\n")
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2.0
+
+
+def test_a_key_is_no_group_where_a_command_has_none() -> None:
+    config = compose("evaluate", ["out=o", "models=[]", "held_out=h", "teacher=/some/where"])
+    assert config.teacher == "/some/where"
