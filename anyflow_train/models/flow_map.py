@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyflow_train.flow.types import Condition
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
 TIME_SCALE = 1000.0
 
@@ -17,12 +18,12 @@ class NetworkFlowMap:
     """The flow map that a network computes.
 
     Attributes:
-        network: an `AnyFlowTransformer3DModel`, or an engine's wrapper of one. It gives the average velocity; a Wan2.1
-            teacher is one that is called at `r = t`.
+        network: itself, or an engine's wrapper that passes calls and attributes on. It gives the average velocity; a
+            Wan2.1 teacher is one that is called at `r = t`.
         autocast_dtype: half precision of the matrix products; None computes in the precision of the weights.
     """
 
-    network: nn.Module
+    network: AnyFlowTransformer3DModel
     autocast_dtype: torch.dtype | None
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:

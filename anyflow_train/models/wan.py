@@ -75,7 +75,7 @@ def describe_source(
     The arguments and errors are `load_network`'s; no weight is read.
     """
     place, config = _locate(source)
-    kind = config.get("_class_name")
+    kind = str(config.get("_class_name"))
     given = {"gate_value": gate_value, "deltatime_type": deltatime_type}
     if kind == WanTransformer3DModel.__name__:
         problem = _unlike_text_to_video(config)

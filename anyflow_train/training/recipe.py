@@ -171,7 +171,7 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
     return network.eval(), config
 
 
-def _derivative_role(config: RunConfig, network: nn.Module, ema: Ema) -> FlowMap:
+def _derivative_role(config: RunConfig, network: AnyFlowTransformer3DModel, ema: Ema) -> FlowMap:
     """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
     if not isinstance(config.objective, FlowMapConfig):
         return NetworkFlowMap(network, autocast_dtype(config.engine.precision))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,5 +83,6 @@ class ReplicatedEngine:
 
     def _add_up(self, gradients: list[Tensor]) -> None:
         if self.world.size > 1:
-            for sum_ in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                sum_.wait()
+            sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+            for one in sums:
+                one.wait()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -35,11 +35,11 @@ class Engine(Protocol):
 
     Attributes:
         world: the processes.
-        network: what to call for a forward.
+        network: what to call for a forward: the network itself, or a wrapper that passes calls and attributes on.
     """
 
     world: World
-    network: nn.Module
+    network: Any
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""

@@ -46,7 +46,7 @@ def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], w
     return network
 
 
-def shard_frozen(network: nn.Module) -> nn.Module:
+def shard_frozen(network: nn.Module) -> Any:
     """A network of `build_sharded` that is only called, never trained."""
     import deepspeed
 
@@ -80,7 +80,7 @@ class ZeroEngine:
     ) -> None:
         deepspeed = _deepspeed(world)
         self.world = world
-        self._parameters = dict(parameters)
+        self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed hangs its own attributes on them
         self._stage = zero_stage()
         self._optimizer = adamw(self._parameters, config)
         settings = _settings(config.clip_norm)
@@ -150,9 +150,10 @@ class ZeroEngine:
         parameter = self._parameters[name]
         if self._stage == 3:
             return self.entry(name, safe_get_local_optimizer_state(parameter, kind))
+        read: Callable[[], Any] = lambda: safe_get_full_optimizer_state(parameter, kind)  # noqa: E731 (None never occurs)
         return Entry(
             parameter.shape,
-            lambda: safe_get_full_optimizer_state(parameter, kind),
+            read,
             lambda whole: safe_set_full_optimizer_state(parameter, whole, kind),
         )
 
