@@ -13,8 +13,10 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.training import launched
 
+LOST_PROCESS = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -47,16 +49,23 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0, 1 (a sweep with failures), 2 (a user's mistake), 130 (Ctrl-C)."""
+    """Run one command.
+
+    Exit codes: 0; 1 (a sweep with failures, or a run that lost a process); 2 (a user's mistake); 75 (a run that a
+    scheduler interrupted: start it again); 130 (Ctrl-C).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a reader that has gone is no error, not at the interpreter's exit
-        return code
+        return launched.leave(code, everywhere=True)
     except UserErrors as errors:
-        return _report(errors.errors)
+        return _report(errors.errors, everywhere=isinstance(errors, SharedErrors))
     except UserError as error:
-        return _report([error])
+        return _report([error], everywhere=False)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST_PROCESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -92,11 +101,13 @@ def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
         return _load(command.target)(overrides, config_dir)
     from anyflow_train.config.compose import compose
 
+    launched.begin()
     config = compose(name, overrides, config_dir)
     if name == "train":
+        launched.send_output_to(Path(config.out).expanduser() / config.name / "logs")
         _print_warnings(config)
-    _load(command.target)(config)
-    return 0
+    result = _load(command.target)(config)
+    return result if isinstance(result, int) else 0  # train's exit code; the others return what they made
 
 
 def _load(target: str) -> Any:
@@ -110,9 +121,10 @@ def _print_warnings(config: Any) -> None:
     from anyflow_train.config.derived import world_size
     from anyflow_train.config.rules.run import run_warnings
 
-    if os.environ.get("RANK", "0") == "0":
-        for finding in run_warnings(config, world_size()):
-            print(f"warning: {finding.error()}", file=sys.stderr)
+    if launched.rank() != 0:
+        return
+    for finding in run_warnings(config, world_size()):
+        print(f"warning: {finding.error()}", file=sys.stderr)
 
 
 def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
@@ -152,10 +164,12 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _report(errors: Sequence[UserError]) -> int:
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return USER_ERROR
+def _report(errors: Sequence[UserError], everywhere: bool) -> int:
+    if launched.speaks_here():
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return launched.leave(USER_ERROR, everywhere or alone)
 
 
 if __name__ == "__main__":

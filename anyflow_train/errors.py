@@ -21,3 +21,11 @@ class UserErrors(UserError):
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = tuple(errors)
         ValueError.__init__(self, "\n".join(str(error) for error in errors))
+
+
+class SharedErrors(UserErrors):
+    """Mistakes that every process of a run raises, so that each of them ends by itself."""
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone: no mistake of the user's, and one line says enough."""

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+
 import torch
+import torch.distributed as dist
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
-from anyflow_train.training import trainer
+from anyflow_train.training import run as training
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run(config: RunConfig) -> None:
-    """Train, or continue, the run of `config`.
+def run(config: RunConfig) -> int:
+    """Train, or continue, the run of `config`. Returns the exit code.
 
     Raises:
-        UserError: the run cannot start, continue, or go on; a GPU without enough memory included.
+        UserError: the run cannot start, continue, or go on; a full disk or GPU included.
+        LostProcess: another process of the run is gone.
     """
     try:
-        trainer.run(config, build_validator)
+        return training.run(config, build_validator)
     except torch.OutOfMemoryError as error:
         sizes = f"engine.micro_batch={config.engine.micro_batch}"
         advice = "use a smaller engine.micro_batch, or student.gradient_checkpointing=true"
         raise UserError(
             "engine.micro_batch", f"the GPU has too little memory for {sizes}; {advice} ({error})"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        problem = f"has no room left ({error.strerror}: {error.filename or config.name})"
+        raise UserError(config.out, f"{problem}; the checkpoints are intact, make room and start again") from error
+    except RuntimeError as error:
+        if not _is_communication(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        advice = "start again to go on from the last checkpoint"
+        raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """Whether it says that another process has gone: gloo has no type for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.data.batch import Batch
+from anyflow_train.data.manifest import Manifest
 from anyflow_train.data.order import SampleOrder, step_text_length
 from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.errors import UserError
@@ -98,6 +99,11 @@ class Loader:
         self._pin = device is not None and device.type == "cuda"
         self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
         self._ahead = workers * REQUESTS_PER_WORKER
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the shards."""
+        return self._shards.manifest
 
     def __iter__(self) -> Iterator[list[Batch]]:
         requests = (Request(step, slots) for step in count(self._start_step) for slots in self._micro_slots)

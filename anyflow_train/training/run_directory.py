@@ -6,8 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from typing import Any
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.files import replace_file, to_json
+
+SHARED_SECONDS = 30.0
+"""How long a network file system may take to show on one node what another has written."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a line for every logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The output of every process but the first, and what processes leave that found the run hanging."""
+        return self.path / "logs"
 
     def validation(self, step: int) -> Path:
         """Where the videos of one validation go."""
@@ -64,21 +74,43 @@ class RunDirectory:
         return None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[str]:
         """Hold the directory. The kernel drops the lock with the process, so a killed run leaves none behind.
 
+        Returns:
+            A word for this start, which is now in the directory, for `check_shared`.
+
         Raises:
-            UserError: another process holds it, named with its host.
+            UserError: another process holds it, named with its host; or it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(str(self.path), f"cannot be written ({error.strerror}); choose another out") from None
         try:
             self._take(descriptor)
+            start = secrets.token_hex(8)
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, to_json({"pid": os.getpid(), "host": socket.gethostname()}), 0)
-            yield
+            os.pwrite(descriptor, to_json({"pid": os.getpid(), "host": socket.gethostname(), "start": start}), 0)
+            yield start
         finally:
             os.close(descriptor)
+
+    def check_shared(self, start: str) -> None:
+        """Look for the word of process 0's start. Not for process 0: closing the file would drop its lock.
+
+        Raises:
+            UserError: this process sees another directory than process 0.
+        """
+        deadline = time.monotonic() + SHARED_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError, KeyError):
+                if json.loads((self.path / "lock").read_text())["start"] == start:
+                    return
+            time.sleep(0.1)
+        problem = f"on {socket.gethostname()} is not the run directory of process 0; put it where all nodes see it"
+        raise UserError(str(self.path), problem)
 
     def _take(self, descriptor: int) -> None:
         try:

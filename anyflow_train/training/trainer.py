@@ -3,95 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NoReturn
 
-import torch
 from torch import Tensor
 
-from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
-from anyflow_train.training.checkpoint import restore_tensors
 from anyflow_train.training.checkpoint_writer import mark_best, prune_checkpoints, save_checkpoint
 from anyflow_train.training.entry import read_entries
 from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
-from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
-from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point
+from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.run_directory import RunDirectory
 from anyflow_train.training.schedule import learning_rate
-from anyflow_train.training.signals import StopRequest, stop_requests
+from anyflow_train.training.signals import StopRequest
 from anyflow_train.training.state import Best, TrainState
 from anyflow_train.training.tracking import Trackers
 from anyflow_train.training.updates import make_update
 from anyflow_train.training.validation import Validator
-from anyflow_train.training.world import World, check_agreement, start_world
-
-BuildValidator = Callable[[RunConfig, World], Validator]
-
-
-def run(config: RunConfig, build_validator: BuildValidator | None = None) -> None:
-    """Train, or continue, until `config.steps`, a stop signal, or too many non-finite steps.
-
-    Args:
-        config: of the run; its directory is `<out>/<name>`.
-        build_validator: makes the judge of `config.evaluation`; None trains without validation.
-
-    Raises:
-        UserError: the run cannot start, continue, or go on.
-    """
-    directory = RunDirectory.of(config)
-    with ExitStack() as stack:
-        world = start_world(config.engine)
-        check_agreement(world, run_facts(config))
-        world.together(lambda: stack.enter_context(directory.locked()) if world.is_main else None)
-        finished = world.on_main(lambda: check_finished(directory, config))
-        if finished:
-            print(finished)
-            return
-        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
-        recipe = build_recipe(config, world)
-        state = restore(recipe, point)
-        judge = build_validator if config.evaluation.every else None
-        validator = world.together(lambda: judge(config, world)) if judge else None
-        loader = stack.enter_context(closing(world.together(lambda: build_loader(config, world, state.step))))
-        world.on_main(lambda: directory.begin(config))
-        progress = stack.enter_context(closing(Progress(config.steps, state.step)))
-        trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
-        stop = stack.enter_context(stop_requests())
-        if point is not None:
-            progress.say(f"going on from {point.path}")
-        Trainer(config, directory, recipe, state, progress, trackers, validator, stop).train(loader)
-
-
-def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
-    """Put a checkpoint's tensors into the roles that are trained; the state at the beginning without one."""
-    if point is None:
-        return TrainState()
-    for role, trainable in recipe.trainables.items():
-        for group, entries in recipe.groups(role).items():
-            restore_tensors(point.path, group, entries, recipe.world)
-        trainable.engine.adam_steps = point.info.adam_steps[role]
-    return point.info.state
-
-
-def run_facts(config: RunConfig) -> dict[str, str]:
-    """What all processes of a run must agree on."""
-    content = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return {
-        "the config": hashlib.sha256(content.encode()).hexdigest()[:12],
-        "anyflow_train": __version__,
-        "torch": torch.__version__,
-    }
 
 
 @dataclass
@@ -115,23 +51,28 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._pace = Pace()
+        self._pulse = self.recipe.world.pulse
         self._window: list[dict[str, float]] = []
         self._saved = self.state.step
         self._loss = self.state.last_loss
         self._seconds_before = self.state.seconds - time.monotonic()
 
-    def train(self, batches: Iterable[Sequence[Batch]]) -> None:
+    def train(self, stream: Iterable[Sequence[Batch]]) -> None:
         """Run the remaining steps over this process's micro-batches, or fewer if asked to stop."""
         self._validate_if_due()
-        steps = iter(batches)
+        steps = iter(stream)
         while self.state.step < self.config.steps and not self._asked_to_stop():
             self._pace.begin()
-            self._step(next(steps))
+            self._pulse.at("loading data", self.state.step)
+            batches = next(steps)
+            self._pulse.at("training", self.state.step)
+            self._step(batches)
             self._pace.end()
             self._log_if_due()
             self._validate_if_due()
             self._save_if_due()
         self._save()
+        self._pulse.take_time("ending")
         if self.state.step < self.config.steps:
             self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to go on")
         else:
@@ -173,7 +114,7 @@ class Trainer:
         names = ", ".join(suspects[:8]) + (f" and {len(suspects) - 8} more" if len(suspects) > 8 else "")
         problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
         if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
-            raise UserError("max_nonfinite_steps", f"{self.state.skipped_in_row} such steps in a row: {problem}")
+            self._give_up(f"{self.state.skipped_in_row} such steps in a row: {problem}")
         self.progress.say(f"warning: {problem}; skipped")
 
     def _log_if_due(self) -> None:
@@ -201,7 +142,8 @@ class Trainer:
             return
         student = self.recipe.trainables["student"].averaged
         folder = self.directory.validation(self.state.step)
-        validation = self.validator(student, folder, self._asked_to_stop)
+        with self._pulse.at_length("validating"):
+            validation = self.validator(student, folder, self._asked_to_stop)
         if validation is None:
             return
         metrics = validation.metrics
@@ -230,16 +172,26 @@ class Trainer:
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
         groups: dict[str, Iterator[tuple[str, Tensor]]] = {}
         for role in self.recipe.trainables:
-            groups |= {group: read_entries(entries) for group, entries in self.recipe.groups(role).items()}
-        if self.recipe.world.is_main:
-            counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
-            save_checkpoint(self.directory.checkpoints, self.config, self.state, counts, groups)
-            mark_best(self.directory.checkpoints, self.state.best)
-            prune_checkpoints(self.directory.checkpoints, self.config.checkpoint.keep, self.state.best)
-        else:
-            for tensors in groups.values():
-                deque(tensors, maxlen=0)  # takes part in the reading
+            for group, entries in self.recipe.groups(role).items():
+                groups[group] = self._pulse.along(read_entries(entries))
+        with self._pulse.at_length("saving"):
+            self.recipe.world.together(lambda: self._write(groups))
         self._saved = self.state.step
+
+    def _write(self, groups: Mapping[str, Iterator[tuple[str, Tensor]]]) -> None:
+        """Rank 0 writes; the others take part in the reading."""
+        if not self.recipe.world.is_main:
+            return _read_all(groups)
+        counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
+        folder = self.directory.checkpoints
+        try:
+            save_checkpoint(folder, self.config, self.state, counts, groups)
+            mark_best(folder, self.state.best)
+            prune_checkpoints(folder, self.config.checkpoint.keep, self.state.best)
+        except OSError as error:
+            _read_all(groups)  # or the others would wait for ever
+            problem = f"the checkpoint of step {self.state.step} could not be written ({error.strerror})"
+            raise UserError(str(folder), f"{problem}; the one before is intact, make room and start again") from error
 
     def _finish(self) -> None:
         summary = {
@@ -262,3 +214,17 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic()
+
+    def _give_up(self, problem: str) -> NoReturn:
+        """End with what all processes have found."""
+
+        def fail() -> NoReturn:
+            raise UserError("max_nonfinite_steps", problem)
+
+        self.recipe.world.together(fail)
+        raise AssertionError
+
+
+def _read_all(groups: Mapping[str, Iterator[tuple[str, Tensor]]]) -> None:
+    for tensors in groups.values():
+        deque(tensors, maxlen=0)

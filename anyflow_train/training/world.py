@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,9 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anyflow_train.config.run import Engine as EngineConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import SharedErrors, UserError, UserErrors
+from anyflow_train.training.pulse import Pulse
 
 T = TypeVar("T")
+
+# The heartbeat ends a run that hangs, and names who is behind. Communication waits longer: for what may take long, such
+# as a validation, and so that it is not the first to complain.
+WAIT = 2
+WAIT_MORE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class World:
         sequence_parallel: processes per sample.
         data_group: the processes at the same place of their sample, one for each share of the data; None: all.
         sequence_group: the processes of this process's samples; None where `sequence_parallel` is 1.
+        pulse: what this process is at.
     """
 
     device: torch.device
@@ -40,6 +47,7 @@ class World:
     sequence_parallel: int = 1
     data_group: Any = None
     sequence_group: Any = None
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +68,7 @@ class World:
         """Sum of a small tensor over the shares of the data; with one share the tensor itself."""
         if self.data_size == 1:
             return values
+        self.pulse.move()
         total = values.clone()
         dist.all_reduce(total, group=self.data_group)
         return total
@@ -68,6 +77,7 @@ class World:
         """Whether the flag is set on any process. Waits for all of them."""
         if self.size == 1:
             return flag
+        self.pulse.move()
         count = torch.tensor(float(flag))
         dist.all_reduce(count)
         return bool(count)
@@ -76,6 +86,7 @@ class World:
         """One value of every process, by rank. Waits for all of them."""
         if self.size == 1:
             return [value]
+        self.pulse.move()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -84,6 +95,7 @@ class World:
         """Rank 0's value."""
         if self.size == 1:
             return value
+        self.pulse.move()
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -91,6 +103,7 @@ class World:
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in the given one, which has its shape and dtype on every process."""
         if self.size > 1:
+            self.pulse.move()
             dist.broadcast(tensor, src=0)
         return tensor
 
@@ -98,7 +111,7 @@ class World:
         """Do a piece of work on every process; if one of them cannot, all raise what it says.
 
         Raises:
-            UserErrors: as `work` does, here or elsewhere. What not all processes found names those that did.
+            SharedErrors: as `work` does, here or elsewhere. What not all processes found names those that did.
         """
         if self.size == 1:
             return work()
@@ -112,7 +125,8 @@ class World:
         everywhere = self.gather(found)
         if not any(everywhere):
             return result  # pyright: ignore[reportReturnType]
-        raise UserErrors([UserError(key, text + self._where(ranks)) for (key, text), ranks in _by_problem(everywhere)])
+        errors = [UserError(key, text + self._where(ranks)) for (key, text), ranks in _by_problem(everywhere)]
+        raise SharedErrors(errors)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do a piece of work on rank 0 alone; every process gets its result, or its UserErrors."""
@@ -145,7 +159,7 @@ def start_world(config: EngineConfig) -> World:
         return World(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+        dist.init_process_group(backend, timeout=WAIT * timedelta(seconds=config.timeout_seconds) + WAIT_MORE)
         atexit.register(dist.destroy_process_group)
     rank = dist.get_rank()
     if dist.get_world_size() != size:  # some set-ups fall back to a world of one without a word
@@ -175,17 +189,21 @@ def check_agreement(world: World, facts: dict[str, str]) -> None:
     """Compare what must be the same on every process.
 
     Raises:
-        UserErrors: one line for every fact that some process has otherwise than rank 0.
+        SharedErrors: one line for every fact that some process has otherwise than rank 0.
     """
     everywhere = world.gather(facts)
-    errors = []
-    for name, value in everywhere[0].items():
-        other = [rank for rank, found in enumerate(everywhere) if found[name] != value]
-        if other:
-            problem = f"is {value} on process 0, but {everywhere[other[0]][name]} on process {other[0]}"
-            errors.append(UserError(name, f"{problem}; give all {world.size} processes the same"))
+    names = dict.fromkeys(name for found in everywhere for name in found)
+    errors = [UserError(name, problem) for name in names if (problem := _difference(everywhere, name))]
     if errors:
-        raise UserErrors(errors)
+        raise SharedErrors(errors)
+
+
+def _difference(everywhere: list[dict[str, str]], name: str) -> str | None:
+    first, *others = [found.get(name, "nothing") for found in everywhere]
+    for rank, value in enumerate(others, start=1):
+        if value != first:
+            return f"is {first} on process 0, but {value} on process {rank}; give all processes the same"
+    return None
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -17,7 +17,8 @@ from torch import Tensor
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
-from anyflow_train.training import checkpoint_writer, trainer
+from anyflow_train.training import checkpoint_writer
+from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints
 from anyflow_train.training.engine import ReplicatedEngine
 from tests.shards import describe, write_shards
@@ -88,7 +89,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 def train(config: dict[str, Any]) -> Path:
     """Train in this process. Returns the run directory."""
     decoded = RunConfig.model_validate(config)
-    trainer.run(decoded)
+    training.run(decoded)
     return Path(decoded.out) / decoded.name
 
 

@@ -20,7 +20,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
-from anyflow_train.training import trainer
+from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints, read_info
 from anyflow_train.training.recipe import load_trained_network
 from anyflow_train.training.validation import Validation
@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
     judge = Judge()
     config = RunConfig.model_validate(settings(tmp_path, evaluation__every=2, checkpoint__every=3, checkpoint__keep=1))
-    trainer.run(config, lambda config, world: judge)
+    training.run(config, lambda config, world: judge)
     assert judge.steps == [2, 4, 6, 8]
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]

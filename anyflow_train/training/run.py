@@ -1,0 +1,96 @@
+"""From a config to a finished run: who takes part, what they agree on, what they go on from, and how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+
+import torch
+
+from anyflow_train import __version__
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.manifest import Manifest
+from anyflow_train.training.checkpoint import restore_tensors
+from anyflow_train.training.heartbeat import Heartbeat
+from anyflow_train.training.launched import PREEMPTED
+from anyflow_train.training.progress import Progress
+from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
+from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.signals import stop_requests
+from anyflow_train.training.state import TrainState
+from anyflow_train.training.tracking import Trackers
+from anyflow_train.training.trainer import Trainer
+from anyflow_train.training.validation import Validator
+from anyflow_train.training.world import World, check_agreement, start_world
+
+BuildValidator = Callable[[RunConfig, World], Validator]
+
+
+def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int:
+    """Train, or continue, until `config.steps`, a stop signal, or too many non-finite steps.
+
+    Args:
+        config: of the run; its directory is `<out>/<name>`.
+        build_validator: makes the judge of `config.evaluation`; None trains without validation.
+
+    Returns:
+        The exit code: `PREEMPTED` if a scheduler asked it to stop, else 0.
+
+    Raises:
+        UserError: the run cannot start, continue, or go on. SharedErrors where every process says so.
+    """
+    directory = RunDirectory.of(config)
+    with ExitStack() as stack:
+        world = start_world(config.engine)
+        stop = stack.enter_context(stop_requests())
+        stack.enter_context(Heartbeat(world, config.engine.timeout_seconds, directory.logs))
+        check_agreement(world, run_facts(config))
+        start = world.on_main(lambda: stack.enter_context(directory.locked()))
+        world.together(lambda: None if world.is_main else directory.check_shared(start))
+        finished = world.on_main(lambda: check_finished(directory, config))
+        if finished:
+            print(finished)
+            return 0
+        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
+        recipe = build_recipe(config, world)
+        state = restore(recipe, point)
+        judge = build_validator if config.evaluation.every else None
+        validator = world.together(lambda: judge(config, world)) if judge else None
+        loader = stack.enter_context(closing(world.together(lambda: build_loader(config, world, state.step))))
+        check_agreement(world, data_facts(loader.manifest))
+        world.on_main(lambda: directory.begin(config))
+        progress = stack.enter_context(closing(Progress(config.steps, state.step)))
+        trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
+        if point is not None:
+            progress.say(f"going on from {point.path}")
+        trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop)
+        trainer.train(loader)
+        preempted = signal.SIGUSR1 in world.gather(stop.signal)
+        return PREEMPTED if preempted and trainer.state.step < config.steps else 0
+
+
+def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
+    """Put a checkpoint's tensors into the roles that are trained; the state at the beginning without one."""
+    if point is None:
+        return TrainState()
+    for role, trainable in recipe.trainables.items():
+        for group, entries in recipe.groups(role).items():
+            restore_tensors(point.path, group, entries, recipe.world)
+        trainable.engine.adam_steps = point.info.adam_steps[role]
+    return point.info.state
+
+
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """What all processes of a run must agree on before they do anything together."""
+    keys = {key: json.dumps(value) for key, value in flatten(config.model_dump(mode="json")).items()}
+    return {**keys, "the version of anyflow_train": __version__, "the version of torch": torch.__version__}
+
+
+def data_facts(manifest: Manifest) -> dict[str, str]:
+    """What all processes must find in `data.shards`."""
+    checksum = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
+    return {"data.shards: the manifest": f"one of {manifest.samples} samples ({checksum})"}

@@ -1,0 +1,75 @@
+"""Real launches of two processes on one machine, through `accelerate launch`, of the tiny run of `helpers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.training.helpers import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+PATIENCE = 120.0
+
+
+class Launch:
+    """A launch in progress.
+
+    Args:
+        cases: what each process does, see `worker`.
+        log: the terminal of the launch.
+    """
+
+    def __init__(self, engine: str, cases: list[dict[str, Any]], log: Path, **environment: str) -> None:
+        self.log = log
+        options = ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
+        quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*command, str(WORKER), json.dumps(cases)],
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **quiet},
+                start_new_session=True,
+            )
+
+    def workers(self) -> dict[int, int]:
+        """Process ids by rank."""
+        found = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
+            found |= dict.fromkeys(ranks, int(pid))
+        return found
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        """Until something is so."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, self.text()
+            assert self.process.poll() is None, self.text()
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        """What the terminal shows."""
+        return self.log.read_text(errors="replace")
+
+    def ended(self) -> int:
+        """Wait for the launcher's end. Returns its exit code."""
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+
+
+def train_case(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A case that trains the tiny run."""
+    return {"kind": "train", "config": settings(folder, **{"engine__micro_batch": 2, **changes})}
