@@ -23,17 +23,20 @@ class Launch:
 
     Args:
         cases: what each process does, see `worker`.
-        log: the terminal of the launch.
+        folder: for what the terminal shows and what the processes end with.
     """
 
-    def __init__(self, engine: str, cases: list[dict[str, Any]], log: Path, **environment: str) -> None:
-        self.log = log
+    def __init__(self, engine: str, cases: list[dict[str, Any]], folder: Path, **environment: str) -> None:
+        self.folder = folder
+        self.log = folder / "terminal.txt"
+        self._results = folder / "results.jsonl"
+        self._results.unlink(missing_ok=True)
         options = ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
         quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-        with log.open("wb") as file:
+        with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*command, str(WORKER), json.dumps(cases)],
+                [*command, str(WORKER), json.dumps(cases), str(self._results)],
                 stdout=file,
                 stderr=file,
                 env={**os.environ, **quiet},
@@ -61,6 +64,11 @@ class Launch:
         """What the terminal shows."""
         return self.log.read_text(errors="replace")
 
+    def codes(self) -> dict[int, tuple[int, ...]]:
+        """What the processes ended each case with, by rank."""
+        rows = sorted((row["case"], row["rank"], row["code"]) for row in map(json.loads, self._results.open()))
+        return {case: tuple(code for number, _, code in rows if number == case) for case, _, _ in rows}
+
     def ended(self) -> int:
         """Wait for the launcher's end. Returns its exit code."""
         try:
@@ -71,5 +79,5 @@ class Launch:
 
 
 def train_case(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A case that trains the tiny run."""
-    return {"kind": "train", "config": settings(folder, **{"engine__micro_batch": 2, **changes})}
+    """A case of `worker` that trains the tiny run."""
+    return {"config": settings(folder, **{"engine__micro_batch": 2, **changes})}

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of this node, or of several: launch/train.sh <engine> experiment=... key=value
+#   engine: a file of this folder without .yaml, such as ddp or zero2. It says how the state is laid out, nothing else.
+#   NPROC: processes on this node (default: its GPUs, or 1 without any).
+#   Several nodes: the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT.
+# Exit codes: 0; 2 (a mistake, reported before anything starts where possible); 75 (stopped by SIGUSR1: start it again).
+# SIGTERM and Ctrl-C save and stop with 0. Uses the active environment if it has anyflow_train, else makes .venv.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
+
+engines() { for file in "$root"/launch/*.yaml; do basename "$file" .yaml; done | paste -sd ' ' -; }
+
+gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv -e '^$' -e '^-1$'
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU'
+  fi
+}
+
+number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 is '$2', which is not a number"; }
+
+engine=${1:-}
+[ -n "$engine" ] || fail "which engine? launch/train.sh <engine> experiment=... (engines: $(engines))"
+[ -f "$root/launch/$engine.yaml" ] || fail "engine: '$engine' is not one of: $(engines)"
+shift
+
+nodes=${NNODES:-1} node=${NODE_RANK:-0} processes=${NPROC:-$(gpus)}
+number NNODES "$nodes"
+number NODE_RANK "$node"
+number NPROC "$processes"
+[ "$processes" -gt 0 ] || processes=1
+[ "$node" -lt "$nodes" ] || fail "NODE_RANK is $node, but NNODES=$nodes: nodes count from 0"
+world=$((nodes * processes))
+if [ "$nodes" -gt 1 ]; then
+  [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ] || fail "NNODES=$nodes needs MASTER_ADDR and MASTER_PORT"
+  place=(--machine_rank "$node" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+else
+  place=(--main_process_port "${MASTER_PORT:-0}") # 0: any that is free
+fi
+if [ "$engine" = single ] && [ "$world" -gt 1 ]; then
+  [ -z "${NPROC:-}" ] && [ "$nodes" -eq 1 ] || fail "engine: 'single' is one process, not $world"
+  processes=1 world=1
+fi
+# Accelerate has no replicas of one.
+[ "$engine" = ddp ] && [ "$world" -eq 1 ] && engine=single
+
+if ! python -c 'import anyflow_train' 2>/dev/null; then
+  cd "$root" || exit 1
+  prepare_environment
+fi
+cores=$(nproc 2>/dev/null || echo 1)
+threads=$((cores / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 16 ? 16 : threads))}
+
+# A mistake in the config is told here, once, and not below the launcher's own lines.
+WORLD_SIZE=$world python -m anyflow_train check "$@" >/dev/null || exit $?
+
+# The processes leave their numbers and exit codes here: see anyflow_train/training/launched.py.
+ANYFLOW_LAUNCH=$(mktemp -d) || exit 1
+export ANYFLOW_LAUNCH
+trap 'rm -rf "$ANYFLOW_LAUNCH"' EXIT
+echo $$ >"$ANYFLOW_LAUNCH/launcher"
+
+# To the processes themselves: the launcher would kill those that take long to save, and exit with 1.
+caught=
+pass_on() {
+  caught=$1
+  local process
+  if [ -s "$ANYFLOW_LAUNCH/processes" ]; then
+    while read -r process; do kill -s "$1" "$process" 2>/dev/null; done <"$ANYFLOW_LAUNCH/processes"
+  else
+    kill -s TERM "$launcher" 2>/dev/null
+  fi
+}
+for signal in TERM INT USR1; do
+  # shellcheck disable=SC2064 # the name of now is meant
+  trap "pass_on $signal" "$signal"
+done
+
+# In a session of its own, so that Ctrl-C comes here first. For signals that come to it all the same: time to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+setsid python -m accelerate.commands.launch --config_file "$root/launch/$engine.yaml" \
+  --num_processes "$world" --num_machines "$nodes" "${place[@]}" -m anyflow_train train "$@" &
+launcher=$!
+
+while true; do
+  caught=
+  wait "$launcher"
+  code=$?
+  [ -n "$caught" ] || break # else it was the signal that ended the wait
+done
+left=$(sort -n "$ANYFLOW_LAUNCH/codes" 2>/dev/null | tail -n 1)
+exit "${left:-$code}"
