@@ -64,10 +64,14 @@ class Launch:
         """What the terminal shows."""
         return self.log.read_text(errors="replace")
 
-    def codes(self) -> dict[int, tuple[int, ...]]:
-        """What the processes ended each case with, by rank."""
-        rows = sorted((row["case"], row["rank"], row["code"]) for row in map(json.loads, self._results.open()))
-        return {case: tuple(code for number, _, code in rows if number == case) for case, _, _ in rows}
+    def results(self, case: str) -> list[dict[str, Any]]:
+        """What each process ended the starts of a case with, by rank: `code` and `weights`, a checksum."""
+        rows = [row for row in map(json.loads, self._results.open()) if row["case"] == case]
+        return sorted(rows, key=lambda row: row["rank"])
+
+    def codes(self, case: str) -> list[int]:
+        """The exit codes of a case."""
+        return [row["code"] for row in self.results(case)]
 
     def ended(self) -> int:
         """Wait for the launcher's end. Returns its exit code."""
@@ -78,6 +82,6 @@ class Launch:
                 self.process.kill()
 
 
-def train_case(folder: Path, **changes: Any) -> dict[str, Any]:
+def train_case(folder: Path, *faults: list[Any], **changes: Any) -> dict[str, Any]:
     """A case of `worker` that trains the tiny run."""
-    return {"config": settings(folder, **{"engine__micro_batch": 2, **changes})}
+    return {"config": settings(folder, **{"engine__micro_batch": 2, **changes}), "faults": faults}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +16,185 @@ from tests.training.launched import Launch, train_case
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS = 30
-KILLED: dict[str, Any] = {"steps": STEPS, "checkpoint__every": 4, "log_every": 1}
-# Seconds within which a process that hangs is reported. A step takes 0.1 s, but other tests may want the processor.
-TIMEOUT = 10
-HANGING: dict[str, Any] = {"steps": 100_000, "checkpoint__every": 100_000, "engine__timeout_seconds": TIMEOUT}
+STEPS = 12
+# Seconds within which a process that hangs is reported. A step takes 0.1 s, but others may want the processor too.
+TIMEOUT = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data, and every run of this module."""
+    """The data."""
     folder = tmp_path_factory.mktemp("faults")
-    write_latents(folder / "shards")
+    write_latents(folder / "here" / "shards")
     write_latents(folder / "poisoned", samples=40, poison=(7,))
-    write_latents(folder / "others", samples=21)
+    write_latents(folder / "elsewhere" / "shards", samples=21)
     return folder
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def launch(folder: Path, engine: str) -> Iterator[Launch]:
-    """One launch that goes through all that a process survives."""
-    place = folder / engine
+def launch(folder: Path, request: pytest.FixtureRequest) -> Launch:
+    """One launch that goes through all that its processes survive; a name twice is a run that is started again."""
+    place = folder / request.param
     place.mkdir()
-
-    def case(name: str, **changes: Any) -> dict[str, Any]:
-        return train_case(place, name=name, **{"data__shards": str(folder / "shards"), **changes})
-
-    poisoned = {"data__shards": str(folder / "poisoned"), "steps": 5}
-    endless = {"steps": 1000, "checkpoint__every": 1000}
     cases = [
-        case("whole", **KILLED),
-        {**case("full"), "room": [0, 4, 10_000]},
-        {**case("config"), "alone": {"1": ["seed=7", "engine.precision=bf16"]}},
-        {**case("manifest"), "alone": {"1": [f"data.shards={folder / 'others'}"]}},
-        {**case("preempted", **endless), "signal": [1, 3, signal.SIGUSR1]},
-        {**case("stopped", **endless), "signal": [0, 3, signal.SIGTERM]},
-        case("poisoned", **poisoned),
-        case("poisoned_bf16", engine__precision="bf16", **poisoned),
-        {**case("damaged"), "flip": "exp_avg-00001.safetensors"},
+        case(folder, place, "whole"),
+        case(folder, place, "full", [0, "full", 4, 10_000]),
+        case(folder, place, "full"),
+        case(folder, place, "preempted", [1, "signal", 3, "itself", signal.SIGUSR1]),
+        case(folder, place, "preempted"),
+        case(folder, place, "poisoned", steps=5, data__shards=str(folder / "poisoned")),
+        case(folder, place, "bf16", steps=5, data__shards=str(folder / "poisoned"), engine__precision="bf16"),
     ]
-    launch = Launch(engine, cases, place)
-    launch.ended()
-    yield launch
+    launch = Launch(request.param, cases, place)
+    assert launch.ended() == 0, launch.text()
+    return launch
 
 
-def last(run: Path) -> Path:
-    return list_checkpoints(run / "checkpoints")[-1]
+def case(folder: Path, place: Path, name: str, *faults: list[Any], **changes: Any) -> dict[str, Any]:
+    common = {"name": name, "steps": STEPS, "data__shards": str(folder / "here" / "shards")}
+    return train_case(place, *faults, **{**common, **changes})
 
 
-def test_one_terminal_and_one_log_a_process(launch: Launch) -> None:
-    assert launch.codes()[0] == (0, 0)
+def assert_equal_runs(run: Path, other: Path) -> None:
+    """Weights, averages, moments bit for bit, and Adam's count."""
+    tensors, others = final_tensors(run), final_tensors(other)
+    assert tensors.keys() == others.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    infos = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]
+    assert infos[0].adam_steps == infos[1].adam_steps
+    assert infos[0].state.step == infos[1].state.step == STEPS
+
+
+def test_one_process_talks_to_the_terminal_and_the_others_to_their_logs(launch: Launch) -> None:
+    assert launch.codes("whole") == [0, 0]
     log = (launch.folder / "whole" / "logs" / "process_00001.txt").read_text()
     assert log.startswith("== 20")
     assert "pid" in log.splitlines()[0]
     assert f"step {STEPS}/{STEPS}" in log
-    first = launch.text().split(f"finished {STEPS} steps")[0]
-    assert first.count(f"step {STEPS}/{STEPS}") == 1
+    assert launch.text().split("finished")[0].count(f"step {STEPS}/{STEPS}") == 1
+
+
+def test_a_full_disk_ends_the_run_with_its_reason_and_costs_the_steps_since_the_last_save(launch: Launch) -> None:
+    # 2: a sentence for the user, from every process; then started again, with room
+    assert sorted(launch.codes("full")) == [0, 0, 2, 2]
+    text = launch.text()
+    assert text.count("the checkpoint of step 6 could not be written (File too large)") == 1
+    assert f"going on from {launch.folder / 'full' / 'checkpoints' / 'step_00000004'}" in text
+    assert_equal_runs(launch.folder / "full", launch.folder / "whole")
+    assert list((launch.folder / "full" / "checkpoints").glob(".*")) == []
+
+
+def test_a_scheduler_s_signal_to_one_process_stops_all_after_the_same_step(launch: Launch) -> None:
+    assert sorted(launch.codes("preempted")) == [0, 0, 75, 75]
+    assert "stopped after step 4 of 12" in launch.text()
+    assert_equal_runs(launch.folder / "preempted", launch.folder / "whole")
+
+
+@pytest.mark.parametrize("name", ["poisoned", "bf16"])
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(launch: Launch, name: str) -> None:
+    rows = launch.results(name)
+    assert [row["code"] for row in rows] == [0, 0]
+    assert len({tuple(row["weights"]) for row in rows}) == 1
+    info = read_info(list_checkpoints(launch.folder / name / "checkpoints")[-1])
+    assert (info.state.skipped, info.adam_steps) == (1, {"student": 4})
+    assert all(tensor.isfinite().all() for tensor in final_tensors(launch.folder / name).values())
+    assert launch.text().count("samples: clip-007; skipped") == 2  # once for each precision
+
+
+@pytest.fixture(scope="module")
+def refused(folder: Path) -> Launch:
+    """Processes that do not fit each other; then a run that a person stops, and whose newest checkpoint decays."""
+    place = folder / "refused"
+    place.mkdir()
+    moved = [0, "folder", str(folder / "here")], [1, "folder", str(folder / "elsewhere")]
+    cases = [
+        {**case(folder, place, "config"), "alone": [1, "seed=7", "engine.precision=bf16"]},
+        case(folder, place, "manifest", *moved, data__shards="shards"),
+        case(folder, place, "stopped", [0, "signal", 4, "itself", signal.SIGTERM]),
+        case(folder, place, "stopped", [0, "flip", str(place / "stopped"), "exp_avg-00001.safetensors"]),
+    ]
+    launch = Launch("ddp", cases, place)
+    assert launch.ended() == 0, launch.text()
+    return launch
+
+
+def test_processes_with_other_configs_end_with_one_line_a_key(refused: Launch) -> None:
+    assert refused.codes("config") == [2, 2]
+    lines = [line for line in refused.text().splitlines() if "on process 0, but" in line][:2]
+    assert lines == [
+        "error: seed: is 0 on process 0, but 7 on process 1; give all processes the same",
+        'error: engine.precision: is "fp32" on process 0, but "bf16" on process 1; give all processes the same',
+    ]
+
+
+def test_processes_with_other_data_are_refused(refused: Launch) -> None:
+    assert refused.codes("manifest") == [2, 2]
+    assert refused.text().count("error: data.shards: the manifest: is one of 20 samples") == 1
+    assert "but one of 21 samples" in refused.text()
+
+
+@pytest.mark.parametrize("launch", ["ddp"], indirect=True)
+def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch, refused: Launch) -> None:
+    assert refused.codes("stopped") == [0, 0, 0, 0]
+    text, run = refused.text(), refused.folder / "stopped"
+    assert "SIGTERM: finishing this step" in text
+    assert "stopped after step 5 of 12" in text
+    assert "step_00000005/exp_avg-00001.safetensors does not match its checksum" in text
+    assert f"going on from {run / 'checkpoints' / 'step_00000004'}" in text
+    assert_equal_runs(run, launch.folder / "whole")
+
+
+def killed(folder: Path, place: Path, *fault: Any) -> Launch:
+    """The run of this module's `whole`, under ZeRO-2, with a fault in it."""
+    launch = Launch("zero2", [case(folder, place, "killed", *([list(fault)] if fault else []))], place)
+    workers: dict[int, int] = {}
+    launch.wait_for(lambda: workers.update(launch.workers()) or len(workers) == 2)
+    code = launch.ended()
+    assert (code == 0) == (not fault)
+    # Nobody may be left: not to train on, and not to hold the lock.
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return launch
+
+
+@pytest.mark.parametrize("launch", ["zero2"], indirect=True)
+def test_killed_runs_end_bit_equal(folder: Path, launch: Launch) -> None:
+    place = folder / "killed"
+    place.mkdir()
+    one = killed(folder, place, 1, "signal", 4, "itself", signal.SIGKILL)
+    assert "lost contact with another process; start again" in one.text()
+    killed(folder, place, 0, "signal", 7, "launcher", signal.SIGKILL)
+    killed(folder, place, 1, "signal", 9, "all", signal.SIGKILL)
+    last = killed(folder, place)
+    assert "going on from" in last.text()
+    assert_equal_runs(place / "killed", launch.folder / "whole")
+
+
+HANGS = {
+    "process 1 stopped": ([1, "signal", 3, "itself", signal.SIGSTOP], "no sign of life", 1, "training"),
+    "process 0 stopped": ([0, "signal", 3, "itself", signal.SIGSTOP], "no sign of life", 0, "training"),
+    "process 1 without data": ([1, "hang", 3], "nothing has moved", 1, "loading data"),
+}
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_process_that_hangs_is_named_in_time(folder: Path, hang: str) -> None:
+    fault, words, rank, doing = HANGS[hang]
+    place = folder / hang.replace(" ", "_")
+    place.mkdir()
+    launch = Launch("ddp", [case(folder, place, "run", fault, engine__timeout_seconds=TIMEOUT)], place)
+    launch.wait_for(lambda: f"step 3/{STEPS}" in launch.text())
+    began = time.monotonic()
+    assert launch.ended() == 1
+    # the launcher looks every tenth of a second, and needs a moment to say its part
+    assert time.monotonic() - began < TIMEOUT + 5
+    text = launch.text()
+    assert text.count(f"error: {words}") == 1
+    line = next(line for line in text.splitlines() if words in line)
+    assert f"from process {rank} (" in line or f"in process {rank} (" in line
+    assert f"process {1 - rank} (" not in line
+    assert f"step 4, {doing}" in line
+    noticed = place / "run" / "logs" / f"process_{1 if rank == 0 else 0:05d}.txt"
+    assert "Where process" in noticed.read_text() or rank == 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,16 @@ def overrides(config: dict[str, Any], prefix: str = "") -> list[str]:
     return words
 
 
-def meet(folder: Path, number: int) -> None:
-    """Every case is a start of its own, with a place to meet of its own, as every launch has."""
-    note = folder / f"port_{os.environ['TORCHELASTIC_RUN_ID']}_{os.environ['MASTER_PORT']}_{number}"
-    if RANK == 0:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
-        note.with_suffix(".new").write_text(port)
-        note.with_suffix(".new").rename(note)
-    while not note.exists():
-        time.sleep(0.01)
-    os.environ.update(MASTER_PORT=note.read_text(), TORCHELASTIC_USE_AGENT_STORE="False")
+def meet_once() -> None:
+    """All cases in one process group: DeepSpeed does not survive that it is taken apart and made anew."""
+    import torch.distributed as dist
+
+    join = dist.init_process_group
+    dist.init_process_group = lambda *arguments, **options: dist.is_initialized() or join(*arguments, **options)
+    dist.destroy_process_group = lambda: None
 
 
-def at_step(step: int, act: Any) -> None:
+def at_step(step: int, act: Callable[[], Any]) -> None:
     """Do something as soon as the run begins a step."""
     from anyflow_train.training.trainer import Trainer
 
@@ -66,42 +63,94 @@ def at_step(step: int, act: Any) -> None:
     Trainer._step = wrapped
 
 
+def while_loading(step: int, act: Callable[[], Any]) -> None:
+    """Do something when the run waits for the data of a step, counted from its start."""
+    from anyflow_train.data.loader import Loader
+
+    original = Loader.__iter__
+
+    def wrapped(self: Loader) -> Iterator[Any]:
+        for number, batches in enumerate(original(self)):
+            if number == step:
+                act()
+            yield batches
+
+    Loader.__iter__ = wrapped
+
+
+def digest_at_end(digests: list[str]) -> None:
+    """Note the parameters that this process holds at the end of every run."""
+    from anyflow_train.training.trainer import Trainer
+
+    original = Trainer.train
+
+    def wrapped(self: Trainer, stream: Any) -> None:
+        original(self, stream)
+        content = hashlib.sha256()
+        for parameter in self.recipe.trainables["student"].network.parameters():
+            content.update(parameter.detach().numpy().tobytes())
+        digests.append(content.hexdigest())
+
+    Trainer.train = wrapped
+
+
 def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def do(case: dict[str, Any]) -> int:
-    """One run.
+def kill(whom: str, number: int) -> None:
+    """Send a signal to oneself, to the launcher, or to all processes of the launch."""
+    if whom == "all":
+        os.killpg(0, number)
+    os.kill(os.getppid() if whom == "launcher" else os.getpid(), number)
 
-    Keys: config; alone: overrides of this rank only, by rank; signal: [rank, step, number]; hang: [rank, step];
-    room: [rank, step, bytes] from which on files cannot grow larger.
-    """
-    alone = case.get("alone", {}).get(str(RANK), [])
-    if "signal" in case and case["signal"][0] == RANK:
-        at_step(case["signal"][1], lambda: os.kill(os.getpid(), case["signal"][2]))
-    if "hang" in case and case["hang"][0] == RANK:
-        at_step(case["hang"][1], lambda: time.sleep(1000))
-    if "room" in case and case["room"][0] == RANK:
-        at_step(case["room"][1], lambda: limit_files(case["room"][2]))
+
+def flip(run: str, name: str) -> None:
+    """Change one bit of a file of the newest checkpoint."""
+    file = sorted(Path(run, "checkpoints").glob("step_*"))[-1] / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+FAULTS = {
+    "signal": lambda step, whom, number: at_step(step, lambda: kill(whom, number)),
+    "hang": lambda step: while_loading(step, lambda: time.sleep(1000)),
+    "full": lambda step, size: at_step(step, lambda: limit_files(size)),
+    "flip": flip,
+    "folder": lambda path: os.chdir(path),
+}
+
+
+def do(case: dict[str, Any]) -> int:
+    """One run. `faults` lists [rank, kind, arguments...]; `alone` overrides of one rank: [rank, words...]."""
+    for rank, kind, *arguments in case.get("faults", []):
+        if rank == RANK:
+            FAULTS[kind](*arguments)
+    rank, *alone = case.get("alone", [None])
     base = ["student/adapter=full", "student.init=null", "teacher.source=null"]
-    return command_line.main(["train", *base, *overrides(case["config"]), *alone])
+    words = [*base, *overrides(case["config"]), *(alone if rank == RANK else [])]
+    return command_line.main(["train", *words])
 
 
 def main(cases: list[dict[str, Any]], results: Path) -> int:
-    code, port = 0, os.environ["MASTER_PORT"]
-    for number, case in enumerate(cases):
+    code, home = 0, os.getcwd()
+    digests: list[str] = []
+    digest_at_end(digests)
+    meet_once()
+    for case in cases:
+        digests.clear()
         terminal = os.dup(1), os.dup(2)
-        if len(cases) > 1:
-            os.environ["MASTER_PORT"] = port
-            meet(results.parent, number)
         code = do(case)
+        os.chdir(home)
         limit_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
         sys.stdout.flush()
         for descriptor in (1, 2):
             os.dup2(terminal[descriptor - 1], descriptor)
         os.environ.pop(launched.TERMINAL, None)
         with results.open("a") as file:
-            file.write(json.dumps({"case": number, "rank": RANK, "code": code}) + "\n")
+            row = {"case": case["config"]["name"], "rank": RANK, "code": code, "weights": digests[-1:]}
+            file.write(json.dumps(row) + "\n")
     return code
 
 
