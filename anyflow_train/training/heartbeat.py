@@ -115,7 +115,9 @@ class Heartbeat:
 
     def _end(self, verdict: Verdict) -> None:
         """Say why, kill what cannot end itself, and end."""
-        text = f"error: {verdict.text}; the run ends, start it again to go on from the last checkpoint"
+        pulse, rank = self._world.pulse, self._world.rank
+        waits = f"process {rank} is at step {pulse.step + 1}, {pulse.doing}"
+        text = f"error: {verdict.text}; {waits}; the run ends, start it again to go on from the last checkpoint"
         silent = {report.rank for report in verdict.silent}
         present = [report.rank for report in self._reports if not report.left and report.rank not in silent]
         if self._world.rank == min(present, default=self._world.rank):

@@ -29,7 +29,7 @@ class Report:
     left: bool = False
 
     def __str__(self) -> str:
-        return f"process {self.rank} ({self.host}, pid {self.pid}): step {self.step + 1}, {self.doing}"
+        return f"process {self.rank} ({self.host}, pid {self.pid}), last heard of at step {self.step + 1}, {self.doing}"
 
 
 @dataclass(frozen=True)
