@@ -198,5 +198,5 @@ def test_a_process_that_hangs_is_named_in_time(folder: Path, hang: str) -> None:
     assert "step 4, " in line
     assert launch.text().count("error: ") == 1
     noticed = [path for path in (place / "run" / "logs").iterdir() if "Where process" in path.read_text()]
-    assert all(line in path.read_text() for path in noticed)
+    assert all(f"error: {words}" in path.read_text() for path in noticed)
     assert noticed

@@ -39,15 +39,6 @@ def overrides(config: dict[str, Any], prefix: str = "") -> list[str]:
     return words
 
 
-def meet_once() -> None:
-    """All cases in one process group: DeepSpeed does not survive that it is taken apart and made anew."""
-    import torch.distributed as dist
-
-    join = dist.init_process_group
-    dist.init_process_group = lambda *arguments, **options: dist.is_initialized() or join(*arguments, **options)
-    dist.destroy_process_group = lambda: None
-
-
 def at_step(step: int, act: Callable[[], Any]) -> None:
     """Do something as soon as the run begins a step."""
     from anyflow_train.training.trainer import Trainer
@@ -137,7 +128,6 @@ def main(cases: list[dict[str, Any]], results: Path) -> int:
     code, home = 0, os.getcwd()
     digests: list[str] = []
     digest_at_end(digests)
-    meet_once()
     for case in cases:
         digests.clear()
         terminal = os.dup(1), os.dup(2)
