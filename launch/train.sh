@@ -66,6 +66,7 @@ echo $$ >"$ANYFLOW_LAUNCH/launcher"
 
 # To the processes themselves: the launcher would kill those that take long to save, and exit with 1.
 caught=
+# shellcheck disable=SC2329 # by the traps below
 pass_on() {
   caught=$1
   local process
