@@ -46,9 +46,11 @@ class Pulse:
         """Do something that may take any time."""
         before = self.doing, self.long
         self.take_time(doing)
-        yield
-        self.doing, self.long = before
-        self.moves += 1
+        try:
+            yield
+        finally:
+            self.doing, self.long = before
+            self.moves += 1
 
     def along(self, things: Iterable[T]) -> Iterator[T]:
         """The same things; each is a move."""

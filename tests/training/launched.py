@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ class Launch:
     def workers(self) -> dict[int, int]:
         """Process ids by rank."""
         found = {}
-        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
-            found |= dict.fromkeys(ranks, int(pid))
+        with suppress(OSError):  # one that is ending
+            for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
+                found |= dict.fromkeys(ranks, int(pid))
         return found
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
@@ -73,10 +75,10 @@ class Launch:
         """The exit codes of a case."""
         return [row["code"] for row in self.results(case)]
 
-    def ended(self) -> int:
+    def ended(self, seconds: float = PATIENCE) -> int:
         """Wait for the launcher's end. Returns its exit code."""
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(seconds)
         finally:
             if self.process.poll() is None:
                 self.process.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_train.errors import UserError
+from anyflow_train.training import run_directory
 from anyflow_train.training.run_directory import RunDirectory
 
 HOLD = """
@@ -45,3 +46,22 @@ def test_the_lock_is_free_again_after_the_block(tmp_path: Path) -> None:
     for _ in range(2):
         with directory.locked():
             assert directory.path.is_dir()
+
+
+def test_processes_that_see_another_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_directory, "SHARED_SECONDS", 0.3)
+    with RunDirectory(tmp_path / "here").locked() as start:
+        other = RunDirectory(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=r"elsewhere: on \S+ is not the run directory of process 0"):
+            other.check_shared(start)
+        other.path.mkdir()
+        (other.path / "lock").write_bytes((tmp_path / "here" / "lock").read_bytes())
+        other.check_shared(start)
+        with pytest.raises(UserError):  # an earlier start's
+            other.check_shared("0123")
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another out"), RunDirectory(tmp_path / "file" / "run").locked():
+        pass
