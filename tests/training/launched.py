@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.training.helpers import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,3 +89,18 @@ class Launch:
 def train_case(folder: Path, *faults: list[Any], **changes: Any) -> dict[str, Any]:
     """A case of `worker` that trains the tiny run."""
     return {"config": settings(folder, **{"engine__micro_batch": 2, **changes}), "faults": faults}
+
+
+def words(config: dict[str, Any]) -> list[str]:
+    """A config as it is written on the command line."""
+    return ["student/adapter=full", "student.init=null", "teacher.source=null", *_overrides(config)]
+
+
+def _overrides(config: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found += _overrides(value, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+    return found

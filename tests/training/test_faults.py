@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 
 from anyflow_train.training.checkpoint import list_checkpoints, read_info
 from tests.training.helpers import final_tensors, write_latents
-from tests.training.launched import Launch, train_case
+from tests.training.launched import PATIENCE, ROOT, Launch, train_case, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -200,3 +203,25 @@ def test_a_process_that_hangs_is_named_in_time(folder: Path, hang: str) -> None:
     noticed = [path for path in (place / "run" / "logs").iterdir() if "Where process" in path.read_text()]
     assert all(f"error: {words}" in path.read_text() for path in noticed)
     assert noticed
+
+
+def test_the_launch_script_passes_the_signal_on_and_asks_for_another_start(folder: Path) -> None:
+    place = folder / "script"
+    config = case(folder, place, "run", steps=10_000, checkpoint__every=10_000)["config"]
+    log = folder / "script.txt"
+    variables = {"NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with log.open("wb") as file:
+        command = [str(ROOT / "launch" / "train.sh"), "ddp", *words(config)]
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **variables, "PATH": path})
+    deadline = time.monotonic() + PATIENCE
+    while "step 3/" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(PATIENCE) == 75
+    text = log.read_text()
+    assert "Traceback" not in text  # the launcher has nothing to say
+    step = int(text.split("stopped after step ")[1].split()[0])
+    assert [path.name for path in list_checkpoints(place / "run" / "checkpoints")] == [f"step_{step:08d}"]

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from anyflow_train import __main__ as command_line
 from anyflow_train.training import launched
+from tests.training.launched import words
 
 RANK = int(os.environ["RANK"])
 
@@ -26,17 +25,6 @@ def no_compilation() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
-
-
-def overrides(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """A nested config as `key=value` words."""
-    words = []
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            words += overrides(value, f"{prefix}{key}.")
-        else:
-            words.append(f"{prefix}{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
-    return words
 
 
 def at_step(step: int, act: Callable[[], Any]) -> None:
@@ -119,9 +107,7 @@ def do(case: dict[str, Any]) -> int:
         if rank == RANK:
             FAULTS[kind](*arguments)
     rank, *alone = case.get("alone", [None])
-    base = ["student/adapter=full", "student.init=null", "teacher.source=null"]
-    words = [*base, *overrides(case["config"]), *(alone if rank == RANK else [])]
-    return command_line.main(["train", *words])
+    return command_line.main(["train", *words(case["config"]), *(alone if rank == RANK else [])])
 
 
 def main(cases: list[dict[str, Any]], results: Path) -> int:
