@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        launched.tell_apart("error: stopped by a failure, see its log in the run's directory")
+        raise
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -165,9 +168,11 @@ def _overview() -> str:
 
 
 def _report(errors: Sequence[UserError], everywhere: bool) -> int:
-    if launched.speaks_here():
-        for error in errors:
+    for error in errors:
+        if launched.speaks_here():
             print(f"error: {error}", file=sys.stderr)
+        if not everywhere:
+            launched.tell_apart(f"error: {error}")
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return launched.leave(USER_ERROR, everywhere or alone)
 

@@ -51,10 +51,12 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self._world.size > 1:
             self._store = _open_store(self._world)
+            self._say(left=False)
             self._reports = self._world.gather(self._own)
             self._heard = time.monotonic()
-            for loop in (self._exchange, self._guard):
-                threading.Thread(target=loop, daemon=True, name="heartbeat").start()
+            self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
@@ -65,6 +67,7 @@ class Heartbeat:
         self._leaving.set()
         if error is None:
             self._world.gather(None)  # process 0 holds the store until all have come this far
+        self._threads[0].join(self._interval)  # or its last word could come after this one
         with suppress(RuntimeError):
             self._say(left=True)
 

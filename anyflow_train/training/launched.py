@@ -95,6 +95,12 @@ def tell_terminal(text: str) -> None:
     os.write(int(os.environ.get(TERMINAL, "2")), f"{text}\n".encode())
 
 
+def tell_apart(text: str) -> None:
+    """Write a line on the terminal too, from a process whose output goes to a file."""
+    if TERMINAL in os.environ:
+        tell_terminal(f"{text} (process {rank()})")
+
+
 def _launchers(environment: Mapping[str, str]) -> list[int]:
     """The processes that this one must not outlive. None for one that a person started."""
     parents = []

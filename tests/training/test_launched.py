@@ -99,3 +99,31 @@ def test_a_scheduler_s_signal_before_the_run_began_asks_for_another_start(tmp_pa
     code = "import signal, time\nlaunched.begin()\nos.kill(os.getpid(), signal.SIGUSR1)\ntime.sleep(5)"
     assert run(code, **{launched.FOLDER: str(tmp_path)}).returncode == launched.PREEMPTED
     assert (tmp_path / "codes").read_text() == "75\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        ("UserError('data.shards', 'is gone')", "error: data.shards: is gone (process 3)\n"),
+        ("SharedErrors([UserError('data.shards', 'is gone')])", ""),
+        ("RuntimeError('a bug')", "error: stopped by a failure, see its log in the run's directory (process 3)\n"),
+    ],
+)
+def test_what_one_process_alone_finds_reaches_the_terminal(tmp_path: Path, failure: str, told: str) -> None:
+    code = f"""
+import types
+from anyflow_train import __main__ as command_line
+from anyflow_train.errors import SharedErrors, UserError
+def fail(overrides, folder):
+    launched.send_output_to(Path({str(tmp_path)!r}))
+    raise {failure}
+sys.modules["fake"] = types.SimpleNamespace(fail=fail)
+command_line.COMMANDS["check"] = command_line.Command("", "fake:fail", decoded=False)
+sys.exit(command_line.main(["check"]))
+"""
+    result = run(code, RANK="3", LOCAL_RANK="3")
+    assert (result.stdout, result.stderr) == ("", told)
+    assert result.returncode == (1 if "bug" in failure else 2)
+    assert ("a bug" if "bug" in failure else "error: data.shards: is gone") in (
+        tmp_path / "process_00003.txt"
+    ).read_text()
