@@ -48,8 +48,10 @@ fi
 [ "$engine" = ddp ] && [ "$world" -eq 1 ] && engine=single
 
 if ! python -c 'import anyflow_train' 2>/dev/null; then
+  here=$PWD
   cd "$root" || exit 1
   prepare_environment
+  cd "$here" || exit 1 # paths in the config are relative to where this was started
 fi
 cores=$(nproc 2>/dev/null || echo 1)
 threads=$((cores / processes))
