@@ -1,12 +1,9 @@
-"""What `anyflow prepare` is going to write, and whether a folder that it began before can be continued."""
+"""What `anyflow prepare` is going to write."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +11,7 @@ from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
 from anyflow_train.data.sources import Clip, Source, list_clips, list_prompts, validation_prompts
-from anyflow_train.errors import UserError
-from anyflow_train.files import TEMPORARY, write_json
 
-SETTINGS = "prepare.json"
-LOCK = ".lock"
 # These change neither what is written nor (but for rounding, `batch`) its numbers; the others name what they change.
 FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
 
@@ -75,46 +68,6 @@ def make_plan(config: PrepareConfig) -> Plan:
     settings["source"] = _listing_digest(source)
     settings["codec"] = {part: component_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
     return Plan(Path(config.out), source, shards, settings)
-
-
-@contextmanager
-def claimed(plan: Plan) -> Iterator[None]:
-    """Hold the output folder; continue what was begun there with the same settings.
-
-    Raises:
-        UserError: another process holds it, it was begun with other settings (the first such key is named), or it holds
-            something else.
-    """
-    folder = plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError("out", f"another `anyflow prepare` is writing to {folder}") from None
-        _check_settings(plan)
-        for left_over in folder.glob(f"{TEMPORARY}*"):
-            left_over.unlink()
-        yield
-
-
-def _check_settings(plan: Plan) -> None:
-    path = plan.folder / SETTINGS
-    if not path.exists():
-        others = sorted(entry.name for entry in plan.folder.iterdir() if not entry.name.startswith("."))
-        if others:
-            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); give a new folder")
-        write_json(path, plan.settings)
-        return
-    begun = json.loads(path.read_text())
-    for key in sorted(plan.settings.keys() | begun.keys()):
-        before, now = begun.get(key), plan.settings.get(key)
-        if before != now:
-            change = {
-                "source": "the list of clips has changed since",
-                "codec": "its files have changed since",
-            }.get(key, f"{now!r} now, but {before!r} then")
-            raise UserError(key, f"{change} {plan.folder} was begun; go back to that, or give another `out`")
 
 
 def _listing_digest(source: Source) -> str:

@@ -3,7 +3,8 @@
 Two passes, so that the text encoder (11 GiB for Wan2.1) and the VAE are never in memory together: first the texts of
 every unfinished shard, each into a file of its own, then the videos, decoded in the background while the VAE encodes.
 A shard appears whole, and what is in it depends on the list of clips alone: a job that was killed continues where the
-last whole shard ended, and shards could be dealt to any number of processes.
+last whole shard ended, and any number of processes share the shards of a job (`accelerate launch`): the folder is the
+same, byte for byte, where they compute on the same kind of device with the same number of threads.
 """
 
 from __future__ import annotations
@@ -11,23 +12,23 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.claim import Share, claimed, wait_until_all_are_there
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
-from anyflow_train.data.plan import Plan, claimed, make_plan, read_all_skipped
-from anyflow_train.data.prepare_texts import (
-    encode_prompts,
-    encode_shard_texts,
-    texts_to_encode,
-)
+from anyflow_train.data.plan import Plan, make_plan, read_all_skipped
+from anyflow_train.data.prepare_texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare_videos import VideoShape, write_prompt_shards, write_video_shards
+from anyflow_train.data.progress import Progress
 from anyflow_train.data.sources import validation_prompts
+from anyflow_train.data.team import Team, joined
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
@@ -42,57 +43,101 @@ def run(config: PrepareConfig) -> None:
     Raises:
         UserError: there is no clip, the folder was begun with other settings, or no clip at all was usable.
         KeyboardInterrupt: after saying how to continue.
+        SystemExit: on processes other than 0, where it is process 0 that says why.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    plan = make_plan(config)
-    with claimed(plan):
-        if (plan.folder / MANIFEST).exists() and not plan.unfinished():
-            print(f"{plan.folder} is complete: {_summary(plan)}")
-            return
-        start, clips = time.monotonic(), sum(len(shard.clips) for shard in plan.unfinished())
-        try:
-            _encode_texts(config, plan)
-            _write_shards(config, plan)
-        except KeyboardInterrupt:
+    with joined() as team:
+        plan = make_plan(config)
+        with claimed(plan, team) as share:
+            _prepare(Job(config, plan, team, share, _device(config, team)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process has to do, and by what."""
+
+    config: PrepareConfig
+    plan: Plan
+    team: Team
+    share: Share
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards go."""
+        return self.plan.folder
+
+    def codec(self, precision: str) -> Codec:
+        """Loaded anew at each call, so that the VAE does not wait in memory beside the text encoder."""
+        return Codec.load(self.config.codec, self.device, DTYPES[precision])
+
+
+def _prepare(job: Job) -> None:
+    plan, start = job.plan, time.monotonic()
+    complete = (plan.folder / MANIFEST).exists() and not job.share.clips
+    try:
+        if not complete:
+            _encode_texts(job)
+        with Progress("prompts" if job.config.prompts else "clips", job.share.clips, job.team) as progress:
+            _write_shards(job, progress)
+            progress.finish()
+    except KeyboardInterrupt:
+        if job.team.is_main:
             done = len(plan.shards) - len(plan.unfinished())
             print(f"stopped: {done} of {len(plan.shards)} shards are written; the same command continues", flush=True)
-            raise
-        print(f"{plan.folder}: {_summary(plan)}; {clips / (time.monotonic() - start):.1f} clips/s with all start-up")
-
-
-def _encode_texts(config: PrepareConfig, plan: Plan) -> None:
-    shards = texts_to_encode(plan)
-    prompts_missing = not (plan.folder / TEXT).exists()
-    if not shards and not prompts_missing:
+        raise
+    if not job.team.is_main:
         return
-    codec = Codec.load(config.codec, _device(config), DTYPES[config.precision])
+    if complete:
+        print(f"{plan.folder} is complete: {_summary(plan)}")
+        return
+    wait_until_all_are_there(plan)
+    _finish(job)
+    rate = job.share.clips / (time.monotonic() - start)
+    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s with all start-up")
+
+
+def _encode_texts(job: Job) -> None:
+    config, folder = job.config, job.folder
+    prompts_missing = job.team.is_main and not (folder / TEXT).exists()
+    if not job.share.texts and not prompts_missing:
+        return
+    codec = job.codec(config.precision)
     if prompts_missing:
         prompts = validation_prompts(config.validation_prompts)
-        encode_prompts(codec, plan, config.negative_prompt, prompts, config.max_text_length)
-    encode_shard_texts(codec, plan, shards, config.max_text_length)
+        encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
+    with Progress("texts", job.share.text_clips, job.team) as progress:
+        encode_shard_texts(codec, folder, job.share.texts, config.max_text_length, progress)
 
 
-def _write_shards(config: PrepareConfig, plan: Plan) -> None:
-    if config.prompts is not None:
-        write_prompt_shards(plan)
-        _finish(plan, _manifest(config, plan))
+def _write_shards(job: Job, progress: Progress) -> None:
+    config, shards = job.config, job.share.shards
+    if not shards:
         return
-    # Loaded anew, so that nothing of the text encoder is left in memory.
-    codec = Codec.load(config.codec, _device(config), DTYPES[config.vae_precision])
+    if config.prompts is not None:
+        write_prompt_shards(job.folder, shards, progress)
+        return
+    codec = job.codec(config.vae_precision)
     shape = VideoShape(config.frames, config.height, config.width, config.fps)
-    write_video_shards(codec.encode_video, plan, shape, config.batch, DTYPES[config.latent_dtype])
-    _finish(plan, _with_video(_manifest(config, plan), config, codec))
+    dtype = DTYPES[config.latent_dtype]
+    write_video_shards(codec.encode_video, job.folder, shards, shape, config.batch, dtype, progress)
 
 
-def _finish(plan: Plan, manifest: Manifest) -> None:
+def _finish(job: Job) -> None:
     """Name what was skipped, and write the manifest, which makes the folder usable."""
+    plan = job.plan
+    for shard in plan.shards:
+        (plan.folder / shard.text_name).unlink(missing_ok=True)  # where a job was killed just before it did
     skipped = read_all_skipped(plan)
     with atomic_file(plan.folder / SKIPPED) as file:
         for entry in skipped:
             file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
+    manifest = _manifest(job.config, plan)
     if manifest.samples == 0:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} names them")
+    if job.config.prompts is None:
+        manifest = _with_video(manifest, job.config, job.codec(job.config.vae_precision))
     write_manifest(plan.folder, manifest)
 
 
@@ -157,7 +202,12 @@ def _reasons(skipped: list[Skipped]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def _device(config: PrepareConfig) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(config: PrepareConfig, team: Team) -> torch.device:
+    """Each process of a node has a GPU of its own, where there are any."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if team.local_rank >= torch.cuda.device_count():
+        problem = f"is {team.local_rank}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
+        raise UserError("LOCAL_RANK", problem)
+    torch.cuda.set_device(team.local_rank)
+    return torch.device("cuda", team.local_rank)

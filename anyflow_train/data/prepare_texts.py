@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from anyflow_train.data.manifest import TEXT, PromptTexts, write_prompt_texts
-from anyflow_train.data.plan import Plan, ShardPlan
+from anyflow_train.data.plan import ShardPlan
 from anyflow_train.data.progress import Progress
 from anyflow_train.data.sources import Clip
 from anyflow_train.files import atomic_file
@@ -28,22 +28,18 @@ class ShardTexts:
     embeddings: dict[str, Tensor]
 
 
-def texts_to_encode(plan: Plan) -> list[ShardPlan]:
-    """The unfinished shards whose texts are not encoded yet."""
-    return [shard for shard in plan.unfinished() if not (plan.folder / shard.text_name).exists()]
-
-
-def encode_shard_texts(codec: Codec, plan: Plan, shards: list[ShardPlan], max_length: int) -> None:
+def encode_shard_texts(
+    codec: Codec, folder: Path, shards: list[ShardPlan], max_length: int, progress: Progress
+) -> None:
     """Encode the captions of each shard into a file of its own, each different caption once."""
-    with Progress("texts", sum(len(shard.clips) for shard in shards)) as progress:
-        for shard in shards:
-            captions = [_caption(clip) for clip in shard.clips]
-            different = [caption for caption in dict.fromkeys(captions) if caption]
-            embeddings = encode_texts(codec, different, max_length)
-            tensors = {str(number): embedding for number, embedding in enumerate(embeddings)}
-            with atomic_file(plan.folder / shard.text_name) as file:
-                file.write(save(tensors, {"captions": json.dumps(captions)}))
-            progress.advance(len(shard.clips))
+    for shard in shards:
+        captions = [_caption(clip) for clip in shard.clips]
+        different = [caption for caption in dict.fromkeys(captions) if caption]
+        embeddings = encode_texts(codec, different, max_length)
+        tensors = {str(number): embedding for number, embedding in enumerate(embeddings)}
+        with atomic_file(folder / shard.text_name) as file:
+            file.write(save(tensors, {"captions": json.dumps(captions)}))
+        progress.advance(len(shard.clips))
 
 
 def read_shard_texts(path: Path) -> ShardTexts:
@@ -55,10 +51,10 @@ def read_shard_texts(path: Path) -> ShardTexts:
     return ShardTexts(tuple(captions), embeddings)
 
 
-def encode_prompts(codec: Codec, plan: Plan, negative: str, validation: tuple[str, ...], max_length: int) -> None:
+def encode_prompts(codec: Codec, folder: Path, negative: str, validation: tuple[str, ...], max_length: int) -> None:
     """Write the embeddings of the negative prompt and of the validation prompts."""
     first, *others = encode_texts(codec, [negative, *validation], max_length)
-    write_prompt_texts(plan.folder / TEXT, PromptTexts(first, tuple(others)))
+    write_prompt_texts(folder / TEXT, PromptTexts(first, tuple(others)))
 
 
 def encode_texts(codec: Codec, texts: list[str], max_length: int) -> list[Tensor]:

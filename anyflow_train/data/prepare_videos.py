@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.data.index import Skipped
-from anyflow_train.data.plan import Plan, ShardPlan
+from anyflow_train.data.plan import ShardPlan
 from anyflow_train.data.prepare_texts import ShardTexts, read_shard_texts
 from anyflow_train.data.progress import Progress
 from anyflow_train.data.shards import Sample
@@ -43,19 +43,23 @@ class Captioned:
     text: Tensor | None
 
 
-def write_prompt_shards(plan: Plan) -> None:
-    """Write the unfinished shards of a source without video."""
-    shards = plan.unfinished()
-    with Progress("prompts", sum(len(shard.clips) for shard in shards)) as progress:
-        for shard in shards:
-            items = _captioned(shard, read_shard_texts(plan.folder / shard.text_name))
-            _write(plan.folder, shard, (_without_video(item) for item in items), progress)
+def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: Progress) -> None:
+    """Write shards without video."""
+    for shard in shards:
+        items = _captioned(shard, read_shard_texts(folder / shard.text_name))
+        _write(folder, shard, (_without_video(item) for item in items), progress)
 
 
 def write_video_shards(
-    encode: Callable[[Tensor], Tensor], plan: Plan, shape: VideoShape, batch: int, dtype: torch.dtype
+    encode: Callable[[Tensor], Tensor],
+    folder: Path,
+    shards: list[ShardPlan],
+    shape: VideoShape,
+    batch: int,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> None:
-    """Write the unfinished shards; clips of the next ones are decoded while the VAE works.
+    """Write shards; clips of the next ones are decoded while the VAE works.
 
     Args:
         encode: (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W').
@@ -63,14 +67,12 @@ def write_video_shards(
         batch: clips that are encoded at a time.
         dtype: of the stored latents.
     """
-    shards = plan.unfinished()
     pool = ThreadPoolExecutor(DECODERS, "decode")
-    decoded = _decoded_ahead(pool, plan.folder, shards, shape, batch + DECODERS)
+    decoded = _decoded_ahead(pool, folder, shards, shape, batch + DECODERS)
     try:
-        with Progress("clips", sum(len(shard.clips) for shard in shards)) as progress:
-            for shard in shards:
-                clips = islice(decoded, len(shard.clips))
-                _write(plan.folder, shard, _encoded(encode, clips, batch, dtype), progress)
+        for shard in shards:
+            clips = islice(decoded, len(shard.clips))
+            _write(folder, shard, _encoded(encode, clips, batch, dtype), progress)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -8,18 +8,22 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from anyflow_train.data.team import Team
+
 LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts clips, with rate and remaining time, on stderr."""
+    """Counts clips, with rate and remaining time, on stderr: those of all processes, shown by process 0."""
 
-    def __init__(self, task: str, total: int) -> None:
+    def __init__(self, task: str, total: int, team: Team) -> None:
         self._task = task
         self._total = total
-        self._done = 0
+        self._team = team
+        self._mine = self._done = 0
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc=task, unit="clip") if sys.stderr.isatty() else None
+        visible = team.is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=task, unit="clip") if visible else None
 
     def __enter__(self) -> Progress:
         return self
@@ -29,15 +33,24 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done:
+        elif self._done and self._team.is_main:
             self._print_line()
 
     def advance(self, count: int) -> None:
-        """Note that `count` more clips are done."""
-        self._done += count
+        """Note that this process has done `count` more clips."""
+        self._mine += count
+        self._show(self._team.count(self._task, self._mine))
+
+    def finish(self) -> None:
+        """This process has done its share; process 0 waits here for the others."""
+        self._team.finish(self._task, self._show)
+
+    def _show(self, done: int) -> None:
         if self._bar is not None:
-            self._bar.update(count)
-        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            self._bar.update(done - self._done)
+        self._done = done
+        late = time.monotonic() - self._last_line > LINE_SECONDS
+        if self._bar is None and late and self._team.is_main:
             self._print_line()
 
     def _print_line(self) -> None:
