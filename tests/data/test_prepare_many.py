@@ -124,8 +124,10 @@ def test_a_mistake_is_said_once_whoever_makes_it(clips: Path, tmp_path: Path) ->
     ]
     for number, configs in enumerate(cases):
         log = tmp_path / f"log{number}"
-        assert finish(start(configs, log)) == [2, 2]
-        lines.append([line for line in log.read_text().splitlines() if "rror" in line])
+        first, second = finish(start(configs, log))
+        assert first == 2
+        assert second in (1, 2)  # as process 0 ends before it or after it
+        lines.append([line for line in log.read_text().splitlines() if line.startswith("error")])
     assert [len(found) for found in lines] == [1, 1, 1]
     assert "holds other files (thesis.tex)" in lines[0][0]
     assert "error: frames: is 9 on process 1" in lines[1][0]
