@@ -171,7 +171,7 @@ def test_killed_runs_end_bit_equal(folder: Path, launch: Launch) -> None:
     killed(folder, place, 0, "signal", 7, "launcher", signal.SIGKILL)
     killed(folder, place, 1, "signal", 9, "all", signal.SIGKILL)
     stopped = killed(folder, place, 0, "signal", 10, "launcher", signal.SIGTERM)  # it makes every code a 1
-    assert "stopped after step 1" in stopped.text()
+    assert "stopped after step 11 of 12" in stopped.text()
     last = killed(folder, place)
     assert "going on from" in last.text()
     assert_equal_runs(place / "killed", launch.folder / "whole")

@@ -82,6 +82,8 @@ def kill(whom: str, number: int) -> None:
     if whom == "all":
         os.killpg(0, number)
     os.kill(os.getppid() if whom == "launcher" else os.getpid(), number)
+    if whom == "launcher":
+        time.sleep(2)  # what it does about it reaches this process within the step
 
 
 def flip(run: str, name: str) -> None:
