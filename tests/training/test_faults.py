@@ -17,7 +17,7 @@ from anyflow_train.training.checkpoint import list_checkpoints, read_info
 from tests.training.helpers import final_tensors, write_latents
 from tests.training.launched import PATIENCE, ROOT, Launch, train_case, words
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STEPS = 12
 # Seconds within which a process that hangs is reported. A step takes 0.1 s, but others may want the processor too.
