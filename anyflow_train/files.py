@@ -44,12 +44,18 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def write_synced(path: Path, content: bytes) -> str:
-    """Write and flush to the disk, for files in a folder that takes its name when it is whole. Returns the sha256."""
+def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
+    """Write and flush to the disk, for files in a folder that takes its name when it is whole. Returns the sha256.
+
+    Other threads run meanwhile: neither writing nor the checksum holds the interpreter.
+    """
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(content)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
         _sync(file)
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from anyflow_train import __version__
@@ -18,6 +19,7 @@ from anyflow_train.training.checkpoint import FORMAT, checkpoint_name, content_c
 from anyflow_train.training.state import Best, TrainState
 
 SHARD_BYTES = 1 << 30
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def save_checkpoint(
@@ -45,7 +47,7 @@ def save_checkpoint(
     for group, tensors in groups.items():
         for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
             name = f"{group}-{number:05d}.safetensors"
-            files[name] = write_synced(temporary / name, save(shard))
+            files[name] = write_synced(temporary / name, *_safetensors(shard))
     content = {
         "format": FORMAT,
         "package_version": __version__,
@@ -88,6 +90,23 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
         size += tensor.nbytes
     if shard:
         yield shard
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: length of the header, header, the tensors' own memory.
+
+    The library's `save` copies everything twice, and holds the interpreter, and with it the training, all the time.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:

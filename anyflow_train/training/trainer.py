@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NoReturn
-
-from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
-from anyflow_train.training.checkpoint_writer import mark_best, prune_checkpoints, save_checkpoint
-from anyflow_train.training.entry import read_entries
 from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.saving import Saver
 from anyflow_train.training.schedule import learning_rate
 from anyflow_train.training.signals import StopRequest
 from anyflow_train.training.state import Best, TrainState
@@ -54,13 +51,17 @@ class Trainer:
         self._pulse = self.recipe.world.pulse
         self._window: list[dict[str, float]] = []
         self._saved = self.state.step
+        self._saver = Saver(self.config, self.directory.checkpoints, self.recipe.world, self.progress.say)
         self._loss = self.state.last_loss
         self._seconds_before = self.state.seconds - time.monotonic()
 
     def train(self, stream: Iterable[Sequence[Batch]]) -> None:
         """Run the remaining steps over this process's micro-batches, or fewer if asked to stop."""
+        with closing(self._saver):
+            self._run(iter(stream))
+
+    def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
         self._validate_if_due()
-        steps = iter(stream)
         while self.state.step < self.config.steps and not self._asked_to_stop():
             self._pace.begin()
             self._pulse.at("loading data", self.state.step)
@@ -72,6 +73,7 @@ class Trainer:
             self._validate_if_due()
             self._save_if_due()
         self._save()
+        self._saver.wait()
         self._pulse.take_time("ending")
         if self.state.step < self.config.steps:
             self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to go on")
@@ -166,32 +168,15 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step, unless there is one."""
         if self._saved == self.state.step:
             return
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
-        groups: dict[str, Iterator[tuple[str, Tensor]]] = {}
-        for role in self.recipe.trainables:
-            for group, entries in self.recipe.groups(role).items():
-                groups[group] = self._pulse.along(read_entries(entries))
-        with self._pulse.at_length("saving"):
-            self.recipe.world.together(lambda: self._write(groups))
+        roles = self.recipe.trainables
+        counts = {role: trainable.engine.adam_steps for role, trainable in roles.items()}
+        groups = {group: entries for role in roles for group, entries in self.recipe.groups(role).items()}
+        self._saver.save(self.state, counts, groups)
         self._saved = self.state.step
-
-    def _write(self, groups: Mapping[str, Iterator[tuple[str, Tensor]]]) -> None:
-        """Rank 0 writes; the others take part in the reading."""
-        if not self.recipe.world.is_main:
-            return _read_all(groups)
-        counts = {role: trainable.engine.adam_steps for role, trainable in self.recipe.trainables.items()}
-        folder = self.directory.checkpoints
-        try:
-            save_checkpoint(folder, self.config, self.state, counts, groups)
-            mark_best(folder, self.state.best)
-            prune_checkpoints(folder, self.config.checkpoint.keep, self.state.best)
-        except OSError as error:
-            _read_all(groups)  # or the others would wait for ever
-            problem = f"the checkpoint of step {self.state.step} could not be written ({error.strerror})"
-            raise UserError(str(folder), f"{problem}; the one before is intact, make room and start again") from error
 
     def _finish(self) -> None:
         summary = {
@@ -205,8 +190,8 @@ class Trainer:
         self.progress.say(f"finished {self.state.step} steps in {summary['seconds']:.0f} s: {self.directory.path}")
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was: all must stop after the same step."""
-        return self.recipe.world.any(self.stop.signal is not None)
+        """Whether any process was, or a checkpoint could not be written: all must stop after the same step."""
+        return self.recipe.world.any(self.stop.signal is not None or self._saver.failed)
 
     def _due(self, every: int) -> bool:
         step = self.state.step
@@ -223,8 +208,3 @@ class Trainer:
 
         self.recipe.world.together(fail)
         raise AssertionError
-
-
-def _read_all(groups: Mapping[str, Iterator[tuple[str, Tensor]]]) -> None:
-    for tensors in groups.values():
-        deque(tensors, maxlen=0)

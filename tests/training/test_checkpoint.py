@@ -17,6 +17,7 @@ from anyflow_train.training.checkpoint import (
     DamagedCheckpoint,
     list_checkpoints,
     read_info,
+    read_tensors,
     resolve_checkpoint,
     restore_tensors,
     verify_checkpoint,
@@ -155,3 +156,19 @@ def test_a_format_of_the_future_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="format 99"):
         read_info(path)
     assert json.loads((path / "state.json").read_text())["package_version"]
+
+
+def test_any_shape_and_floating_dtype_comes_back(tmp_path: Path) -> None:
+    odd = {
+        "half": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "turned": torch.randn(2, 5).T,
+        "Zahl π": torch.randn(1, dtype=torch.float64),
+    }
+    path = save_checkpoint(tmp_path, CONFIG, TrainState(), {}, {"weights": odd.items()})
+    found = dict(read_tensors(path, "weights"))
+    assert found.keys() == odd.keys()
+    for name, tensor in odd.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
