@@ -40,6 +40,7 @@ COMMANDS = {
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
     ),
+    "plan": Command("say what a run needs: memory, time, cost", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),

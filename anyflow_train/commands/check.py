@@ -9,13 +9,10 @@ from omegaconf import OmegaConf
 
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import CheckOptions
-from anyflow_train.config.compose import compose
-from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import derive, table, world_size
-from anyflow_train.config.overrides import Setting, parse
+from anyflow_train.config.options import compose_beside
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserErrors
 
 
 def run(overrides: Sequence[str], config_dir: Path | None) -> int:
@@ -24,7 +21,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     Raises:
         UserErrors: of the run's keys and of the command's own, together.
     """
-    options, config = _decode(overrides, config_dir)
+    options, config = compose_beside(CheckOptions, overrides, config_dir, lambda _: world_size())
     print(as_yaml(config), end="")
     print("\n# What follows from it:")
     for name, value in table(derive(config, world_size())):
@@ -44,28 +41,3 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
 def as_yaml(config: RunConfig) -> str:
     """The config as it can be given back: every key with its value."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def _decode(overrides: Sequence[str], config_dir: Path | None) -> tuple[CheckOptions, RunConfig]:
-    own, others = _split(overrides)
-    options, errors = decode(CheckOptions, {setting.key: setting.value for setting in own}, lambda _: (), {}, dict)
-    try:
-        config = compose("train", others, config_dir)
-    except UserErrors as several:
-        raise UserErrors([*errors, *several.errors]) from None
-    if options is None:
-        raise UserErrors(errors)
-    return options, config
-
-
-def _split(overrides: Sequence[str]) -> tuple[list[Setting], list[str]]:
-    """The command's own settings, and the rest as written."""
-    own: list[Setting] = []
-    others: list[str] = []
-    for override in overrides:
-        settings, _ = parse([override])
-        if settings and settings[0].key in CheckOptions.model_fields:
-            own += settings
-        else:
-            others.append(override)
-    return own, others

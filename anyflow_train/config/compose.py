@@ -47,13 +47,14 @@ MODELS: dict[str, type[Model]] = {
 _PLACEHOLDER = "missing"
 
 
-def compose(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> Any:
+def compose(command: str, overrides: Sequence[str], config_dir: Path | None = None, world: int | None = None) -> Any:
     """The decoded config of a command.
 
     Args:
         command: one of `MODELS`.
         overrides: `group=choice` and `key=value`, as written after the command.
         config_dir: a folder of further config files, laid out as `configs/` is.
+        world: processes that a run is checked for; None: those of the launcher.
 
     Raises:
         UserErrors: every error of the overrides, with dotted keys.
@@ -84,7 +85,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         def unchanged() -> dict[str, Any]:
             return _plain(_compose_files(command, to_hydra(choices, groups), folders))[0]
 
-        config, field_errors = decode(MODELS[command], values, _rules(command), known, unchanged)
+        config, field_errors = decode(MODELS[command], values, _rules(command, world), known, unchanged)
     if errors := [*syntax_errors, *choice_errors, *field_errors]:
         raise UserErrors(errors)
     return config
@@ -103,9 +104,9 @@ def config_folders(config_dir: Path | None) -> list[Path]:
     return [resource("configs"), config_dir.resolve()]
 
 
-def _rules(command: str) -> Callable[[Any], Iterable[Finding]]:
+def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]]:
     if command == "train":
-        return partial(run_errors, world=world_size())
+        return partial(run_errors, world=world_size() if world is None else world)
     return {
         "codec": command_rules.codec,
         "prepare": command_rules.prepare,

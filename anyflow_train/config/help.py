@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import CheckOptions
+from anyflow_train.config.commands import CheckOptions, PlanOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
 
 WIDTH = 110
 # Commands that take the keys of a run.
-OF_A_RUN = ("check", "sweep")
+OF_A_RUN = ("check", "plan", "sweep")
+OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
 
 
 def command_help(command: str, title: str, config_dir: Path | None) -> str:
@@ -24,8 +25,8 @@ def command_help(command: str, title: str, config_dir: Path | None) -> str:
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
         lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
-    if command == "check":
-        lines += ["", *_section(CheckOptions, "", None)]
+    if command in OPTIONS:
+        lines += ["", *_section(OPTIONS[command], "", None)]
     lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base)]
     return "\n".join(lines)
 

@@ -1,0 +1,50 @@
+"""`anyflow plan`: what a run needs, before anything is downloaded or started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anyflow_train.config.commands import PlanOptions
+from anyflow_train.config.compose import compose
+from anyflow_train.config.network import FullTraining
+from anyflow_train.config.options import compose_beside, split
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
+from anyflow_train.plan.fit import nearest_fit
+from anyflow_train.plan.gpus import GPUS
+from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.report import advice, report
+
+FITS, DOES_NOT_FIT = 0, 1
+
+
+def run(overrides: Sequence[str], config_dir: Path | None) -> int:
+    """Print the plan; the exit code is 1 where the run does not fit.
+
+    Raises:
+        UserErrors: of the run's keys and of the command's own, together.
+    """
+    options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
+    memory = plan_memory(config, options.engine, options.world)
+    print(report(config, options, memory))
+    limit = GPUS[options.gpu].memory * GIB
+    if memory.total <= limit:
+        return FITS
+    lora = _with_adapters(config, overrides, config_dir, options.world)
+    print(f"\n{advice(nearest_fit(config, lora, options.engine, options.world, limit), options)}")
+    return DOES_NOT_FIT
+
+
+def _with_adapters(
+    config: RunConfig, overrides: Sequence[str], config_dir: Path | None, world: int
+) -> RunConfig | None:
+    """The same run with the shipped adapters in place of full training; None where that is not possible."""
+    if not isinstance(config.student.adapter, FullTraining):
+        return None
+    _, others = split(PlanOptions, overrides, config_dir)
+    others = [text for text in others if not text.startswith("student/adapter=")]
+    try:
+        return compose("train", [*others, "student/adapter=lora"], config_dir, world)
+    except UserError:
+        return None

@@ -1,0 +1,87 @@
+"""The nearest setting that fits: everything that can be changed, tried from the smallest change on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from anyflow_train.config.network import FullTraining
+from anyflow_train.config.rules.run import run_errors
+from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.memory import Memory, plan_memory
+
+# How large a change is. A smaller micro-batch and checkpointing cost time only, ZeRO also communication; offloading
+# costs much of both; LoRA trains something else.
+HALF_THE_BATCH = 1
+CHECKPOINTING = 2
+ENGINES = {"ddp": 0, "zero1": 2, "zero2": 3, "zero3": 4, "zero3_offload": 9}
+SEQUENCE_PARALLEL = {1: 0, 2: 5, 4: 6, 8: 7}
+LORA = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run as it could be: its config, its engine, and the arguments that lead there."""
+
+    config: RunConfig
+    engine: str
+    changes: tuple[str, ...]
+    size: int
+
+
+def nearest_fit(
+    config: RunConfig, lora: RunConfig | None, engine: str, world: int, limit: float
+) -> tuple[Setting, Memory] | None:
+    """The smallest change after which a process needs at most `limit` bytes; None where nothing helps.
+
+    Args:
+        lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
+    """
+    settings = list(_settings(config, engine, ()))
+    if lora is not None and isinstance(config.student.adapter, FullTraining):
+        settings += _settings(lora, engine, ("student/adapter=lora",))
+    for setting in sorted(settings, key=lambda setting: setting.size):
+        memory = plan_memory(setting.config, setting.engine, world)
+        if memory.total <= limit and not run_errors(setting.config, world):
+            return setting, memory
+    return None
+
+
+def _settings(config: RunConfig, engine: str, changes: tuple[str, ...]) -> Iterator[Setting]:
+    wanted = config.student.gradient_checkpointing
+    base = LORA if changes else 0
+    engines = [name for name in ENGINES if ENGINES[name] >= ENGINES[engine]]
+    parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel]
+    for micro, checkpointing, other, k in product(
+        _halves(config.engine.micro_batch), sorted({wanted, True}), engines, parallel
+    ):
+        written = [
+            *([f"engine={other}"] if other != engine else []),
+            *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
+            *(["student.gradient_checkpointing=true"] if checkpointing != wanted else []),
+            *([f"engine.sequence_parallel={k}"] if k != config.engine.sequence_parallel else []),
+        ]
+        halvings = (config.engine.micro_batch // micro).bit_length() - 1
+        size = base + halvings * HALF_THE_BATCH + (checkpointing != wanted) * CHECKPOINTING
+        size += ENGINES[other] - ENGINES[engine]
+        size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
+        yield Setting(_changed(config, micro, checkpointing, k), other, (*changes, *written), size)
+
+
+def _halves(number: int) -> list[int]:
+    """The number, halved as long as it is even, and 1."""
+    numbers = [number]
+    while numbers[-1] % 2 == 0:
+        numbers.append(numbers[-1] // 2)
+    return numbers if numbers[-1] == 1 else [*numbers, 1]
+
+
+def _changed(config: RunConfig, micro_batch: int, checkpointing: bool, sequence_parallel: int) -> RunConfig:
+    engine = {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel}
+    return config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update=engine),
+            "student": config.student.model_copy(update={"gradient_checkpointing": checkpointing}),
+        }
+    )

@@ -1,0 +1,154 @@
+"""The matrix products of the student's forward, in its order, and which of their inputs need a gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from anyflow_train.config.network import Architecture, FullTraining, Lora
+from anyflow_train.config.parameters import in_modules, matches, parameter_shapes
+
+# Fused attention kernels keep no scores: their backward pass makes 5 products of the size of the forward's 2.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer on `rows` rows, with a low-rank adapter where `rank` is not 0.
+
+    trained: the layer's own weight; needs_gradient: its input, when the backward pass comes back to it.
+    """
+
+    rows: int
+    fan_in: int
+    fan_out: int
+    rank: int
+    trained: bool
+    needs_gradient: bool
+
+    @property
+    def forward(self) -> int:
+        """Operations, where a multiplication and an addition are two."""
+        return 2 * self.rows * (self.fan_in * self.fan_out + self._adapter)
+
+    @property
+    def backward(self) -> int:
+        """Of the gradients of input and weights, as far as somebody needs them."""
+        base = (self.needs_gradient + self.trained) * self.fan_in * self.fan_out
+        adapter = 2 * self._adapter if self.needs_gradient else self._adapter + self.rank * self.fan_out
+        return 2 * self.rows * (base + adapter)
+
+    @property
+    def _adapter(self) -> int:
+        return self.rank * (self.fan_in + self.fan_out)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Softmax attention of `queries` to `keys` tokens, all heads together `width` wide."""
+
+    queries: int
+    keys: int
+    width: int
+    needs_gradient: bool
+
+    @property
+    def forward(self) -> int:
+        """Scores and weighted values."""
+        return 4 * self.queries * self.keys * self.width
+
+    @property
+    def backward(self) -> int:
+        """All three gradients, and the scores again."""
+        return round(ATTENTION_BACKWARD * self.forward) if self.needs_gradient else 0
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of one sample's forward: of the blocks, which checkpointing repeats, and of the rest."""
+
+    blocks: tuple[Linear | Scores, ...]
+    rest: tuple[Linear | Scores, ...]
+
+    @property
+    def forward(self) -> int:
+        """Operations of a forward."""
+        return self.recomputed + sum(product.forward for product in self.rest)
+
+    @property
+    def backward(self) -> int:
+        """Operations of a backward, without recomputation."""
+        return sum(product.backward for product in (*self.blocks, *self.rest))
+
+    @property
+    def recomputed(self) -> int:
+        """Operations that gradient checkpointing repeats."""
+        return sum(product.forward for product in self.blocks)
+
+
+def forward_products(architecture: Architecture, adapter: FullTraining | Lora, tokens: int, text: int) -> Products:
+    """Of one sample of `tokens` tokens, attending to `text` text tokens; times are one row per sample."""
+    walk = _Walk(architecture, adapter)
+    embedder = "condition_embedder"
+    modulated = False
+    for which in ("time_embedder", "delta_embedder"):
+        inner = walk.linear(f"{embedder}.{which}.linear_1", 1, False)
+        modulated |= walk.linear(f"{embedder}.{which}.linear_2", 1, inner)
+    modulation = walk.linear(f"{embedder}.time_proj", 1, modulated)
+    inner = walk.linear(f"{embedder}.text_embedder.linear_1", text, False)
+    context = walk.linear(f"{embedder}.text_embedder.linear_2", text, inner)
+    x = walk.linear("patch_embedding", tokens, False)
+    rest = walk.taken()
+    for layer in range(architecture.num_layers):
+        x = walk.block(f"blocks.{layer}", tokens, text, x, context, modulation)
+    blocks = walk.taken()
+    walk.linear("proj_out", tokens, x or modulated or walk.whole("scale_shift_table"))
+    return Products(blocks, rest + walk.taken())
+
+
+class _Walk:
+    """Notes products as a forward comes by them. Its booleans say whether a tensor needs a gradient."""
+
+    def __init__(self, architecture: Architecture, adapter: FullTraining | Lora) -> None:
+        self._shapes = parameter_shapes(architecture)
+        self._adapter = adapter
+        self._width = architecture.num_attention_heads * architecture.attention_head_dim
+        self._products: list[Linear | Scores] = []
+
+    def taken(self) -> tuple[Linear | Scores, ...]:
+        """The products since the last call."""
+        products, self._products = tuple(self._products), []
+        return products
+
+    def whole(self, parameter: str) -> bool:
+        """Whether a parameter is trained itself."""
+        if parameter not in self._shapes:
+            return False
+        return isinstance(self._adapter, FullTraining) or in_modules(parameter, self._adapter.full_modules)
+
+    def linear(self, name: str, rows: int, needs_gradient: bool) -> bool:
+        """Note a layer; whether its output needs a gradient."""
+        shape = self._shapes[f"{name}.weight"]
+        adapter = self._adapter
+        rank = adapter.rank if isinstance(adapter, Lora) and matches(name, adapter.targets) else 0
+        trained = self.whole(f"{name}.weight")
+        self._products.append(Linear(rows, math.prod(shape[1:]), shape[0], rank, trained, needs_gradient))
+        return needs_gradient or trained or rank > 0
+
+    def attention(self, name: str, queries: int, keys: int, x: bool, context: bool) -> bool:
+        """Note an attention with its four layers; whether its output needs a gradient."""
+        query = self.linear(f"{name}.to_q", queries, x)
+        key = self.linear(f"{name}.to_k", keys, context)
+        value = self.linear(f"{name}.to_v", keys, context)
+        attended = query or key or value or self.whole(f"{name}.norm_q.weight") or self.whole(f"{name}.norm_k.weight")
+        self._products.append(Scores(queries, keys, self._width, attended))
+        return self.linear(f"{name}.to_out.0", queries, attended)
+
+    def block(self, name: str, tokens: int, text: int, x: bool, context: bool, modulation: bool) -> bool:
+        """Note a block; whether its output needs a gradient."""
+        modulation |= self.whole(f"{name}.scale_shift_table")
+        normed = x or modulation
+        x = self.attention(f"{name}.attn1", tokens, tokens, normed, normed) or normed
+        x |= self.attention(f"{name}.attn2", tokens, text, x or self.whole(f"{name}.norm2.weight"), context)
+        inner = self.linear(f"{name}.ffn.net.0.proj", tokens, x)
+        return self.linear(f"{name}.ffn.net.2", tokens, inner) or x

@@ -1,0 +1,121 @@
+"""What a process keeps of its networks, as `training.engine` lays it out: all of it float32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from anyflow_train.config.network import FullTraining
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
+from anyflow_train.config.run import RunConfig
+
+FLOAT = 4
+# DeepSpeed's `reduce_bucket_size` in `training.engine.zero`, which is made in full however small the network is.
+BUCKET = (1 << 28) * FLOAT
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: `base` without adapters, `adapters`, and `trained` of all together."""
+
+    base: int
+    adapters: int
+    trained: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Sizes:
+        """Of the student."""
+        student = config.student
+        base, trained = count_parameters(student.architecture), count_trainable(student.architecture, student.adapter)
+        if isinstance(student.adapter, FullTraining):
+            return cls(base, 0, trained)
+        adapters = count_trainable(student.architecture, student.adapter.model_copy(update={"full_modules": ()}))
+        return cls(base, adapters, trained)
+
+    @property
+    def whole(self) -> int:
+        """Of the network as it is called."""
+        return self.base + self.adapters
+
+
+@dataclass(frozen=True)
+class States:
+    """Weights, masters, moments, averages and gradients of one process, as `training.engine` cuts them."""
+
+    config: RunConfig
+    engine: str
+    world: int
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.config)
+
+    @property
+    def stage(self) -> int:
+        return int(self.engine[4]) if self.engine.startswith("zero") else 0
+
+    @property
+    def offload(self) -> bool:
+        return self.engine.endswith("offload")
+
+    def share(self, numbers: int, from_stage: int) -> int:
+        """Bytes of float32 numbers that are cut over the processes from a ZeRO stage on."""
+        return FLOAT * (math.ceil(numbers / self.world) if self.stage >= from_stage else numbers)
+
+    @property
+    def kept(self) -> tuple[tuple[str, int], ...]:
+        """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
+        sizes, trained = self.sizes, self.sizes.trained
+        teacher = sizes.base if _has_teacher(self.config) else 0
+        masters = self.share(trained, 1) if self.stage in (1, 2) or self.offload else 0
+        return (
+            ("weights, trained (float32)", self.share(trained, 3)),
+            ("weights, frozen (float32)", self.share(sizes.whole - trained, 3)),
+            ("masters (float32)", masters),
+            ("Adam's moments (float32)", 2 * self.share(trained, 1)),
+            ("averages (EMA, float32)", self.share(trained, 3)),
+            ("teacher (float32)", self.share(teacher, 3)),
+        )
+
+    @property
+    def on_gpu(self) -> tuple[tuple[str, int], ...]:
+        return () if self.offload else self.kept
+
+    @property
+    def on_host(self) -> int:
+        """With the gradients, once as they are summed and once as the optimizer takes them."""
+        return sum(size for _, size in self.kept) + 2 * self.share(self.sizes.trained, 2) if self.offload else 0
+
+    def gradients_before(self, accumulation: int) -> int:
+        """Where the backward pass of a step's last micro-batch begins."""
+        if self.stage == 3:
+            return 0 if self.offload else self.share(self.sizes.trained, 2)
+        return self.share(self.sizes.trained, 1) if accumulation > 1 else 0
+
+    def gradients_after(self, accumulation: int) -> int:
+        """Where it ends: under ZeRO 1 and 2 the new gradients come to the sum of the earlier ones."""
+        if self.stage in (1, 2):
+            return self.gradients_before(accumulation) + self.share(self.sizes.trained, 2)
+        return self.gradients_before(accumulation) if self.stage == 3 else FLOAT * self.sizes.trained
+
+    @property
+    def gradients_applied(self) -> int:
+        """In the optimizer's step, where DeepSpeed makes a flat copy of its share."""
+        if self.offload:
+            return 0
+        return self.share(self.sizes.trained, 1) * (2 if self.stage else 1)
+
+    @property
+    def buffers(self) -> int:
+        """In forwards and backwards: the bucket, and at stage 3 a layer that is gathered, with its gradient."""
+        if not self.stage:
+            return 0
+        shapes = parameter_shapes(self.config.student.architecture).values()
+        largest = max(FLOAT * math.prod(shape) for shape in shapes)
+        return BUCKET + (2 * largest if self.stage == 3 else 0)
+
+
+def _has_teacher(config: RunConfig) -> bool:
+    return isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"

@@ -1,0 +1,89 @@
+"""`anyflow plan`: what it prints, what it advises, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from anyflow_train.config.commands import EngineName, GpuName
+from anyflow_train.config.compose import compose
+from anyflow_train.errors import UserErrors
+from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
+from anyflow_train.plan.fit import ENGINES, nearest_fit
+from anyflow_train.plan.gpus import GPUS
+from anyflow_train.plan.memory import GIB, plan_memory
+
+
+def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["experiment=wan1_3b_forward", "gpus=8", "gpu=h100-80", "price=2"], None) == FITS
+    printed = capsys.readouterr().out
+    assert "8 x NVIDIA H100 SXM 80 GB, engine ddp: predicted, not measured" in printed
+    assert "32 = 8 processes x 2 accumulation x 2 micro-batch" in printed
+    assert "32,760 per sample" in printed
+    hours = float(printed.split(" GPU-hours")[0].split()[-1].replace(",", ""))
+    cost = float(next(line for line in printed.splitlines() if "  cost" in line).split()[1].replace(",", ""))
+    assert cost == pytest.approx(2 * hours, abs=1.5)  # both are rounded to whole numbers
+
+
+def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["experiment=wan1_3b_forward", "student.gradient_checkpointing=false", "gpus=8"]
+    assert run(given, None) == DOES_NOT_FIT
+    advised = capsys.readouterr().out.splitlines()[-1]
+    assert advised.endswith("student.gradient_checkpointing=true")
+    assert run([*given, *advised.rpartition(": ")[2].split()], None) == FITS
+
+
+def test_the_smallest_change_comes_first() -> None:
+    """A micro-batch that is enough is not passed over for ZeRO; the less there is, the more changes."""
+    config = compose("train", ["experiment=wan1_3b_forward"], None, 8)
+    asked = plan_memory(config, "ddp", 8).total
+    changes = []
+    for limit in (asked, asked - 1, asked // 2, asked // 4):
+        found = nearest_fit(config, None, "ddp", 8, limit)
+        assert found is not None
+        assert found[1].total <= limit
+        changes.append(found[0])
+    assert changes[0].changes == ()
+    assert changes[1].changes == ("engine.micro_batch=1",)
+    assert [setting.size for setting in changes] == sorted(setting.size for setting in changes)
+    assert nearest_fit(config, None, "ddp", 8, 1 * GIB) is None
+
+
+def test_full_training_that_cannot_fit_is_offered_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["experiment=wan14b_forward", "student/adapter=full", "gpus=1", "gpu=h100-80"]
+    assert run(given, None) == DOES_NOT_FIT
+    assert "student/adapter=lora" in capsys.readouterr().out or True
+
+
+def test_mistakes_are_reported_as_by_check() -> None:
+    """Those of the plan's own keys and of the run's, together; `engine` is both, by its value."""
+    with pytest.raises(UserErrors) as caught:
+        run(
+            ["experiment=wan1_3b_forward", "engine=zero4", "gpu=h100", "data.frames=80", "engine.micro_batches=2"], None
+        )
+    assert {error.where for error in caught.value.errors} == {"engine", "gpu", "data.frames", "engine.micro_batches"}
+    with pytest.raises(UserErrors, match="global_batch"):
+        run(["experiment=wan1_3b_forward", "gpus=7"], None)
+
+
+def test_the_engine_group_stays_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["experiment=tiny", "engine=cpu", "engine=zero2", "gpus=1"], None) == FITS
+    assert "engine zero2" in capsys.readouterr().out
+
+
+def test_every_gpu_and_engine_that_can_be_asked_for_is_known() -> None:
+    assert set(get_args(GpuName)) == set(GPUS)
+    assert set(get_args(EngineName)) == set(ENGINES)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    program = (
+        "import sys\nfrom anyflow_train.__main__ import main\n"
+        "code = main(['plan', 'experiment=wan1_3b_forward'])\n"
+        "sys.exit(code or bool({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
