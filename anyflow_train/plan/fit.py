@@ -16,7 +16,7 @@ from anyflow_train.plan.memory import Memory, plan_memory
 HALF_THE_BATCH = 1
 CHECKPOINTING = 2
 ENGINES = {"ddp": 0, "zero1": 2, "zero2": 3, "zero3": 4, "zero3_offload": 9}
-SEQUENCE_PARALLEL = {1: 0, 2: 5, 4: 6, 8: 7}
+SEQUENCE_PARALLEL = {1: 0, 2: 5, 4: 7, 8: 9}
 LORA = 16
 
 
@@ -38,9 +38,9 @@ def nearest_fit(
     Args:
         lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
     """
-    settings = list(_settings(config, engine, ()))
+    settings = list(_settings(config, engine, world, ()))
     if lora is not None and isinstance(config.student.adapter, FullTraining):
-        settings += _settings(lora, engine, ("student/adapter=lora",))
+        settings += _settings(lora, engine, world, ("student/adapter=lora",))
     for setting in sorted(settings, key=lambda setting: setting.size):
         memory = plan_memory(setting.config, setting.engine, world)
         if memory.total <= limit and not run_errors(setting.config, world):
@@ -48,11 +48,11 @@ def nearest_fit(
     return None
 
 
-def _settings(config: RunConfig, engine: str, changes: tuple[str, ...]) -> Iterator[Setting]:
+def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ...]) -> Iterator[Setting]:
     wanted = config.student.gradient_checkpointing
     base = LORA if changes else 0
     engines = [name for name in ENGINES if ENGINES[name] >= ENGINES[engine]]
-    parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel]
+    parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel and world % k == 0]
     for micro, checkpointing, other, k in product(
         _halves(config.engine.micro_batch), sorted({wanted, True}), engines, parallel
     ):

@@ -23,7 +23,7 @@ def report(config: RunConfig, options: PlanOptions, memory: Memory) -> str:
     lines = [f"{config.name} on {options.world} x {gpu.title}, engine {options.engine}: predicted, not measured"]
     lines += ["", *_run(config, options)]
     lines += ["", "Operations of a step (of all GPUs together)", *_operations(parts)]
-    lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory)]
+    lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory, options.gpus)]
     lines += ["", "Time and cost", *_time(config, options, parts)]
     return "\n".join(lines)
 
@@ -35,7 +35,10 @@ def advice(found: tuple[Setting, Memory] | None, options: PlanOptions) -> str:
         return f"It does not fit, nor does any setting with {have:g} GiB; more or larger GPUs are needed."
     setting, memory = found
     changes = " ".join(setting.changes)
-    return f"It does not fit. The nearest setting that does ({memory.total / GIB:.1f} of {have:g} GiB): {changes}"
+    needs = f"{memory.total / GIB:.1f} of {have:g} GiB"
+    if memory.host:
+        needs += f", and {memory.host / GIB * options.gpus:.0f} GiB of the host's memory on each node"
+    return f"It does not fit. The nearest setting that does ({needs}): {changes}"
 
 
 def _run(config: RunConfig, options: PlanOptions) -> Iterator[str]:
@@ -52,13 +55,13 @@ def _operations(parts: list[Part]) -> Iterator[str]:
     yield _row("all", _tera(whole), "100%", f"{work / whole:.0%} of it is work, the rest is done twice or for nothing")
 
 
-def _memory(memory: Memory, have: float) -> Iterator[str]:
+def _memory(memory: Memory, have: float, gpus: int) -> Iterator[str]:
     for name, size in memory.parts:
         yield _row(name, _gib(size))
     fits = "fits" if memory.total <= have * GIB else "does not fit"
     yield _row("all", _gib(memory.total), f"of {have:g} GiB: {fits}")
     if memory.host:
-        yield _row("in the host's memory, for each GPU", _gib(memory.host))
+        yield _row("in the host's memory, all GPUs of a node", _gib(memory.host * gpus))
 
 
 def _time(config: RunConfig, options: PlanOptions, parts: list[Part]) -> Iterator[str]:

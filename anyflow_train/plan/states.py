@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
-from anyflow_train.config.network import FullTraining
+from anyflow_train.config.network import Architecture, FullTraining, Lora
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
 from anyflow_train.config.run import RunConfig
@@ -18,21 +18,18 @@ BUCKET = (1 << 28) * FLOAT
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: `base` without adapters, `adapters`, and `trained` of all together."""
+    """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, `largest` weight."""
 
     base: int
     adapters: int
     trained: int
+    largest: int
 
     @classmethod
     def of(cls, config: RunConfig) -> Sizes:
         """Of the student."""
         student = config.student
-        base, trained = count_parameters(student.architecture), count_trainable(student.architecture, student.adapter)
-        if isinstance(student.adapter, FullTraining):
-            return cls(base, 0, trained)
-        adapters = count_trainable(student.architecture, student.adapter.model_copy(update={"full_modules": ()}))
-        return cls(base, adapters, trained)
+        return _count(student.architecture, student.adapter)  # pyright: ignore[reportArgumentType] # frozen: has a hash
 
     @property
     def whole(self) -> int:
@@ -48,7 +45,7 @@ class States:
     engine: str
     world: int
 
-    @cached_property
+    @property
     def sizes(self) -> Sizes:
         return Sizes.of(self.config)
 
@@ -112,10 +109,19 @@ class States:
         """In forwards and backwards: the bucket, and at stage 3 a layer that is gathered, with its gradient."""
         if not self.stage:
             return 0
-        shapes = parameter_shapes(self.config.student.architecture).values()
-        largest = max(FLOAT * math.prod(shape) for shape in shapes)
-        return BUCKET + (2 * largest if self.stage == 3 else 0)
+        return BUCKET + (2 * FLOAT * self.sizes.largest if self.stage == 3 else 0)
 
 
 def _has_teacher(config: RunConfig) -> bool:
     return isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
+
+
+@cache
+def _count(architecture: Architecture, adapter: FullTraining | Lora) -> Sizes:
+    """Counted once: the search for what fits asks again and again."""
+    base, trained = count_parameters(architecture), count_trainable(architecture, adapter)
+    largest = max(math.prod(shape) for shape in parameter_shapes(architecture).values())
+    if isinstance(adapter, FullTraining):
+        return Sizes(base, 0, trained, largest)
+    adapters = count_trainable(architecture, adapter.model_copy(update={"full_modules": ()}))
+    return Sizes(base, adapters, trained, largest)
