@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 from step import SIZES, Size, build, device_name
+from torch import nn
 
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer, RunConfig
@@ -73,7 +74,8 @@ class Training:
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype | None) -> None:
         self.world = World(device)
-        network = build(size).to(device)
+        network = build(size)
+        nn.Module.to(network, device)  # diffusers' own `to` only adds checks of quantised networks
         if size.checkpointing:
             network.enable_gradient_checkpointing()
         parameters = dict(network.named_parameters())
