@@ -83,6 +83,7 @@ class ReplicatedEngine:
 
     def _add_up(self, gradients: list[Tensor]) -> None:
         if self.world.size > 1:
+            self.world.pulse.move()  # who hangs before this is behind those who wait here
             sums: list[Any] = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
             for one in sums:
                 one.wait()
