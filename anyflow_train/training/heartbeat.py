@@ -64,6 +64,9 @@ class Heartbeat:
     ) -> None:
         if self._world.size == 1:
             return
+        if isinstance(error, RuntimeError):
+            # Another process may have ended on a verdict that this one is about to reach, and should be told here.
+            time.sleep(3 * self._interval)
         self._leaving.set()
         if error is None:
             self._world.gather(None)  # process 0 holds the store until all have come this far
