@@ -71,7 +71,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(4, 24, 192, 4, 64, 64, (5, 16, 8, 8), 16, 32, 32),  # the quick start's
+    "tiny": Size(4, 32, 384, 4, 64, 64, (5, 16, 8, 8), 16, 32, 32),  # the quick start's
     "100m": Size(12, 64, 3072, 12, 512, 256, (3, 16, 8, 8), 32, 4, 4),  # 113M parameters, 48 tokens
     "1.3b": Size(12, 128, 8960, 30, 4096, 256, (9, 16, 30, 52), 512, 4, 2, checkpointing=True),  # Wan2.1, 3510 tokens
 }

@@ -55,9 +55,9 @@ class Size:
 
 _QUICKSTART = {
     "num_attention_heads": 4,
-    "attention_head_dim": 24,
+    "attention_head_dim": 32,
     "num_layers": 4,
-    "ffn_dim": 192,
+    "ffn_dim": 384,
     "text_dim": 64,
     "freq_dim": 64,
 }
