@@ -114,9 +114,21 @@ def test_a_command_gets_its_decoded_config_and_warnings_go_to_stderr(
     assert cli.main(["train", TINY, "steps=800", "optimizer.warmup_steps=900"]) == 0
     assert isinstance(received[0], MODELS["train"])
     assert capsys.readouterr().err.startswith("warning: optimizer.warmup_steps: 900 is not below steps=800")
-    monkeypatch.setenv("RANK", "1")
-    assert cli.main(["train", TINY, "steps=800", "optimizer.warmup_steps=900"]) == 0
-    assert capsys.readouterr().err == ""
+
+
+def test_the_terminal_hears_of_a_warning_from_one_process_only(tmp_path: Path) -> None:
+    """In a process of its own: others than process 0 move their output to a file, for good."""
+    code = (
+        "import sys; from anyflow_train import __main__ as cli; cli._load = lambda target: lambda config: None; "
+        f"sys.exit(cli.main(['train', {TINY!r}, 'steps=800', 'optimizer.warmup_steps=900', 'out={tmp_path}']))"
+    )
+    said = {}
+    for rank in ("0", "1"):
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "RANK": rank}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        said[rank] = done.stderr
+    assert said["0"].startswith("warning: optimizer.warmup_steps")
+    assert said["1"] == ""
 
 
 def test_as_a_module_from_any_directory(tmp_path: Path) -> None:
