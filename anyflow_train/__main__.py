@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
@@ -73,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception:  # a bug: its traceback goes where this process's output goes, which may be a file nobody reads
         launched.tell_apart("error: stopped by a failure, see its log in the run's directory")
         raise
+
+
+def script() -> NoReturn:
+    """`main` as a process."""
+    launched.end(main())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -179,4 +184,4 @@ def _report(errors: Sequence[UserError], everywhere: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -40,9 +40,10 @@ python launch/play.py "$run/pipeline" "$run/playback.gif" "wide red stripes drif
 printf '\n'
 cat "$run/report/report.md"
 printf '\nDone in %d s (without the installation).\n' $((SECONDS - started))
+place=$(realpath "$run")
 printf '  %-34s %s\n' \
-  "quality against number of calls" "$PWD/$run/report/quality.png" \
-  "grid of videos" "$PWD/$run/report/grid.mp4" \
-  "" "$PWD/$run/report/grid.gif" \
-  "exported pipeline" "$PWD/$run/pipeline" \
-  "played back by stock diffusers" "$PWD/$run/playback.gif"
+  "quality against number of calls" "$place/report/quality.png" \
+  "grid of videos" "$place/report/grid.mp4" \
+  "" "$place/report/grid.gif" \
+  "exported pipeline" "$place/pipeline" \
+  "played back by stock diffusers" "$place/playback.gif"

@@ -5,6 +5,7 @@ No torch here: all of it is in force before torch is imported.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 PREEMPTED = 75
 """Exit code of a run that a scheduler interrupted and should start again (EX_TEMPFAIL of sysexits.h)."""
@@ -32,9 +34,14 @@ def rank() -> int:
     return _number("RANK")
 
 
+def local_rank() -> int:
+    """This process's number among those of its node; 0 without a launcher."""
+    return _number("LOCAL_RANK")
+
+
 def speaks_here() -> bool:
     """Whether this process may report where its output goes: on a terminal one process of a node is enough."""
-    return _number("LOCAL_RANK") == 0 or TERMINAL in os.environ
+    return local_rank() == 0 or TERMINAL in os.environ
 
 
 def begin() -> None:
@@ -62,6 +69,20 @@ def leave(code: int, everywhere: bool) -> int:
         return code
     _append(Path(folder) / "codes", f"{code}\n")
     return 0 if everywhere else code
+
+
+def end(code: int) -> NoReturn:
+    """Leave the process, as `sys.exit` does. One of several skips the interpreter's own end.
+
+    Gloo's threads may still hold tensors then, and abort the process when they drop them: a finished run would look
+    like a failed one.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    atexit._run_exitfuncs()  # as the standard library's multiprocessing does
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def log_file(logs: Path, number: int) -> Path:

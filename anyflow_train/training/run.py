@@ -14,6 +14,7 @@ from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.training.checkpoint import restore_tensors
+from anyflow_train.training.engine import set_adam_steps
 from anyflow_train.training.heartbeat import Heartbeat
 from anyflow_train.training.launched import PREEMPTED
 from anyflow_train.training.progress import Progress
@@ -80,7 +81,7 @@ def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
     for role, trainable in recipe.trainables.items():
         for group, entries in recipe.groups(role).items():
             restore_tensors(point.path, group, entries, recipe.world)
-        trainable.engine.adam_steps = point.info.adam_steps[role]
+        set_adam_steps(trainable.engine.optimizer, point.info.adam_steps[role])
     return point.info.state
 
 

@@ -15,6 +15,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
+from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.run_directory import RunDirectory
@@ -173,7 +174,7 @@ class Trainer:
             return
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
         roles = self.recipe.trainables
-        counts = {role: trainable.engine.adam_steps for role, trainable in roles.items()}
+        counts = {role: adam_steps(trainable.engine.optimizer) for role, trainable in roles.items()}
         groups = {group: entries for role in roles for group, entries in self.recipe.groups(role).items()}
         self._saver.save(self.state, counts, groups)
         self._saved = self.state.step

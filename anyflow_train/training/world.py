@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflow_train.config.derived import world_size
 from anyflow_train.config.run import Engine as EngineConfig
 from anyflow_train.errors import SharedErrors, UserError, UserErrors
+from anyflow_train.training.launched import local_rank
 from anyflow_train.training.pulse import Pulse
 
 T = TypeVar("T")
@@ -152,7 +154,7 @@ def start_world(config: EngineConfig) -> World:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = _device(config)
-    size = _variable("WORLD_SIZE", 1)
+    size = world_size()
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         if size > 1:
             raise UserError("WORLD_SIZE", f"is {size}, but MASTER_ADDR or RANK is missing; start with launch/train.sh")
@@ -211,7 +213,7 @@ def _device(config: EngineConfig) -> torch.device:
         raise UserError("engine.device", "is 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local = _variable("LOCAL_RANK", 0)
+    local = local_rank()
     if local >= torch.cuda.device_count():
         problem = f"is {local}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
         raise UserError("LOCAL_RANK", problem)
@@ -226,13 +228,6 @@ def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:
     places = [dist.new_group(range(place, size, width)) for place in range(width)]
     samples = [dist.new_group(range(first, first + width)) for first in range(0, size, width)]
     return places[rank % width], samples[rank // width]
-
-
-def _variable(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise UserError(name, f"is {text!r} in the environment, which is not a number; start with launch/train.sh")
-    return int(text)
 
 
 def _by_problem(everywhere: list[list[tuple[str, str]]]) -> list[tuple[tuple[str, str], list[int]]]:

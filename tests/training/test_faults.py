@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from anyflow_train.training.checkpoint import list_checkpoints, read_info
-from tests.training.helpers import final_tensors, write_latents
+from tests.training.helpers import assert_equal_runs, final_tensors, write_latents
 from tests.training.launched import PATIENCE, ROOT, Launch, train_case, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -51,22 +50,13 @@ def launch(folder: Path, request: pytest.FixtureRequest) -> Launch:
     ]
     launch = Launch(request.param, cases, place)
     assert launch.ended() == 0, launch.text()
+    assert read_info(list_checkpoints(place / "whole" / "checkpoints")[-1]).state.step == STEPS  # others equal it
     return launch
 
 
 def case(folder: Path, place: Path, name: str, *faults: list[Any], **changes: Any) -> dict[str, Any]:
     common = {"name": name, "steps": STEPS, "data__shards": str(folder / "here" / "shards")}
     return train_case(place, *faults, **{**common, **changes})
-
-
-def assert_equal_runs(run: Path, other: Path) -> None:
-    """Weights, averages, moments bit for bit, and Adam's count."""
-    tensors, others = final_tensors(run), final_tensors(other)
-    assert tensors.keys() == others.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-    infos = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]
-    assert infos[0].adam_steps == infos[1].adam_steps
-    assert infos[0].state.step == infos[1].state.step == STEPS
 
 
 def test_one_process_talks_to_the_terminal_and_the_others_to_their_logs(launch: Launch) -> None:
@@ -121,6 +111,7 @@ def refused(folder: Path) -> Launch:
     ]
     launch = Launch("ddp", cases, place)
     assert launch.ended() == 0, launch.text()
+    assert read_info(list_checkpoints(place / "whole" / "checkpoints")[-1]).state.step == STEPS  # others equal it
     return launch
 
 

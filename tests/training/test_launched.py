@@ -127,3 +127,22 @@ sys.exit(command_line.main(["check"]))
     assert ("a bug" if "bug" in failure else "error: data.shards: is gone") in (
         tmp_path / "process_00003.txt"
     ).read_text()
+
+
+@pytest.mark.parametrize(("environment", "ends"), [({"RANK": "0"}, ""), ({}, "interpreter's end\n")])
+def test_one_of_several_processes_leaves_without_the_interpreters_own_end(
+    environment: dict[str, str], ends: str
+) -> None:
+    code = """
+import atexit
+class Left:
+    def __del__(self):
+        print("interpreter's end")
+left = Left()
+atexit.register(print, "handler")
+print("before")
+launched.end(3)
+"""
+    process = run(code, **environment)
+    assert process.returncode == 3, process.stderr
+    assert process.stdout == f"before\nhandler\n{ends}"

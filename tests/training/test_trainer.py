@@ -25,6 +25,7 @@ from anyflow_train.training.checkpoint import list_checkpoints, read_info
 from anyflow_train.training.recipe import load_trained_network
 from anyflow_train.training.validation import Validation
 from tests.training.helpers import (
+    assert_equal_runs,
     final_tensors,
     in_process,
     settings,
@@ -45,16 +46,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logged(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_equal_runs(run: Path, other: Path) -> None:
-    """Weights, averages and moments bit for bit; Adam's count and the position in the data too."""
-    tensors, others = final_tensors(run), final_tensors(other)
-    assert tensors.keys() == others.keys()
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-    infos = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]
-    assert infos[0].adam_steps == infos[1].adam_steps
-    assert infos[0].state.data_position == infos[1].state.data_position
 
 
 def test_a_run_leaves_what_its_readers_need(undisturbed: Path) -> None:

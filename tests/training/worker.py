@@ -104,7 +104,15 @@ FAULTS = {
 
 
 def do(case: dict[str, Any]) -> int:
-    """One run. `faults` lists [rank, kind, arguments...]; `alone` overrides of one rank: [rank, words...]."""
+    """One run.
+
+    `engine`: another than the launch's. `faults` lists [rank, kind, arguments...], `alone` overrides of one rank,
+    [rank, words...].
+    """
+    if "engine" in case:
+        stage = case["engine"].removeprefix("zero")  # as accelerate tells it
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage.isdigit()).lower()
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = stage
     for rank, kind, *arguments in case.get("faults", []):
         if rank == RANK:
             FAULTS[kind](*arguments)
@@ -136,4 +144,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
-    sys.exit(main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    launched.end(main(json.loads(sys.argv[1]), Path(sys.argv[2])))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
+from anyflow_train.training.engine.adamw import adam_steps, set_adam_steps
 from anyflow_train.training.engine.replicated import ReplicatedEngine
 from anyflow_train.training.engine.types import Engine, Outcome
 from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, shard_frozen, zero_stage
@@ -23,9 +24,11 @@ __all__ = [
     "Outcome",
     "ReplicatedEngine",
     "ZeroEngine",
+    "adam_steps",
     "autocast_dtype",
     "build_engine",
     "build_sharded",
+    "set_adam_steps",
     "shard_frozen",
     "zero_stage",
 ]

@@ -37,12 +37,12 @@ def start_moments(optimizer: torch.optim.AdamW, masters: Iterable[Tensor]) -> No
         }
 
 
-def read_count(optimizer: torch.optim.AdamW) -> int:
+def adam_steps(optimizer: torch.optim.AdamW) -> int:
     """How many updates the bias correction has counted."""
     return int(next(iter(optimizer.state.values()))["step"].item())
 
 
-def write_count(optimizer: torch.optim.AdamW, count: int) -> None:
+def set_adam_steps(optimizer: torch.optim.AdamW, count: int) -> None:
     """Set that count."""
     for state in optimizer.state.values():
         state["step"].fill_(count)

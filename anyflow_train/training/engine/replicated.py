@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
-from anyflow_train.training.engine.adamw import adamw, read_count, set_rate, start_moments, write_count
+from anyflow_train.training.engine.adamw import adamw, set_rate, start_moments
 from anyflow_train.training.engine.types import Outcome
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -33,8 +33,8 @@ class ReplicatedEngine:
         self.network = network
         self._parameters = dict(parameters)
         self._clip_norm = config.clip_norm
-        self._optimizer = adamw(self._parameters, config)
-        start_moments(self._optimizer, self._parameters.values())
+        self.optimizer = adamw(self._parameters, config)
+        start_moments(self.optimizer, self._parameters.values())
         for parameter in self._parameters.values():
             world.broadcast_tensor(parameter.detach())
 
@@ -50,18 +50,10 @@ class ReplicatedEngine:
         applied = all(math.isfinite(value) for value in (gradient_norm, *values))
         if applied:
             clip_grads_with_norm_(self._parameters.values(), self._clip_norm, norm)
-            set_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            set_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return Outcome(applied, gradient_norm, tuple(values))
-
-    @property
-    def adam_steps(self) -> int:
-        return read_count(self._optimizer)
-
-    @adam_steps.setter
-    def adam_steps(self, count: int) -> None:
-        write_count(self._optimizer, count)
 
     def shards(self) -> dict[str, Tensor]:
         return dict(self._parameters)
@@ -70,7 +62,7 @@ class ReplicatedEngine:
         return Entry.of(shard)
 
     def entries(self, kind: str) -> dict[str, Entry]:
-        state = self._optimizer.state
+        state = self.optimizer.state
         tensors = {name: p if kind == "weights" else state[p][kind] for name, p in self._parameters.items()}
         return {name: self.entry(name, tensor) for name, tensor in tensors.items()}
 

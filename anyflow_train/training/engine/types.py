@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import AdamW
 
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -36,10 +37,12 @@ class Engine(Protocol):
     Attributes:
         world: the processes.
         network: what to call for a forward: the network itself, or a wrapper that passes calls and attributes on.
+        optimizer: its state exists from the start, see `adam_steps`.
     """
 
     world: World
     network: Any
+    optimizer: AdamW
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
@@ -54,14 +57,6 @@ class Engine(Protocol):
                 with the gradient norm; if any of them is not finite, the step is not applied.
         """
         ...
-
-    @property
-    def adam_steps(self) -> int:
-        """How many updates Adam's bias correction has counted."""
-        ...
-
-    @adam_steps.setter
-    def adam_steps(self, count: int) -> None: ...
 
     def shards(self) -> dict[str, Tensor]:
         """What this process holds of every trained parameter, by model name: averages are kept likewise."""

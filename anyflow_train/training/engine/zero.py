@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.errors import UserError
-from anyflow_train.training.engine.adamw import adamw, read_count, set_rate, start_moments, write_count
+from anyflow_train.training.engine.adamw import adamw, set_rate, start_moments
 from anyflow_train.training.engine.types import Outcome
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -72,7 +72,8 @@ class ZeroEngine:
     """DeepSpeed ZeRO 1, 2 or 3, in float32: masters and moments are sharded, at stage 3 the parameters too.
 
     DeepSpeed's own step decides on the gradient; a loss that is not finite poisons the whole gradient, so that a step
-    is skipped on all processes or on none. Its checkpoints fit one world size only; `entries` give the whole tensors.
+    is skipped on all processes or on none; what else is watched stops no step here. Its checkpoints fit one world size
+    only; `entries` give the whole tensors.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class ZeroEngine:
         self.world = world
         self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed hangs its own attributes on them
         self._stage = zero_stage()
-        self._optimizer = adamw(self._parameters, config)
+        self.optimizer = adamw(self._parameters, config)
         settings = _settings(config.clip_norm)
-        self._deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=settings)
+        self._deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self.optimizer, config=settings)
         self.network = self._deepspeed
         self._start_moments()
 
@@ -95,19 +96,11 @@ class ZeroEngine:
 
     def step(self, learning_rate: float, watched: Tensor) -> Outcome:
         values = self.world.all_reduce_sum(watched).tolist()
-        set_rate(self._optimizer, learning_rate)
+        set_rate(self.optimizer, learning_rate)
         self._deepspeed.step()
         return Outcome(
             self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm() or 0.0), tuple(values)
         )
-
-    @property
-    def adam_steps(self) -> int:
-        return read_count(self._optimizer)
-
-    @adam_steps.setter
-    def adam_steps(self, count: int) -> None:
-        write_count(self._optimizer, count)
 
     def shards(self) -> dict[str, Tensor]:
         if self._stage < 3:
@@ -162,7 +155,7 @@ class ZeroEngine:
         optimizer = self._deepspeed.optimizer
         sharded = self._stage == 3
         masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
-        start_moments(self._optimizer, masters)
+        start_moments(self.optimizer, masters)
         if not sharded:
             optimizer._lazy_init_hp_params_optimizer_state()
 
