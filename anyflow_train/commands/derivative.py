@@ -16,7 +16,8 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
 from anyflow_train.training.engine import autocast_dtype
-from anyflow_train.training.recipe import build_loader, build_student, load_trained_network
+from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.recipe import build_loader
 from anyflow_train.training.world import World, start_world
 
 

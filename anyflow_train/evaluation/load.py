@@ -16,7 +16,7 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.models.wan import load_network
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
-from anyflow_train.training.recipe import load_trained_network
+from anyflow_train.training.networks import load_trained_network
 
 
 @dataclass(frozen=True)

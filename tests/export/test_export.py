@@ -12,7 +12,7 @@ from anyflow_train.config.commands import ExportConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export import formats, run, verify
 from anyflow_train.export.folder import MARKER
-from anyflow_train.training.recipe import load_trained_network
+from anyflow_train.training.networks import load_trained_network
 from tests.export.runs import FULL, LORA, TINY_WAN, WITH_DELTA, make_run
 
 

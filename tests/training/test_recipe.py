@@ -13,7 +13,8 @@ from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.wan import build_network
 from anyflow_train.training.ema import AveragedFlowMap
-from anyflow_train.training.recipe import build_loader, build_recipe, build_student, load_trained_network
+from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.recipe import build_loader, build_recipe
 from anyflow_train.training.world import World
 from tests.training.helpers import settings, train, write_latents
 
