@@ -43,7 +43,7 @@ from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
 from anyflow_train.models.wan import build_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
-from anyflow_train.training.ema import AveragedFlowMap, Ema
+from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport, make_update
 from anyflow_train.training.world import World
@@ -95,11 +95,12 @@ class Side:
     """One way to do the step.
 
     Attributes:
-        trainable, roles: the network with its optimizer and averages.
+        trainable, ema, roles: the network with its optimizer, its averages, and as a flow map.
         everywhere: the context in which the derivative is taken of all samples, or an empty one.
     """
 
     trainable: Trainable
+    ema: Ema
     roles: Roles
     everywhere: Any
 
@@ -107,7 +108,7 @@ class Side:
         """One step. The learning rate is 0: weights stay, so that every repeat does the same."""
         with self.everywhere():
             report = make_update(update, self.trainable, self.roles, batches, draws, 0.0, "")
-        self.trainable.ema.update(0)
+        self.ema.update(0)
         return report
 
 
@@ -206,8 +207,9 @@ def make_side(network: nn.Module, flow_map: Any, device: torch.device, everywher
     """A network with an optimizer and averages of its own."""
     parameters = dict(network.named_parameters())
     ema = Ema(parameters, EmaConfig(decay=0.999, start_step=0))
-    engine = ReplicatedEngine(World(device), network, parameters, Optimizer(betas=(FIRST_MOMENT, 0.95)))
-    return Side(Trainable(network, engine, ema, AveragedFlowMap(flow_map, ema)), Roles(flow_map, flow_map), everywhere)
+    optimizer = Optimizer(betas=(FIRST_MOMENT, 0.95))
+    engine = ReplicatedEngine(World(device), network, parameters, optimizer)
+    return Side(Trainable(network, engine, optimizer, ema), ema, Roles(flow_map, flow_map), everywhere)
 
 
 def compare(left: Side, right: Side, step: Step) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Student, Teacher
 from anyflow_train.config.objective import Objective, Times
+from anyflow_train.config.on_policy import NoOnPolicy, OnPolicy
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -140,6 +141,7 @@ class RunConfig(Model):
     teacher: Teacher = Teacher()
     objective: Objective
     times: Times = Times()
+    on_policy: OnPolicy = NoOnPolicy()
     optimizer: Optimizer = Optimizer()
     data: Data
     engine: Engine = Engine()

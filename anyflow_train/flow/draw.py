@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
@@ -26,12 +26,23 @@ class Draw:
         seed, step: of the run.
         slots: global slot of each of the B samples.
         device: where the numbers are made; CPU and GPU generators differ.
+        scope: put before every purpose, so that two users of a step may name theirs alike.
     """
 
     seed: int
     step: int
     slots: tuple[int, ...]
     device: torch.device
+    scope: str = ""
+
+    def scoped(self, name: str) -> Draw:
+        """The random numbers of the same samples for another user."""
+        return replace(self, scope=f"{self.scope}{name}: ")
+
+    def shared(self, purpose: str, columns: int) -> list[float]:
+        """Uniform numbers in [0, 1) that all samples of the step have in common, on every process."""
+        generator = torch.Generator().manual_seed(draw_key(self.seed, self.step, self.scope + purpose))
+        return torch.rand(columns, generator=generator).tolist()
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, (B, *shape) float32."""
@@ -42,5 +53,5 @@ class Draw:
         return torch.stack([torch.rand(columns, generator=g, device=self.device) for g in self._generators(purpose)])
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        keys = [draw_key(self.seed, self.step, slot, purpose) for slot in self.slots]
+        keys = [draw_key(self.seed, self.step, slot, self.scope + purpose) for slot in self.slots]
         return [torch.Generator(self.device).manual_seed(key) for key in keys]

@@ -35,7 +35,7 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance) -> Tensor:
             `unweighted` scales the bare losses and weights after; `none` only weights.
     """
     weighted = loss.per_sample * loss.weight
-    if mode == "none":
+    if mode == "none" or loss.branch is None:
         return weighted
     scale = diffusion_mean.detach() / (balance_value(loss, mode) + FLOOR)
     return torch.where(loss.branch == Branch.DIFFUSION, weighted, weighted * scale)

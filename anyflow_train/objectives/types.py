@@ -23,11 +23,13 @@ class Roles:
         student: what is trained; gradients flow through it.
         derivative: the student, or its EMA, without gradient and in the precision of the time derivative.
         teacher: the frozen teacher, called at r = t; None where the run has none.
+        fake_score: the velocity of the student's own samples, called at r = t; None where the run has none.
     """
 
     student: FlowMap
     derivative: FlowMap
     teacher: FlowMap | None = None
+    fake_score: FlowMap | None = None
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Loss:
         per_sample: (B,) float32, mean square error over a sample's elements, before the weight w(t); carries the
             gradient.
         weight: (B,) float32, w(t).
-        branch: (B,) int64, `Branch`.
+        branch: (B,) int64, `Branch`; None for an objective without branches.
         metrics: name -> (B,) detached values to log.
     """
 
     per_sample: Tensor
     weight: Tensor
-    branch: Tensor
+    branch: Tensor | None
     metrics: dict[str, Tensor]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from anyflow_train.config.network import FullTraining, Lora, Student, Teacher
+from anyflow_train.config.network import FullTraining, Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.adapters import add_lora, trainable_parameters
@@ -52,20 +52,27 @@ def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
     return network
 
 
-def start_teacher(config: Teacher, world: World) -> AnyFlowTransformer3DModel:
+def start_teacher(source: str | None, world: World) -> AnyFlowTransformer3DModel:
     """The frozen teacher on its device, under ZeRO-3 in shards. At r = t it is the teacher, whatever its gate.
 
     Raises:
         UserError: `teacher.source` names none.
     """
-    if zero_stage() < 3:
-        network = _moved(world.together(lambda: _open_teacher(config, load_network)), world)
-    else:
-        stored = world.together(lambda: _open_teacher(config, open_network))
-        network = build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
+    if source is None:
+        raise UserError("teacher.source", "is null, but the run needs a teacher; name the teacher's folder")
+    network = _start("teacher.source", source, world)
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
     return network if zero_stage() < 3 else shard_frozen(network)
+
+
+def start_fake_score(source: str, world: World) -> AnyFlowTransformer3DModel:
+    """The fake score on its device, under ZeRO-3 in shards, all of it to be trained. It is only called at r = t.
+
+    Raises:
+        UserError: `on_policy.fake_score.init` names none.
+    """
+    return _start("on_policy.fake_score.init", source, world)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[AnyFlowTransformer3DModel, RunConfig]:
@@ -97,13 +104,19 @@ def _open_student(config: Student, source: str) -> StoredNetwork:
     return stored
 
 
-def _open_teacher(config: Teacher, open_source: Callable[[str], Opened]) -> Opened:
-    if config.source is None:
-        raise UserError("teacher.source", "is null, but the run needs a teacher; name the teacher's folder")
+def _start(key: str, source: str, world: World) -> AnyFlowTransformer3DModel:
+    """The whole network of a source, or its shards under ZeRO-3."""
+    if zero_stage() < 3:
+        return _moved(world.together(lambda: _opened(key, lambda: load_network(source))), world)
+    stored = world.together(lambda: _opened(key, lambda: open_network(source)))
+    return build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
+
+
+def _opened(key: str, open_source: Callable[[], Opened]) -> Opened:
     try:
-        return open_source(config.source)
+        return open_source()
     except UserError as error:
-        raise UserError("teacher.source", str(error)) from error
+        raise UserError(key, str(error)) from error
 
 
 def _load_student(config: Student, source: str) -> AnyFlowTransformer3DModel:

@@ -85,15 +85,15 @@ class Trainer:
         config, step, device = self.config, self.state.step, self.recipe.world.device
         batches = [batch.to(device) for batch in batches]
         draws = [Draw(config.seed, step, batch.slots, device) for batch in batches]
-        rate = learning_rate(step, config.steps, config.optimizer)
-        values, suspects = {"learning_rate": rate}, ()
+        values, suspects = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
         for update in self.recipe.updates:
             if step % update.every:
                 continue
             trainable = self.recipe.trainables[update.role]
-            prefix = f"{update.role}/" if len(self.recipe.updates) > 1 else ""
+            rate = learning_rate(step, config.steps, trainable.optimizer)
+            prefix = "" if update.role == "student" else f"{update.role}/"
             report = make_update(update, trainable, self.recipe.roles, batches, draws, rate, prefix)
-            if report.applied:
+            if report.applied and trainable.ema is not None:
                 trainable.ema.update(step)
             values |= report.values
             suspects += report.suspects
@@ -124,7 +124,8 @@ class Trainer:
         """Show and record the means since the last time; not only the last step's, which are noisy."""
         if not (self._due(self.config.log_every) and self._window):
             return
-        means = {name: fmean(row[name] for row in self._window if name in row) for name in self._window[-1]}
+        names = dict.fromkeys(name for row in self._window for name in row)
+        means = {name: fmean(row[name] for row in self._window if name in row) for name in names}
         seconds = self._pace.seconds_per_step()
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
@@ -143,7 +144,7 @@ class Trainer:
             or not self._due(self.config.evaluation.every)
         ):
             return
-        student = self.recipe.trainables["student"].averaged
+        student = self.recipe.averaged
         folder = self.directory.validation(self.state.step)
         with self._pulse.at_length("validating"):
             validation = self.validator(student, folder, self._asked_to_stop)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.config.slots import Branch
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.rebalance import Rebalance, balance_value, rebalanced
 from anyflow_train.objectives.types import Loss, Objective, Roles
 from anyflow_train.training.ema import Ema
@@ -58,14 +58,14 @@ class Trainable:
     Attributes:
         network: holds the parameters, trained and frozen.
         engine: optimizer and gradients of the trained ones.
-        ema: their averages.
-        averaged: the network's flow map under the averages.
+        optimizer: how the learning rate goes.
+        ema: their averages; None for a role that is only a means.
     """
 
     network: nn.Module
     engine: Engine
-    ema: Ema
-    averaged: FlowMap
+    optimizer: OptimizerConfig
+    ema: Ema | None
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class DiffusionMean:
 
     def after(self, loss: Loss, slots: tuple[int, ...]) -> Tensor:
         """The mean, () float32, as of this micro-batch. Before it is complete, no sample needs it."""
-        if self._mean is not None:
-            return self._mean
+        if self._mean is not None or loss.branch is None:
+            return self._sum if self._mean is None else self._mean
         values = balance_value(loss, self._term.rebalance)
         self._sum += torch.where(loss.branch == Branch.DIFFUSION, values, 0).sum()
         width = len(slots) * self._world.data_size
@@ -122,14 +122,20 @@ class Watch:
         values = loss.per_sample.detach().float()
         self._samples.append((keys, values))
         self._add("loss", total.detach().float())
+        if loss.branch is not None:
+            self._see_branches(prefix, values, loss.branch)
+        elif prefix:  # one term's alone is the total
+            self._add(f"{prefix}loss", values.sum())
+        for name, metric in loss.metrics.items():
+            self._add(prefix + name, metric.float().sum())
+
+    def _see_branches(self, prefix: str, values: Tensor, branches: Tensor) -> None:
         for branch in Branch:
-            member = loss.branch == branch
+            member = branches == branch
             name = f"{prefix}loss_{branch.name.lower()}"
             self._counts[name] = f"count of {name}"
             self._add(name, torch.where(member, values, 0).sum())
             self._add(self._counts[name], member.sum().float())
-        for name, metric in loss.metrics.items():
-            self._add(prefix + name, metric.float().sum())
 
     def sums(self) -> Tensor:
         """(K,) float32."""

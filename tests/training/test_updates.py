@@ -17,7 +17,7 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Loss, Roles
-from anyflow_train.training.ema import AveragedFlowMap, Ema
+from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine, adam_steps
 from anyflow_train.training.updates import DiffusionMean, Term, Trainable, Update, make_update
 from anyflow_train.training.world import World
@@ -63,8 +63,8 @@ def draws(given: Sequence[Batch]) -> list[Draw]:
 def trainable_of(toy: Toy) -> Trainable:
     parameters = dict(toy.named_parameters())
     ema = Ema(parameters, EmaConfig())
-    engine = ReplicatedEngine(CPU, toy, parameters, Optimizer(lr=0.1, clip_norm=1e9))
-    return Trainable(toy, engine, ema, AveragedFlowMap(toy, ema))
+    optimizer = Optimizer(lr=0.1, clip_norm=1e9)
+    return Trainable(toy, ReplicatedEngine(CPU, toy, parameters, optimizer), optimizer, ema)
 
 
 def flow_map_update(rebalance: str) -> Update:

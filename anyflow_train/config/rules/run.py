@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.rules import geometry, objective, schedule, warnings
+from anyflow_train.config.rules import geometry, objective, on_policy, schedule, warnings
 from anyflow_train.config.run import RunConfig
 
 
@@ -17,6 +17,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *objective.velocity(config),
         *objective.times_of_flow_map(config),
         *objective.shares(config),
+        *on_policy.on_policy(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),
         *schedule.sequence(config, world),
@@ -29,6 +30,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     """What is probably not meant, in a config without errors."""
     return [
         *warnings.schedule(config),
+        *on_policy.uneven_end(config),
         *warnings.derivative(config),
         *warnings.balance(config, world),
         *warnings.validation(config),

@@ -1,0 +1,53 @@
+"""Rules of stage 2: what a run on its own rollouts needs, and what contradicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from anyflow_train.config.findings import Finding
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.run import RunConfig
+
+KIND = "on_policy.kind"
+
+
+def on_policy(config: RunConfig) -> Iterator[Finding]:
+    """A flow map to roll out, a teacher to judge it, and times that hold something."""
+    settings = config.on_policy
+    if not isinstance(settings, DistributionMatching):
+        return
+    if not isinstance(config.objective, FlowMap):
+        yield Finding(
+            ("objective.kind", KIND),
+            f"{config.objective.kind!r} trains no flow map, and on_policy.kind={settings.kind} rolls one out; "
+            "choose objective=flow_map, or on_policy=none",
+        )
+    if config.teacher.source is None:
+        yield Finding(
+            ("teacher.source", KIND),
+            f"null, but on_policy.kind={settings.kind} compares rollouts with a teacher; give a pipeline folder or "
+            "hub id, or choose on_policy=none",
+        )
+    for name, times in (("score_times", settings.score_times), ("fake_score.times", settings.fake_score.times)):
+        if times.low >= times.high:
+            key = f"on_policy.{name}"
+            yield Finding(
+                (f"{key}.low", f"{key}.high"), f"{times.low:g} is not below {key}.high={times.high:g}; lower it"
+            )
+    if max(settings.steps) == 1:
+        yield Finding(
+            ("on_policy.steps",),
+            f"{list(settings.steps)} only ever trains the jump from noise to data; add a number above 1",
+        )
+
+
+def uneven_end(config: RunConfig) -> Iterator[Finding]:
+    """A warning where the run ends between two updates of the student."""
+    settings = config.on_policy
+    if isinstance(settings, DistributionMatching) and config.steps % settings.fake_score.updates:
+        yield Finding(
+            ("steps", "on_policy.fake_score.updates"),
+            f"{config.steps} is not a multiple of on_policy.fake_score.updates={settings.fake_score.updates}: the "
+            "student is updated in every first of so many steps, and the last ones only train the fake score",
+        )

@@ -1,0 +1,130 @@
+"""Distribution matching on the student's own rollouts (DMD2, arXiv 2405.14867; AnyFlow's on-policy stage), and the
+fake score that it needs: flow matching on those rollouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.on_policy import ScoreTimes
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.path import expand_time, interpolate, path_velocity
+from anyflow_train.flow.sampler import guided
+from anyflow_train.flow.times import draw_diffusion_time
+from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.objectives.guidance import square_error
+from anyflow_train.objectives.rollouts import Endpoints, Rollout, Rollouts
+from anyflow_train.objectives.types import Loss, Roles
+
+# A rollout that is what the teacher predicts has no distance to divide by.
+SMALLEST_DISTANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where a rollout should move.
+
+    Attributes:
+        gradient: (B, F, C, H, W), `(fake - real) / mean |x - real|`, of x0-predictions.
+        distance: (B,) that mean.
+    """
+
+    gradient: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class DistributionMatchingObjective:
+    """`mean (x - sg[x - gradient])^2` on rollouts x of the student; its gradient by x is `2 gradient / numel`.
+
+    Attributes:
+        rollouts: makes x.
+        times: at which the scores are compared.
+        guidance_scale: CFG scale of the teacher.
+        endpoints: where x is left for the fake score; None: nowhere.
+    """
+
+    rollouts: Rollouts
+    times: ScoreTimes
+    guidance_scale: float
+    endpoints: Endpoints | None = None
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        """Gradient flows into the student alone. Raises ValueError without a teacher or a fake score."""
+        if roles.teacher is None or roles.fake_score is None:
+            raise ValueError("distribution matching needs a teacher and a fake score among the roles")
+        draw = draw.scoped("distribution matching")
+        made = self.rollouts(roles.student, batch.condition, draw)
+        if self.endpoints is not None:
+            self.endpoints.keep(draw, made)
+        teacher = guided(roles.teacher, batch.negative, self.guidance_scale)
+        found = direction(teacher, roles.fake_score, made.x.detach(), batch.condition, draw, self.times)
+        per_sample = square_error(made.x, (made.x - found.gradient).detach(), torch.ones_like(found.distance))
+        return Loss(per_sample, torch.ones_like(per_sample), None, _metrics(made, found))
+
+
+@dataclass(frozen=True)
+class FakeScoreObjective:
+    """`|| fake(x_t, t) - (z - x) ||^2` on detached rollouts x of the student.
+
+    Attributes:
+        rollouts: makes x.
+        times: at which the fake score learns.
+        endpoints: where the rollouts of the student's update lie; None: always makes its own.
+    """
+
+    rollouts: Rollouts
+    times: ScoreTimes
+    endpoints: Endpoints | None = None
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        """Gradient flows into the fake score alone. Raises ValueError without one."""
+        if roles.fake_score is None:
+            raise ValueError("there is no fake score among the roles")
+        x0 = self._samples(roles.student, batch.condition, draw)
+        draw = draw.scoped("fake score")
+        t = draw_score_time(draw, self.times)
+        z = draw.normal("score noise", tuple(x0.shape[1:]))
+        v = roles.fake_score(interpolate(x0, z, t), t, t, batch.condition)
+        per_sample = square_error(v, path_velocity(x0, z), torch.ones_like(t))
+        return Loss(per_sample, torch.ones_like(per_sample), None, {})
+
+    @torch.no_grad()
+    def _samples(self, student: FlowMap, condition: Condition, draw: Draw) -> Tensor:
+        made = None if self.endpoints is None else self.endpoints.take(draw)
+        made = made or self.rollouts(student, condition, draw.scoped("fake score"))
+        return made.x
+
+
+@torch.no_grad()
+def direction(
+    teacher: FlowMap, fake_score: FlowMap, x: Tensor, condition: Condition, draw: Draw, times: ScoreTimes
+) -> Direction:
+    """Compare what teacher and fake score make of x (B, F, C, H, W), noised to a time of each sample's own."""
+    s = draw_score_time(draw, times)
+    noised = interpolate(x, draw.normal("score noise", tuple(x.shape[1:])), s)
+    span = expand_time(s, x)
+    real = noised - span * teacher(noised, s, s, condition)
+    fake = noised - span * fake_score(noised, s, s, condition)
+    distance = (x - real).abs().flatten(1).mean(dim=1)
+    return Direction((fake - real) / expand_time(distance.clamp_min(SMALLEST_DISTANCE), x), distance)
+
+
+def draw_score_time(draw: Draw, times: ScoreTimes) -> Tensor:
+    """(B,) float32."""
+    return draw_diffusion_time(draw, times.distribution, times.shift, "fp32").clamp(times.low, times.high)
+
+
+def _metrics(made: Rollout, found: Direction) -> dict[str, Tensor]:
+    """A rollout's statistics go under its number of steps, which all samples of a step share."""
+    x = made.x.detach().flatten(1)
+    return {
+        "direction_norm": found.gradient.flatten(1).square().mean(dim=1).sqrt(),
+        "normaliser": found.distance,
+        f"rollout_std_{made.steps}": x.std(dim=1),
+        f"rollout_mean_{made.steps}": x.mean(dim=1),
+    }
