@@ -18,6 +18,8 @@ from tests.training.helpers import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
+# Layers whose results a process looks at: one that must stay float32, and one that may be rounded.
+LAYERS = ("condition_embedder.time_embedder.linear_2", "blocks.0.ffn.net.2")
 PATIENCE = 240.0  # a start takes 12 s on a quiet machine, and ten times that on a busy one
 
 
@@ -69,7 +71,7 @@ class Launch:
         return self.log.read_text(errors="replace")
 
     def results(self, case: str) -> list[dict[str, Any]]:
-        """What each process ended the starts of a case with, by rank: `code` and `weights`, a checksum."""
+        """What each process ended the starts of a case with, by rank: see `worker`."""
         rows = [row for row in map(json.loads, self._results.open()) if row["case"] == case]
         return sorted(rows, key=lambda row: row["rank"])
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from anyflow_train.config.compose import compose
 from anyflow_train.models.wan import build_network
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints
-from tests.training.helpers import final_tensors, settings, write_latents
-from tests.training.launched import Launch, words
+from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents
+from tests.training.launched import LAYERS, Launch, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -33,9 +34,13 @@ EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero3": ("zero3", "full", {"engine__micro_batch": 2}),
     "ddp-sequence": ("ddp", "full", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
     "zero2-sequence": ("zero2", "lora", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
-    "zero3-teacher": ("zero3", "teacher", {"engine__micro_batch": 2}),
+    "zero3-teacher": ("zero3", "teacher", {"engine__micro_batch": 4}),
     "zero3-lora": ("zero3", "lora", {"engine__micro_batch": 4}),
+    "zero3-sequence": ("zero3", "full", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
+    "offload": ("zero3_offload", "full", {"engine__micro_batch": 2}),
 }
+# bfloat16 over float32 masters.
+HALF_PRECISION = ("zero2", "zero3")
 
 
 def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]:
@@ -51,19 +56,38 @@ def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]
     return run
 
 
+def bf16(folder: Path, name: str, micro_batch: int) -> dict[str, Any]:
+    return config(folder, name, "full", engine__precision="bf16", engine__micro_batch=micro_batch)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs that two processes do, and the same by one."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and networks to start from."""
     folder = tmp_path_factory.mktemp("engines")
     write_latents(folder / "shards")
     architecture = settings(folder)["student"]["architecture"]
     for name, seed in (("network", 3), ("teacher", 4)):
         build_network({**architecture, "gate_value": 0.25}, seed, 0.03).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> Launch:
+    """The launch of nearly all runs that two processes do."""
+    equal = [(engine, config(folder, name, kind, **changes)) for name, (engine, kind, changes) in EQUAL.items()]
+    moved = ("zero2", {**config(folder, "moved", "full", engine__micro_batch=2), "steps": HALF})
+    whole = config(folder, "offload-resumed", "full", engine__micro_batch=2)
+    resumed = [("zero3_offload", {**whole, "steps": HALF}), ("zero3_offload", whole)]
+    half = [(engine, {**bf16(folder, f"{engine}-bf16", 2), "steps": HALF}) for engine in HALF_PRECISION]
+    return together([*equal, moved, *resumed, *half], folder / "first")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, first: Launch) -> Path:
+    """The runs of two processes, and the same by one."""
     for kind in ("full", "lora", "teacher"):
         alone(config(folder, f"one-{kind}", kind))
-    equal = [(engine, config(folder, name, kind, **changes)) for name, (engine, kind, changes) in EQUAL.items()]
-    half = ("zero2", {**config(folder, "moved", "full", engine__micro_batch=2), "steps": HALF})
-    together([*equal, half], folder / "first")
+    alone({**bf16(folder, "one-bf16", 4), "steps": HALF})
     alone({**config(folder, "moved", "full"), "steps": END})
     together([("zero3", config(folder, "moved", "full", engine__micro_batch=4))], folder / "second")
     return folder
@@ -74,11 +98,12 @@ def alone(run: dict[str, Any]) -> None:
     assert training.run(compose("train", words(run))) == 0
 
 
-def together(runs: list[tuple[str, dict[str, Any]]], place: Path) -> None:
+def together(runs: list[tuple[str, dict[str, Any]]], place: Path) -> Launch:
     """Train each run by two processes under the engine that it names. Start-up is paid once for all."""
     place.mkdir()
     launch = Launch("zero2", [{"engine": engine, "config": run} for engine, run in runs], place)
     assert launch.ended() == 0, launch.text()
+    return launch
 
 
 def logged(run: Path) -> list[dict[str, float]]:
@@ -124,3 +149,33 @@ def test_every_process_saved_one_checkpoint_together(runs: Path) -> None:
         names = [set(load_file(file)) for file in sorted(checkpoint.glob("*-00001.safetensors"))]
         assert len(names) == 4
         assert all(found == names[0] for found in names)
+
+
+def test_an_offloaded_run_resumes_bit_for_bit(runs: Path) -> None:
+    """Masters, moments and averages come from the host's memory, and go back there."""
+    assert logged(runs / "offload-resumed")[HALF]["step"] == HALF + 1
+    assert_equal_runs(runs / "offload-resumed", runs / "offload")
+
+
+@pytest.mark.parametrize("engine", HALF_PRECISION)
+def test_bf16_is_that_of_one_process(runs: Path, engine: str) -> None:
+    ours, one = logged(runs / f"{engine}-bf16"), logged(runs / "one-bf16")
+    assert len(ours) == len(one) == HALF
+    for row, wanted in zip(ours, one, strict=True):
+        for key in ("loss", "gradient_norm"):
+            # Every micro-batch's gradient of a weight is rounded once, by at most 2^-9 of itself.
+            assert row[key] == pytest.approx(wanted[key], rel=2**-8), key
+
+
+@pytest.mark.parametrize("engine", HALF_PRECISION)
+def test_bf16_is_in_the_products_and_nowhere_else(runs: Path, first: Launch, engine: str) -> None:
+    """DeepSpeed's own bfloat16 would round all that is trained, and the time embedding too."""
+    for row in first.results(f"{engine}-bf16"):
+        embedder, block = (row["types"][name] for name in LAYERS)
+        assert embedder == ["torch.float32"]
+        assert block == ["torch.bfloat16", "torch.float32"]  # the forwards of the derivative are float32
+    for group in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        kept = [t for name, t in final_tensors(runs / f"{engine}-bf16").items() if name.startswith(f"{group}-")]
+        numbers = torch.cat([tensor.flatten() for tensor in kept])
+        # one in 2^16 by chance, and zeros
+        assert (numbers.bfloat16() == numbers).float().mean() < 0.05, group

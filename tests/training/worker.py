@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from anyflow_train import __main__ as command_line
 from anyflow_train.training import launched
-from tests.training.launched import words
+from tests.training.launched import LAYERS, ROOT, words
 
 RANK = int(os.environ["RANK"])
 
@@ -25,6 +27,20 @@ def no_compilation() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+
+def as_on_a_gpu() -> None:
+    """Two things that DeepSpeed does on GPUs only.
+
+    Of a moment that lies in the host's memory it gives a copy, which nobody's write reaches. It looks for an autocast
+    around a forward, which it ends unless its config asks for one; on a CPU it looks for that of a GPU.
+    """
+    import torch
+    from deepspeed import utils
+
+    state, autocast = utils.safe_get_local_optimizer_state, torch.is_autocast_enabled
+    utils.safe_get_local_optimizer_state = lambda *arguments: state(*arguments).clone()
+    torch.is_autocast_enabled = lambda device="cpu": autocast(device)
 
 
 def at_step(step: int, act: Callable[[], Any]) -> None:
@@ -57,18 +73,24 @@ def while_loading(step: int, act: Callable[[], Any]) -> None:
     Loader.__iter__ = wrapped
 
 
-def digest_at_end(digests: list[str]) -> None:
-    """Note the parameters that this process holds at the end of every run."""
+def note_runs(notes: list[dict[str, Any]]) -> None:
+    """Note of every run a checksum of the parameters that this process ends with, and the types of layers' results."""
     from anyflow_train.training.trainer import Trainer
 
     original = Trainer.train
 
     def wrapped(self: Trainer, stream: Any) -> None:
+        network = self.recipe.trainables["student"].network
+        types: dict[str, set[str]] = {name: set() for name in LAYERS}
+        for name, found in types.items():
+            note = lambda _layer, _given, result, found=found: found.add(str(result.dtype))  # noqa: E731
+            network.get_submodule(name).register_forward_hook(note)
         original(self, stream)
         content = hashlib.sha256()
-        for parameter in self.recipe.trainables["student"].network.parameters():
+        for parameter in network.parameters():
             content.update(parameter.detach().numpy().tobytes())
-        digests.append(content.hexdigest())
+        results = {name: sorted(found) for name, found in types.items()}
+        notes.append({"weights": content.hexdigest(), "types": results})
 
     Trainer.train = wrapped
 
@@ -103,6 +125,14 @@ FAULTS = {
 }
 
 
+def choose_engine(name: str) -> None:
+    """What `accelerate launch` would tell the process with this file of `launch/`."""
+    settings = yaml.safe_load((ROOT / "launch" / f"{name}.yaml").read_text()).get("deepspeed_config")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(settings is not None).lower()
+    for key in ("zero_stage", "offload_optimizer_device", "offload_param_device"):
+        os.environ[f"ACCELERATE_DEEPSPEED_{key.upper()}"] = str((settings or {}).get(key, "none"))
+
+
 def do(case: dict[str, Any]) -> int:
     """One run.
 
@@ -110,9 +140,7 @@ def do(case: dict[str, Any]) -> int:
     [rank, words...].
     """
     if "engine" in case:
-        stage = case["engine"].removeprefix("zero")  # as accelerate tells it
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage.isdigit()).lower()
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = stage
+        choose_engine(case["engine"])
     for rank, kind, *arguments in case.get("faults", []):
         if rank == RANK:
             FAULTS[kind](*arguments)
@@ -122,10 +150,10 @@ def do(case: dict[str, Any]) -> int:
 
 def main(cases: list[dict[str, Any]], results: Path) -> int:
     code, home = 0, os.getcwd()
-    digests: list[str] = []
-    digest_at_end(digests)
+    notes: list[dict[str, Any]] = []
+    note_runs(notes)
     for case in cases:
-        digests.clear()
+        notes.clear()
         terminal = os.dup(1), os.dup(2)
         code = do(case)
         os.chdir(home)
@@ -135,8 +163,8 @@ def main(cases: list[dict[str, Any]], results: Path) -> int:
             os.dup2(terminal[descriptor - 1], descriptor)
         os.environ.pop(launched.TERMINAL, None)
         with results.open("a") as file:
-            row = {"case": case["config"]["name"], "rank": RANK, "code": code, "weights": digests[-1:]}
-            file.write(json.dumps(row) + "\n")
+            row = {"case": case["config"]["name"], "rank": RANK, "code": code}
+            file.write(json.dumps(row | (notes[-1] if notes else {})) + "\n")
     return code
 
 
@@ -144,4 +172,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
+        as_on_a_gpu()
     launched.end(main(json.loads(sys.argv[1]), Path(sys.argv[2])))

@@ -48,9 +48,21 @@ def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], w
 
 def shard_frozen(network: nn.Module) -> Any:
     """A network of `build_sharded` that is only called, never trained."""
+    return _initialize(network, None, 1.0)
+
+
+def _initialize(network: nn.Module, optimizer: torch.optim.AdamW | None, clip_norm: float) -> Any:
+    """DeepSpeed's engine around a network; whether its products run in bfloat16 is the caller's autocast alone.
+
+    On a GPU DeepSpeed ends an autocast that its own config does not ask for. One that the config asked for would reach
+    the forwards that must be float32. So it is told what is so around it.
+    """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=network, config=_settings(1.0))
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_settings(clip_norm))
+    device = deepspeed.get_accelerator().device_name()
+    engine.torch_autocast_enabled = lambda: torch.is_autocast_enabled(device)
+    engine.torch_autocast_dtype = lambda: torch.get_autocast_dtype(device)
     return engine
 
 
@@ -79,13 +91,12 @@ class ZeroEngine:
     def __init__(
         self, world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: OptimizerConfig
     ) -> None:
-        deepspeed = _deepspeed(world)
+        _deepspeed(world)
         self.world = world
         self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed hangs its own attributes on them
         self._stage = zero_stage()
         self.optimizer = adamw(self._parameters, config)
-        settings = _settings(config.clip_norm)
-        self._deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self.optimizer, config=settings)
+        self._deepspeed = _initialize(network, self.optimizer, config.clip_norm)
         self.network = self._deepspeed
         self._start_moments()
 
@@ -134,20 +145,25 @@ class ZeroEngine:
         return Entry(entry.shape, entry.read, write)
 
     def _moment(self, name: str, kind: str) -> Entry:
+        """DeepSpeed is asked when a moment is read, and told what is written: of a moment in the host's memory it gives
+        a copy on the GPU.
+        """
         from deepspeed.utils import (
             safe_get_full_optimizer_state,
             safe_get_local_optimizer_state,
             safe_set_full_optimizer_state,
+            safe_set_local_optimizer_state,
         )
 
         parameter = self._parameters[name]
-        if self._stage == 3:
-            return self.entry(name, safe_get_local_optimizer_state(parameter, kind))
-        read: Callable[[], Any] = lambda: safe_get_full_optimizer_state(parameter, kind)  # noqa: E731 (None never occurs)
+        if self._stage < 3:
+            read: Callable[[], Any] = lambda: safe_get_full_optimizer_state(parameter, kind)  # noqa: E731 (never None)
+            return Entry(parameter.shape, read, lambda whole: safe_set_full_optimizer_state(parameter, whole, kind))
+        shape, shard = parameter.ds_shape, parameter.ds_tensor
         return Entry(
-            parameter.shape,
-            read,
-            lambda whole: safe_set_full_optimizer_state(parameter, whole, kind),
+            shape,
+            lambda: self._join(shape, safe_get_local_optimizer_state(parameter, kind)),
+            lambda whole: safe_set_local_optimizer_state(parameter, self._cut(whole, shard), kind),
         )
 
     def _start_moments(self) -> None:
@@ -182,6 +198,7 @@ def _settings(clip_norm: float) -> dict[str, Any]:
         "managed_gradient_accumulation": False,  # `step` is the boundary, not the n-th `backward`
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,
+        # Offloaded, torch's own fused Adam is as fast on a CPU as DeepSpeed's, which takes a compiler and two minutes.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": plugin.zero_stage,
