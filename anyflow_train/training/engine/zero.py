@@ -60,7 +60,8 @@ def _initialize(network: nn.Module, optimizer: torch.optim.AdamW | None, clip_no
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_settings(clip_norm))
-    device = deepspeed.get_accelerator().device_name()
+    accelerator: Any = deepspeed.get_accelerator()
+    device = accelerator.device_name()
     engine.torch_autocast_enabled = lambda: torch.is_autocast_enabled(device)
     engine.torch_autocast_dtype = lambda: torch.get_autocast_dtype(device)
     return engine
