@@ -35,6 +35,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
+        _open_as_the_folder(building)
         check_writable(out, overwrite)
         _replace(out, building)
     finally:
@@ -81,6 +82,13 @@ def _written_files(folder: Path) -> set[str] | None:
 
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _open_as_the_folder(building: Path) -> None:
+    """Let those read the files who may read the folder: safetensors writes files that only their owner can read."""
+    mode = building.stat().st_mode & 0o666
+    for name in _files(building):
+        (building / name).chmod(mode)
 
 
 def _replace(out: Path, building: Path) -> None:

@@ -1,5 +1,6 @@
 """A folder is whole or absent, and other people's files are safe."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ def test_a_new_folder_appears_whole(tmp_path: Path):
     export(tmp_path / "deep" / "out", "a")
     assert (tmp_path / "deep" / "out" / "sub" / "weights").read_text() == "a"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_files_are_as_open_as_the_folder(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out", overwrite=False) as folder:
+            (folder / "part").mkdir()
+            for name in ("a", "part/b"):
+                (folder / name).touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert {oct((tmp_path / "out" / name).stat().st_mode & 0o777) for name in ("a", "part/b")} == {"0o640"}
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path):
