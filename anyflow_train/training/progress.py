@@ -16,6 +16,8 @@ SHORT = {
     "samples_per_second": "samples/s",
     "seconds_per_step": "s/step",
 }
+# For the trackers: too much for a line.
+HIDDEN = "/rollout_"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -69,7 +71,8 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
-        text = "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in values.items())
+        shown = {name: value for name, value in values.items() if HIDDEN not in name}
+        text = "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             return

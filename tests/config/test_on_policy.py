@@ -61,6 +61,14 @@ def test_a_run_that_ends_between_turns_is_warned_of() -> None:
     assert "not a multiple" in warning.text
 
 
+@pytest.mark.parametrize("start", [None, "teacher"])
+def test_a_student_that_stage_1_has_not_seen_is_warned_of(start: str | None) -> None:
+    values = changed({"student.init": start, "teacher.source": "teacher"})
+    (warning,) = run_warnings(RunConfig.model_validate_json(json.dumps(values)), 1)
+    assert warning.keys[0] == "student.init"
+    assert "the run of stage 1" in warning.text
+
+
 @pytest.mark.parametrize("size", ["1_3b", "14b"])
 @pytest.mark.parametrize("twin", ["", "_reference"])
 def test_published_hyperparameters(size: str, twin: str) -> None:

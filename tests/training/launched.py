@@ -95,7 +95,8 @@ def train_case(folder: Path, *faults: list[Any], **changes: Any) -> dict[str, An
 
 def words(config: dict[str, Any]) -> list[str]:
     """A config as it is written on the command line."""
-    return ["student/adapter=full", "student.init=null", "teacher.source=null", *_overrides(config)]
+    group = f"on_policy={config.get('on_policy', {}).get('kind', 'none')}"
+    return ["student/adapter=full", "student.init=null", "teacher.source=null", group, *_overrides(config)]
 
 
 def _overrides(config: dict[str, Any], prefix: str = "") -> list[str]:

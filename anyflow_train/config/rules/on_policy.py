@@ -42,10 +42,17 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def uneven_end(config: RunConfig) -> Iterator[Finding]:
-    """A warning where the run ends between two updates of the student."""
+def doubts(config: RunConfig) -> Iterator[Finding]:
+    """What is probably not meant: a student that stage 1 has not seen, a run that ends between two of its turns."""
     settings = config.on_policy
-    if isinstance(settings, DistributionMatching) and config.steps % settings.fake_score.updates:
+    if not isinstance(settings, DistributionMatching):
+        return
+    if config.student.init in (None, config.teacher.source):
+        yield Finding(
+            ("student.init", KIND),
+            f"{config.student.init} is no flow map yet, and stage 2 corrects one; give the run of stage 1, or its export",
+        )
+    if config.steps % settings.fake_score.updates:
         yield Finding(
             ("steps", "on_policy.fake_score.updates"),
             f"{config.steps} is not a multiple of on_policy.fake_score.updates={settings.fake_score.updates}: the "

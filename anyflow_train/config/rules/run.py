@@ -30,7 +30,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     """What is probably not meant, in a config without errors."""
     return [
         *warnings.schedule(config),
-        *on_policy.uneven_end(config),
+        *on_policy.doubts(config),
         *warnings.derivative(config),
         *warnings.balance(config, world),
         *warnings.validation(config),

@@ -1,0 +1,136 @@
+"""All three stages on a world that takes a minute: what each of them must bring, measured against real clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.evaluation.metrics import energy_distance
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.sampler import sample
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.wan import load_network, to_wan
+from anyflow_train.training import run as training
+from anyflow_train.training.networks import load_trained_network
+from tests.training import waves
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 512
+ARCHITECTURE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": waves.SHAPE[1],
+    "out_channels": waves.SHAPE[1],
+    "text_dim": waves.TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 128,
+    "num_layers": 2,
+    "rope_max_seq_len": 16,
+}
+
+
+def settings(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "out": str(folder),
+        "log_every": 50,
+        "student": {"architecture": ARCHITECTURE},
+        "data": {
+            "shards": str(folder / "shards"),
+            "frames": 9,
+            "height": 32,
+            "width": 32,
+            "text_lengths": [2],
+            "workers": 0,
+        },
+        "engine": {"device": "cpu", "precision": "fp32", "global_batch": 32, "micro_batch": 32, "threads": 1},
+        "checkpoint": {"every": 10_000},
+        "evaluation": {"every": 0},
+        **changes,
+    }
+
+
+def optimizer(rate: float, decay: float, **changes: Any) -> dict[str, Any]:
+    schedule = {"schedule": "cosine", "final_lr_share": 0.02, "warmup_steps": 20}
+    return {"lr": rate, **schedule, "ema": {"decay": decay, "start_step": 0}, **changes}
+
+
+def trained(config: dict[str, Any]) -> Path:
+    assert training.run(RunConfig.model_validate(config)) == 0
+    network, _ = load_trained_network(Path(config["out"]) / config["name"])
+    folder = Path(config["out"]) / f"{config['name']}-network"
+    (to_wan(network) if config["student"].get("gate_value") == 0 else network).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher, its student after stage 1, and after stage 2 with and without stage 1 beside it."""
+    folder = tmp_path_factory.mktemp("waves")
+    waves.write(folder / "shards", 2048, seed=1)
+    teacher = settings(
+        folder, "teacher", steps=1500, objective={"kind": "flow_matching"}, optimizer=optimizer(3e-3, 0.995)
+    )
+    teacher["student"] |= {"gate_value": 0.0, "time_frequency_limit": 0.03}
+    teacher["times"] = {"diffusion_share": 1.0, "consistency_share": 0.0}
+    source = trained(teacher)
+    flow_map = {"kind": "flow_map", "derivative_network": "ema"}
+    first = settings(folder, "first", steps=600, objective=flow_map, optimizer=optimizer(1e-3, 0.99))
+    first["student"] = first["student"] | {"init": str(source)}
+    student = trained(first)
+    found = {"teacher": source, "first": student}
+    for name, weight in (("second", 1.0), ("alone", 0.0)):
+        second = settings(folder, name, steps=120, objective=flow_map, teacher={"source": str(source)})
+        second["student"] = second["student"] | {"init": str(student)}
+        second["optimizer"] = optimizer(2e-4, 0.97, betas=(0.0, 0.999), warmup_steps=0)
+        fake = {"init": str(source), "lr": 5e-4}
+        second["on_policy"] = {
+            "kind": "distribution_matching",
+            "steps": [2, 4, 8],
+            "objective_weight": weight,
+            "fake_score": fake,
+        }
+        found[name] = trained(second)
+    return found
+
+
+@pytest.fixture(scope="module")
+def clips(stages: dict[str, Path]) -> dict[str, dict[int, torch.Tensor]]:
+    """Samples from the same noise at several numbers of calls; the teacher's are Euler steps."""
+    labels = torch.arange(SAMPLES) % waves.CLASSES
+    condition = Condition(waves.texts()[0][labels])
+    z = Draw(3, 0, tuple(range(SAMPLES)), torch.device("cpu")).normal("noise", waves.SHAPE)
+    found = {}
+    for name, folder in stages.items():
+        network = load_network(folder, 0.0, "r") if name == "teacher" else load_network(folder)
+        flow_map = NetworkFlowMap(network.eval().requires_grad_(False), None)
+        found[name] = {calls: sample(flow_map, z, condition, calls, 5.0) for calls in (1, 2, 4, 8, 16, 32)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def energy(clips: dict[str, dict[int, torch.Tensor]]) -> dict[str, dict[int, float]]:
+    real, _ = waves.draw(2048, seed=2)
+    found = {name: {n: energy_distance(x, real) for n, x in by_calls.items()} for name, by_calls in clips.items()}
+    labels = torch.arange(SAMPLES) % waves.CLASSES
+    for name, by_calls in clips.items():
+        row = "  ".join(f"{n}: {found[name][n]:.3f} / {waves.off_ring(x, labels):.3f}" for n, x in by_calls.items())
+        print(f"{name:8} energy distance / off ring  {row}")
+    return found
+
+
+def test_the_world_knows_its_clips() -> None:
+    real, labels = waves.draw(64, seed=3)
+    assert waves.off_ring(real, labels) < 1e-5  # float32
+    assert waves.accuracy(real, labels) == 1
+    assert real.var().item() == pytest.approx(1, abs=0.1)
+
+
+def test_show(energy) -> None:
+    print(energy)
