@@ -50,7 +50,7 @@ def doubts(config: RunConfig) -> Iterator[Finding]:
     if config.student.init in (None, config.teacher.source):
         yield Finding(
             ("student.init", KIND),
-            f"{config.student.init} is no flow map yet, and stage 2 corrects one; give the run of stage 1, or its export",
+            f"{config.student.init} is no flow map, and stage 2 corrects one; give the run of stage 1, or its export",
         )
     if config.steps % settings.fake_score.updates:
         yield Finding(
