@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import count_parameters, count_trainable
+from anyflow_train.config.rollouts import RolloutCalls, rollout_calls, student_turns
 from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.config.slots import BranchCounts, branch_counts
 from anyflow_train.errors import UserError
@@ -23,7 +25,8 @@ class Derived:
 
     shares: groups of `sequence_parallel` processes that each have a part of the global batch.
     latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
-    branches: samples of each branch per step; None for an objective without branches.
+    branches: samples of each branch per step; None for an objective without branches, or left out beside stage 2.
+    turns: steps in which the student is updated; rollouts: of stage 2, None for a run without.
     """
 
     shares: int
@@ -35,7 +38,14 @@ class Derived:
     grid: tuple[int, int, int]
     parameters: int
     trainable: int
-    samples: int
+    steps: int
+    turns: int
+    rollouts: RolloutCalls | None
+
+    @property
+    def samples(self) -> int:
+        """That the run takes from its data."""
+        return self.steps * self.global_batch
 
     @property
     def tokens(self) -> int:
@@ -48,6 +58,7 @@ def derive(config: RunConfig, world: int) -> Derived:
     """Derived quantities of a config that its rules accept, on `world` processes."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     shares = world // config.engine.sequence_parallel
+    matching = config.on_policy if isinstance(config.on_policy, DistributionMatching) else None
     return Derived(
         shares=shares,
         sequence_parallel=config.engine.sequence_parallel,
@@ -58,7 +69,9 @@ def derive(config: RunConfig, world: int) -> Derived:
         grid=token_grid(latent, config.student.architecture),
         parameters=count_parameters(config.student.architecture),
         trainable=count_trainable(config.student.architecture, config.student.adapter),
-        samples=config.steps * config.engine.global_batch,
+        steps=config.steps,
+        turns=student_turns(config.steps, matching) if matching else config.steps,
+        rollouts=rollout_calls(matching) if matching else None,
     )
 
 
@@ -103,6 +116,7 @@ def table(derived: Derived) -> list[tuple[str, str]]:
         ("tokens", f"{derived.tokens:,} per sample ({' x '.join(map(str, derived.grid))})"),
         ("parameters", f"{derived.parameters:,}"),
         ("trainable", f"{derived.trainable:,} ({derived.trainable / derived.parameters:.1%} of the student's)"),
+        *_on_policy_rows(derived),
         ("samples seen", f"{derived.samples:,}"),
     ]
     if derived.branches is not None:
@@ -114,7 +128,21 @@ def table(derived: Derived) -> list[tuple[str, str]]:
     return rows
 
 
+def _on_policy_rows(derived: Derived) -> list[tuple[str, str]]:
+    calls = derived.rollouts
+    if calls is None:
+        return []
+    number = str(calls.most) if calls.fewest == calls.most else f"{calls.fewest} to {calls.most}"
+    text = f"{number} calls of the student, {calls.mean:.2f} on average, {calls.mean_graphs:.2f} of them with gradient"
+    samples = f"{derived.turns * derived.global_batch:,} samples"
+    return [
+        ("rollouts", text),
+        ("turns", f"the student's in {derived.turns:,} steps ({samples}), the fake score's in all {derived.steps:,}"),
+    ]
+
+
 def _branches(config: RunConfig) -> BranchCounts | None:
-    if not isinstance(config.objective, FlowMap):
+    left_out = isinstance(config.on_policy, DistributionMatching) and config.on_policy.objective_weight == 0
+    if left_out or not isinstance(config.objective, FlowMap):
         return None
     return branch_counts(config.engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
