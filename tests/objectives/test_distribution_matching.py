@@ -59,24 +59,20 @@ def test_two_gaussians_in_closed_form() -> None:
 
 
 def test_the_gradient_by_the_rollout_is_twice_the_direction_over_the_number_of_elements() -> None:
+    """A student `u = theta` that jumps once has x = z - theta, so d loss / d theta is minus that gradient."""
     roles, _ = networks()
     batch, draw = batch_of(SLOTS), draw_of(SLOTS)
-    x = roles.student(batch.latents, torch.ones(3).double(), torch.zeros(3).double(), batch.condition)
-    x.retain_grad()
-
-    class Given(Rollouts):
-        def __call__(self, student, condition, draw):
-            return dataclasses.replace(super().__call__(student, condition, draw), x=x)
-
-    objective = DistributionMatchingObjective(Given(SHAPE, (2,), 5.0, "gradient"), TIMES, 1.0)
-    loss = objective(roles, batch, draw)
+    theta = torch.full((len(SLOTS), *SHAPE), 0.4, dtype=torch.float64, requires_grad=True)
+    roles = dataclasses.replace(roles, student=lambda x, t, r, condition: theta)
+    loss = DistributionMatchingObjective(rollouts((1,)), TIMES, 1.0)(roles, batch, draw)
     loss.per_sample.mean().backward()
     assert roles.teacher is not None
     assert roles.fake_score is not None
-    scope = draw.scoped("distribution matching")
-    found = direction(roles.teacher, roles.fake_score, x.detach(), batch.condition, scope, TIMES)
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad, 2 * found.gradient / x.numel(), rtol=1e-9, atol=1e-12)
+    draw = draw.scoped("distribution matching")
+    x = draw.normal("noise", SHAPE) - theta.detach()
+    found = direction(roles.teacher, roles.fake_score, x, batch.condition, draw, TIMES)
+    assert theta.grad is not None
+    torch.testing.assert_close(theta.grad, -2 * found.gradient / x.numel(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(loss.per_sample, found.gradient.square().mean(dim=(1, 2, 3, 4)), rtol=1e-9, atol=0)
 
 
