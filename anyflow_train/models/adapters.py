@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def add_lora(network: AnyFlowTransformer3DModel, settings: Lora, seed: int) -> N
     Raises:
         UserError: a target or module that the network does not have, or that cannot be adapted.
     """
-    _check_targets(network, settings)
+    check_adapter(dict(network.named_modules()), settings, "student.adapter")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] # peft only divides it by the rank
@@ -39,7 +40,7 @@ def add_lora(network: AnyFlowTransformer3DModel, settings: Lora, seed: int) -> N
         torch.manual_seed(seed)
         network.add_adapter(config, _NAME)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(".lora_" in name or _is_in(name, settings.full_modules))
+        parameter.requires_grad_(".lora_" in name or is_in(name, settings.full_modules))
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -100,21 +101,34 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(f".{_NAME}.", ".")
 
 
-def _is_in(name: str, modules: tuple[str, ...]) -> bool:
+def is_in(name: str, modules: tuple[str, ...]) -> bool:
     """Whether a parameter or module belongs to one of the modules, which are named by the end of their path."""
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def _check_targets(network: nn.Module, settings: Lora) -> None:
-    modules = dict(network.named_modules())
+def is_target(path: str, settings: Lora) -> bool:
+    """Whether a module is one that takes an adapter."""
+    return any(f".{path}".endswith(f".{target}") for target in settings.targets)
+
+
+def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) -> None:
+    """Compare settings with a network.
+
+    Args:
+        modules: of the network, by path.
+        where: config key of the settings.
+
+    Raises:
+        UserError: a target or module that the network does not have, or that cannot be adapted.
+    """
     for key, names in (("targets", settings.targets), ("full_modules", settings.full_modules)):
         for name in names:
             if not any(f".{path}".endswith(f".{name}") for path in modules):
-                raise UserError(f"student.adapter.{key}", f"{name!r} names no module of the network")
+                raise UserError(f"{where}.{key}", f"{name!r} names no module of the network")
     for path, module in modules.items():
-        if not any(f".{path}".endswith(f".{target}") for target in settings.targets):
+        if not is_target(path, settings):
             continue
         if not isinstance(module, nn.Linear):
-            raise UserError("student.adapter.targets", f"{path!r} is no linear layer; only those take an adapter")
-        if _is_in(path, settings.full_modules):
-            raise UserError("student.adapter.full_modules", f"{path!r} is also a target; it can be only one of the two")
+            raise UserError(f"{where}.targets", f"{path!r} is no linear layer; only those take an adapter")
+        if is_in(path, settings.full_modules):
+            raise UserError(f"{where}.full_modules", f"{path!r} is also a target; it can be only one of the two")

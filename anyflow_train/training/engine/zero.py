@@ -132,7 +132,7 @@ class ZeroEngine:
 
     def _weight(self, name: str, shard: Tensor) -> Entry:
         """The parameter is float32, so it is its own master; writing must reach DeepSpeed's copy too."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param
 
         parameter, entry = self._parameters[name], self.entry(name, shard)
 
@@ -141,7 +141,8 @@ class ZeroEngine:
             if self._stage < 3:
                 safe_set_full_fp32_param(parameter, whole)
             else:
-                safe_set_local_fp32_param(parameter, self._cut(whole, shard))
+                # Not through DeepSpeed's own function: the last engine on a network claims every parameter.
+                self._deepspeed.optimizer.set_local_hp_param(self._cut(whole, shard), parameter)
 
         return Entry(entry.shape, entry.read, write)
 
@@ -149,22 +150,17 @@ class ZeroEngine:
         """DeepSpeed is asked when a moment is read, and told what is written: of a moment in the host's memory it gives
         a copy on the GPU.
         """
-        from deepspeed.utils import (
-            safe_get_full_optimizer_state,
-            safe_get_local_optimizer_state,
-            safe_set_full_optimizer_state,
-            safe_set_local_optimizer_state,
-        )
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 
         parameter = self._parameters[name]
         if self._stage < 3:
             read: Callable[[], Any] = lambda: safe_get_full_optimizer_state(parameter, kind)  # noqa: E731 (never None)
             return Entry(parameter.shape, read, lambda whole: safe_set_full_optimizer_state(parameter, whole, kind))
-        shape, shard = parameter.ds_shape, parameter.ds_tensor
+        shape, shard, optimizer = parameter.ds_shape, parameter.ds_tensor, self._deepspeed.optimizer
         return Entry(
             shape,
-            lambda: self._join(shape, safe_get_local_optimizer_state(parameter, kind)),
-            lambda whole: safe_set_local_optimizer_state(parameter, self._cut(whole, shard), kind),
+            lambda: self._join(shape, optimizer.get_local_fp32_param(parameter, kind)),
+            lambda whole: optimizer.set_local_hp_param(self._cut(whole, shard), parameter, kind),
         )
 
     def _start_moments(self) -> None:
