@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PROCESSES = 2
 
 
@@ -136,7 +136,7 @@ def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 def _line(row: Row) -> str:
     times = f"start {row.start_up:5.1f} s  step {row.seconds:.3f} s  {row.overhead:.2f}x one process on half the batch"
-    return f"{row.engine:6} {row.adapter:5} {times}  loss {row.loss:.1e}  weights {row.weights:.1e}  ema {row.ema:.1e}"
+    return f"{row.engine:13} {row.adapter:5} {times}  loss {row.loss:.1e}  weights {row.weights:.1e}  ema {row.ema:.1e}"
 
 
 def _arguments() -> argparse.Namespace:

@@ -66,7 +66,7 @@ class States:
         """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
         sizes, trained = self.sizes, self.sizes.trained
         teacher = sizes.base if _has_teacher(self.config) else 0
-        masters = self.share(trained, 1) if self.stage in (1, 2) or self.offload else 0
+        masters = self.share(trained, 1) if self.stage in (1, 2) else 0
         return (
             ("weights, trained (float32)", self.share(trained, 3)),
             ("weights, frozen (float32)", self.share(sizes.whole - trained, 3)),

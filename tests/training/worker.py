@@ -74,7 +74,9 @@ def while_loading(step: int, act: Callable[[], Any]) -> None:
 
 
 def note_runs(notes: list[dict[str, Any]]) -> None:
-    """Note of every run a checksum of the parameters that this process ends with, and the types of layers' results."""
+    """Note of every run what this process ends with: a checksum of its parameters, the types that its layers gave, and
+    whether its masters are in the memory of its weights.
+    """
     from anyflow_train.training.trainer import Trainer
 
     original = Trainer.train
@@ -90,9 +92,17 @@ def note_runs(notes: list[dict[str, Any]]) -> None:
         for parameter in network.parameters():
             content.update(parameter.detach().numpy().tobytes())
         results = {name: sorted(found) for name, found in types.items()}
-        notes.append({"weights": content.hexdigest(), "types": results})
+        engine = self.recipe.trainables["student"].engine
+        masters, weights = (
+            {_place(tensor) for tensor in those} for those in (engine.optimizer.state, engine.shards().values())
+        )
+        notes.append({"weights": content.hexdigest(), "types": results, "one_copy": masters == weights})
 
     Trainer.train = wrapped
+
+
+def _place(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def limit_files(size: int) -> None:

@@ -166,11 +166,17 @@ class ZeroEngine:
     def _start_moments(self) -> None:
         """DeepSpeed moves the optimizer onto flat shards of the masters; its moments start there."""
         optimizer = self._deepspeed.optimizer
-        sharded = self._stage == 3
-        masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
-        start_moments(self.optimizer, masters)
-        if not sharded:
+        if self._stage < 3:
+            start_moments(self.optimizer, optimizer.single_partition_of_fp32_groups)
             optimizer._lazy_init_hp_params_optimizer_state()
+            return
+        # DeepSpeed means to keep no masters beside shards that are float32, but compares their device with its name.
+        for master, shards in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+        ):
+            if (master.device, master.dtype) == (shards.device, shards.dtype):
+                master.data = shards
+        start_moments(self.optimizer, optimizer.fp32_partitioned_groups_flat)
 
     def _join(self, shape: torch.Size, shard: Tensor) -> Tensor:
         whole = torch.empty(self.world.size * shard.numel(), dtype=shard.dtype, device=self.world.device)
