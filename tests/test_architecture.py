@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"errors", "config", "files", "flow", "models"},
     "objectives": {"errors", "config", "flow", "data", "models"},
     "tiny": {"errors", "config", "files", "flow", "data", "models"},
-    "training": {"errors", "config", "files", "flow", "data", "models", "objectives", "tiny"},
+    "training": {"errors", "config", "files", "plan", "flow", "data", "models", "objectives", "tiny"},
     "evaluation": {"errors", "config", "files", "flow", "data", "models", "objectives", "tiny", "training"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -20,6 +20,7 @@ from anyflow_train.training.launched import PREEMPTED
 from anyflow_train.training.progress import Progress
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.room import check_room
 from anyflow_train.training.run_directory import RunDirectory
 from anyflow_train.training.signals import stop_requests
 from anyflow_train.training.state import TrainState
@@ -56,6 +57,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         if finished:
             print(finished)
             return 0
+        check_room(config, world)
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)

@@ -16,7 +16,7 @@ from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.training.engine.adamw import adam_steps, set_adam_steps
 from anyflow_train.training.engine.replicated import ReplicatedEngine
 from anyflow_train.training.engine.types import Engine, Outcome
-from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, shard_frozen, zero_stage
+from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, engine_name, shard_frozen, zero_stage
 from anyflow_train.training.world import World
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "autocast_dtype",
     "build_engine",
     "build_sharded",
+    "engine_name",
     "set_adam_steps",
     "shard_frozen",
     "zero_stage",

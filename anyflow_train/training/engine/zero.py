@@ -29,6 +29,13 @@ def zero_stage() -> int:
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
+def engine_name() -> str:
+    """The file of `launch/` that the processes were started with, as `anyflow plan` names it."""
+    stage = zero_stage()
+    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
+    return f"zero{stage}{'_offload' if stage == 3 and offload else ''}" if stage else "ddp"
+
+
 def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], world: World) -> Network:
     """A network that is cut into shards while it is made (ZeRO-3): no process ever holds more than one whole weight.
 
