@@ -11,6 +11,7 @@ from anyflow_train.export.formats import FORMATS, Job
 from anyflow_train.export.provenance import Provenance, public_name
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
 from anyflow_train.training.networks import load_trained_network
+from anyflow_train.training.starts import base_of
 
 
 def run(config: ExportConfig) -> Provenance:
@@ -28,7 +29,7 @@ def run(config: ExportConfig) -> Provenance:
     print(f"exporting {trained.name}, step {step}, {config.weights} weights, as {config.format} in {config.precision}")
     with new_folder(out, config.overwrite) as folder:
         difference = FORMATS[config.format](Job(config, trained, network, folder))
-        base = public_name(trained.student.init)
+        base = public_name(base_of(trained.student))
         provenance = Provenance(
             config.format,
             config.weights,

@@ -13,7 +13,7 @@ from anyflow_train.errors import UserError
 from anyflow_train.export.weights import DTYPES, Precision
 from anyflow_train.models.adapters import lora_state_dict
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import load_network
+from anyflow_train.training.networks import build_base
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -38,8 +38,7 @@ def write_lora(folder: Path, factors: dict[str, Tensor]) -> None:
 
 def reload_lora(folder: Path, student: Student) -> StockTransformer:
     """Stock diffusers' network with the adapters of a file on what the run started from, in float32."""
-    assert student.init is not None, "adapters are trained on a network that was loaded"
-    base = load_network(student.init, student.gate_value, student.deltatime_type)
+    base = build_base(student)
     stock = StockTransformer(**{name: value for name, value in base.config.items() if not name.startswith("_")})
     stock.load_state_dict(base.state_dict(), strict=True, assign=True)
     stock.load_lora_adapter(str(folder), weight_name=FILE)

@@ -56,8 +56,10 @@ class Provenance:
 
 
 def public_name(source: str | None) -> str | None:
-    """A hub id as it is, a local folder by its own name."""
+    """A hub id as it is, a local folder by its own name, a checkpoint by its run's and its own."""
     if source is None:
         return None
     path = Path(source).expanduser()
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}, {path.name}"
     return path.resolve().name if path.exists() or path.is_absolute() else source

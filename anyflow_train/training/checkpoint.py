@@ -102,7 +102,7 @@ def read_tensors(checkpoint: Path, group: str) -> Iterator[tuple[str, Tensor]]:
     Raises:
         DamagedCheckpoint: there is no such group.
     """
-    for name, file in _tensors_by_name(checkpoint, group).items():
+    for name, file in open_tensors(checkpoint, group).items():
         yield name, file.get_tensor(name)
 
 
@@ -114,7 +114,7 @@ def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], 
         UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
     """
     world.on_main(lambda: _check_names(checkpoint, group, entries))
-    stored = _tensors_by_name(checkpoint, group) if world.is_main else {}
+    stored = open_tensors(checkpoint, group) if world.is_main else {}
     for name, entry in entries.items():
         whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape)
         entry.write(world.broadcast_tensor(whole.to(world.device)))
@@ -146,7 +146,7 @@ def content_checksum(content: dict[str, Any]) -> str:
 
 
 def _check_names(checkpoint: Path, group: str, entries: Mapping[str, Entry]) -> None:
-    stored = _tensors_by_name(checkpoint, group)
+    stored = open_tensors(checkpoint, group)
     for name, file in stored.items():
         if name not in entries:
             raise UserError(str(checkpoint), f"holds '{name}' ({group}), which the configured student does not train")
@@ -158,8 +158,12 @@ def _check_names(checkpoint: Path, group: str, entries: Mapping[str, Entry]) -> 
         raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which the configured student trains")
 
 
-def _tensors_by_name(checkpoint: Path, group: str) -> dict[str, Any]:
-    """The open file of every tensor; nothing is read yet."""
+def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
+    """The open file of every tensor of a group, by its name; nothing is read yet.
+
+    Raises:
+        DamagedCheckpoint: there is no such group.
+    """
     paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
     if not paths:
         raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")

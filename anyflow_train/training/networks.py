@@ -4,52 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from anyflow_train.config.network import FullTraining, Lora, Student
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, trainable_parameters
-from anyflow_train.models.stored import StoredNetwork, open_network
+from anyflow_train.models.shared_base import SharedBase
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import build_network, load_network
+from anyflow_train.models.wan import build_network
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
 from anyflow_train.training.entry import Entry
+from anyflow_train.training.starts import Start, TrainedPart, open_source, open_student_start
 from anyflow_train.training.world import World
 
-Opened = TypeVar("Opened")
+Read = Callable[[str], Tensor]
 
 
 def start_student(config: Student, seed: int, world: World) -> AnyFlowTransformer3DModel:
     """The student on its device; under ZeRO-3 one that starts from trained weights is in shards from the first."""
     if config.init is None or zero_stage() < 3:
         return _moved(world.together(lambda: build_student(config, seed)), world)
-    stored = world.together(lambda: _open_student(config, str(config.init)))
-    network = build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
-    if isinstance(config.adapter, Lora):
-        add_lora(network, config.adapter, seed)
-    return network
+    start = world.together(lambda: open_student_start(config))
+    return _adapted(_on_device(start.arguments, start.read_trained, world), config, seed, start)
 
 
 def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
     """The student on the CPU in float32, adapters attached.
 
     Raises:
-        UserError: `student.init` cannot be loaded; UserErrors: it has another shape than `student.architecture`.
+        UserError: `student.init` cannot be loaded; UserErrors: it has another shape or other times than the student.
     """
-    architecture = config.architecture.model_dump()
+    if config.init is not None:
+        start = open_student_start(config)
+        return _adapted(_whole(start.arguments, start.read_trained), config, seed, start)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
-    if config.init is None:
-        network = build_network({**architecture, **times}, seed, config.time_frequency_limit)
-    else:
-        network = _load_student(config, config.init)
-        _check_architecture(network.config, architecture, config.init)
+    network = build_network({**config.architecture.model_dump(), **times}, seed, config.time_frequency_limit)
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
     return network
+
+
+def build_base(config: Student) -> AnyFlowTransformer3DModel:
+    """What a student's adapter sits on, on the CPU in float32: `student.init`, or what that run's adapter sits on."""
+    start = open_student_start(config)
+    return _whole(start.arguments, start.read)
+
+
+def start_shared(config: Student, seed: int, world: World) -> SharedBase:
+    """The student as the role `student` on a base that others can share; its adapters begin as `start_student`'s do.
+
+    Raises:
+        UserError: the student has no adapters, or cannot start.
+    """
+    if config.init is None or not isinstance(config.adapter, Lora):
+        raise UserError(
+            "student.adapter", "trains the whole network, which nobody can share; choose student/adapter=lora"
+        )
+    start = world.together(lambda: open_student_start(config))
+    network = _on_device(start.arguments, start.read, world)
+    shared = SharedBase(network, start.read if zero_stage() == 3 else None)
+    shared.add("student", config.adapter, seed, "student.adapter")
+    if start.adapter is not None:
+        _hand_on(start.adapter, shared.parameters("student"))
+    return shared
+
+
+def share_frozen(shared: SharedBase, role: str, source: str | None, student: Student, key: str) -> str | None:
+    """As which role a shared base is the network of a source, frozen: None for the bare base, else `role`, now added.
+
+    Args:
+        source: the network that the student's base is, or a run that trained an adapter on it.
+        student: whose base it is.
+        key: config key that names the source.
+
+    Raises:
+        UserError: the source is another network, or is not itself under the student's second time.
+    """
+    if student.deltatime_type != "r" and student.gate_value != 0:
+        problem = f"{student.deltatime_type!r} gives a base another meaning than {key}'s, also at r = t; set it to r"
+        raise UserError("student.deltatime_type", f"{problem}, or give each role a network of its own")
+    base, wanted = open_student_start(student), open_source(key, str(source))
+    paths = [[part.path for part in start.parts] for start in (base, wanted)]
+    if wanted.source == base.source and paths[0] == paths[1]:
+        return None
+    last = wanted.parts[-1] if wanted.parts else None
+    if last is None or last.adapter is None or wanted.source != base.source or paths[0] != paths[1][:-1]:
+        problem = f"{source} is not {base.source}, on which the student's adapter sits, nor an adapter on it"
+        raise UserError(key, f"{problem}; give each role a network of its own")
+    if last.config.student.gate_value != student.gate_value and any("time_embedder" in name for name in last.files):
+        raise UserError(key, f"{source} trained its time embedder at another gate; give each role a network of its own")
+    shared.add(role, last.adapter, 0, key)
+    _hand_on(last, shared.parameters(role))
+    shared.freeze(role)
+    return role
 
 
 def start_teacher(source: str | None, world: World) -> AnyFlowTransformer3DModel:
@@ -95,55 +148,47 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
     return network.eval(), config
 
 
-def _open_student(config: Student, source: str) -> StoredNetwork:
-    try:
-        stored = open_network(source, config.gate_value, config.deltatime_type)
-    except UserError as error:
-        raise _init_error(config, error) from error
-    _check_architecture(stored.arguments, config.architecture.model_dump(), source)
-    return stored
-
-
 def _start(key: str, source: str, world: World) -> AnyFlowTransformer3DModel:
     """The whole network of a source, or its shards under ZeRO-3."""
+    start = world.together(lambda: open_source(key, source))
+    return _on_device(start.arguments, start.read, world)
+
+
+def _on_device(arguments: Mapping[str, Any], read: Read, world: World) -> AnyFlowTransformer3DModel:
+    """A network whose weights are read one by one; under ZeRO-3 by rank 0, each once, straight into shards."""
     if zero_stage() < 3:
-        return _moved(world.together(lambda: _opened(key, lambda: load_network(source))), world)
-    stored = world.together(lambda: _opened(key, lambda: open_network(source)))
-    return build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
+        return _moved(world.together(lambda: _whole(arguments, read)), world)
+    return build_sharded(lambda: AnyFlowTransformer3DModel(**arguments), read, world)
 
 
-def _opened(key: str, open_source: Callable[[], Opened]) -> Opened:
-    try:
-        return open_source()
-    except UserError as error:
-        raise UserError(key, str(error)) from error
+def _whole(arguments: Mapping[str, Any], read: Read) -> AnyFlowTransformer3DModel:
+    """A network on the CPU, in memory of its own: what is read may lie in a file."""
+    with torch.device("meta"):
+        network = AnyFlowTransformer3DModel(**arguments)
+    weights = {name: read(name).clone() for name, _ in network.named_parameters()}
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network
 
 
-def _load_student(config: Student, source: str) -> AnyFlowTransformer3DModel:
-    try:
-        return load_network(source, config.gate_value, config.deltatime_type)
-    except UserError as error:
-        raise _init_error(config, error) from error
+def _adapted(network: AnyFlowTransformer3DModel, config: Student, seed: int, start: Start) -> AnyFlowTransformer3DModel:
+    """With the student's adapters; those that a run handed on have its weights."""
+    if isinstance(config.adapter, Lora):
+        add_lora(network, config.adapter, seed)
+    if start.adapter is not None:
+        factors = {name: p for name, p in trainable_parameters(network).items() if ".lora_" in name}
+        _hand_on(start.adapter, factors)  # its whole modules were read with the network, where they may be in shards
+    return network
 
 
-def _init_error(config: Student, error: UserError) -> UserError:
-    times = f"student.gate_value={config.gate_value}, student.deltatime_type={config.deltatime_type}"
-    return UserError("student.init", f"{error} (asked for: {times})")
+@torch.no_grad()
+def _hand_on(part: TrainedPart, parameters: Mapping[str, Parameter]) -> None:
+    """Put what a run trained into parameters of the same names."""
+    for name, parameter in parameters.items():
+        if name not in part.files:
+            raise UserError(str(part.path), f"lacks '{name}', which its own config says it trained")
+        parameter.copy_(part.files[name].get_tensor(name))
 
 
 def _moved(network: AnyFlowTransformer3DModel, world: World) -> AnyFlowTransformer3DModel:
     nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
     return network
-
-
-def _check_architecture(actual: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
-    """Raises UserErrors: one line for every difference, with the config's value and the file's."""
-    errors = []
-    for name, value in wanted.items():
-        found = actual[name]
-        found = tuple(found) if isinstance(found, list) else found
-        if found != value:
-            problem = f"is {value!r}, but {source} was made with {found!r}"
-            errors.append(UserError(f"student.architecture.{name}", problem))
-    if errors:
-        raise UserErrors(errors)

@@ -23,6 +23,8 @@ from anyflow_train.training.resume import ResumePoint, check_finished, find_resu
 from anyflow_train.training.room import check_room
 from anyflow_train.training.run_directory import RunDirectory
 from anyflow_train.training.signals import stop_requests
+from anyflow_train.training.start_checks import check_start
+from anyflow_train.training.starts import pinned
 from anyflow_train.training.state import TrainState
 from anyflow_train.training.tracking import Trackers
 from anyflow_train.training.trainer import Trainer
@@ -53,12 +55,14 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         check_agreement(world, run_facts(config))
         start = world.on_main(lambda: stack.enter_context(directory.locked()))
         world.together(lambda: None if world.is_main else directory.check_shared(start))
+        config = world.on_main(lambda: pinned(config, directory))
         finished = world.on_main(lambda: check_finished(directory, config))
         if finished:
             print(finished)
             return 0
         check_room(config, world)
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
+        world.on_main(lambda: check_start(config))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         judge = build_validator if config.evaluation.every else None

@@ -13,42 +13,37 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Lora, Student
 from anyflow_train.config.run import Engine as EngineConfig
 from anyflow_train.config.run import Optimizer
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.shared_base import SharedBase
-from anyflow_train.models.stored import open_network
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import load_network
 from anyflow_train.training import launched
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import Engine, build_engine, build_sharded, zero_stage
+from anyflow_train.training.engine import Engine, build_engine
 from anyflow_train.training.entry import read_entries
+from anyflow_train.training.networks import start_shared
 from anyflow_train.training.world import World, start_world
-from tests.training.helpers import SHAPE, TEXT_DIM
+from tests.training.helpers import SHAPE, TEXT_DIM, settings
 
-STEPS, BATCH = 6, 4
+STEPS, BATCH, LAYERS = 6, 4, 2
 STUDENT = Lora(kind="lora", rank=2, alpha=2.0, full_modules=("time_embedder", "delta_embedder"))
 FAKE = Lora(kind="lora", rank=3, alpha=3.0, full_modules=("proj_out",))
 OPTIMIZER = Optimizer(lr=1e-3)
 
 
 def shared_base(source: str, world: World) -> SharedBase:
-    """Under ZeRO-3 the base is in shards from the first."""
-    if zero_stage() < 3:
-        return SharedBase(load_network(source))
-    stored = open_network(source)
-    network = build_sharded(lambda: AnyFlowTransformer3DModel(**stored.arguments), stored.read, world)
-    return SharedBase(network, stored.read)
+    """The student's adapters are new ones on a network, or a run's own on the base of that run."""
+    given = settings(Path(), student__init=source, student__adapter=STUDENT.model_dump())["student"]
+    given["architecture"]["num_layers"] = LAYERS
+    return start_shared(Student.model_validate({**given, "time_frequency_limit": None}), 0, world)
 
 
 def train(source: str, world: World) -> tuple[list[list[float]], dict[str, Tensor]]:
     """Losses of every step, and both roles' weights and moments after the last."""
     base = shared_base(source, world)
-    for seed, (role, settings) in enumerate({"student": STUDENT, "fake": FAKE}.items()):
-        base.add(role, settings, seed)
+    base.add("fake", FAKE, seed=1)
     base.network.enable_gradient_checkpointing()
     engines = {role: build_engine(world, base.network, base.parameters(role), OPTIMIZER) for role in base.roles}
     maps: dict[str, FlowMap] = {

@@ -1,0 +1,87 @@
+"""Whether a run may start from what `student.init` names: refused before anything slow is done."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.fingerprint import NAMED, known_fingerprint
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.training.checkpoint import DamagedCheckpoint, read_info, resolve_checkpoint
+from anyflow_train.training.starts import TIMES, is_run, mismatches, raise_all
+
+LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
+
+
+def check_start(config: RunConfig) -> None:
+    """Compare a config with the run, or exported folder, that its student starts from.
+
+    Another gate, second time or shift gives the same weights another meaning, and so does another VAE. Another number
+    of frames, or another size of the picture, is a change that training may make.
+
+    Raises:
+        UserErrors: all the differences, with the config key and both values.
+    """
+    init = config.student.init
+    if init is None:
+        return
+    if is_run(init):
+        raise_all(_unlike_run(config, resolve_checkpoint(init)))
+    elif Path(init).expanduser().is_dir():
+        raise_all(_unlike_folder(config, Path(init).expanduser()))
+
+
+def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
+    try:
+        before = RunConfig.model_validate(read_info(checkpoint).config)
+    except DamagedCheckpoint as damage:
+        return [UserError("student.init", f"is damaged: {damage}")]
+    ours, theirs = config.student, before.student
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"student.{name}", getattr(ours, name), getattr(theirs, name)) for name in TIMES
+    ]
+    shape, shape_before = ours.architecture.model_dump(), theirs.architecture.model_dump()
+    pairs += [(f"student.architecture.{name}", shape[name], shape_before[name]) for name in shape]
+    pairs.append(("times.shift", config.times.shift, before.times.shift))
+    errors = mismatches(pairs, checkpoint)
+    vae, vae_before = _vae(config), _vae(before)
+    if vae is not None and vae_before is not None and vae != vae_before:
+        problem = (
+            f"has another VAE ({vae}) than {checkpoint} was trained with ({vae_before}); its latents mean nothing here"
+        )
+        errors.append(UserError("teacher.codec", problem))
+    return errors
+
+
+def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
+    """An AnyFlow pipeline says its shift and its latents; a Wan2.1 pipeline was trained with all shifts."""
+    scheduler, vae = _json(folder / "scheduler" / "scheduler_config.json"), _json(folder / "vae" / "config.json")
+    errors = []
+    if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler":
+        errors += mismatches([("times.shift", config.times.shift, scheduler.get("shift"))], folder)
+    codec = config.teacher.codec_source
+    ours = {} if codec is None else _json(Path(codec).expanduser() / "vae" / "config.json")
+    for name in LATENT_SPACE if ours and vae else ():
+        if ours.get(name) != vae.get(name):
+            errors.append(UserError("teacher.codec", f"{codec} has another VAE than {folder}: their {name} differ"))
+    return errors
+
+
+def _vae(config: RunConfig) -> str | None:
+    """The fingerprint of a run's VAE, of its files or else of its shards; None where both are out of reach."""
+    found = known_fingerprint(config.teacher.codec_source, "vae")
+    if found is None:
+        with suppress(UserError):
+            data = config.data
+            found = ShardSet.open(data.shards, data.cache, data.cache_gib).manifest.codec.vae
+    return None if found is None or found.startswith(NAMED) else found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
