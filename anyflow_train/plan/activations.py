@@ -1,4 +1,4 @@
-"""What a micro-batch's activations take: those of the eager network on a GPU.
+"""What a micro-batch's activations take in a network: those of the eager one on a GPU.
 
 Autocast makes float32 copies of what a norm or the gated sum takes in, so bfloat16 does not halve them.
 """
@@ -6,12 +6,14 @@ Autocast makes float32 copies of what a norm or the gated sum takes in, so bfloa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
-from anyflow_train.config.derived import Derived
+from anyflow_train.config.derived import Derived, token_grid
 from anyflow_train.config.network import FullTraining, Lora
+from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import matches
 from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.networks import Network
 from anyflow_train.plan.states import FLOAT
 
 # Tensors like the latents that the objectives hold at once: x0, z, x_t, velocity, targets, outputs.
@@ -26,11 +28,17 @@ class Activations:
 
     config: RunConfig
     derived: Derived
+    network: Network
+
+    @property
+    def tokens(self) -> int:
+        """Of a sample, in this network's patches."""
+        return prod(token_grid(self.derived.latent, self.network.architecture))
 
     @property
     def unit(self) -> int:
         """Rows of all tokens of a micro-batch on this process."""
-        return self.config.engine.micro_batch * ceil(self.derived.tokens / self.derived.sequence_parallel)
+        return self.config.engine.micro_batch * ceil(self.tokens / self.derived.sequence_parallel)
 
     @property
     def half(self) -> bool:
@@ -43,13 +51,11 @@ class Activations:
 
     @property
     def width(self) -> int:
-        return (
-            self.config.student.architecture.num_attention_heads * self.config.student.architecture.attention_head_dim
-        )
+        return self.network.width
 
     @property
     def adapted(self) -> bool:
-        return isinstance(self.config.student.adapter, Lora)
+        return isinstance(self.network.adapter, Lora)
 
     @property
     def block_input(self) -> int:
@@ -59,7 +65,7 @@ class Activations:
     @property
     def block(self) -> int:
         """What a block keeps for its backward pass."""
-        architecture, width, size = self.config.student.architecture, self.width, self.size
+        architecture, width, size = self.network.architecture, self.width, self.size
         # x of both modulated norms; q, k, v and the result of self-attention; q and the result of cross-attention
         row = 8 * width * size
         # inputs of norm_q and norm_k, of the second norm_q and of norm2: all float32 under autocast
@@ -74,7 +80,7 @@ class Activations:
     @property
     def _gated(self) -> int:
         """Results that a gate multiplies, kept where somebody trains the gate."""
-        adapter = self.config.student.adapter
+        adapter = self.network.adapter
         if isinstance(adapter, FullTraining):
             return 2
         names = ("time_embedder", "delta_embedder", "time_proj")
@@ -84,7 +90,7 @@ class Activations:
     @property
     def _linear_inputs(self) -> int:
         """Numbers per token kept as input of a trained linear layer, beside those that attention keeps anyway."""
-        architecture, adapter, width = self.config.student.architecture, self.config.student.adapter, self.width
+        architecture, adapter, width = self.network.architecture, self.network.adapter, self.width
         if isinstance(adapter, FullTraining):
             return 3 * width + architecture.ffn_dim
         numbers, shared = 0, set()
@@ -100,22 +106,46 @@ class Activations:
 
     def working(self, size: int) -> int:
         """What a block needs for a moment: some tensors of the feed-forward layer, and float32 ones of the residual."""
-        wide = self.config.student.architecture.ffn_dim
+        wide = self.network.architecture.ffn_dim
         inner = wide * (size + FLOAT + size) if self.adapted and size == 2 else 3 * wide * size
         return self.unit * (inner + 3 * self.width * FLOAT)
 
+    def kept(self, graphs: int) -> int:
+        """By the blocks of so many forwards, and beside them by all but one, which is in `rest`."""
+        blocks = self.network.architecture.num_layers * (self.block_input if self.checkpointing else self.block)
+        return graphs * blocks + (graphs - 1) * self._ends
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.config.student.gradient_checkpointing
+
+    @property
+    def recomputed(self) -> int:
+        """What gradient checkpointing brings back of a block, for its backward."""
+        return self.block if self.checkpointing else 0
+
+    def alone(self, size: int) -> int:
+        """What a forward without gradient needs for a moment, computing in numbers of `size` bytes."""
+        return self.working(size) + self.unit * self.width * 3 * size
+
+    @property
+    def _ends(self) -> int:
+        """Rotations, and the last norm and layer."""
+        rotation = FLOAT * self.tokens * self.network.architecture.attention_head_dim
+        return rotation + 2 * self.unit * self.width * self.size
+
     @property
     def rest(self) -> int:
-        """Beside the blocks: the last norm and layer, rotations, texts, and what the objective and the loader hold."""
-        data, architecture = self.config.data, self.config.student.architecture
+        """Beside the blocks: the forward's ends, texts, and what the objectives and the loader hold."""
+        data = self.config.data
         frames, channels, height, width = self.derived.latent
         latents = FLOAT * frames * channels * height * width
-        texts = FLOAT * max(data.text_lengths) * architecture.text_dim
+        texts = FLOAT * max(data.text_lengths) * self.network.architecture.text_dim
         batch, steps = self.config.engine.micro_batch, self.derived.accumulation
         given = steps * (batch * (latents + texts) + texts)
         held = batch * (LATENT_COPIES * latents + TEXT_COPIES * texts)
-        rotation = FLOAT * self.derived.tokens * architecture.attention_head_dim
-        return given + held + rotation + 2 * self.unit * self.width * self.size
+        rollouts = steps * batch * latents if isinstance(self.config.on_policy, DistributionMatching) else 0
+        return given + held + rollouts + self._ends
 
 
 def _block_layers(width: int, ffn: int) -> dict[str, tuple[str, int]]:

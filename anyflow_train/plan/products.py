@@ -1,4 +1,4 @@
-"""The matrix products of the student's forward, in its order, and which of their inputs need a gradient."""
+"""The matrix products of a network's forward, in its order, and which of their inputs need a gradient."""
 
 from __future__ import annotations
 
@@ -86,7 +86,13 @@ class Products:
         return sum(product.forward for product in self.blocks)
 
 
-def forward_products(architecture: Architecture, adapter: FullTraining | Lora, tokens: int, text: int) -> Products:
+def forward_products(
+    architecture: Architecture,
+    adapter: FullTraining | Lora,
+    tokens: int,
+    text: int,
+    latents_need_gradient: bool = False,
+) -> Products:
     """Of one sample of `tokens` tokens, attending to `text` text tokens; times are one row per sample."""
     walk = _Walk(architecture, adapter)
     embedder = "condition_embedder"
@@ -97,7 +103,7 @@ def forward_products(architecture: Architecture, adapter: FullTraining | Lora, t
     modulation = walk.linear(f"{embedder}.time_proj", 1, modulated)
     inner = walk.linear(f"{embedder}.text_embedder.linear_1", text, False)
     context = walk.linear(f"{embedder}.text_embedder.linear_2", text, inner)
-    x = walk.linear("patch_embedding", tokens, False)
+    x = walk.linear("patch_embedding", tokens, latents_need_gradient)
     rest = walk.taken()
     for layer in range(architecture.num_layers):
         x = walk.block(f"blocks.{layer}", tokens, text, x, context, modulation)

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 
 from anyflow_train.config.commands import PlanOptions
 from anyflow_train.config.derived import derive, table
+from anyflow_train.config.network import FullTraining
 from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.parameters import count_parameters
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.fit import Setting
 from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, Memory
-from anyflow_train.plan.work import TERA, Part, step_parts, step_seconds
+from anyflow_train.plan.networks import run_networks
+from anyflow_train.plan.parts import Part
+from anyflow_train.plan.work import TERA, step_parts, step_seconds
 
 HOUR = 3600
 
@@ -44,12 +48,17 @@ def advice(found: tuple[Setting, Memory] | None, options: PlanOptions) -> str:
 def _run(config: RunConfig, options: PlanOptions) -> Iterator[str]:
     for name, value in table(derive(config, options.world)):
         yield _row(name, value)
+    for network in run_networks(config)[1:]:
+        state = "trained" if isinstance(network.adapter, FullTraining) else "frozen"
+        note = "; taken to be as large as the student, its config is not here" if network.assumed else ""
+        yield _row(network.role, f"{count_parameters(network.architecture):,}", f"parameters, {state}{note}")
 
 
 def _operations(parts: list[Part]) -> Iterator[str]:
     whole = sum(part.flops for part in parts)
     for part in parts:
         note = ", in float32" if part.precision == "fp32" else ""
+        note += f", in {part.share:.0%} of the steps" if part.share < 1 else ""
         yield _row(part.name, _tera(part.flops), f"{part.flops / whole:4.0%}", f"{part.samples} samples{note}")
     work = sum(part.flops for part in parts if part.counts)
     yield _row("all", _tera(whole), "100%", f"{work / whole:.0%} of it is work, the rest is done twice or for nothing")

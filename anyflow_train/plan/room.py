@@ -30,7 +30,7 @@ def shortage(config: RunConfig, engine: str, rooms: Sequence[Room]) -> str | Non
 
     A warning compares all that is planned with what is free. It is no more than that: activations are an estimate, and
     who holds the rest may be about to leave. Beyond doubt is only what stays on the GPU from step to step, since that
-    follows from shapes, against the whole GPU.
+    follows from shapes that are known, against the whole GPU.
 
     Args:
         engine: a file of `launch/`.
@@ -41,7 +41,7 @@ def shortage(config: RunConfig, engine: str, rooms: Sequence[Room]) -> str | Non
     """
     world = len(rooms)
     memory = plan_memory(config, engine, world)
-    lasting = sum(size for _, size in memory.state)
+    lasting = sum(size for _, size in memory.state) - memory.assumed
     smallest = min(range(world), key=lambda rank: rooms[rank].total)
     if lasting > rooms[smallest].total:
         problem = (

@@ -1,4 +1,4 @@
-"""What a process keeps of its networks, as `training.engine` lays it out: all of it float32."""
+"""What a process keeps of a network, as `training.engine` lays it out: all of it float32."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora
-from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
-from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.networks import Network
 
 FLOAT = 4
 # DeepSpeed's `reduce_bucket_size` in `training.engine.zero`, which is made in full however small the network is.
@@ -26,10 +25,9 @@ class Sizes:
     largest: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> Sizes:
-        """Of the student."""
-        student = config.student
-        return _count(student.architecture, student.adapter)  # pyright: ignore[reportArgumentType] # frozen: has a hash
+    def of(cls, network: Network) -> Sizes:
+        """Of one of a run's networks."""
+        return _count(network.architecture, network.adapter)  # pyright: ignore[reportArgumentType] # frozen: has a hash
 
     @property
     def whole(self) -> int:
@@ -39,15 +37,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class States:
-    """Weights, masters, moments, averages and gradients of one process, as `training.engine` cuts them."""
+    """Weights, masters, moments, averages and gradients of a network on one process, as `training.engine` cuts them."""
 
-    config: RunConfig
+    network: Network
     engine: str
     world: int
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes.of(self.config)
+        return Sizes.of(self.network)
 
     @property
     def stage(self) -> int:
@@ -65,15 +63,13 @@ class States:
     def kept(self) -> tuple[tuple[str, int], ...]:
         """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
         sizes, trained = self.sizes, self.sizes.trained
-        teacher = sizes.base if _has_teacher(self.config) else 0
         masters = self.share(trained, 1) if self.stage in (1, 2) else 0
         return (
             ("weights, trained (float32)", self.share(trained, 3)),
             ("weights, frozen (float32)", self.share(sizes.whole - trained, 3)),
             ("masters (float32)", masters),
             ("Adam's moments (float32)", 2 * self.share(trained, 1)),
-            ("averages (EMA, float32)", self.share(trained, 3)),
-            ("teacher (float32)", self.share(teacher, 3)),
+            ("averages (EMA, float32)", self.share(trained, 3) if self.network.averaged else 0),
         )
 
     @property
@@ -85,17 +81,30 @@ class States:
         """With the gradients, once as they are summed and once as the optimizer takes them."""
         return sum(size for _, size in self.kept) + 2 * self.share(self.sizes.trained, 2) if self.offload else 0
 
-    def gradients_before(self, accumulation: int) -> int:
-        """Where the backward pass of a step's last micro-batch begins."""
-        if self.stage == 3:
-            return 0 if self.offload else self.share(self.sizes.trained, 2)
-        return self.share(self.sizes.trained, 1) if accumulation > 1 else 0
+    @property
+    def gradients_always(self) -> int:
+        """Also while another network is trained: at stage 3 their place is never given back."""
+        return self.share(self.sizes.trained, 2) if self.stage == 3 and not self.offload else 0
 
-    def gradients_after(self, accumulation: int) -> int:
-        """Where it ends: under ZeRO 1 and 2 the new gradients come to the sum of the earlier ones."""
+    def gradients_before(self, backwards: int) -> int:
+        """Where the last of an update's `backwards` begins."""
+        if self.stage == 3:
+            return self.gradients_always
+        return self.share(self.sizes.trained, 1) if backwards > 1 else 0
+
+    def gradients_within(self, backwards: int) -> int:
+        """In the midst of a backward through several forwards of the network.
+
+        Autograd sums up what a weight gets from all of them, and gives the engine whole gradients, not its shares, when
+        the pass comes to the first forward.
+        """
+        return self.gradients_before(backwards) + FLOAT * self.sizes.trained
+
+    def gradients_after(self, backwards: int) -> int:
+        """Where the last ends: under ZeRO 1 and 2 the new gradients come to the sum of the earlier ones."""
         if self.stage in (1, 2):
-            return self.gradients_before(accumulation) + self.share(self.sizes.trained, 2)
-        return self.gradients_before(accumulation) if self.stage == 3 else FLOAT * self.sizes.trained
+            return self.gradients_before(backwards) + self.share(self.sizes.trained, 2)
+        return self.gradients_before(backwards) if self.stage == 3 else FLOAT * self.sizes.trained
 
     @property
     def gradients_applied(self) -> int:
@@ -111,9 +120,10 @@ class States:
             return 0
         return BUCKET + (2 * FLOAT * self.sizes.largest if self.stage == 3 else 0)
 
-
-def _has_teacher(config: RunConfig) -> bool:
-    return isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
+    @property
+    def buffers_always(self) -> int:
+        """Also while another network is trained: stages 1 and 2 give their bucket back after a backward."""
+        return BUCKET if self.stage == 3 and self.sizes.trained else 0
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.wan import build_network
 from anyflow_train.plan.memory import CONTEXT, FRAGMENTATION, plan_memory
+from anyflow_train.plan.networks import the_student
 from anyflow_train.plan.states import BUCKET, Sizes
 from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.updates import make_update
@@ -54,11 +58,32 @@ def small(*overrides: str) -> RunConfig:
     return compose("train", ["experiment=wan1_3b_forward", *SMALL, *overrides], None, 1)
 
 
+def on_policy(teacher: Path, *overrides: str) -> RunConfig:
+    given = [*SMALL, f"teacher.source={teacher}", "on_policy.steps=[50]", "student.init=somewhere", *overrides]
+    return compose("train", ["experiment=wan1_3b_on_policy", *given], None, 1)
+
+
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
 def test_planned_memory_is_what_a_step_takes(adapter: list[str], checkpointing: str) -> None:
     """Within 15 %, of all tensors together: state, gradients, activations, batch."""
     config = small(*adapter, f"student.gradient_checkpointing={checkpointing}")
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "overrides"),
+    [
+        (FULL, ["student.gradient_checkpointing=true"]),
+        (FULL, ["student.gradient_checkpointing=false", "on_policy.first_jump=detached"]),
+        (LORA, ["student.gradient_checkpointing=true"]),
+    ],
+    ids=["full", "full, no checkpointing, detached", "lora"],
+)
+def test_planned_memory_of_stage_2(adapter: list[str], overrides: list[str], tmp_path: Path) -> None:
+    """Within 15 %, of student, fake score and teacher, in a step with the longest rollout."""
+    build_network(ARCHITECTURE, 0).save_pretrained(tmp_path)
+    config = on_policy(tmp_path, *adapter, *overrides)
     assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config), rel=0.15)
 
 
@@ -87,7 +112,7 @@ def test_what_an_engine_cuts(engine: str, expected: tuple[float, ...]) -> None:
         "Adam's moments (float32)",
         "averages (EMA, float32)",
     )
-    whole = 4 * Sizes.of(config).base
+    whole = 4 * Sizes.of(the_student(config)).base
     assert [parts[name] for name in names] == pytest.approx([share * whole for share in expected], abs=32)
 
 
@@ -100,7 +125,10 @@ def test_offload_leaves_activations_and_buffers() -> None:
 
 def test_a_teacher_is_held_too() -> None:
     config = compose("train", ["experiment=wan1_3b_forward", "objective.velocity=teacher"], None, 8)
-    assert dict(plan_memory(config, "ddp", 8).state)["teacher (float32)"] == 4 * Sizes.of(config).base
+    assert (
+        dict(plan_memory(config, "ddp", 8).state)["teacher: weights, frozen (float32)"]
+        == 4 * Sizes.of(the_student(config)).base
+    )
 
 
 def test_the_sequence_is_split() -> None:
@@ -125,14 +153,19 @@ def measured(config: RunConfig) -> int:
         student = config.student.model_copy(update={"init": None})
         buildable = config.model_copy(update={"student": student})
     recipe = build_recipe(buildable, ALONE)
-    trainable = recipe.trainables["student"]
     batches, draws = step_of(config)
-    before = [*trainable.network.parameters(), *(average for _, average in trainable.ema.tensors())]
-    before += [tensor for batch in batches for tensor in (batch.latents, batch.condition.text, batch.negative.text)]
-    moments = 2 * sum(parameter.nbytes for parameter in trainable_parameters(trainable.network).values())
+    before = [tensor for batch in batches for tensor in (batch.latents, batch.condition.text, batch.negative.text)]
+    moments = 0
+    for trainable in recipe.trainables.values():
+        before += trainable.network.parameters()
+        before += [average for _, average in trainable.ema.tensors()] if trainable.ema else []
+        moments += 2 * sum(parameter.nbytes for parameter in trainable_parameters(trainable.network).values())
+    if isinstance(recipe.roles.teacher, NetworkFlowMap):
+        before += recipe.roles.teacher.network.parameters()
 
     def step() -> None:
-        make_update(recipe.updates[0], trainable, recipe.roles, batches, draws, 1e-4, "")
+        for update in recipe.updates:
+            make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-4, "")
 
     return sum(tensor.nbytes for tensor in before) + moments + peak_bytes(step)
 
@@ -160,4 +193,10 @@ def step_of(config: RunConfig) -> tuple[list[Batch], list[Draw]]:
         return torch.randn(rows, frames, config.student.architecture.in_channels, height, width)
 
     batches = [Batch(latents(len(own)), text(len(own)), text(1), ("",) * len(own), own) for own in slots]
-    return batches, [Draw(0, 0, own, torch.device("cpu")) for own in slots]
+    return batches, [Draw(0, longest_rollout(), own, torch.device("cpu")) for own in slots]
+
+
+def longest_rollout() -> int:
+    """The first step in which a rollout through a sampler of 50 steps makes three jumps."""
+    draws = (Draw(0, step, (0,), torch.device("cpu")).scoped("distribution matching") for step in range(20))
+    return next(draw.step for draw in draws if 0 < int(50 * draw.shared("steps", 2)[1]) < 49)

@@ -9,8 +9,9 @@ import pytest
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.gpus import GPUS
+from anyflow_train.plan.parts import Part
 from anyflow_train.plan.products import forward_products
-from anyflow_train.plan.work import Part, step_parts, step_seconds
+from anyflow_train.plan.work import step_parts, step_seconds
 
 WORLD = 8
 

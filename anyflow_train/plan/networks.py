@@ -1,0 +1,88 @@
+"""The networks that a run holds, from its config, and from those files of theirs that are here already."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from anyflow_train.config.network import Architecture, FullTraining, Lora
+from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.run import RunConfig
+
+# Adapters on nothing: no weight is trained.
+FROZEN = Lora(kind="lora", targets=())
+# What a plan knows of networks that it does not download.
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Architecture(),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a run.
+
+    Attributes:
+        role: what it is for.
+        adapter: what of it is trained.
+        averaged: whether there is an EMA of it.
+        assumed: whether its architecture is only taken to be the student's.
+    """
+
+    role: Literal["student", "fake score", "teacher"]
+    architecture: Architecture
+    adapter: FullTraining | Lora
+    averaged: bool = False
+    assumed: bool = False
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self.architecture.num_attention_heads * self.architecture.attention_head_dim
+
+
+def the_student(config: RunConfig) -> Network:
+    """Every run has it."""
+    return Network("student", config.student.architecture, config.student.adapter, averaged=True)
+
+
+def the_teacher(config: RunConfig) -> Network | None:
+    """Where stage 1 takes its velocity from it, and in stage 2."""
+    follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
+    if not (follows or isinstance(config.on_policy, DistributionMatching)):
+        return None
+    found = stored_architecture(config.teacher.source)
+    return Network("teacher", found or config.student.architecture, FROZEN, assumed=found is None)
+
+
+def the_fake_score(config: RunConfig) -> Network | None:
+    """In stage 2; all of it is trained."""
+    if not isinstance(config.on_policy, DistributionMatching):
+        return None
+    found = stored_architecture(config.on_policy.fake_score.init)
+    return Network("fake score", found or config.student.architecture, FullTraining(), assumed=found is None)
+
+
+def run_networks(config: RunConfig) -> list[Network]:
+    """All of them, the student first."""
+    others = (the_fake_score(config), the_teacher(config))
+    return [the_student(config), *(network for network in others if network is not None)]
+
+
+def stored_architecture(source: str | None) -> Architecture | None:
+    """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
+    if source is None or source in PUBLISHED:
+        return PUBLISHED.get(source or "")
+    for place in ("transformer", "."):
+        file = Path(source) / place / "config.json"
+        if not file.is_file():
+            continue
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
+        except (ValueError, AttributeError):  # a run that starts from this folder says what is wrong with it
+            return None
+    return None
