@@ -130,7 +130,6 @@ class Heartbeat:
             tell_terminal(f"\n{text}")
         with suppress(OSError), log_file(self._logs, self._world.rank).open("a") as file:
             file.write(f"{text}\nWhere process {self._world.rank} stands:\n")
-            file.flush()
             faulthandler.dump_traceback(file)
         for report in verdict.silent:
             if (report.host, report.launcher) == (self._own.host, self._own.launcher):

@@ -68,6 +68,11 @@ def test_one_that_has_left_is_not_missed() -> None:
     assert after(1000.0, first, [report(0, beats=2, moves=31), first[1]]) is None
 
 
+def test_nobody_is_to_blame_where_all_have_left() -> None:
+    first = [report(0, left=True), report(1, left=True)]
+    assert after(1000.0, first, first) is None
+
+
 def test_a_watch_that_slept_itself_starts_anew() -> None:
     watch = Watch(SECONDS)
     reports = [report(0), report(1)]
@@ -86,6 +91,8 @@ def test_a_pulse_counts_every_move_and_goes_back_to_what_it_was_at() -> None:
         assert (pulse.doing, pulse.long) == ("saving", True)
         assert list(pulse.along("ab")) == ["a", "b"]
     assert (pulse.doing, pulse.long, pulse.moves) == ("training", False, 5)
+    pulse.move()
+    assert pulse.moves == 6
 
 
 def test_a_pulse_goes_back_after_an_error_too() -> None:
