@@ -49,7 +49,8 @@ class Lora(Model):
 class Student(Model):
     """The network that is trained.
 
-    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id); null starts from random weights.
+    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), or a run of ours (its averages, or its adapter
+        if this run has the same one); null starts from random weights.
     time_frequency_limit: only for random weights: fastest time feature left undamped, radians per 1/1000 of time.
     """
 

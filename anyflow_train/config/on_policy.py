@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
+from anyflow_train.config.network import FullTraining, Lora
 from anyflow_train.config.objective import Share
 
 
@@ -28,7 +29,9 @@ class ScoreTimes(Model):
 class FakeScore(Model):
     """The network that learns, by flow matching, the velocity of the student's own samples.
 
-    init: Wan2.1 or AnyFlow network that it begins as (folder or hub id).
+    init: network that it begins as (Wan2.1 or AnyFlow folder or hub id, or a run).
+    adapter: full trains that network. lora: an adapter on the student's frozen base, which is then the teacher's and
+        the only network in memory; it begins as that base.
     lr: its learning rate; all else of its optimizer is the student's.
     updates: its updates for each of the student's; the student's is made every so many steps.
     rollout: what it learns from: fresh rollouts of its own, or those of the student's update in the same step.
@@ -36,6 +39,7 @@ class FakeScore(Model):
     """
 
     init: str
+    adapter: Annotated[FullTraining | Lora, Field(discriminator="kind")] = FullTraining()
     lr: PositiveFloat = 2e-6
     updates: PositiveInt = 1
     rollout: Literal["fresh", "student"] = "fresh"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
@@ -15,9 +16,6 @@ from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.flow.types import FlowMap
-from anyflow_train.models.adapters import trainable_parameters
-from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.flow_matching import FlowMatchingObjective
@@ -26,7 +24,7 @@ from anyflow_train.objectives.types import Roles
 from anyflow_train.training.ema import AveragedFlowMap, Ema
 from anyflow_train.training.engine import autocast_dtype, build_engine
 from anyflow_train.training.entry import Entry
-from anyflow_train.training.networks import start_fake_score, start_student, start_teacher
+from anyflow_train.training.players import Player, start_players
 from anyflow_train.training.updates import Term, Trainable, Update
 from anyflow_train.training.world import World
 
@@ -65,18 +63,18 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    network = _prepared(start_student(config.student, config.seed, world), config, world)
-    teacher = _teacher_role(config, world)
-    engine = build_engine(world, network, trainable_parameters(network), config.optimizer)
+    players = start_players(config, world)
+    dtype = autocast_dtype(config.engine.precision)
+    engine = build_engine(world, players.student.network, players.student.parameters, config.optimizer)
     ema = Ema(engine.shards(), config.optimizer.ema)
-    live = NetworkFlowMap(engine.network, autocast_dtype(config.engine.precision))
-    trainables = {"student": Trainable(network, engine, config.optimizer, ema)}
-    roles = Roles(live, _derivative_role(config, engine.network, ema), teacher)
+    live = players.student.flow_map(engine.network, dtype)
+    teacher = None if players.teacher is None else players.teacher(engine.network, dtype)
+    roles = Roles(live, _derivative_role(config, players.student, engine.network, ema), teacher)
+    trainables = {"student": Trainable(players.student.network, engine, config.optimizer, ema)}
     updates = (_student_update(config, world),)
-    if isinstance(config.on_policy, DistributionMatching):
-        trainables["fake_score"] = fake = _fake_score(config, config.on_policy, world)
-        score = NetworkFlowMap(fake.engine.network, autocast_dtype(config.engine.precision))
-        roles = replace(roles, fake_score=score)
+    if isinstance(config.on_policy, DistributionMatching) and players.fake_score is not None:
+        trainables["fake_score"] = fake = _fake_score(config, config.on_policy, players.fake_score, world)
+        roles = replace(roles, fake_score=players.fake_score.flow_map(fake.engine.network, dtype))
         updates = _on_policy_updates(config, config.on_policy, updates[0])
     return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
 
@@ -105,38 +103,19 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
     )
 
 
-def _derivative_role(config: RunConfig, network: AnyFlowTransformer3DModel, ema: Ema) -> FlowMap:
+def _derivative_role(config: RunConfig, student: Player, called: Any, ema: Ema) -> FlowMap:
     """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
     if not isinstance(config.objective, FlowMapConfig):
-        return NetworkFlowMap(network, autocast_dtype(config.engine.precision))
-    flow_map = NetworkFlowMap(network, autocast_dtype(config.objective.derivative_precision))
+        return student.flow_map(called, autocast_dtype(config.engine.precision))
+    flow_map = student.flow_map(called, autocast_dtype(config.objective.derivative_precision))
     return AveragedFlowMap(flow_map, ema) if config.objective.derivative_network == "ema" else flow_map
 
 
-def _prepared(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> AnyFlowTransformer3DModel:
-    """A network that is trained, as the config has them computed."""
-    network.split_sequence(world.sequence_group)
-    if config.student.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if config.engine.compile:
-        network.compile()
-    return network
-
-
-def _fake_score(config: RunConfig, on_policy: DistributionMatching, world: World) -> Trainable:
-    """Fully trained, from the teacher's weights as a rule."""
-    settings = on_policy.fake_score
-    network = _prepared(start_fake_score(settings.init, world), config, world)
-    optimizer = config.optimizer.model_copy(update={"lr": settings.lr})
-    return Trainable(network, build_engine(world, network, trainable_parameters(network), optimizer), optimizer, None)
-
-
-def _teacher_role(config: RunConfig, world: World) -> FlowMap | None:
-    """The frozen teacher, where an objective asks for it."""
-    follows = isinstance(config.objective, FlowMapConfig) and config.objective.velocity == "teacher"
-    if not (follows or isinstance(config.on_policy, DistributionMatching)):
-        return None
-    return NetworkFlowMap(start_teacher(config.teacher.source, world), autocast_dtype(config.engine.precision))
+def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: Player, world: World) -> Trainable:
+    """Without averages: it is only a means."""
+    optimizer = config.optimizer.model_copy(update={"lr": on_policy.fake_score.lr})
+    engine = build_engine(world, player.network, player.parameters, optimizer)
+    return Trainable(player.network, engine, optimizer, None)
 
 
 def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, student: Update) -> tuple[Update, Update]:

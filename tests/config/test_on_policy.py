@@ -15,6 +15,8 @@ from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.rules.run import run_errors, run_warnings
 from anyflow_train.config.run import RunConfig
 
+LORA = {"kind": "lora"}
+
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
     values = json.loads(compose("train", ["experiment=tiny_on_policy"]).model_dump_json())
@@ -43,6 +45,22 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "not below"),
         ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "not below"),
         ({"on_policy.steps": [1]}, "on_policy.steps", "above 1"),
+        ({"on_policy.fake_score.adapter": LORA}, "on_policy.fake_score.adapter", "student/adapter=lora"),
+        (
+            {"on_policy.fake_score.adapter": LORA, "student.adapter": LORA, "on_policy.fake_score.init": "another"},
+            "on_policy.fake_score.init",
+            "is not teacher.source",
+        ),
+        (
+            {
+                "on_policy.fake_score.adapter": LORA,
+                "student.adapter": LORA,
+                "student.gradient_checkpointing": True,
+                "engine.compile": True,
+            },
+            "engine.compile",
+            "set engine.compile=false",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], key: str, words: str) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.models.wan import build_network
 from anyflow_train.training import run as training
@@ -24,6 +27,8 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.updates import make_update
 from anyflow_train.training.world import ALONE
 from tests.training.helpers import (
+    SHAPE,
+    TEXT_DIM,
     assert_equal_runs,
     final_tensors,
     in_process,
@@ -52,6 +57,17 @@ def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
     matching = {"kind": "distribution_matching", "steps": [2, 4], **config.get("on_policy", {})}
     fake = {"init": str(folder / "teacher"), "lr": 5e-3, "updates": 2}
     config["on_policy"] = {**matching, "fake_score": {**fake, **matching.get("fake_score", {})}}
+    return config
+
+
+LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedder"]}
+
+
+def on_one_base(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The same with adapters on the teacher's network."""
+    config = on_policy(folder, **changes)
+    config["student"] |= {"init": str(folder / "teacher"), "adapter": LORA}
+    config["on_policy"]["fake_score"]["adapter"] = LORA
     return config
 
 
@@ -144,6 +160,58 @@ def step_once(recipe: Recipe, folder: Path) -> None:
     for update in recipe.updates:
         report = make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-3, "")
         assert report.applied
+
+
+def test_roles_on_one_base_take_its_memory_once_and_leave_it_alone(folder: Path) -> None:
+    config = RunConfig.model_validate(on_one_base(folder))
+    recipe = build_recipe(config, ALONE)
+    student, fake = recipe.trainables["student"], recipe.trainables["fake_score"]
+    assert student.network is fake.network
+    base = AnyFlowTransformer3DModel.from_pretrained(folder / "teacher")
+    own = {id(p): p.numel() for role in (student, fake) for p in role.engine.shards().values()}
+    held = sum(p.numel() for p in student.network.parameters())
+    assert held == sum(p.numel() for p in base.parameters()) + sum(own.values())
+    flow_map = NetworkFlowMap(base.eval().requires_grad_(False), None)
+    x, t = torch.randn(2, *SHAPE), torch.tensor([0.9, 0.4])
+    condition = Condition(torch.randn(2, 4, TEXT_DIM))
+    for _ in range(2):
+        step_once(recipe, folder)
+    assert recipe.roles.teacher is not None
+    assert recipe.roles.fake_score is not None
+    with torch.no_grad():
+        wanted = flow_map(x, t, t, condition)
+        assert torch.equal(recipe.roles.teacher(x, t, t, condition), wanted)
+        for trained in (recipe.roles.student, recipe.roles.fake_score):
+            assert not torch.equal(trained(x, t, t, condition), wanted)
+
+
+def test_a_run_on_one_base_goes_on_exactly_and_is_read_as_any_other(folder: Path, tmp_path: Path) -> None:
+    once = train(on_one_base(folder, out=str(tmp_path), name="once"))
+    config = on_one_base(folder, out=str(tmp_path), name="twice", steps=3)
+    train(config)
+    assert_equal_runs(train({**config, "steps": 8}), once)
+    network, _ = load_trained_network(once)
+    averages = weights(once, 8, "ema")
+    assert all(torch.equal(p, averages[name]) for name, p in trainable_parameters(network).items())
+    assert averages.keys() == trainable_parameters(network).keys()
+
+
+def test_stage_2_goes_on_with_the_adapter_of_stage_1(folder: Path, tmp_path: Path) -> None:
+    first = settings(folder, out=str(tmp_path), name="first")
+    first["student"] |= {"init": str(folder / "teacher"), "time_frequency_limit": None, "adapter": LORA}
+    config = on_one_base(folder, out=str(tmp_path), steps=1, optimizer__lr=1e-12)
+    config["student"]["init"] = str(train(first))
+    before, after = weights(tmp_path / "first", 8, "ema"), weights(train(config), 1, "weights")
+    assert before.keys() == after.keys()
+    # one step of Adam at that rate moves nothing that float32 can see, but where a number is about 0
+    assert all(torch.allclose(after[name], tensor, rtol=0, atol=1e-10) for name, tensor in before.items())
+
+
+def test_a_base_that_is_not_the_teacher_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = on_one_base(folder, out=str(tmp_path))
+    config["student"]["init"] = str(folder / "network")
+    with pytest.raises(UserError, match=r"teacher\.source.*is not .*network"):
+        training.run(RunConfig.model_validate(config))
 
 
 def test_without_the_objective_only_rollouts_train_the_student(folder: Path) -> None:

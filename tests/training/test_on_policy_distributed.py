@@ -17,8 +17,16 @@ from tests.training.launched import Launch, words
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, HALF = 10, 5
-# Engine and micro-batch; accumulation and the number of processes follow.
-ENGINES = {"ddp": ("ddp", 4), "zero1": ("zero1", 2), "zero2": ("zero2", 4), "zero3": ("zero3", 2)}
+LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedder"]}
+# Engine, what it is compared with, and micro-batch; accumulation and the number of processes follow.
+RUNS = {
+    "ddp": ("ddp", "one", 4),
+    "zero1": ("zero1", "one", 2),
+    "zero2": ("zero2", "one", 4),
+    "zero3": ("zero3", "one", 2),
+    "zero2-shared": ("zero2", "one-shared", 2),
+    "zero3-shared": ("zero3", "one-shared", 4),
+}
 
 
 def config(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[str, Any]:
@@ -35,6 +43,9 @@ def config(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[st
         "guidance_scale": 2.0,
         "fake_score": {"init": str(folder / "teacher"), "lr": 2e-3, "updates": 2, "rollout": "student"},
     }
+    if name.endswith("shared"):
+        run["student"] |= {"init": str(folder / "teacher"), "adapter": LORA}
+        run["on_policy"]["fake_score"]["adapter"] = LORA
     return run
 
 
@@ -46,8 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture = {**settings(folder)["student"]["architecture"], "gate_value": 0.25}
     for name, seed in (("network", 3), ("teacher", 4)):
         build_network(architecture, seed, 0.03).save_pretrained(folder / name)
-    alone(config(folder, "one", 8))
-    cases = [{"engine": engine, "config": config(folder, name, micro)} for name, (engine, micro) in ENGINES.items()]
+    for name in ("one", "one-shared"):
+        alone(config(folder, name, 8))
+    cases = [{"engine": engine, "config": config(folder, name, micro)} for name, (engine, _, micro) in RUNS.items()]
     cases.append({"engine": "zero3", "config": config(folder, "moved", 4, steps=HALF)})
     place = folder / "launch"
     place.mkdir()
@@ -66,9 +78,13 @@ def logged(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", [*ENGINES, "moved"])
+def counterpart(name: str) -> str:
+    return RUNS[name][1] if name in RUNS else "one"
+
+
+@pytest.mark.parametrize("name", [*RUNS, "moved"])
 def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
-    ours, one = logged(runs / name), logged(runs / "one")
+    ours, one = logged(runs / name), logged(runs / counterpart(name))
     assert len(ours) == len(one) == STEPS
     for row, wanted in zip(ours, one, strict=True):
         kept = [key for key in wanted if "loss" in key or "norm" in key]
@@ -78,9 +94,9 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
             assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-9), key
 
 
-@pytest.mark.parametrize("name", [*ENGINES, "moved"])
+@pytest.mark.parametrize("name", [*RUNS, "moved"])
 def test_both_roles_are_those_of_one_process(runs: Path, name: str) -> None:
-    ours, one = final_tensors(runs / name), final_tensors(runs / "one")
+    ours, one = final_tensors(runs / name), final_tensors(runs / counterpart(name))
     assert ours.keys() == one.keys()
     assert {key.split("-")[0] for key in ours} >= {"weights", "ema", "fake_score.weights", "fake_score.exp_avg"}
     for key, tensor in ours.items():

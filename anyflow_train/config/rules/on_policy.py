@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
+from anyflow_train.config.network import Lora
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
@@ -29,6 +30,7 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
             f"null, but on_policy.kind={settings.kind} compares rollouts with a teacher; give a pipeline folder or "
             "hub id, or choose on_policy=none",
         )
+    yield from _one_base(config, settings)
     for name, times in (("score_times", settings.score_times), ("fake_score.times", settings.fake_score.times)):
         if times.low >= times.high:
             key = f"on_policy.{name}"
@@ -39,6 +41,31 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             ("on_policy.steps",),
             f"{list(settings.steps)} only ever trains the jump from noise to data; add a number above 1",
+        )
+
+
+def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Finding]:
+    """Where the fake score is an adapter, student and teacher have to stand on the same network."""
+    key = "on_policy.fake_score.adapter"
+    if not isinstance(settings.fake_score.adapter, Lora):
+        return
+    if not isinstance(config.student.adapter, Lora):
+        yield Finding(
+            (key, "student.adapter"),
+            "lora puts the fake score on the student's frozen base, but student.adapter.kind=full leaves none; choose "
+            f"student/adapter=lora, or {key}.kind=full",
+        )
+    elif config.engine.compile and config.student.gradient_checkpointing:
+        yield Finding(
+            ("engine.compile", key),
+            f"true with student.gradient_checkpointing=true and {key}.kind=lora: a compiled block does not know whose "
+            "adapter it recomputes; set engine.compile=false",
+        )
+    if settings.fake_score.init != config.teacher.source:
+        yield Finding(
+            ("on_policy.fake_score.init", key),
+            f"{settings.fake_score.init} is not teacher.source={config.teacher.source}, but {key}.kind=lora begins as "
+            f"the base that both share; give the same, or set {key}.kind=full",
         )
 
 

@@ -1,0 +1,108 @@
+"""The networks of all roles of a run before they have engines: each with one of its own, or all on one frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from anyflow_train.config.network import Lora
+from anyflow_train.config.objective import FlowMap as FlowMapConfig
+from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.run import RunConfig
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.training.networks import (
+    share_frozen,
+    start_fake_score,
+    start_shared,
+    start_student,
+    start_teacher,
+)
+from anyflow_train.training.world import World
+
+MakeFlowMap = Callable[[Any, torch.dtype | None], FlowMap]
+
+
+@dataclass(frozen=True)
+class Player:
+    """A role that is trained.
+
+    Attributes:
+        network: what its engine is made of.
+        parameters: those that it trains, by the names of checkpoints.
+        flow_map: its flow map, from the engine's network and the half precision of its products.
+    """
+
+    network: AnyFlowTransformer3DModel
+    parameters: Mapping[str, Parameter]
+    flow_map: MakeFlowMap
+
+
+@dataclass(frozen=True)
+class Players:
+    """All roles. The teacher is called through the student's engine where it shares its network."""
+
+    student: Player
+    teacher: MakeFlowMap | None
+    fake_score: Player | None
+
+
+def start_players(config: RunConfig, world: World) -> Players:
+    """The networks of a run, on their device.
+
+    Raises:
+        UserError: one cannot be loaded, is not what the config says, or cannot share the base.
+    """
+    settings = config.on_policy
+    if isinstance(settings, DistributionMatching) and isinstance(settings.fake_score.adapter, Lora):
+        return _on_one_base(config, settings.fake_score.adapter, world)
+    student = _own(start_student(config.student, config.seed, world), config, world)
+    if not _wants_teacher(config):
+        return Players(student, None, None)
+    frozen = start_teacher(config.teacher.source, world)
+    fake_score = None
+    if isinstance(settings, DistributionMatching):
+        fake_score = _own(start_fake_score(settings.fake_score.init, world), config, world)
+    return Players(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
+
+
+def _own(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> Player:
+    return Player(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
+
+
+def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players:
+    """Student and fake score as adapters on the teacher's frozen network."""
+    shared = start_shared(config.student, config.seed, world)
+    network = _prepared(shared.network, config, world)
+    # Another seed than the student's: equal random halves would couple the two.
+    shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
+    teacher = world.together(
+        lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source")
+    )
+
+    def as_role(role: str | None) -> MakeFlowMap:
+        return lambda called, dtype: shared.flow_map(role, NetworkFlowMap(called, dtype))
+
+    players = [Player(network, shared.parameters(role), as_role(role)) for role in ("student", "fake_score")]
+    return Players(players[0], as_role(teacher), players[1])
+
+
+def _wants_teacher(config: RunConfig) -> bool:
+    follows = isinstance(config.objective, FlowMapConfig) and config.objective.velocity == "teacher"
+    return follows or isinstance(config.on_policy, DistributionMatching)
+
+
+def _prepared(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> AnyFlowTransformer3DModel:
+    """A network that is trained, as the config has them computed."""
+    network.split_sequence(world.sequence_group)
+    if config.student.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.engine.compile:
+        network.compile()
+    return network
