@@ -29,6 +29,8 @@ class Network:
         role: what it is for.
         adapter: what of it is trained.
         averaged: whether there is an EMA of it.
+        base: whose the weights are that it does not train: its own; its own, and others stand on them (so what it
+            trains whole are copies); or the student's.
         assumed: whether its architecture is only taken to be the student's.
     """
 
@@ -36,6 +38,7 @@ class Network:
     architecture: Architecture
     adapter: FullTraining | Lora
     averaged: bool = False
+    base: Literal["own", "lent", "student's"] = "own"
     assumed: bool = False
 
     @property
@@ -46,7 +49,8 @@ class Network:
 
 def the_student(config: RunConfig) -> Network:
     """Every run has it."""
-    return Network("student", config.student.architecture, config.student.adapter, averaged=True)
+    base = "lent" if _on_one_base(config) else "own"
+    return Network("student", config.student.architecture, config.student.adapter, averaged=True, base=base)
 
 
 def the_teacher(config: RunConfig) -> Network | None:
@@ -54,14 +58,19 @@ def the_teacher(config: RunConfig) -> Network | None:
     follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
     if not (follows or isinstance(config.on_policy, DistributionMatching)):
         return None
+    if _on_one_base(config):
+        return Network("teacher", config.student.architecture, FROZEN, base="student's")
     found = stored_architecture(config.teacher.source)
     return Network("teacher", found or config.student.architecture, FROZEN, assumed=found is None)
 
 
 def the_fake_score(config: RunConfig) -> Network | None:
-    """In stage 2; all of it is trained."""
+    """In stage 2: an adapter on the student's base, or a network of its own, of which all is trained."""
     if not isinstance(config.on_policy, DistributionMatching):
         return None
+    adapter = config.on_policy.fake_score.adapter
+    if isinstance(adapter, Lora):
+        return Network("fake score", config.student.architecture, adapter, base="student's")
     found = stored_architecture(config.on_policy.fake_score.init)
     return Network("fake score", found or config.student.architecture, FullTraining(), assumed=found is None)
 
@@ -70,6 +79,11 @@ def run_networks(config: RunConfig) -> list[Network]:
     """All of them, the student first."""
     others = (the_fake_score(config), the_teacher(config))
     return [the_student(config), *(network for network in others if network is not None)]
+
+
+def _on_one_base(config: RunConfig) -> bool:
+    settings = config.on_policy
+    return isinstance(settings, DistributionMatching) and isinstance(settings.fake_score.adapter, Lora)
 
 
 def stored_architecture(source: str | None) -> Architecture | None:

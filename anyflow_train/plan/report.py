@@ -13,7 +13,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.fit import Setting
 from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, Memory
-from anyflow_train.plan.networks import run_networks
+from anyflow_train.plan.networks import Network, run_networks
 from anyflow_train.plan.parts import Part
 from anyflow_train.plan.work import TERA, step_parts, step_seconds
 
@@ -49,9 +49,14 @@ def _run(config: RunConfig, options: PlanOptions) -> Iterator[str]:
     for name, value in table(derive(config, options.world)):
         yield _row(name, value)
     for network in run_networks(config)[1:]:
-        state = "trained" if isinstance(network.adapter, FullTraining) else "frozen"
-        note = "; taken to be as large as the student, its config is not here" if network.assumed else ""
-        yield _row(network.role, f"{count_parameters(network.architecture):,}", f"parameters, {state}{note}")
+        yield _row(network.role, f"{count_parameters(network.architecture):,}", f"parameters, {_state(network)}")
+
+
+def _state(network: Network) -> str:
+    if network.base == "student's":
+        return "of the student's frozen base" + ("" if network.role == "teacher" else ", and an adapter of its own")
+    state = "trained" if isinstance(network.adapter, FullTraining) else "frozen"
+    return state + ("; taken to be as large as the student, its config is not here" if network.assumed else "")
 
 
 def _operations(parts: list[Part]) -> Iterator[str]:

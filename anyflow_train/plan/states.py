@@ -62,15 +62,21 @@ class States:
     @property
     def kept(self) -> tuple[tuple[str, int], ...]:
         """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
-        sizes, trained = self.sizes, self.sizes.trained
+        trained = self.sizes.trained
         masters = self.share(trained, 1) if self.stage in (1, 2) else 0
         return (
             ("weights, trained (float32)", self.share(trained, 3)),
-            ("weights, frozen (float32)", self.share(sizes.whole - trained, 3)),
+            ("weights, frozen (float32)", self.share(self.frozen, 3)),
             ("masters (float32)", masters),
             ("Adam's moments (float32)", 2 * self.share(trained, 1)),
             ("averages (EMA, float32)", self.share(trained, 3) if self.network.averaged else 0),
         )
+
+    @property
+    def frozen(self) -> int:
+        """Numbers that this network holds and does not train."""
+        sizes = self.sizes
+        return {"own": sizes.whole - sizes.trained, "lent": sizes.base, "student's": 0}[self.network.base]
 
     @property
     def on_gpu(self) -> tuple[tuple[str, int], ...]:

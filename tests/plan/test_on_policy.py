@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anyflow_train.config.compose import compose
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.parameters import count_parameters
 from anyflow_train.config.rollouts import rollout_calls
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import micro_slots
@@ -51,6 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+# Each role has a network of its own.
+OWN = "on_policy.fake_score.adapter={kind: full}"
+
+
 def small(folder: Path, *overrides: str) -> RunConfig:
     """Two steps; its rollouts have two jumps, whatever is drawn, so that every step costs the same."""
     given = [f"student.architecture.{name}={value}" for name, value in STUDENT.items()]
@@ -86,7 +91,7 @@ def test_operations_are_torchs_count(folder: Path, overrides: tuple[str, ...], u
 
 
 def test_parts() -> None:
-    parts = parts_of("experiment=wan1_3b_on_policy")
+    parts = parts_of("experiment=wan1_3b_on_policy", OWN)
     forward = parts["student forward"].flops
     assert parts["rollout, forward"].flops == pytest.approx(calls("experiment=wan1_3b_on_policy") * forward)
     assert parts["score of the teacher, guided"].flops == pytest.approx(2 * parts["score of the fake score"].flops)
@@ -125,9 +130,18 @@ def test_the_size_of_a_network_is_read_where_it_can_be(folder: Path, tmp_path: P
     assert stored_architecture(str(tmp_path)) is None
 
 
+def test_roles_on_one_base_hold_it_once() -> None:
+    shared, own = (compose("train", ["experiment=wan1_3b_on_policy", *words], None, 1) for words in ((), (OWN,)))
+    base = 4 * count_parameters(shared.student.architecture)
+    frozen = [size for name, size in plan_memory(shared, "ddp", 1).state if name.endswith("weights, frozen (float32)")]
+    assert frozen == [base, 0, 0]
+    frozen = [size for name, size in plan_memory(own, "ddp", 1).state if name.endswith("weights, frozen (float32)")]
+    assert frozen == [base, 0, base]
+
+
 def test_a_published_teacher_is_known_and_another_is_taken_to_be_as_the_student() -> None:
     for source, layers, assumed in (("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, False), ("some/where", 30, True)):
-        config = compose("train", ["experiment=wan1_3b_on_policy", f"teacher.source={source}"], None, 8)
+        config = compose("train", ["experiment=wan1_3b_on_policy", f"teacher.source={source}", OWN], None, 8)
         for network in run_networks(config)[1:]:
             assert (network.architecture.num_layers, network.assumed) == (layers, assumed)
         memory = plan_memory(config, "ddp", 8)
