@@ -40,7 +40,7 @@ class SharedBase:
         self.network = network.requires_grad_(False)
         self._plain = dict(network.named_modules())
         weights = dict(network.named_parameters())
-        self._read: Read = read or (lambda name: weights[name].detach().clone())
+        self._read: Read = read or (lambda name: weights[name].detach())
         self._switch = _Switch()
         self._roles: dict[str, tuple[str, ...]] = {}
 
@@ -145,7 +145,8 @@ class SharedBase:
         """A module with the base's weights. From a twin, because the base may hold only shards."""
         module: nn.Module = twin.get_submodule(path)
         device = next(self._plain[path].parameters()).device
-        weights = {name: self._read(f"{path}.{name}") for name, _ in module.named_parameters()}
+        # What is read may lie in a file that other roles read too: each needs memory of its own.
+        weights = {name: self._read(f"{path}.{name}").clone() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, strict=True, assign=True)
         return module.to(device).requires_grad_(True).train(self._plain[path].training)
 

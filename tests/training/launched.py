@@ -29,12 +29,9 @@ class Launch:
     Args:
         cases: what each process does, see `worker`.
         folder: for what the terminal shows and what the processes end with.
-        worker: what the processes run.
     """
 
-    def __init__(
-        self, engine: str, cases: list[dict[str, Any]], folder: Path, worker: Path = WORKER, **environment: str
-    ) -> None:
+    def __init__(self, engine: str, cases: list[dict[str, Any]], folder: Path, **environment: str) -> None:
         self.folder = folder
         self.log = folder / "terminal.txt"
         self._results = folder / "results.jsonl"
@@ -44,7 +41,7 @@ class Launch:
         quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*command, str(worker), json.dumps(cases), str(self._results)],
+                [*command, str(WORKER), json.dumps(cases), str(self._results)],
                 stdout=file,
                 stderr=file,
                 env={**os.environ, **quiet},

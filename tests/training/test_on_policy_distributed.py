@@ -16,16 +16,15 @@ from tests.training.launched import Launch, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS, HALF = 10, 5
+STEPS, HALF = 6, 3
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedder"]}
-# Engine, what it is compared with, and micro-batch; accumulation and the number of processes follow.
+# Engine and micro-batch; accumulation and the number of processes follow.
 RUNS = {
-    "ddp": ("ddp", "one", 4),
-    "zero1": ("zero1", "one", 2),
-    "zero2": ("zero2", "one", 4),
-    "zero3": ("zero3", "one", 2),
-    "zero2-shared": ("zero2", "one-shared", 2),
-    "zero3-shared": ("zero3", "one-shared", 4),
+    "ddp": ("ddp", 4),
+    "zero2": ("zero2", 4),
+    "zero3": ("zero3", 2),
+    "zero2-shared": ("zero2", 2),
+    "zero3-shared": ("zero3", 4),
 }
 
 
@@ -44,23 +43,29 @@ def config(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[st
         "fake_score": {"init": str(folder / "teacher"), "lr": 2e-3, "updates": 2, "rollout": "student"},
     }
     if name.endswith("shared"):
-        run["student"] |= {"init": str(folder / "teacher"), "adapter": LORA}
+        run["student"] |= {"init": str(folder / "first"), "adapter": LORA}
         run["on_policy"]["fake_score"]["adapter"] = LORA
     return run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run by one process, the same by two under each engine, and one that moves from two processes to one."""
+    """One run by one process, the same by two under each engine, and two that move: to one process, and from one."""
     folder = tmp_path_factory.mktemp("on-policy")
     write_latents(folder / "shards")
     architecture = {**settings(folder)["student"]["architecture"], "gate_value": 0.25}
     for name, seed in (("network", 3), ("teacher", 4)):
         build_network(architecture, seed, 0.03).save_pretrained(folder / name)
+    first = settings(folder, name="first", steps=2)
+    first["student"] |= {"init": str(folder / "teacher"), "time_frequency_limit": None, "adapter": LORA}
+    alone(first)
     for name in ("one", "one-shared"):
         alone(config(folder, name, 8))
-    cases = [{"engine": engine, "config": config(folder, name, micro)} for name, (engine, _, micro) in RUNS.items()]
+    cases = [{"engine": engine, "config": config(folder, name, micro)} for name, (engine, micro) in RUNS.items()]
     cases.append({"engine": "zero3", "config": config(folder, "moved", 4, steps=HALF)})
+    # Of two engines on one network DeepSpeed takes the last one's word for everything.
+    alone(config(folder, "back-shared", 8, steps=HALF))
+    cases.append({"engine": "zero3", "config": config(folder, "back-shared", 2)})
     place = folder / "launch"
     place.mkdir()
     launch = Launch("zero2", cases, place)
@@ -79,10 +84,10 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def counterpart(name: str) -> str:
-    return RUNS[name][1] if name in RUNS else "one"
+    return "one-shared" if name.endswith("shared") else "one"
 
 
-@pytest.mark.parametrize("name", [*RUNS, "moved"])
+@pytest.mark.parametrize("name", [*RUNS, "moved", "back-shared"])
 def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
     ours, one = logged(runs / name), logged(runs / counterpart(name))
     assert len(ours) == len(one) == STEPS
@@ -94,7 +99,7 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
             assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-9), key
 
 
-@pytest.mark.parametrize("name", [*RUNS, "moved"])
+@pytest.mark.parametrize("name", [*RUNS, "moved", "back-shared"])
 def test_both_roles_are_those_of_one_process(runs: Path, name: str) -> None:
     ours, one = final_tensors(runs / name), final_tensors(runs / counterpart(name))
     assert ours.keys() == one.keys()
