@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyflow_train.config.on_policy import ScoreTimes
 from anyflow_train.data.batch import Batch
-from anyflow_train.flow.types import Condition
+from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.objectives.distribution_matching import (
     DistributionMatchingObjective,
     FakeScoreObjective,
@@ -179,15 +179,15 @@ def test_times_stay_in_their_range() -> None:
     assert 0.98 < free.max() < 1
 
 
-def test_a_rollout_that_the_teacher_predicts_exactly_gives_no_infinity() -> None:
-    """Where `x - real` is 0 the normaliser is its floor."""
+def test_a_rollout_that_the_teacher_predicts_has_a_least_distance() -> None:
+    """Where `x - real` is 0 but for rounding, the difference of the predictions is divided by 1e-6."""
 
-    def knows(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        return (x - 1) / t.reshape(-1, 1, 1, 1, 1)  # predicts x0 = 1
+    def predicts(x0: float) -> FlowMap:
+        return lambda x, t, r, condition: (x - x0) / t.reshape(-1, 1, 1, 1, 1)
 
-    x = torch.ones(3, *SHAPE, dtype=torch.float64)
-    found = direction(knows, knows, x, NO_TEXT, draw_of(SLOTS), ScoreTimes(low=0.1))
-    assert found.gradient.isfinite().all()
+    x = torch.zeros(3, *SHAPE, dtype=torch.float64)
+    found = direction(predicts(0.0), predicts(1.0), x, NO_TEXT, draw_of(SLOTS), ScoreTimes(low=0.1))
+    torch.testing.assert_close(found.gradient, torch.full_like(x, 1e6), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("missing", ["teacher", "fake_score"])
