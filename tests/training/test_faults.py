@@ -111,7 +111,6 @@ def refused(folder: Path) -> Launch:
     ]
     launch = Launch("ddp", cases, place)
     assert launch.ended() == 0, launch.text()
-    assert read_info(list_checkpoints(place / "whole" / "checkpoints")[-1]).state.step == STEPS  # others equal it
     return launch
 
 
