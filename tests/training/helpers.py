@@ -17,6 +17,7 @@ from torch import Tensor
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
+from anyflow_train.models.wan import build_network
 from anyflow_train.training import checkpoint_writer
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints, read_info
@@ -40,6 +41,13 @@ def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ())
     manifest = describe(SHAPE, TEXT_DIM, longest_text=3).model_copy(update={"validation_prompts": ("clip",)})
     texts = PromptTexts(torch.zeros(1, TEXT_DIM), (torch.ones(2, TEXT_DIM),))
     return write_shards(folder, [produce()], manifest, texts)
+
+
+def write_networks(folder: Path) -> None:
+    """`folder/network` and `folder/teacher`: two networks of the shape of `settings`, with other weights."""
+    architecture = {**settings(folder)["student"]["architecture"], "gate_value": 0.25}
+    for name, seed in (("network", 3), ("teacher", 4)):
+        build_network(architecture, seed, 0.03).save_pretrained(folder / name)
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:

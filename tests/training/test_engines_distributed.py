@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from anyflow_train.config.compose import compose
-from anyflow_train.models.wan import build_network
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints
-from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents
+from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
 from tests.training.launched import LAYERS, Launch, words
 
 # One launch does nearly all: it takes a minute on a quiet machine, and many on a busy one.
@@ -66,9 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and networks to start from."""
     folder = tmp_path_factory.mktemp("engines")
     write_latents(folder / "shards")
-    architecture = settings(folder)["student"]["architecture"]
-    for name, seed in (("network", 3), ("teacher", 4)):
-        build_network({**architecture, "gate_value": 0.25}, seed, 0.03).save_pretrained(folder / name)
+    write_networks(folder)
     return folder
 
 

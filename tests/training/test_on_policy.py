@@ -36,6 +36,7 @@ from tests.training.helpers import (
     train,
     train_and_die,
     write_latents,
+    write_networks,
 )
 
 
@@ -43,9 +44,7 @@ from tests.training.helpers import (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("on-policy")
     write_latents(place / "shards")
-    architecture = {**settings(place)["student"]["architecture"], "gate_value": 0.25}
-    for name, seed in (("network", 3), ("teacher", 4)):
-        build_network(architecture, seed, 0.03).save_pretrained(place / name)
+    write_networks(place)
     return place
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from anyflow_train.config.compose import compose
-from anyflow_train.models.wan import build_network
 from anyflow_train.training import run as training
-from tests.training.helpers import final_tensors, settings, write_latents
+from tests.training.helpers import final_tensors, settings, write_latents, write_networks
 from tests.training.launched import Launch, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -53,9 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run by one process, the same by two under each engine, and two that move: to one process, and from one."""
     folder = tmp_path_factory.mktemp("on-policy")
     write_latents(folder / "shards")
-    architecture = {**settings(folder)["student"]["architecture"], "gate_value": 0.25}
-    for name, seed in (("network", 3), ("teacher", 4)):
-        build_network(architecture, seed, 0.03).save_pretrained(folder / name)
+    write_networks(folder)
     first = settings(folder, name="first", steps=2)
     first["student"] |= {"init": str(folder / "teacher"), "time_frequency_limit": None, "adapter": LORA}
     alone(first)
