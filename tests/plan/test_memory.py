@@ -19,6 +19,7 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.wan import build_network
+from anyflow_train.plan.fit import nearest_fit
 from anyflow_train.plan.memory import CONTEXT, FRAGMENTATION, plan_memory
 from anyflow_train.plan.networks import the_student
 from anyflow_train.plan.states import BUCKET, Sizes
@@ -113,6 +114,21 @@ def test_what_an_engine_cuts(engine: str, expected: tuple[float, ...]) -> None:
     )
     whole = 4 * Sizes.of(the_student(config)).base
     assert [parts[name] for name in names] == pytest.approx([share * whole for share in expected], abs=32)
+
+
+@pytest.mark.parametrize(("engine", "share"), [("ddp", 1), ("zero2", 1), ("zero3", 1 / 4)])
+def test_frozen_weights_are_cut_at_stage_3_only(engine: str, share: float) -> None:
+    config = small(*LORA, "student.init=somewhere")
+    sizes = Sizes.of(the_student(config))
+    frozen = dict(plan_memory(config, engine, 4).state)["weights, frozen (float32)"]
+    assert frozen == pytest.approx(4 * share * (sizes.whole - sizes.trained), abs=4)
+
+
+def test_an_engine_that_cuts_less_is_never_advised() -> None:
+    """A small network takes more room under ZeRO-3, for its bucket; yet who asks for that has a reason."""
+    config, limit = small(*FULL), CONTEXT + BUCKET // 2
+    assert plan_memory(config, "ddp", 4).total < limit < plan_memory(config, "zero3", 4).total
+    assert nearest_fit(config, None, "zero3", 4, limit) is None
 
 
 def test_offload_leaves_activations_and_buffers() -> None:
