@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from anyflow_train.config.network import Architecture
+from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import count_parameters, count_trainable
@@ -86,6 +86,19 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
     frames, _, height, width = latent
     patch = architecture.patch_size
     return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def needs_teacher(config: RunConfig) -> bool:
+    """Whether a run calls the teacher: for its velocity, or in stage 2."""
+    follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
+    return follows or isinstance(config.on_policy, DistributionMatching)
+
+
+def adapter_on_shared_base(config: RunConfig) -> Lora | None:
+    """The fake score's, where it stands on the student's frozen base; None where each role has its own network."""
+    settings = config.on_policy
+    adapter = settings.fake_score.adapter if isinstance(settings, DistributionMatching) else None
+    return adapter if isinstance(adapter, Lora) else None
 
 
 def world_size() -> int:

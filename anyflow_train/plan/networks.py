@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher
 from anyflow_train.config.network import Architecture, FullTraining, Lora
-from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 
@@ -49,16 +49,15 @@ class Network:
 
 def the_student(config: RunConfig) -> Network:
     """Every run has it."""
-    base = "lent" if _on_one_base(config) else "own"
+    base = "lent" if adapter_on_shared_base(config) else "own"
     return Network("student", config.student.architecture, config.student.adapter, averaged=True, base=base)
 
 
 def the_teacher(config: RunConfig) -> Network | None:
     """Where stage 1 takes its velocity from it, and in stage 2."""
-    follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
-    if not (follows or isinstance(config.on_policy, DistributionMatching)):
+    if not needs_teacher(config):
         return None
-    if _on_one_base(config):
+    if adapter_on_shared_base(config):
         return Network("teacher", config.student.architecture, FROZEN, base="student's")
     found = stored_architecture(config.teacher.source)
     return Network("teacher", found or config.student.architecture, FROZEN, assumed=found is None)
@@ -68,8 +67,8 @@ def the_fake_score(config: RunConfig) -> Network | None:
     """In stage 2: an adapter on the student's base, or a network of its own, of which all is trained."""
     if not isinstance(config.on_policy, DistributionMatching):
         return None
-    adapter = config.on_policy.fake_score.adapter
-    if isinstance(adapter, Lora):
+    adapter = adapter_on_shared_base(config)
+    if adapter is not None:
         return Network("fake score", config.student.architecture, adapter, base="student's")
     found = stored_architecture(config.on_policy.fake_score.init)
     return Network("fake score", found or config.student.architecture, FullTraining(), assumed=found is None)
@@ -79,11 +78,6 @@ def run_networks(config: RunConfig) -> list[Network]:
     """All of them, the student first."""
     others = (the_fake_score(config), the_teacher(config))
     return [the_student(config), *(network for network in others if network is not None)]
-
-
-def _on_one_base(config: RunConfig) -> bool:
-    settings = config.on_policy
-    return isinstance(settings, DistributionMatching) and isinstance(settings.fake_score.adapter, Lora)
 
 
 def stored_architecture(source: str | None) -> Architecture | None:

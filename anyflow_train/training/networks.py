@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from anyflow_train.config.network import FullTraining, Lora, Student
+from anyflow_train.config.network import Architecture, FullTraining, Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, trainable_parameters
@@ -20,10 +20,12 @@ from anyflow_train.models.wan import build_network
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
 from anyflow_train.training.entry import Entry
-from anyflow_train.training.starts import Start, TrainedPart, open_source, open_student_start
+from anyflow_train.training.starts import Start, TrainedPart, open_source, open_student_start, raise_all
 from anyflow_train.training.world import World
 
 Read = Callable[[str], Tensor]
+# In what networks must agree that are called with the same latents and texts.
+INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
 def start_student(config: Student, seed: int, world: World) -> AnyFlowTransformer3DModel:
@@ -105,27 +107,27 @@ def share_frozen(shared: SharedBase, role: str, source: str | None, student: Stu
     return role
 
 
-def start_teacher(source: str | None, world: World) -> AnyFlowTransformer3DModel:
+def start_teacher(source: str | None, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
     """The frozen teacher on its device, under ZeRO-3 in shards. At r = t it is the teacher, whatever its gate.
 
     Raises:
-        UserError: `teacher.source` names none.
+        UserError: `teacher.source` names none; UserErrors: it has other latents or texts than the student.
     """
     if source is None:
         raise UserError("teacher.source", "is null, but the run needs a teacher; name the teacher's folder")
-    network = _start("teacher.source", source, world)
+    network = _start("teacher.source", source, student, world)
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
     return network if zero_stage() < 3 else shard_frozen(network)
 
 
-def start_fake_score(source: str, world: World) -> AnyFlowTransformer3DModel:
+def start_fake_score(source: str, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
     """The fake score on its device, under ZeRO-3 in shards, all of it to be trained. It is only called at r = t.
 
     Raises:
-        UserError: `on_policy.fake_score.init` names none.
+        UserError: `on_policy.fake_score.init` names none; UserErrors: it has other latents or texts than the student.
     """
-    return _start("on_policy.fake_score.init", source, world)
+    return _start("on_policy.fake_score.init", source, student, world)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[AnyFlowTransformer3DModel, RunConfig]:
@@ -148,9 +150,17 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
     return network.eval(), config
 
 
-def _start(key: str, source: str, world: World) -> AnyFlowTransformer3DModel:
-    """The whole network of a source, or its shards under ZeRO-3."""
+def _start(key: str, source: str, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
+    """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
     start = world.together(lambda: open_source(key, source))
+    wanted = student.model_dump()
+    raise_all(
+        [
+            UserError(key, f"{source} has {name}={start.arguments.get(name, wanted[name])}, the student {wanted[name]}")
+            for name in INTERFACE
+            if start.arguments.get(name, wanted[name]) != wanted[name]
+        ]
+    )
     return _on_device(start.arguments, start.read, world)
 
 

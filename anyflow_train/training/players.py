@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher
 from anyflow_train.config.network import Lora
-from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.types import FlowMap
@@ -59,16 +59,16 @@ def start_players(config: RunConfig, world: World) -> Players:
     Raises:
         UserError: one cannot be loaded, is not what the config says, or cannot share the base.
     """
-    settings = config.on_policy
-    if isinstance(settings, DistributionMatching) and isinstance(settings.fake_score.adapter, Lora):
-        return _on_one_base(config, settings.fake_score.adapter, world)
+    adapter, settings, shape = adapter_on_shared_base(config), config.on_policy, config.student.architecture
+    if adapter is not None:
+        return _on_one_base(config, adapter, world)
     student = _own(start_student(config.student, config.seed, world), config, world)
-    if not _wants_teacher(config):
+    if not needs_teacher(config):
         return Players(student, None, None)
-    frozen = start_teacher(config.teacher.source, world)
+    frozen = start_teacher(config.teacher.source, shape, world)
     fake_score = None
     if isinstance(settings, DistributionMatching):
-        fake_score = _own(start_fake_score(settings.fake_score.init, world), config, world)
+        fake_score = _own(start_fake_score(settings.fake_score.init, shape, world), config, world)
     return Players(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 
 
@@ -91,11 +91,6 @@ def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players
 
     players = [Player(network, shared.parameters(role), as_role(role)) for role in ("student", "fake_score")]
     return Players(players[0], as_role(teacher), players[1])
-
-
-def _wants_teacher(config: RunConfig) -> bool:
-    follows = isinstance(config.objective, FlowMapConfig) and config.objective.velocity == "teacher"
-    return follows or isinstance(config.on_policy, DistributionMatching)
 
 
 def _prepared(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> AnyFlowTransformer3DModel:

@@ -97,8 +97,10 @@ class DiffusionMean:
 
     def after(self, loss: Loss, slots: tuple[int, ...]) -> Tensor:
         """The mean, () float32, as of this micro-batch. Before it is complete, no sample needs it."""
-        if self._mean is not None or loss.branch is None:
-            return self._sum if self._mean is None else self._mean
+        if loss.branch is None:  # and so no sample to scale
+            return self._sum
+        if self._mean is not None:
+            return self._mean
         values = balance_value(loss, self._term.rebalance)
         self._sum += torch.where(loss.branch == Branch.DIFFUSION, values, 0).sum()
         width = len(slots) * self._world.data_size

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.adapters import trainable_parameters
@@ -234,6 +234,20 @@ def test_a_teacher_of_another_size_teaches(folder: Path, tmp_path: Path) -> None
     config["teacher"] = {"source": str(tmp_path / "big")}
     run = train(config)
     assert len(weights(run, 2, "fake_score.weights")) > len(weights(run, 2, "weights"))
+
+
+@pytest.mark.parametrize("key", ["teacher.source", "on_policy.fake_score.init"])
+def test_a_network_of_other_latents_is_refused(folder: Path, tmp_path: Path, key: str) -> None:
+    shape = {**settings(folder)["student"]["architecture"], "gate_value": 0.25, "text_dim": 4}
+    build_network(shape, 5, 0.03).save_pretrained(tmp_path / "other")
+    config = on_policy(folder, out=str(tmp_path))
+    owner = config["teacher"] if key == "teacher.source" else config["on_policy"]["fake_score"]
+    owner[key.rpartition(".")[2]] = str(tmp_path / "other")
+    with pytest.raises(UserErrors) as refused:
+        training.run(RunConfig.model_validate(config))
+    assert [(error.where, error.problem.partition("has ")[2]) for error in refused.value.errors] == [
+        (key, f"text_dim=4, the student {TEXT_DIM}")
+    ]
 
 
 def test_a_missing_fake_score_is_named(folder: Path, tmp_path: Path) -> None:

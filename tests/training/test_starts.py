@@ -93,7 +93,8 @@ def test_a_chain_of_runs(tmp_path: Path) -> None:
 
 def test_other_roles_start_from_runs_too(tmp_path: Path) -> None:
     run = trained(tmp_path, "first", network(tmp_path), LORA)
-    assert_equal(start_teacher(str(run), ALONE), whole(run))
+    shape = student(tmp_path, run, LORA).architecture
+    assert_equal(start_teacher(str(run), shape, ALONE), whole(run))
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
