@@ -22,7 +22,7 @@ anyflow prepare experiment=tiny_prepare source="$run/clips/held_out" out="$run/s
 
 step "3/6 distillation (stage 1)"
 anyflow train experiment=tiny out="$run" name=student \
-  data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out"
+  data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out" engine.threads=2
 
 step "4/6 evaluation of teacher and student"
 if [ "$run/report/report.json" -nt "$run/student/done.json" ]; then
