@@ -6,12 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anyflow_train.models.attend import View, attend
 from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
 from anyflow_train.models.rotary import rotate
-from anyflow_train.models.sequence_parallel import SequencePart
-
-_FEW_KEYS = 32
-"""Up to here plain products train a third faster on a CPU than torch's attention kernel (on a short text)."""
 
 
 class AnyFlowTransformerBlock(nn.Module):
@@ -30,15 +27,15 @@ class AnyFlowTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, part: SequencePart | None = None
+        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, view: View | None = None
     ) -> Tensor:
         """
         Args:
             x: (B, S, D) tokens, frame by frame.
             text: (B, L, D) tokens to attend to.
             modulation: (B or 1, F or 1, 6, D) float32.
-            rotation: (S, head_dim / 2, 2) float32, of `RotaryGrid`.
-            part: which part of the sequence these S tokens are; None: all of it.
+            rotation: (S, head_dim / 2, 2) float32, of `rotary`.
+            view: what the tokens attend to, in self-attention; None: all to all.
 
         Returns:
             (B, S, D) in the dtype of x.
@@ -47,7 +44,7 @@ class AnyFlowTransformerBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
-        x = add_gated(x, self.attn1(normed, normed, rotation, part), gate_attn)
+        x = add_gated(x, self.attn1(normed, normed, rotation, view), gate_attn)
         x = x + self.attn2(self.norm2(x), text)
         normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
         return add_gated(x, self.ffn(normed), gate_ffn)
@@ -75,15 +72,13 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(
-        self, x: Tensor, context: Tensor, rotation: Tensor | None = None, part: SequencePart | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None, view: View | None = None) -> Tensor:
         """
         Args:
             x: (B, S, D).
             context: (B, L, D), what is attended to: x itself in self-attention.
             rotation: (S, head_dim / 2, 2) float32, for self-attention.
-            part: which part of the sequence x and the context are, for self-attention; None: all of it.
+            view: what the tokens attend to, for self-attention; None: all to all.
 
         Returns:
             (B, S, D).
@@ -94,22 +89,8 @@ class Attention(nn.Module):
         value = self.to_v(context).unflatten(2, heads)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if part is not None:
-            query, key, value = part.all_tokens_of_some_heads(query, key, value)
-        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        if part is not None:
-            attended = part.all_heads_of_own_tokens(attended)
+        attended = attend(query, key, value) if view is None else view.attend(query, key, value)
         return self.to_out[0](attended)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention. query: (B, H, S, head_dim); key, value: (B, H, L, head_dim). Returns (B, S, D)."""
-    if query.requires_grad and query.device.type == "cpu" and key.shape[2] <= _FEW_KEYS:
-        scores = query @ (key * query.shape[-1] ** -0.5).transpose(2, 3)
-        attended = scores.softmax(-1) @ value
-    else:
-        attended = F.scaled_dot_product_attention(query, key, value)
-    return attended.transpose(1, 2).flatten(2)
 
 
 class RMSNorm(nn.Module):

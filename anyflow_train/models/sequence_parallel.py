@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from anyflow_train.models.attend import attend
+
 
 @dataclass(frozen=True)
 class SequenceGroup:
@@ -87,6 +89,10 @@ class SequencePart:
             whole = _AllToAll.apply(sent, self.positions, (self.positions[rank],) * size, self.group.group)
         whole = torch.cat((whole[: self._own.start], own, whole[self._own.stop :]))  # own: here with its gradient
         return whole.movedim(0, 2).flatten(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of this process's tokens to all. Three times (B, s, H, head_dim) -> (B, s, D)."""
+        return self.all_heads_of_own_tokens(attend(*self.all_tokens_of_some_heads(query, key, value)))
 
     def all_tokens_of_some_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Three times (B, s, H, head_dim) -> (B, S, H / k, head_dim), in one exchange, in the dtype of the values."""

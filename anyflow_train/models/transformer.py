@@ -6,26 +6,21 @@ Weights, config and call are interchangeable with `diffusers.AnyFlowTransformer3
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.peft_utils import apply_lora_scale
-from torch import Tensor, nn
+from torch import Tensor
 
-from anyflow_train.models.blocks import AnyFlowTransformerBlock
-from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
-from anyflow_train.models.fused import modulated_layer_norm, wide
+from anyflow_train.models.backbone import Backbone, frame_times, unpatchify
 from anyflow_train.models.rotary import RotaryGrid
 from anyflow_train.models.sequence_parallel import SequenceGroup
 
 
-class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+class AnyFlowTransformer3DModel(Backbone):
     """The average velocity `u(x_t, t, r, text)` of latent videos.
 
     Args:
@@ -48,20 +43,6 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         ValueError: a `patch_size`, `attention_head_dim` or `deltatime_type` other than those above.
     """
 
-    _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
-    _no_split_modules: ClassVar = ["AnyFlowTransformerBlock"]
-    # diffusers' list and `delta_embedder`, which needs the precision as much as its twin.
-    _keep_in_fp32_modules: ClassVar = [
-        "time_embedder",
-        "delta_embedder",
-        "scale_shift_table",
-        "norm1",
-        "norm2",
-        "norm3",
-    ]
-    _repeated_blocks: ClassVar = ["AnyFlowTransformerBlock"]
-
     @register_to_config
     def __init__(
         self,
@@ -81,30 +62,24 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         gate_value: float = 0.25,
         deltatime_type: str = "r",
     ) -> None:
-        super().__init__()
-        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type)
-        dim = num_attention_heads * attention_head_dim
-        patch = patch_size[1]
-        self.rope = RotaryGrid(attention_head_dim)
-        self.patch_embedding = PatchEmbedding(in_channels, dim, patch)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, gate_value, deltatime_type)
-        self.blocks = nn.ModuleList(
-            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+        super().__init__(
+            patch_size,
+            num_attention_heads,
+            attention_head_dim,
+            in_channels,
+            out_channels,
+            text_dim,
+            freq_dim,
+            ffn_dim,
+            num_layers,
+            cross_attn_norm,
+            eps,
+            image_dim,
+            gate_value,
+            deltatime_type,
         )
-        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * patch**2)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-        self.gradient_checkpointing = False
+        self.rope = RotaryGrid(attention_head_dim)
         self._sequence_group: SequenceGroup | None = None
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, but the config of another class is refused: its weights would only half fit."""
-        name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
-        if name != cls.__name__:
-            raise ValueError(
-                f"the config names {name}, not {cls.__name__}; for a Wan2.1 transformer use {cls.__name__}.from_wan"
-            )
-        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_wan(
@@ -164,7 +139,7 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         """
         batch, frames, _, height, width = self._check_latents(hidden_states)
         self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
-        t, r = torch.broadcast_tensors(_frame_times(timestep, batch, frames), _frame_times(r_timestep, batch, frames))
+        t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
         config: Any = self.config
         patch = config.patch_size[1]
         rotation = self.rope((frames, height // patch, width // patch), hidden_states.device)
@@ -175,75 +150,10 @@ class AnyFlowTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromO
         part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
         if part is not None:
             x, rotation = part.take(x), part.take(rotation.unsqueeze(0)).squeeze(0)
-        checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
-        for block in self.blocks:
-            if checkpoint is None or not self.gradient_checkpointing:
-                x = block(x, context, modulation, rotation, part)
-            else:
-                x = checkpoint(block, x, context, modulation, rotation, part)
-        shift, scale = (wide(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
-        x = self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
+        x = self._run_blocks(x, context, modulation, rotation, part)
+        x = self._project(x, embedding)
         if part is not None:
             x = part.gather(x)
 
-        sample = _unpatchify(x, frames, height // patch, width // patch, patch)
+        sample = unpatchify(x, frames, height // patch, width // patch, patch)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _check_latents(self, latents: Tensor) -> torch.Size:
-        config: Any = self.config
-        shape = tuple(latents.shape)
-        if len(shape) != 5 or shape[2] != config.in_channels:
-            raise ValueError(f"hidden_states must be (B, F, {config.in_channels}, H, W), but its shape is {shape}")
-        patch = config.patch_size[1]
-        if shape[3] % patch or shape[4] % patch:
-            raise ValueError(f"height and width must be multiples of the patch, {patch}, but hidden_states is {shape}")
-        if max(shape[1], shape[3] // patch, shape[4] // patch) > config.rope_max_seq_len:
-            raise ValueError(
-                f"a grid of {shape[1]} x {shape[3] // patch} x {shape[4] // patch} tokens is longer than "
-                f"rope_max_seq_len = {config.rope_max_seq_len}"
-            )
-        return latents.shape
-
-    def _check_context(self, batch: int, text: Tensor, image: Tensor | None) -> None:
-        config: Any = self.config
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
-            raise ValueError(
-                f"encoder_hidden_states must be ({batch}, L, {config.text_dim}), but its shape is {tuple(text.shape)}"
-            )
-        if image is None:
-            return
-        if config.image_dim is None:
-            raise ValueError("encoder_hidden_states_image was given to a network without image_dim")
-        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != config.image_dim:
-            raise ValueError(
-                f"encoder_hidden_states_image must be ({batch}, I, {config.image_dim}), "
-                f"but its shape is {tuple(image.shape)}"
-            )
-
-
-def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str) -> None:
-    if len(patch_size) != 3 or patch_size[0] != 1 or patch_size[1] != patch_size[2] or patch_size[1] < 1:
-        raise ValueError(f"patch_size must be (1, p, p), not {patch_size}")
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"attention_head_dim must be even, not {head_dim}")
-    if deltatime_type not in ("r", "t-r"):
-        raise ValueError(f'deltatime_type must be "r" or "t-r", not {deltatime_type!r}')
-
-
-def _frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
-    """Times of shape (), (B,) or (B, F) as (1, 1), (B, 1) or (B, F): as few rows as carry the information."""
-    shape = tuple(times.shape)
-    if shape == ():
-        return times.view(1, 1)
-    if shape == (batch,):
-        return times.view(batch, 1)
-    if shape == (batch, frames):
-        return times
-    raise ValueError(f"a timestep must have the shape (), ({batch},) or ({batch}, {frames}), not {shape}")
-
-
-def _unpatchify(x: Tensor, frames: int, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
-    patches = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
-    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies of long runs are fast
-    return pixels.permute(0, 1, 4, 2, 3).contiguous()

@@ -1,0 +1,168 @@
+"""What the bidirectional and the causal network have in common: all weights but one, the loop over blocks, the checks.
+
+Both are Wan2.1's video transformer with two times.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from anyflow_train.models.attend import View
+from anyflow_train.models.blocks import AnyFlowTransformerBlock
+from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
+from anyflow_train.models.fused import modulated_layer_norm, wide
+
+
+class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+    """Base of both networks; their constructors document the arguments and register them as the config.
+
+    Raises:
+        ValueError: a `patch_size`, `attention_head_dim` or `deltatime_type` that the network cannot have.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
+    _no_split_modules: ClassVar = ["AnyFlowTransformerBlock"]
+    # diffusers' list and `delta_embedder`, which needs the precision as much as its twin.
+    _keep_in_fp32_modules: ClassVar = [
+        "time_embedder",
+        "delta_embedder",
+        "scale_shift_table",
+        "norm1",
+        "norm2",
+        "norm3",
+    ]
+    _repeated_blocks: ClassVar = ["AnyFlowTransformerBlock"]
+
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int],
+        num_attention_heads: int,
+        attention_head_dim: int,
+        in_channels: int,
+        out_channels: int | None,
+        text_dim: int,
+        freq_dim: int,
+        ffn_dim: int,
+        num_layers: int,
+        cross_attn_norm: bool,
+        eps: float,
+        image_dim: int | None,
+        gate_value: float,
+        deltatime_type: str,
+    ) -> None:
+        super().__init__()
+        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type)
+        dim = num_attention_heads * attention_head_dim
+        patch = patch_size[1]
+        self.patch_embedding = PatchEmbedding(in_channels, dim, patch)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, gate_value, deltatime_type)
+        self.blocks = nn.ModuleList(
+            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * patch**2)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers, but the config of another class is refused: its weights would only half fit."""
+        name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
+        if name != cls.__name__:
+            raise ValueError(
+                f"the config names {name}, not {cls.__name__}; for a Wan2.1 transformer use {cls.__name__}.from_wan"
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def _run_blocks(
+        self, x: Tensor, context: Tensor, modulation: Tensor, rotation: Tensor, view: View | None
+    ) -> Tensor:
+        """All blocks, one after the other, each checkpointed if that is on. Arguments and result: a block's."""
+        checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
+        for block in self.blocks:
+            if checkpoint is None or not self.gradient_checkpointing:
+                x = block(x, context, modulation, rotation, view)
+            else:
+                x = checkpoint(block, x, context, modulation, rotation, view)
+        return x
+
+    def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Tokens to patches of the output: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
+        config: Any = self.config
+        shift, scale = (wide(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
+        return self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
+
+    def _check_latents(self, latents: Tensor) -> torch.Size:
+        """The shape (B, F, C, H, W).
+
+        Raises:
+            ValueError: another shape, sides that the patch does not divide, or a grid that is too long.
+        """
+        config: Any = self.config
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or shape[2] != config.in_channels:
+            raise ValueError(f"hidden_states must be (B, F, {config.in_channels}, H, W), but its shape is {shape}")
+        patch = config.patch_size[1]
+        if shape[3] % patch or shape[4] % patch:
+            raise ValueError(f"height and width must be multiples of the patch, {patch}, but hidden_states is {shape}")
+        self._check_grid(shape[1], shape[3] // patch, shape[4] // patch)
+        return latents.shape
+
+    def _check_grid(self, frames: int, rows: int, columns: int) -> None:
+        config: Any = self.config
+        if max(frames, rows, columns) > config.rope_max_seq_len:
+            raise ValueError(
+                f"a grid of {frames} x {rows} x {columns} tokens is longer than "
+                f"rope_max_seq_len = {config.rope_max_seq_len}"
+            )
+
+    def _check_context(self, batch: int, text: Tensor, image: Tensor | None) -> None:
+        config: Any = self.config
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
+            raise ValueError(
+                f"encoder_hidden_states must be ({batch}, L, {config.text_dim}), but its shape is {tuple(text.shape)}"
+            )
+        if image is None:
+            return
+        if config.image_dim is None:
+            raise ValueError("encoder_hidden_states_image was given to a network without image_dim")
+        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != config.image_dim:
+            raise ValueError(
+                f"encoder_hidden_states_image must be ({batch}, I, {config.image_dim}), "
+                f"but its shape is {tuple(image.shape)}"
+            )
+
+
+def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str) -> None:
+    if len(patch_size) != 3 or patch_size[0] != 1 or patch_size[1] != patch_size[2] or patch_size[1] < 1:
+        raise ValueError(f"patch_size must be (1, p, p), not {patch_size}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"attention_head_dim must be even, not {head_dim}")
+    if deltatime_type not in ("r", "t-r"):
+        raise ValueError(f'deltatime_type must be "r" or "t-r", not {deltatime_type!r}')
+
+
+def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
+    """Times of shape (), (B,) or (B, F) as (1, 1), (B, 1) or (B, F): as few rows as carry the information."""
+    shape = tuple(times.shape)
+    if shape == ():
+        return times.view(1, 1)
+    if shape == (batch,):
+        return times.view(batch, 1)
+    if shape == (batch, frames):
+        return times
+    raise ValueError(f"a timestep must have the shape (), ({batch},) or ({batch}, {frames}), not {shape}")
+
+
+def unpatchify(x: Tensor, frames: int, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
+    patches = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
+    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies of long runs are fast
+    return pixels.permute(0, 1, 4, 2, 3).contiguous()
