@@ -5,6 +5,7 @@ Both are Wan2.1's video transformer with two times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from anyflow_train.models.attend import View
 from anyflow_train.models.blocks import AnyFlowTransformerBlock
 from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
 from anyflow_train.models.fused import modulated_layer_norm, wide
+from anyflow_train.models.kv_cache import LastKeys
 
 
 class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
@@ -82,11 +84,19 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _run_blocks(
-        self, x: Tensor, context: Tensor, modulation: Tensor, rotation: Tensor, view: View | None
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        rotation: Tensor,
+        views: Sequence[View | LastKeys | None],
     ) -> Tensor:
-        """All blocks, one after the other, each checkpointed if that is on. Arguments and result: a block's."""
+        """All blocks, one after the other, each checkpointed if that is on.
+
+        Arguments and result are those of a block, but for its view: `views` has one for every block.
+        """
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
-        for block in self.blocks:
+        for block, view in zip(self.blocks, views, strict=True):
             if checkpoint is None or not self.gradient_checkpointing:
                 x = block(x, context, modulation, rotation, view)
             else:
@@ -98,6 +108,17 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         config: Any = self.config
         shift, scale = (wide(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
         return self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
+
+    def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        """Tokens of frames of a grid of patches to latents: (B, S, D) -> (B, F, C_out, H, W)."""
+        config: Any = self.config
+        return unpatchify(self._project(x, embedding), frames, *grid, config.patch_size[1])
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of a frame."""
+        config: Any = self.config
+        patch = config.patch_size[1]
+        return latents.shape[3] // patch, latents.shape[4] // patch
 
     def _check_latents(self, latents: Tensor) -> torch.Size:
         """The shape (B, F, C, H, W).

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from anyflow_train.models.attend import View, attend
 from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
+from anyflow_train.models.kv_cache import LastKeys
 from anyflow_train.models.rotary import rotate
 
 
@@ -27,7 +28,7 @@ class AnyFlowTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, view: View | None = None
+        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, view: View | LastKeys | None = None
     ) -> Tensor:
         """
         Args:
@@ -35,15 +36,19 @@ class AnyFlowTransformerBlock(nn.Module):
             text: (B, L, D) tokens to attend to.
             modulation: (B or 1, F or 1, 6, D) float32.
             rotation: (S, head_dim / 2, 2) float32, of `rotary`.
-            view: what the tokens attend to, in self-attention; None: all to all.
+            view: what the tokens attend to, in self-attention; None: all to all. `LastKeys`: only the keys and values
+                are wanted.
 
         Returns:
-            (B, S, D) in the dtype of x.
+            (B, S, D) in the dtype of x; with `LastKeys` x itself.
         """
         modulation = modulation + wide(self.scale_shift_table)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
+        if isinstance(view, LastKeys):
+            view.keep(*self.attn1.keys_and_values(normed, rotation))
+            return x
         x = add_gated(x, self.attn1(normed, normed, rotation, view), gate_attn)
         x = x + self.attn2(self.norm2(x), text)
         normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
@@ -83,14 +88,18 @@ class Attention(nn.Module):
         Returns:
             (B, S, D).
         """
-        heads = (self.heads, -1)
-        query = self.norm_q(self.to_q(x)).unflatten(2, heads)
-        key = self.norm_k(self.to_k(context)).unflatten(2, heads)
-        value = self.to_v(context).unflatten(2, heads)
+        query = self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
+        key, value = self.keys_and_values(context, rotation)
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query = rotate(query, rotation)
         attended = attend(query, key, value) if view is None else view.attend(query, key, value)
         return self.to_out[0](attended)
+
+    def keys_and_values(self, context: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> twice (B, L, H, head_dim), the keys rotated. Arguments as in `forward`."""
+        key = self.norm_k(self.to_k(context)).unflatten(2, (self.heads, -1))
+        value = self.to_v(context).unflatten(2, (self.heads, -1))
+        return key if rotation is None else rotate(key, rotation), value
 
 
 class RMSNorm(nn.Module):

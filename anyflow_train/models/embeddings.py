@@ -29,6 +29,11 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, weight, self.bias).permute(0, 4, 1, 2, 3)
 
 
+def patch_tokens(embedding: nn.Module, latents: Tensor) -> Tensor:
+    """(B, F, C, H, W) -> (B, F * H / patch * W / patch, D), frame by frame and row by row, by a `PatchEmbedding`."""
+    return embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
+
+
 class ConditionEmbedder(nn.Module):
     """Embeds the source time, the target time, the text and the image.
 

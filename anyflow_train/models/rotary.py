@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,21 @@ from anyflow_train.models.fused import wide
 
 _THETA = 10000.0
 _KEPT_GRIDS = 16
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring frames whose patches have one size.
+
+    Attributes:
+        grid: (frames, rows, columns) of its tokens.
+        first: position of its first frame in the video.
+        pool: positions, in height and in width, that one token covers.
+    """
+
+    grid: tuple[int, int, int]
+    first: int = 0
+    pool: int = 1
 
 
 class RotaryGrid:
@@ -21,18 +38,22 @@ class RotaryGrid:
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
-        self._tables: dict[tuple[tuple[int, int, int], torch.device], Tensor] = {}
+        self._tables: dict[tuple[tuple[Stretch, ...], torch.device], Tensor] = {}
 
     def __call__(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
         """(tokens, head_dim / 2, 2) float32 of a grid (frames, rows, columns): see `rotation_table`."""
+        return self.stretches((Stretch(grid),), device)
+
+    def stretches(self, stretches: tuple[Stretch, ...], device: torch.device) -> Tensor:
+        """(tokens, head_dim / 2, 2) float32 of several grids, one after the other."""
         if torch.compiler.is_compiling():
             # A cache that is filled while tracing would be a guard that fails on the next call. The compiled graph
             # computes the few angles per axis instead, which costs nothing beside the blocks.
-            return rotation_table(self.head_dim, grid, device)
-        key = (grid, device)
+            return _joined(self.head_dim, stretches, device)
+        key = (stretches, device)
         if key not in self._tables:
             with torch.inference_mode(False):  # or the kept table could not be used in training later
-                table = rotation_table(self.head_dim, grid, device)
+                table = _joined(self.head_dim, stretches, device)
             if type(table) is not Tensor:  # a fake tensor of some analysis: never to be kept
                 return table
             if len(self._tables) >= _KEPT_GRIDS:
@@ -41,8 +62,19 @@ class RotaryGrid:
         return self._tables[key]
 
 
-def rotation_table(head_dim: int, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+def _joined(head_dim: int, stretches: tuple[Stretch, ...], device: torch.device) -> Tensor:
+    return torch.cat([rotation_table(head_dim, each.grid, device, each.first, each.pool) for each in stretches])
+
+
+def rotation_table(
+    head_dim: int, grid: tuple[int, int, int], device: torch.device, first: int = 0, pool: int = 1
+) -> Tensor:
     """Cosine and sine per token (frame by frame, row by row) and channel pair.
+
+    Args:
+        grid: (frames, rows, columns) of the tokens.
+        first, pool: as in `Stretch`. A token that covers several positions turns by the mean of their unit complex
+            numbers, scaled back to length one (FAR, 2503.19325).
 
     Returns (tokens, head_dim / 2, 2) float32; the angles are float64, since they reach hundreds of turns.
     """
@@ -50,12 +82,17 @@ def rotation_table(head_dim: int, grid: tuple[int, int, int], device: torch.devi
     pairs = (head_dim // 2 - 2 * spatial, spatial, spatial)
     axes = []
     for axis, (length, count) in enumerate(zip(grid, pairs, strict=True)):
+        start, covered = (first, 1) if axis == 0 else (0, pool)
         exponent = torch.arange(count, dtype=torch.float64, device=device) / max(count, 1)
-        position = torch.arange(length, dtype=torch.float64, device=device)
+        position = torch.arange(start, start + length * covered, dtype=torch.float64, device=device)
         angles = position[:, None] * _THETA**-exponent
+        turn = torch.stack((angles.cos(), angles.sin()), -1)
+        if covered > 1:
+            turn = turn.unflatten(0, (length, covered)).mean(1)
+            turn = turn / torch.linalg.vector_norm(turn, dim=-1, keepdim=True)
         shape = [1, 1, 1, count]
         shape[axis] = length
-        axes.append(torch.stack((angles.cos(), angles.sin()), -1).float().view(*shape, 2).expand(*grid, count, 2))
+        axes.append(turn.float().view(*shape, 2).expand(*grid, count, 2))
     return torch.cat(axes, dim=3).flatten(0, 2)
 
 

@@ -16,6 +16,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
 from anyflow_train.models.backbone import Backbone, frame_times, unpatchify
+from anyflow_train.models.embeddings import patch_tokens
 from anyflow_train.models.rotary import RotaryGrid
 from anyflow_train.models.sequence_parallel import SequenceGroup
 
@@ -146,11 +147,11 @@ class AnyFlowTransformer3DModel(Backbone):
 
         embedding, modulation = self.condition_embedder(t, r)
         context = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
-        x = self.patch_embedding(hidden_states.transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = patch_tokens(self.patch_embedding, hidden_states)
         part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
         if part is not None:
             x, rotation = part.take(x), part.take(rotation.unsqueeze(0)).squeeze(0)
-        x = self._run_blocks(x, context, modulation, rotation, part)
+        x = self._run_blocks(x, context, modulation, rotation, [part] * len(self.blocks))
         x = self._project(x, embedding)
         if part is not None:
             x = part.gather(x)

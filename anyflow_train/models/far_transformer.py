@@ -1,0 +1,248 @@
+"""The causal student (FAR, arXiv 2503.19325): our own implementation of diffusers' class of the same name.
+
+Weights and config are interchangeable with `diffusers.AnyFlowFARTransformer3DModel`; this one is built for training. It
+knows a video as chunks of frames. The newest ones have patches of the usual size, older ones larger patches, so that a
+long past costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import Tensor
+
+from anyflow_train.models.backbone import Backbone, frame_times
+from anyflow_train.models.chunk_layout import ChunkLayout, check_chunks
+from anyflow_train.models.clean_copies import CleanCopies
+from anyflow_train.models.embeddings import PatchEmbedding, patch_tokens
+from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, Keeping, KVCache, LastKeys
+from anyflow_train.models.rotary import RotaryGrid, Stretch
+
+Times = tuple[Tensor, Tensor]
+"""t and r, as the condition embedder takes them."""
+
+
+class AnyFlowFARTransformer3DModel(Backbone):
+    """The average velocity `u(x_t, t, r, text)` of the newest chunks of latent videos, given those before.
+
+    The other arguments are those of `AnyFlowTransformer3DModel`.
+
+    Args:
+        compressed_patch_size: (1, q, q), patches of the older chunks; q is a multiple of the p of `patch_size`.
+        full_chunk_limit: how many chunks, the one being made among them, have patches of `patch_size`.
+        chunk_partition: frames per chunk of the videos that it was made for; only a note for pipelines.
+
+    Raises:
+        ValueError: sizes, a limit or a partition other than those above.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
+        full_chunk_limit: int = 3,
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int | None = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        gate_value: float = 0.25,
+        deltatime_type: str = "r",
+        chunk_partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2),
+    ) -> None:
+        super().__init__(
+            patch_size,
+            num_attention_heads,
+            attention_head_dim,
+            in_channels,
+            out_channels,
+            text_dim,
+            freq_dim,
+            ffn_dim,
+            num_layers,
+            cross_attn_norm,
+            eps,
+            image_dim,
+            gate_value,
+            deltatime_type,
+        )
+        check_chunks(tuple(patch_size), tuple(compressed_patch_size), full_chunk_limit, tuple(chunk_partition))
+        self.rope = RotaryGrid(attention_head_dim)
+        # Last, so that all other weights of a random network are those of a bidirectional one with the same seed.
+        dim = num_attention_heads * attention_head_dim
+        self.far_patch_embedding = PatchEmbedding(in_channels, dim, compressed_patch_size[1])
+
+    @classmethod
+    def from_wan(
+        cls,
+        source: str | Path,
+        *,
+        gate_value: float = 0.25,
+        deltatime_type: str = "r",
+        torch_dtype: torch.dtype = torch.float32,
+        full_chunk_limit: int = 3,
+        chunk_partition: Sequence[int] = (1, 3, 3, 3, 3, 3, 3, 2),
+        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
+    ) -> AnyFlowFARTransformer3DModel:
+        """A student that starts as a Wan2.1 text-to-video transformer: see `anyflow_train.models.wan.from_wan`."""
+        from anyflow_train.models.wan import from_wan  # which imports this class
+
+        chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": tuple(chunk_partition)}
+        causal = {**chunks, "compressed_patch_size": compressed_patch_size}
+        return from_wan(source, gate_value, deltatime_type, torch_dtype, causal)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        chunk_partition: Sequence[int],
+        encoder_hidden_states_image: Tensor | None = None,
+        clean_hidden_states: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        return_kv_cache: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> AnyFlowFARTransformerOutput | tuple[Any, ...]:
+        """Predict the average velocity of the newest chunks, or encode all chunks for the next one.
+
+        It is called in one of three ways.
+
+        1. Plainly: all chunks at once. Those beyond the newest `full_chunk_limit` are context: clean, with times of
+           their own. Gives the velocity of the others, F_noisy frames. With `clean_hidden_states` each of them sees
+           the clean copy of the full chunks before it; without, each sees those themselves. One chunk alone is a
+           video whose frames all see each other.
+        2. With `return_kv_cache`: all chunks so far, clean. Gives the cache that the next chunk needs, without
+           gradients. The newest `full_chunk_limit - 1` have full-size patches.
+        3. With `kv_cache`: `hidden_states` is one new chunk, which sees itself and the cache. Gives its velocity.
+
+        Args:
+            hidden_states: (B, F, C, H, W) latents.
+            timestep, r_timestep: source and target time in 0..1000, each of shape (), (B,) or (B, F).
+            encoder_hidden_states: (B, L, text_dim) text embeddings.
+            chunk_partition: frames of each chunk, oldest first, the new one included; their sum is F, or in the third
+                way the frames of the cache and F.
+            encoder_hidden_states_image: (B, I, image_dim) image embeddings, where the network has `image_dim`.
+            clean_hidden_states: (B, F_noisy, C, H, W), only in the first way. The newest chunk's copy is not read.
+            clean_timestep: of the copies, in 0..1000, of shape (), (B,) or (B, F_noisy); their target time is the same.
+                None: 0.
+            attention_kwargs: {"scale": s} scales the LoRA adapters, if any.
+            return_dict: False returns a tuple: (sample,) in the first way, else (sample, kv_cache).
+
+        Raises:
+            ValueError: a shape other than those above, a height or width that a patch does not divide, a video longer
+                than `rope_max_seq_len`, a cache of other chunks or latents.
+        """
+        batch, frames, *_ = self._check_latents(hidden_states)
+        self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
+        if (clean_hidden_states is not None) + (kv_cache is not None) + return_kv_cache > 1:
+            raise ValueError("only one of clean_hidden_states, kv_cache and return_kv_cache can be given")
+        t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
+        text = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
+        partition = tuple(chunk_partition)
+
+        if return_kv_cache:
+            layout = self._layout(partition, self._limit - 1, hidden_states)
+            cache = self._encode(hidden_states, (t, r), text, layout)
+            return AnyFlowFARTransformerOutput(kv_cache=cache) if return_dict else (None, cache)
+        if kv_cache is not None:
+            sample = self._next_chunk(hidden_states, (t, r), text, partition, kv_cache)
+            return AnyFlowFARTransformerOutput(sample, kv_cache) if return_dict else (sample, kv_cache)
+        layout = self._layout(partition, self._limit, hidden_states)
+        clean = None
+        if clean_hidden_states is not None:
+            layout = layout.with_copies()
+            clean = CleanCopies.of(clean_hidden_states, clean_timestep, layout, hidden_states)
+        sample = self._denoise(hidden_states, (t, r), text, layout, clean)
+        return AnyFlowFARTransformerOutput(sample) if return_dict else (sample,)
+
+    def _denoise(
+        self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout, clean: CleanCopies | None
+    ) -> Tensor:
+        """The velocity of the full chunks of a layout."""
+        if clean is not None:
+            times = clean.among(times[0], layout), clean.among(times[1], layout)
+        embedding, modulation = self.condition_embedder(*times)
+        rotation = self.rope.stretches(layout.stretches(), latents.device)
+        x = self._tokens(latents, layout, clean)
+        views = [layout.attention()] * len(self.blocks)
+        x = self._run_blocks(x, text, layout.rows(modulation), rotation, views)
+        # Of the context and the copies nothing is read; one row of times stands for all frames, also after the cut.
+        x, embedding = x[:, -layout.full_tokens :], embedding[:, -sum(layout.full) :]
+        return self._velocity(x, embedding, sum(layout.full), layout.grid)
+
+    @torch.no_grad()
+    def _encode(self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout) -> KVCache:
+        """The keys and values of all chunks of a layout."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        _, modulation = self.condition_embedder(*times)
+        rotation = self.rope.stretches(layout.stretches(), latents.device)
+        views = [Keeping(layout.attention(), kept)] * (len(self.blocks) - 1)
+        x = self._tokens(latents, layout, None)
+        self._run_blocks(x, text, layout.rows(modulation), rotation, [*views, LastKeys(kept)])
+        keys, values = zip(*kept, strict=True)
+        return KVCache(keys, values, (*layout.context, *layout.full), layout.grid)
+
+    def _next_chunk(
+        self, latents: Tensor, times: Times, text: Tensor, partition: tuple[int, ...], cache: KVCache
+    ) -> Tensor:
+        """The velocity of one chunk that comes after those of a cache."""
+        frames, grid = latents.shape[1], self._grid(latents)
+        if partition[-1:] != (frames,):
+            raise ValueError(f"chunk_partition is {partition}, but hidden_states, its last chunk, has {frames} frames")
+        self._check_grid(sum(partition), *grid)
+        cache.check_chunks(partition[:-1])
+        if cache.chunks:
+            before = ChunkLayout.of(partition[:-1], self._limit - 1, grid, self._pool)
+            cache.check_shapes(len(self.blocks), len(latents), before.tokens, grid)
+        embedding, modulation = self.condition_embedder(*times)
+        rotation = self.rope.stretches((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
+        views = cache.views() if cache.chunks else [None] * len(self.blocks)
+        x = self._run_blocks(patch_tokens(self.patch_embedding, latents), text, modulation, rotation, views)
+        return self._velocity(x, embedding, frames, grid)
+
+    def _tokens(self, latents: Tensor, layout: ChunkLayout, clean: CleanCopies | None) -> Tensor:
+        """All tokens of a layout, (B, S, D)."""
+        older = sum(layout.context)
+        parts = []
+        if layout.context:
+            parts.append(patch_tokens(self.far_patch_embedding, latents[:, :older]))
+        if clean is not None and layout.copies:
+            parts.append(patch_tokens(self.patch_embedding, clean.latents))
+        if layout.full:
+            parts.append(patch_tokens(self.patch_embedding, latents[:, older:]))
+        return torch.cat(parts, dim=1)
+
+    def _layout(self, partition: tuple[int, ...], full_chunks: int, latents: Tensor) -> ChunkLayout:
+        layout = ChunkLayout.of(partition, full_chunks, self._grid(latents), self._pool)
+        if layout.frames != latents.shape[1]:
+            raise ValueError(
+                f"chunk_partition {partition} has {layout.frames} frames, but hidden_states has {latents.shape[1]}"
+            )
+        return layout
+
+    @property
+    def _limit(self) -> int:
+        config: Any = self.config
+        return config.full_chunk_limit
+
+    @property
+    def _pool(self) -> int:
+        config: Any = self.config
+        return config.compressed_patch_size[1] // config.patch_size[1]
