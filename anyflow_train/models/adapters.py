@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from anyflow_train.config.network import Lora
 from anyflow_train.errors import UserError
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.backbone import Backbone
 
+AnyNetwork = TypeVar("AnyNetwork", bound=Backbone)
 _NAME = "default"
 
 
-def add_lora(network: AnyFlowTransformer3DModel, settings: Lora, seed: int) -> None:
+def add_lora(network: Backbone, settings: Lora, seed: int) -> None:
     """Freeze the network and give it adapters, in place. They start at zero: the network computes what it did before.
 
     Args:
@@ -48,7 +49,7 @@ def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {_plain(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def merge_lora(network: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
+def merge_lora(network: AnyNetwork) -> AnyNetwork:
     """A copy of a network with its adapters added into its weights, and with exactly the keys of a plain network.
 
     The sums are float32, and rounded once to the dtype of the weight.
@@ -59,12 +60,12 @@ def merge_lora(network: AnyFlowTransformer3DModel) -> AnyFlowTransformer3DModel:
             weight = weights[f"{name}.weight"]
             weights[f"{name}.weight"] = (weight.float() + _product(module)).to(weight.dtype)
     with torch.device("meta"):
-        merged = AnyFlowTransformer3DModel.from_config(copy.deepcopy(dict(network.config)))
+        merged = type(network).from_config(copy.deepcopy(dict(network.config)))
     merged.load_state_dict(weights, strict=True, assign=True)
     return merged.train(network.training)
 
 
-def lora_state_dict(network: AnyFlowTransformer3DModel) -> dict[str, Tensor]:
+def lora_state_dict(network: Backbone) -> dict[str, Tensor]:
     """The adapters under the names of a diffusers LoRA file, on the CPU: `AnyFlowPipeline.load_lora_weights` reads it.
 
     The second factors are multiplied by alpha / rank, so that a reader who knows nothing of alpha is right.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -27,6 +29,13 @@ class PatchEmbedding(nn.Conv3d):
         patches = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).transpose(3, 4).flatten(4)
         weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
         return F.linear(patches, weight, self.bias).permute(0, 4, 1, 2, 3)
+
+
+def resized_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """The weight of a `PatchEmbedding` for patches of another size: (D, C, 1, p, p) -> (D, C, *size), by trilinear
+    interpolation in float32 at least (FAR, 2503.19325)."""
+    resized = F.interpolate(wide(weight), size=tuple(size), mode="trilinear", align_corners=False)
+    return resized.to(weight.dtype)
 
 
 def patch_tokens(embedding: nn.Module, latents: Tensor) -> Tensor:

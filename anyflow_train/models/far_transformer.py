@@ -102,7 +102,8 @@ class AnyFlowFARTransformer3DModel(Backbone):
 
         chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": tuple(chunk_partition)}
         causal = {**chunks, "compressed_patch_size": compressed_patch_size}
-        return from_wan(source, gate_value, deltatime_type, torch_dtype, causal)
+        times = {"gate_value": gate_value, "deltatime_type": deltatime_type}
+        return from_wan(source, **times, torch_dtype=torch_dtype, causal=causal)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.errors import UserError
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import DELTA, TIME, describe_source
+from anyflow_train.models.embeddings import resized_patch
+from anyflow_train.models.source import describe_source, network_class
+from anyflow_train.models.wan import DELTA, FAR, PATCH, TIME
 
 _FILE = "diffusion_pytorch_model.safetensors"
 
@@ -26,8 +27,9 @@ class StoredNetwork:
     """What to build, and where its weights lie.
 
     Attributes:
-        arguments: of `AnyFlowTransformer3DModel`.
-        weights: model name -> (open file, name in it). Nothing has been read yet.
+        arguments: of the network's constructor, whose class `network_class` says.
+        weights: model name -> (open file, name in it). Nothing has been read yet. What a causal network has beside
+            those of a bidirectional one may be left out.
     """
 
     arguments: Mapping[str, Any]
@@ -35,21 +37,29 @@ class StoredNetwork:
 
     def read(self, name: str) -> Tensor:
         """One weight, float32, on the CPU."""
+        if name not in self.weights and name.startswith(FAR):
+            weight = self.read(name.replace(FAR, PATCH))
+            return resized_patch(weight, self.arguments["compressed_patch_size"]) if weight.ndim > 1 else weight
         file, stored = self.weights[name]
         return file.get_tensor(stored).float()
 
 
 def open_network(
-    source: str | Path, gate_value: float | None = None, deltatime_type: str | None = None
+    source: str | Path,
+    gate_value: float | None = None,
+    deltatime_type: str | None = None,
+    causal: Mapping[str, Any] | None = None,
 ) -> StoredNetwork:
     """What `load_network` would load, with the same arguments, checks and errors."""
-    place, arguments, kind = describe_source(source, gate_value, deltatime_type)
+    place, arguments, kind = describe_source(source, gate_value, deltatime_type, causal)
     files = _open_files(source, place)
     with torch.device("meta"):
-        network = AnyFlowTransformer3DModel(**arguments)
+        network = network_class(arguments)(**arguments)
     is_wan = kind == WanTransformer3DModel.__name__
     weights, left = {}, set(files)
     for name, parameter in network.named_parameters():
+        if name.startswith(FAR) and kind != type(network).__name__:
+            continue  # made of the other patch embedding
         stored = name.replace(DELTA, TIME) if is_wan else name
         if stored not in files:
             raise UserError(str(source), f"lacks the weight {stored}")

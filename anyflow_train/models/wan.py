@@ -5,42 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor
 
 from anyflow_train.errors import UserError
+from anyflow_train.models.embeddings import resized_patch
+from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
+from anyflow_train.models.source import (
+    SHARED_CONFIG,
+    chunk_arguments,
+    describe_source,
+    locate,
+    network_class,
+    unlike_text_to_video,
+)
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
-SHARED_CONFIG = (
-    "patch_size",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "cross_attn_norm",
-    "eps",
-    "rope_max_seq_len",
-)
-"""Constructor arguments that Wan2.1's transformer and the student have in common."""
-
-_ONLY_VALUE = {
-    "qk_norm": "rms_norm_across_heads",
-    "added_kv_proj_dim": None,
-    "image_dim": None,
-    "pos_embed_seq_len": None,
-}
-"""What the other arguments of Wan2.1's transformer must be: a student has no place for anything else."""
-
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
-TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
-"""How a student of a Wan2.1 transformer takes its second time, where nothing else is asked for."""
+PATCH, FAR = "patch_embedding.", "far_patch_embedding."
+
+
+@overload
+def load_network(
+    source: str | Path,
+    gate_value: float | None = None,
+    deltatime_type: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    causal: None = None,
+) -> AnyFlowTransformer3DModel: ...
+
+
+@overload
+def load_network(
+    source: str | Path,
+    gate_value: float | None = None,
+    deltatime_type: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    *,
+    causal: Mapping[str, Any],
+) -> AnyFlowFARTransformer3DModel: ...
 
 
 def load_network(
@@ -48,7 +55,8 @@ def load_network(
     gate_value: float | None = None,
     deltatime_type: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
-) -> AnyFlowTransformer3DModel:
+    causal: Mapping[str, Any] | None = None,
+) -> Any:
     """The network of a Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id, on the CPU.
 
     Args:
@@ -56,39 +64,23 @@ def load_network(
         gate_value, deltatime_type: for a Wan2.1 transformer, how the student takes its second time (0.25 and "r" where
             None). An AnyFlow checkpoint has its own; they must be None or equal to those.
         torch_dtype: of the weights, but for those that stay in float32.
+        causal: asks for an `AnyFlowFARTransformer3DModel`, with any of its `full_chunk_limit`, `chunk_partition` and
+            `compressed_patch_size`. Those of a causal checkpoint are its own; one that is given must be equal. None
+            asks for an `AnyFlowTransformer3DModel`, which a causal checkpoint is not.
 
     Raises:
-        UserError: there is no such network, it is of another kind, its keys do not fit, or its times are others.
+        UserError: there is no such network, it is of another kind, its keys do not fit, or its times or chunks are
+            others.
     """
-    place, arguments, kind = describe_source(source, gate_value, deltatime_type)
-    if kind == AnyFlowTransformer3DModel.__name__:
-        return _load(AnyFlowTransformer3DModel, source, place, torch_dtype)
-    wan = _load(WanTransformer3DModel, source, place, torch_dtype)
-    return student_of(wan, arguments["gate_value"], arguments["deltatime_type"])
-
-
-def describe_source(
-    source: str | Path, gate_value: float | None, deltatime_type: str | None
-) -> tuple[str | None, dict[str, Any], str]:
-    """The subfolder that holds the transformer, the constructor's arguments of the student, the stored class's name.
-
-    The arguments and errors are `load_network`'s; no weight is read.
-    """
-    place, config = _locate(source)
-    kind = str(config.get("_class_name"))
-    given = {"gate_value": gate_value, "deltatime_type": deltatime_type}
+    place, arguments, kind = describe_source(source, gate_value, deltatime_type, causal)
+    wanted = network_class(arguments)
+    if kind == wanted.__name__:
+        return _load(wanted, source, place, torch_dtype)
     if kind == WanTransformer3DModel.__name__:
-        problem = _unlike_text_to_video(config)
-        if problem is not None:
-            raise UserError(str(source), problem)
-        times = {name: TIMES[name] if value is None else value for name, value in given.items()}
-        return place, {**{name: config[name] for name in SHARED_CONFIG if name in config}, **times}, kind
-    if kind != AnyFlowTransformer3DModel.__name__:
-        raise UserError(str(source), f"holds a {kind}, where a Wan2.1 or AnyFlow transformer is wanted")
-    for name, wanted in given.items():
-        if wanted is not None and config[name] != wanted:
-            raise UserError(str(source), f"was made with {name} = {config[name]!r}, and must be run with it")
-    return place, {name: value for name, value in config.items() if not name.startswith("_")}, kind
+        weights = _with_delta(_load(WanTransformer3DModel, source, place, torch_dtype).state_dict())
+    else:
+        weights = _load(AnyFlowTransformer3DModel, source, place, torch_dtype).state_dict()
+    return _with_weights(arguments, weights)
 
 
 def from_wan(
@@ -97,43 +89,71 @@ def from_wan(
     gate_value: float = 0.25,
     deltatime_type: str = "r",
     torch_dtype: torch.dtype = torch.float32,
-) -> AnyFlowTransformer3DModel:
+    causal: Mapping[str, Any] | None = None,
+) -> Any:
     """A student that starts as a Wan2.1 text-to-video transformer.
 
-    With `deltatime_type="r"` it is the teacher at `r = t`, whatever its gate; with "t-r" at gate 0 only.
+    With `deltatime_type="r"` it is the teacher at `r = t`, whatever its gate; with "t-r" at gate 0 only. A causal one
+    is that for a video of one chunk.
 
     Args:
         source: pipeline folder, transformer folder or hub id, in the layout of diffusers.
         gate_value, deltatime_type: as in `AnyFlowTransformer3DModel`.
         torch_dtype: of the weights, but for those that stay in float32.
+        causal: as in `load_network`.
 
     Raises:
         UserError: there is no such network, it is of another kind (image-to-video), or its keys do not fit.
     """
-    kind = _locate(source)[1].get("_class_name")
+    kind = locate(source)[1].get("_class_name")
     if kind != WanTransformer3DModel.__name__:
         raise UserError(str(source), f"holds a {kind}, where a WanTransformer3DModel is wanted")
-    return load_network(source, gate_value, deltatime_type, torch_dtype)
+    if causal is None:
+        return load_network(source, gate_value, deltatime_type, torch_dtype)
+    return load_network(source, gate_value, deltatime_type, torch_dtype, causal=causal)
 
 
 def student_of(
-    wan: WanTransformer3DModel, gate_value: float = 0.25, deltatime_type: str = "r"
-) -> AnyFlowTransformer3DModel:
+    wan: WanTransformer3DModel,
+    gate_value: float = 0.25,
+    deltatime_type: str = "r",
+    causal: Mapping[str, Any] | None = None,
+) -> Any:
     """The student that starts as `wan`, whose weights it takes over (not copied; do not train `wan` after this).
+
+    `causal` asks for a causal one, as in `load_network`.
 
     Raises:
         ValueError: `wan` is not a text-to-video transformer.
     """
-    problem = _unlike_text_to_video(wan.config)
+    problem = unlike_text_to_video(wan.config)
     if problem is not None:
         raise ValueError(f"this WanTransformer3DModel {problem}")
-    weights = wan.state_dict()
-    twin = {DELTA + k.removeprefix(TIME): w.clone() for k, w in weights.items() if k.startswith(TIME)}
+    shared = {name: wan.config[name] for name in SHARED_CONFIG}
+    times = {"gate_value": gate_value, "deltatime_type": deltatime_type}
+    return _with_weights({**shared, **times, **chunk_arguments(causal)}, _with_delta(wan.state_dict()))
+
+
+def _with_delta(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a second time embedder that begins as a copy of the first."""
+    return {**weights, **{DELTA + k.removeprefix(TIME): w.clone() for k, w in weights.items() if k.startswith(TIME)}}
+
+
+def _with_far_patch(weights: dict[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """With a patch embedding of the context that begins as the other one, resized."""
+    weight = resized_patch(weights[f"{PATCH}weight"], arguments["compressed_patch_size"])
+    return {**weights, f"{FAR}weight": weight, f"{FAR}bias": weights[f"{PATCH}bias"].clone()}
+
+
+def _with_weights(arguments: Mapping[str, Any], weights: dict[str, Tensor]) -> Any:
+    """A network that takes weights over; a causal one resizes the patch embedding for its context."""
+    wanted = network_class(arguments)
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        shared = {name: wan.config[name] for name in SHARED_CONFIG}
-        student = AnyFlowTransformer3DModel(**shared, gate_value=gate_value, deltatime_type=deltatime_type)
-    student.load_state_dict({**weights, **twin}, strict=True, assign=True)
-    return student
+        network = wanted(**arguments)
+    if wanted is AnyFlowFARTransformer3DModel:
+        weights = _with_far_patch(weights, arguments)
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network
 
 
 def to_wan(network: AnyFlowTransformer3DModel) -> WanTransformer3DModel:
@@ -155,13 +175,11 @@ def to_wan(network: AnyFlowTransformer3DModel) -> WanTransformer3DModel:
     return wan
 
 
-def build_network(
-    config: Mapping[str, Any], seed: int, time_frequency_limit: float | None = None
-) -> AnyFlowTransformer3DModel:
+def build_network(config: Mapping[str, Any], seed: int, time_frequency_limit: float | None = None) -> Any:
     """A network with random weights, a function of (config, seed) alone.
 
     Args:
-        config: constructor arguments of `AnyFlowTransformer3DModel`.
+        config: constructor arguments of the network, which is of the class that `network_class` says.
         seed: of the weights.
         time_frequency_limit: in radians per 1/1000 of time. Time features that turn faster start damped in proportion:
             left at full strength, a network that is trained from scratch becomes rough in time, and the difference
@@ -169,11 +187,13 @@ def build_network(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AnyFlowTransformer3DModel(**config)
+        network = network_class(config)(**config)
     embedder = network.condition_embedder
     if time_frequency_limit is not None:
         _damp_fast_features(embedder.time_embedder, time_frequency_limit)
     embedder.delta_embedder.load_state_dict(embedder.time_embedder.state_dict())
+    if isinstance(network, AnyFlowFARTransformer3DModel):
+        network.load_state_dict(_with_far_patch(network.state_dict(), network.config))
     return network
 
 
@@ -183,40 +203,6 @@ def _damp_fast_features(embedder: TimestepEmbedding, limit: float) -> None:
     frequency = torch.exp(torch.arange(count) * (-math.log(10000.0) / count))
     with torch.no_grad():
         layer.weight.mul_((limit / frequency).clamp(max=1.0).repeat(2))  # the cosines, then the sines
-
-
-def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
-    """The subfolder of a source that holds the transformer (None: the source itself), and its config."""
-    path = Path(source)
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in [(".",), ("..",)]):
-        raise UserError(str(source), "is neither a folder nor a hub id (owner/name)")
-    for place in ("transformer", None):
-        if path.is_dir() and not (path / (place or "") / "config.json").is_file():
-            continue
-        try:
-            return place, _read_config(source, place)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            if path.is_dir():
-                raise UserError(str(source), f"its config cannot be read: {reason}") from error
-    if path.is_dir():
-        raise UserError(str(source), "holds neither transformer/config.json nor config.json")
-    raise UserError(str(source), f"no transformer can be loaded from the hub under this name: {reason}")
-
-
-def _read_config(source: str | Path, place: str | None) -> dict[str, Any]:
-    config: Any = AnyFlowTransformer3DModel.load_config(source, subfolder=place)
-    return dict(config)
-
-
-def _unlike_text_to_video(config: Mapping[str, Any]) -> str | None:
-    for name, wanted in _ONLY_VALUE.items():
-        if config.get(name, wanted) != wanted:
-            return (
-                f"has {name} = {config[name]!r}; a student can only start from a Wan2.1 text-to-video transformer, "
-                f"where it is {wanted!r} (image-to-video checkpoints have key and value projections without a place)"
-            )
-    return None
 
 
 def _load(network_class: type, source: str | Path, place: str | None, torch_dtype: torch.dtype) -> Any:
