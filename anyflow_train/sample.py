@@ -6,22 +6,26 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.commands import SampleConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
+from anyflow_train.evaluation.given import Source, given_latents
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.load import Model, load_model, on_device
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, to_frames, write_mp4
 from anyflow_train.export.folder import MARKER
 from anyflow_train.files import write_json
-from anyflow_train.flow.sampler import guided, sample
+from anyflow_train.flow.causal import Sampler
+from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 
@@ -64,13 +68,18 @@ def run(config: SampleConfig) -> list[Entry]:
     _check_size(size, codec, model)
     negative = padded_condition(texts[-1:], config.text_length, device)
     flow_map = guided(on_device(model.network, device, dtype), negative, config.guidance_scale)
+    chunks = _chunks(config, model, codec, size)
+    source = _source(config, model)
+    given = None if source is None else given_latents(source, codec, size.height, size.width, chunks)
+    sampler = partial(replace(model.sampler, chunks=chunks), given=given)
 
     out = Path(config.out).expanduser()
     entries: list[Entry] = []
     rows: dict[str, list[Frames]] = {}
     for number, prompt in enumerate(prompts):
         for seed in config.seeds:
-            row = _one_row(config, flow_map, codec, texts[number], initial_noise(seed, model, codec, size))
+            noise = initial_noise(seed, model, codec, size)
+            row = _one_row(config, sampler, flow_map, codec, texts[number], noise)
             for steps, frames in zip(config.steps, row, strict=True):
                 entries.append(Entry(_file_name(number, prompt, seed, steps), prompt, steps, seed))
                 write_mp4(out / entries[-1].file, frames, config.fps)
@@ -125,14 +134,52 @@ def initial_noise(seed: int, model: Model, codec: Codec, size: Size) -> Tensor:
     return torch.randn(1, channels, frames, *sides, generator=generator).transpose(1, 2).contiguous()
 
 
-def _one_row(config: SampleConfig, flow_map: FlowMap, codec: Codec, text: Tensor, noise: Tensor) -> list[Frames]:
+def _chunks(config: SampleConfig, model: Model, codec: Codec, size: Size) -> Chunks | None:
+    """Of a causal model, for clips of this size.
+
+    Raises:
+        UserError: they do not make up the clip, or the model is not causal.
+    """
+    if model.chunks is None:
+        if config.chunk_partition is not None:
+            problem = f"{list(config.chunk_partition)}, but {model.name} generates all frames together; leave it out"
+            raise UserError("chunk_partition", problem)
+        return None
+    chunks = replace(model.chunks, partition=config.chunk_partition or model.chunks.partition)
+    frames = (size.frames - 1) // codec.temporal_factor + 1
+    if sum(chunks.partition) != frames:
+        problem = f"{list(chunks.partition)} sums to {sum(chunks.partition)}, but frames={size.frames} gives {frames}"
+        raise UserError("chunk_partition", f"{problem} latent frames; give one that sums to {frames}")
+    return chunks
+
+
+def _source(config: SampleConfig, model: Model) -> Source | None:
+    """The file that clips begin with.
+
+    Raises:
+        UserError: the model was trained without given frames.
+    """
+    key = "image" if config.image is not None else "video"
+    path = getattr(config, key)
+    if path is None:
+        return None
+    if model.trained is not None and model.chunks is None and model.trained.context.i2v_probability == 0:
+        problem = f"'{path}', but {model.name} never saw given frames (it was trained with context.i2v_probability=0)"
+        raise UserError(key, problem)
+    frames = 1 if key == "image" else config.context_frames
+    return Source(key, Path(path), frames, config.fps)
+
+
+def _one_row(
+    config: SampleConfig, sampler: Sampler, flow_map: FlowMap, codec: Codec, text: Tensor, noise: Tensor
+) -> list[Frames]:
     """Videos of one prompt and seed at all numbers of calls."""
     condition = padded_condition([text], config.text_length, codec.device)
     row = []
     for steps in config.steps:
         start = time.monotonic()
         with torch.inference_mode():
-            latents = sample(flow_map, noise.to(codec.device), condition, steps, config.shift)
+            latents = sampler(flow_map, noise.to(codec.device), condition, steps, config.shift)
             row.append(to_frames(codec.decode_video(latents)[0]))
         print(f"{steps} calls: {time.monotonic() - start:.1f} s", flush=True)
     return row

@@ -7,13 +7,15 @@ from contextlib import closing
 
 from torch import nn
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.objectives.context import in_chunks
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
 from anyflow_train.training.engine import autocast_dtype
 from anyflow_train.training.networks import build_student, load_trained_network
@@ -42,7 +44,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
     return derivative_table(rows)
 
 
-def _weights(config: RunConfig, options: CheckOptions) -> AnyFlowTransformer3DModel:
+def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
     if options.derivative_weights is None:
         return build_student(config.student, config.seed)
     return load_trained_network(options.derivative_weights)[0]
@@ -56,4 +58,7 @@ def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batc
                 if count <= 0:
                     return
                 count -= len(batch.slots)
-                yield batch.to(world.device), Draw(config.seed, step, batch.slots, world.device)
+                draw = Draw(config.seed, step, batch.slots, world.device)
+                batch = batch.to(world.device)
+                causal, context = config.student.architecture.causal, config.context
+                yield in_chunks(batch, draw, Chunks.of(causal), context.long_share) if causal else batch, draw

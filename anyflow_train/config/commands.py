@@ -135,12 +135,21 @@ class PrepareConfig(Model):
 
 
 class SampleConfig(Model):
-    """`anyflow sample`: videos from a run, a checkpoint or an exported folder."""
+    """`anyflow sample`: videos from a run, a checkpoint or an exported folder.
+
+    image, video: file that every clip begins with (image to video, continuation); context_frames: that many frames of
+        the video, 4n + 1; null: as many whole chunks as it has (one frame for a student that is not causal).
+    chunk_partition: latent frames of a causal student's chunks; null: those that it was trained with.
+    """
 
     model: str
     out: str
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
+    image: str | None = None
+    video: str | None = None
+    context_frames: PositiveInt | None = None
+    chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     steps: Steps = (4,)
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     weights: Literal["ema", "raw"] = "ema"
@@ -183,6 +192,7 @@ class EvaluateConfig(Model):
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    given_frames: latent frames of a held-out clip with the same caption that students are given, and continue.
     training_shards: what the models were trained on; how near samples come to it is then measured too.
     """
 
@@ -203,6 +213,7 @@ class EvaluateConfig(Model):
     shift: PositiveFloat = 5.0
     oracle: Literal["none", "stripes"] = "none"
     oracle_samples: PositiveInt = 512
+    given_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000
     batch: PositiveInt = 32
     seed: NonNegativeInt = 0

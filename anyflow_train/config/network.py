@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -11,8 +11,24 @@ from anyflow_train.config.base import Model
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
+class Causal(Model):
+    """What `AnyFlowFARTransformer3DModel` takes beside: it generates a clip chunk by chunk.
+
+    chunk_partition: latent frames of every chunk of a clip.
+    full_chunk_limit: chunks with full patches in a sequence; older ones are context with larger patches.
+    compressed_patch_size: of the context.
+    """
+
+    chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3, 3, 3, 3, 3, 3, 2)
+    full_chunk_limit: PositiveInt = 3
+    compressed_patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 4, 4)
+
+
 class Architecture(Model):
-    """Shape of the transformer; the names are those of `AnyFlowTransformer3DModel`'s constructor."""
+    """Shape of the transformer; the names are those of `AnyFlowTransformer3DModel`'s constructor.
+
+    causal: makes it an `AnyFlowFARTransformer3DModel`; null: all frames are generated together.
+    """
 
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
     num_attention_heads: PositiveInt = 40
@@ -27,6 +43,12 @@ class Architecture(Model):
     eps: PositiveFloat = 1e-6
     image_dim: PositiveInt | None = None
     rope_max_seq_len: PositiveInt = 1024
+    causal: Causal | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the network's constructor, without those of its second time."""
+        own = self.model_dump(exclude={"causal"})
+        return own if self.causal is None else {**own, **self.causal.model_dump()}
 
 
 class FullTraining(Model):

@@ -22,6 +22,10 @@ def parameter_shapes(architecture: Architecture) -> Shapes:
         "patch_embedding.bias": (width,),
         "scale_shift_table": (1, 2, width),
     }
+    if architecture.causal is not None:
+        far = architecture.causal.compressed_patch_size
+        shapes["far_patch_embedding.weight"] = (width, architecture.in_channels, *far)
+        shapes["far_patch_embedding.bias"] = (width,)
     shapes |= _linear("proj_out", width, architecture.out_channels * patch)
     shapes |= _condition_embedder(architecture, width)
     for layer in range(architecture.num_layers):

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Student, Teacher
-from anyflow_train.config.objective import Objective, Times
+from anyflow_train.config.objective import Objective, Share, Times
 from anyflow_train.config.on_policy import NoOnPolicy, OnPolicy
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -72,6 +72,20 @@ class Engine(Model):
     threads: NonNegativeInt = 0
     sequence_parallel: PositiveInt = 1
     timeout_seconds: PositiveInt = 1800
+
+
+class Context(Model):
+    """What of its clip a sample is given while it is trained, drawn once a step for all samples.
+
+    i2v_probability: share of steps in which the first latent frame is given, clean (image to video); a causal student
+        learns that anyway.
+    long_share: share of a causal student's steps that have so many chunks that the oldest are compressed.
+    bidirectional_probability: share of a causal student's steps that also train flow matching on whole clips.
+    """
+
+    i2v_probability: Share = 0.0
+    long_share: Share = 0.5
+    bidirectional_probability: Share = 0.1
 
 
 class Checkpoint(Model):
@@ -143,6 +157,7 @@ class RunConfig(Model):
     times: Times = Times()
     on_policy: OnPolicy = NoOnPolicy()
     optimizer: Optimizer = Optimizer()
+    context: Context = Context()
     data: Data
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()

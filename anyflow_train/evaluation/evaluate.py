@@ -14,6 +14,8 @@ from torch import Tensor
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.data.held_out import HeldOut, load_samples
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.by_chunk import measure_chunks
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
@@ -24,10 +26,12 @@ from anyflow_train.evaluation.oracle import Recognition, judge_stripes
 from anyflow_train.evaluation.report import TEACHER, Report, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import to_frames
-from anyflow_train.flow.sampler import guided, sample, sample_euler
+from anyflow_train.flow.causal import ClipSampler
+from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 
+EULER = ClipSampler(sample_euler)
 GRID_CALLS = 8
 """Columns of the grid go up to this number of calls."""
 
@@ -78,7 +82,12 @@ def run(config: EvaluateConfig) -> Report:
     if training is not None:
         samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), fine]
         cells, trained_on = with_nearest(setting, training, cells, samples)
-    report = Report(config, tuple(cells), time.monotonic() - start, trained_on)
+    chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
+    by_chunk = ()
+    if chunks is not None:
+        ruler = setting.ruler
+        by_chunk = measure_chunks(chunks, ruler.reference, ruler.reference_resampling, sets, ruler.resampling)
+    report = Report(config, tuple(cells), time.monotonic() - start, trained_on, by_chunk)
     print(write_report(out, report))
     _write_grid(setting, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
@@ -103,7 +112,7 @@ def prepare(
     shape = tuple(held_out.latents.shape[1:])
     noise = draw_noise(config.samples, shape, config.seed, "evaluation")
     inputs = Inputs(noise, [held_out.texts[row] for row in rows], config.text_length, config.batch, device)
-    fine = sample_all(sample_euler, teacher, inputs, config.fine_steps, config.shift)
+    fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
     ruler = Ruler(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
@@ -117,7 +126,7 @@ def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
     shifts = setting.config.shifts if steps > 1 else setting.config.shifts[:1]
     found = []
     for shift in shifts:
-        latents = sample_all(sample_euler, teacher, setting.inputs, steps, shift)
+        latents = sample_all(EULER, teacher, setting.inputs, steps, shift)
         found.append(setting.ruler.sampled(latents, shift))
         setting.say(f"teacher, {steps} calls, shift {shift:g}: energy distance {float(found[-1].energy[0]):.3f}")
     return min(found, key=lambda samples: float(samples.energy[0]))
@@ -128,12 +137,28 @@ def sample_student(
 ) -> dict[int, Sampled]:
     """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
     flow_map = on_device(model.network, device, dtype)
-    sets = {}
+    inputs, sets = continued(setting), {}
     for steps in setting.config.steps:
-        latents = sample_all(sample, flow_map, setting.inputs, steps, setting.config.shift)
+        latents = sample_all(model.sampler, flow_map, inputs, steps, setting.config.shift)
         sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
         setting.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
     return sets
+
+
+def continued(setting: Setting) -> Inputs:
+    """The inputs with the first frames of held-out clips of the same captions, where the students are given some.
+
+    Raises:
+        UserError: that leaves no frame to generate.
+    """
+    count = setting.config.given_frames
+    if count == 0:
+        return setting.inputs
+    latents, captions = setting.held_out.latents, setting.held_out.captions
+    if count >= latents.shape[1]:
+        raise UserError("given_frames", f"{count} of the clips' {latents.shape[1]} latent frames leave none")
+    rows = cycle(balanced_order(captions), setting.config.samples)
+    return replace(setting.inputs, given=latents[rows][:, :count])
 
 
 def with_nearest(
@@ -176,7 +201,7 @@ def _reference(config: EvaluateConfig, held_out: HeldOut, teacher: FlowMap, devi
     shape = tuple(held_out.latents.shape[1:])
     noise = draw_noise(config.held_out_samples, shape, config.seed, "reference")
     inputs = Inputs(noise, held_out.texts, config.text_length, config.batch, device)
-    return sample_all(sample_euler, teacher, inputs, config.fine_steps, config.shift)
+    return sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
 
 
 def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:

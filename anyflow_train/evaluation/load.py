@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import merge_lora
+from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.source import locate
 from anyflow_train.models.wan import load_network
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
 from anyflow_train.training.networks import load_trained_network
@@ -31,9 +37,22 @@ class Model:
     """
 
     name: str
-    network: AnyFlowTransformer3DModel
+    network: Backbone
     step: int | None
     trained: RunConfig | None
+
+    @property
+    def chunks(self) -> Chunks | None:
+        """Of a causal network."""
+        config: Any = self.network.config
+        if "chunk_partition" not in config:
+            return None
+        return Chunks(tuple(config.chunk_partition), config.full_chunk_limit)
+
+    @property
+    def sampler(self) -> ClipSampler:
+        """How it is sampled."""
+        return clip_sampler(self.chunks, None if self.trained is None else self.trained.objective)
 
     @property
     def codec_source(self) -> str | None:
@@ -62,7 +81,7 @@ def load_model(source: str, weights: str) -> Model:
     return Model(name, load_exported(source), None, None)
 
 
-def load_exported(source: str) -> AnyFlowTransformer3DModel:
+def load_exported(source: str) -> Backbone:
     """Load an AnyFlow or Wan transformer in diffusers' layout: folder or hub id.
 
     Raises:
@@ -70,6 +89,8 @@ def load_exported(source: str) -> AnyFlowTransformer3DModel:
     """
     path = Path(source).expanduser()
     place = path if path.exists() else source
+    if locate(place)[1].get("_class_name") == AnyFlowFARTransformer3DModel.__name__:
+        return load_network(place, causal={}).requires_grad_(False).eval()
     try:
         network = load_network(place, 0.0, "r")
     except UserError:  # an AnyFlow network has its own gate; gate 0 makes of a Wan network the flow map of its velocity
@@ -85,7 +106,7 @@ def unique_names(models: list[Model]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
-def on_device(network: AnyFlowTransformer3DModel, device: torch.device, dtype: torch.dtype | None) -> FlowMap:
+def on_device(network: Backbone, device: torch.device, dtype: torch.dtype | None) -> FlowMap:
     """The network's flow map on a device; `dtype` is that of autocast, None for float32."""
     nn.Module.to(network, device)  # diffusers' own `to` only adds checks of quantised networks
     return NetworkFlowMap(network, dtype)

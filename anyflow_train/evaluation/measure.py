@@ -76,6 +76,7 @@ class Ruler:
         seed: of the resamples.
 
     Attributes:
+        reference: as given.
         resampling: of the samples, the same for every set.
         reference_resampling: of the reference.
     """
@@ -83,6 +84,7 @@ class Ruler:
     def __init__(
         self, reference: Tensor, fine: Tensor, strata: Tensor, reference_strata: Tensor, replicates: int, seed: int
     ) -> None:
+        self.reference = reference
         self._fine = fine
         self.resampling: Resampling = resample(strata, replicates, 2 * seed)
         self.reference_resampling = resample(reference_strata, replicates, 2 * seed + 1)

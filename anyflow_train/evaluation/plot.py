@@ -24,7 +24,7 @@ MARKERS = ("s", "o", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Curve:
-    """One model: its name, and an estimate for each number of calls."""
+    """One model: its name, and an estimate for each number of calls, or for each chunk."""
 
     label: str
     steps: tuple[int, ...]
@@ -33,11 +33,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure of all models. On a log scale what reaches zero or below is drawn at the panel's lower edge."""
+    """One measure of all models. On a log scale what reaches zero or below is drawn at the panel's lower edge.
+
+    Attributes:
+        title, curves: what is shown.
+        scale: of the measure.
+        across: what the measure is shown over.
+    """
 
     title: str
     scale: Literal["log", "linear"]
     curves: tuple[Curve, ...]
+    across: Literal["network calls", "chunk"] = "network calls"
 
 
 def write_plot(path: Path, panels: Sequence[Panel]) -> None:
@@ -58,14 +65,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     for number, curve in enumerate(panel.curves):
         _draw_curve(axes, curve, number, floor)
     steps = sorted({step for curve in panel.curves for step in curve.steps})
-    axes.set_xscale("log", base=2)
+    if panel.across == "network calls":
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(steps))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(steps, [str(step) for step in steps])
     if floor is not None:
         axes.set_yscale("log")
         axes.set_ylim(bottom=floor * 0.8)
-    axes.set_xlabel("network calls", fontsize=9)
+    axes.set_xlabel(panel.across, fontsize=9)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.tick_params(labelsize=8, length=3)
     axes.grid(True, axis="y", which="major", color="#e4e4e4", linewidth=0.7)

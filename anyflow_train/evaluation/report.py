@@ -9,6 +9,7 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.evaluation.by_chunk import ChunkCell, write_chunk_plot
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.measure import Cell
 from anyflow_train.evaluation.nearest import Nearest, TrainingSet
@@ -27,12 +28,14 @@ class Report:
         cells: the teacher's, then every student's, by number of calls; last the teacher's fine solution.
         seconds: what it took.
         training: what the samples were held against; None where no training clips were given.
+        chunks: every chunk by itself, where a model generates clips chunk by chunk.
     """
 
     config: EvaluateConfig
     cells: tuple[Cell, ...]
     seconds: float
     training: TrainingSet | None = None
+    chunks: tuple[ChunkCell, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and intervals by name; what does not apply is null."""
@@ -42,13 +45,17 @@ class Report:
             "interval": "95 %",
             "training": None if self.training is None else asdict(self.training),
             "cells": cells,
+            "chunks": [asdict(cell) for cell in self.chunks],
         }
 
 
 def write_report(folder: Path, report: Report) -> str:
-    """Write `report.json`, `report.md` and `quality.png`. Returns the table."""
+    """Write `report.json`, `report.md`, `quality.png`, and `chunks.png` where there are any. Returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     table = "\n".join(table_lines(report))
+    if report.chunks:
+        table += "\n\n" + "\n".join(chunk_lines(report.chunks))
+        write_chunk_plot(folder / "chunks.png", report.chunks)
     write_json(folder / "report.json", report.to_json())
     with atomic_file(folder / "report.md") as file:
         file.write(f"{table}\n\n{_caption(report)}\n".encode())
@@ -65,6 +72,20 @@ def table_lines(report: Report) -> list[str]:
     if report.training:
         near = _nearest(report.training.held_out)
         rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
+    return _aligned(rows)
+
+
+def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
+    """The same of the chunks: a column for each, energy distances."""
+    count = max(cell.chunk for cell in chunks)
+    rows = [["model", "calls", *(f"chunk {number}" for number in range(1, count + 1))]]
+    for model, steps in dict.fromkeys((cell.model, cell.steps) for cell in chunks):
+        own = [cell for cell in chunks if (cell.model, cell.steps) == (model, steps)]
+        rows.append([model, str(steps), *(_interval(cell.energy_distance) for cell in own)])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -126,6 +147,10 @@ def _caption(report: Report) -> str:
     ]
     if config.oracle != "none":
         sentences.append(f"Class accuracy is that of {min(config.samples, config.oracle_samples)} decoded samples.")
+    if config.given_frames:
+        sentences.append(
+            f"Students continue {config.given_frames} latent frames of held-out clips, not so the teacher."
+        )
     if report.training:
         sentences.append(
             f"Distances to the nearest of {report.training.clips} training clips: mean, 1 % quantile and least; "

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.objective import FlowMatching, Objective
 from anyflow_train.data.loader import pad_text
+from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.sampler import sample, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap
 
-Sampler = Callable[[FlowMap, Tensor, Condition, int, float], Tensor]
-"""`flow.sampler.sample` for flow maps, `sample_euler` for teachers: (flow map, noise, condition, steps, shift)."""
+
+def clip_sampler(chunks: Chunks | None, objective: Objective | None) -> ClipSampler:
+    """How a student is sampled.
+
+    Args:
+        chunks: of a causal one.
+        objective: that it was trained with, where that is known: one that knows only r = t takes Euler steps.
+    """
+    return ClipSampler(sample_euler if isinstance(objective, FlowMatching) else sample, chunks)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Inputs:
         text_length: tokens to which the texts are padded with zeros, as Wan2.1 does.
         batch: samples per network call.
         device: where the networks are.
+        given: (n, P, C, H, W) float32, clean first frames; None: all are generated.
     """
 
     noise: Tensor
@@ -33,6 +44,7 @@ class Inputs:
     text_length: int
     batch: int
     device: torch.device
+    given: Tensor | None = None
 
     def condition(self, rows: slice) -> Condition:
         """Padded texts of some of the samples, on the device."""
@@ -53,11 +65,12 @@ def draw_noise(count: int, shape: tuple[int, ...], seed: int, purpose: str) -> T
 
 
 @torch.inference_mode()
-def sample_all(sampler: Sampler, flow_map: FlowMap, inputs: Inputs, steps: int, shift: float) -> Tensor:
+def sample_all(sampler: ClipSampler, flow_map: FlowMap, inputs: Inputs, steps: int, shift: float) -> Tensor:
     """Latents of all inputs, (n, F, C, H, W) float32 on the CPU."""
     parts = []
     for start in range(0, len(inputs.noise), inputs.batch):
         rows = slice(start, start + inputs.batch)
         noise = inputs.noise[rows].to(inputs.device)
-        parts.append(sampler(flow_map, noise, inputs.condition(rows), steps, shift).float().cpu())
+        given = None if inputs.given is None else inputs.given[rows].to(inputs.device)
+        parts.append(sampler(flow_map, noise, inputs.condition(rows), steps, shift, given).float().cpu())
     return torch.cat(parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.held_out import HeldOut, load_samples
@@ -18,9 +19,11 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
+from anyflow_train.evaluation.sampling import clip_sampler
 from anyflow_train.evaluation.video import to_frames
+from anyflow_train.flow.causal import Sampler
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.sampler import guided, sample, sample_euler
+from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.tiny.world import accuracy, label_of
@@ -29,8 +32,6 @@ from anyflow_train.training.world import World, collect_rows, shared_rows
 
 # Enough for distances whose noise is the samples', not the held-out set's.
 MOST_HELD_OUT = 2048
-
-Sampler = Callable[[FlowMap, Tensor, Condition, int, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,11 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
         texts = [pad_text(text, length) for text in shards.texts.validation]
         shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config, shards)
     codec = _load_codec(config, world.device) if shown is not None or evaluation.oracle != "none" else None
+    causal = config.student.architecture.causal
     return InRunValidator(
         config=evaluation,
         world=world,
-        sampler=sample_euler if config.objective.kind == "flow_matching" else sample,
+        sampler=clip_sampler(None if causal is None else Chunks.of(causal), config.objective),
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,
         compared=compared,

@@ -6,10 +6,10 @@ from anyflow_train.export.provenance import Provenance
 
 _PIPELINE = """```python
 import torch
-from diffusers import AnyFlowPipeline
+from diffusers import {pipeline}
 from diffusers.utils import export_to_video
 
-pipeline = AnyFlowPipeline.from_pretrained("path/to/this/folder", dtype=torch.{dtype}).to("cuda")
+pipeline = {pipeline}.from_pretrained("path/to/this/folder", dtype=torch.{dtype}).to("cuda")
 video = pipeline(
     "a prompt", height={height}, width={width}, num_frames={frames}, num_inference_steps=4, guidance_scale=1.0
 ).frames[0]
@@ -21,9 +21,9 @@ export_to_video(video, "video.mp4", fps=16)
 
 _TRANSFORMER = """```python
 import torch
-from diffusers import AnyFlowTransformer3DModel
+from diffusers import {transformer}
 
-transformer = AnyFlowTransformer3DModel.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
+transformer = {transformer}.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
 ```
 
 It samples with `FlowMapEulerDiscreteScheduler(shift={shift})`.
@@ -72,6 +72,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def model_card(provenance: Provenance) -> str:
     """Markdown."""
     data, student = provenance.config.data, provenance.config.student
+    far = "" if student.architecture.causal is None else "FAR"
     use = _USES[provenance.format].format(
         dtype=_DTYPES[provenance.precision],
         frames=data.frames,
@@ -81,6 +82,8 @@ def model_card(provenance: Provenance) -> str:
         base=provenance.base or "the Wan2.1 pipeline that the run started from",
         gate=student.gate_value,
         deltatime=student.deltatime_type,
+        pipeline=f"AnyFlow{far}Pipeline",
+        transformer=f"AnyFlow{far}Transformer3DModel",
     )
     objective = provenance.config.objective
     facts = [

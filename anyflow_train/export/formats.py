@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -20,9 +19,9 @@ from anyflow_train.errors import UserError
 from anyflow_train.export import verify
 from anyflow_train.export.lora import adapters, reload_lora, write_lora
 from anyflow_train.export.parts import copy_parts, pipeline_index, read_json, resolve_folder, write_index
-from anyflow_train.export.weights import stored, write_network
+from anyflow_train.export.weights import stock_class, stored, write_network
 from anyflow_train.models.adapters import merge_lora
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.wan import to_wan
 
 
@@ -39,7 +38,7 @@ class Job:
 
     config: ExportConfig
     trained: RunConfig
-    network: AnyFlowTransformer3DModel
+    network: Backbone
     folder: Path
 
     @property
@@ -57,15 +56,17 @@ class Job:
 
 
 def export_pipeline(job: Job) -> float:
-    """An AnyFlowPipeline. Returns the relative difference of its outputs from the trainer's model."""
+    """An AnyFlowPipeline, of a causal student an AnyFlowFARPipeline. Returns the relative difference of its outputs
+    from the trainer's model."""
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
     expected = verify.two_jumps(job.network, probe, job.config.shift)
     difference = _write_student(job, job.folder / "transformer", probe)
     copy_parts(source, job.folder)
     FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
-    index = pipeline_index(source, "AnyFlowPipeline", StockTransformer.__name__, FlowMapEulerDiscreteScheduler.__name__)
-    write_index(job.folder, index)
+    transformer = stock_class(job.network.config).__name__
+    pipeline = "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline"
+    write_index(job.folder, pipeline_index(source, pipeline, transformer, FlowMapEulerDiscreteScheduler.__name__))
     return max(difference, verify.check_pipeline(job.folder, probe, expected, job.config.shift, job.tolerance))
 
 
@@ -89,10 +90,13 @@ def export_wan_pipeline(job: Job) -> float:
     if gate != 0:
         problem = f"wan_pipeline needs student.gate_value=0; this run has {gate}, and its second time would be lost"
         raise UserError("format", problem)
+    if "chunk_partition" in job.network.config:
+        raise UserError("format", "wan_pipeline has no place for a causal network; use format=pipeline")
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
     expected = verify.velocity_outputs(job.network, probe)
-    wan: Any = to_wan(merge_lora(job.network))
+    merged: Any = merge_lora(job.network)
+    wan: Any = to_wan(merged)
     state = stored(wan.state_dict(), job.config.precision)
     write_network(WanTransformer3DModel, job.folder / "transformer", wan.config, state, job.config.max_shard_gib)
     reloaded: Any = WanTransformer3DModel.from_pretrained(job.folder / "transformer", dtype=torch.float32)
@@ -120,8 +124,9 @@ def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
     found = verify.flow_map_outputs(merged, probe)
     verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
     state = stored(merged.state_dict(), job.config.precision)
-    write_network(StockTransformer, folder, merged.config, state, job.config.max_shard_gib)
-    reloaded: Any = StockTransformer.from_pretrained(folder, dtype=torch.float32)
+    stock = stock_class(merged.config)
+    write_network(stock, folder, merged.config, state, job.config.max_shard_gib)
+    reloaded: Any = stock.from_pretrained(folder, dtype=torch.float32)
     verify.check_weights(reloaded, state)
     return verify.check_outputs("what was written", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_train.config.network import Student
 from anyflow_train.errors import UserError
-from anyflow_train.export.weights import DTYPES, Precision
+from anyflow_train.export.weights import DTYPES, Precision, stock_class
 from anyflow_train.models.adapters import lora_state_dict
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.training.networks import build_base
 
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def adapters(network: AnyFlowTransformer3DModel, precision: Precision) -> dict[str, Tensor]:
+def adapters(network: Backbone, precision: Precision) -> dict[str, Tensor]:
     """The adapters by the names of diffusers, those of the second time embedder among them.
 
     Raises:
@@ -36,10 +36,12 @@ def write_lora(folder: Path, factors: dict[str, Tensor]) -> None:
     save_file(factors, folder / FILE, metadata={"format": "pt"})
 
 
-def reload_lora(folder: Path, student: Student) -> StockTransformer:
+def reload_lora(folder: Path, student: Student) -> Any:
     """Stock diffusers' network with the adapters of a file on what the run started from, in float32."""
     base = build_base(student)
-    stock = StockTransformer(**{name: value for name, value in base.config.items() if not name.startswith("_")})
+    stock: Any = stock_class(base.config)(
+        **{name: value for name, value in base.config.items() if not name.startswith("_")}
+    )
     stock.load_state_dict(base.state_dict(), strict=True, assign=True)
     stock.load_lora_adapter(str(folder), weight_name=FILE)
     return stock.eval()

@@ -23,13 +23,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.anyflow.pipeline_anyflow import AnyFlowPipeline
+from diffusers.pipelines.anyflow.pipeline_anyflow_far import AnyFlowFARPipeline
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.export.weights import Precision
+from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import sample
 from anyflow_train.flow.types import Condition
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
 MERGE_TOLERANCE = 1e-4
 TOLERANCES: dict[Precision, float] = {"fp32": MERGE_TOLERANCE, "bf16": 5e-2, "fp16": 1e-2}
@@ -50,37 +53,44 @@ class Probe:
         latents: (B, F, C, H, W) float32.
         text: (B, L, D) float32.
         image: (B, I, D_image) float32, or None for text-to-video.
+        chunks: of a causal network: as many as it needs to have one of every kind; else None.
+        noise: (1, F, C, H', W') float32, to sample from.
     """
 
     latents: Tensor
     text: Tensor
     image: Tensor | None
+    chunks: Chunks | None
+    noise: Tensor
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Probe:
         """Small inputs that fit a network's config; always the same."""
         generator = torch.Generator().manual_seed(0)
-        batch, side = len(TIMES), 2 * config["patch_size"][1]
-        latents = torch.randn(batch, 3, config["in_channels"], side, side, generator=generator)
+        patch, channels, batch = config["patch_size"][1], config["in_channels"], len(TIMES)
+        chunks, frames, side = None, 3, 2 * patch
+        height, width = side, side
+        if "full_chunk_limit" in config:
+            limit, side = config["full_chunk_limit"], 2 * config["compressed_patch_size"][1]
+            chunks, frames = Chunks((1,) * (limit + 1), limit), limit + 1
+            # Stock diffusers pads what it generates to 128 tokens with keys that it does not mask: exactly those.
+            height, width = 8 * patch, 16 * patch
+        latents = torch.randn(batch, frames, channels, side, side, generator=generator)
         text = torch.randn(batch, 16, config["text_dim"], generator=generator)
         has_image = config["image_dim"] is not None
         image = torch.randn(batch, 8, config["image_dim"], generator=generator) if has_image else None
-        return cls(latents, text, image)
-
-    def row(self, number: int) -> Probe:
-        """One sample of the probe."""
-        rows = slice(number, number + 1)
-        return Probe(self.latents[rows], self.text[rows], None if self.image is None else self.image[rows])
+        noise = torch.randn(1, frames, channels, height, width, generator=generator)
+        return cls(latents, text, image, chunks, noise)
 
 
 @torch.inference_mode()
-def flow_map_outputs(network: AnyFlowTransformer3DModel | StockTransformer, probe: Probe) -> Tensor:
+def flow_map_outputs(network: Backbone | StockTransformer, probe: Probe) -> Tensor:
     """Average velocities at all of `TIMES`, (B, F, C, H, W) float32."""
     return _call(network, probe, torch.tensor(TIMES))
 
 
 @torch.inference_mode()
-def velocity_outputs(network: AnyFlowTransformer3DModel, probe: Probe) -> Tensor:
+def velocity_outputs(network: Backbone, probe: Probe) -> Tensor:
     """Instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
     return _call(network, probe, torch.tensor([(t, t) for t, _ in TIMES]))
 
@@ -95,11 +105,11 @@ def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
 
 
 @torch.inference_mode()
-def two_jumps(network: AnyFlowTransformer3DModel, probe: Probe, shift: float) -> Tensor:
-    """What two steps of our sampler make of the first latents of the probe: (1, F, C, H, W)."""
-    one = probe.row(0)
-    condition = Condition(one.text, one.image)
-    return sample(NetworkFlowMap(network, None), one.latents, condition, SAMPLING_STEPS, shift)
+def two_jumps(network: Backbone, probe: Probe, shift: float) -> Tensor:
+    """What two steps of our sampler make of the probe's noise: (1, F, C, H', W')."""
+    condition = Condition(probe.text[:1], None if probe.image is None else probe.image[:1])
+    sampler = ClipSampler(sample, probe.chunks)
+    return sampler(NetworkFlowMap(network, None), probe.noise, condition, SAMPLING_STEPS, shift)
 
 
 def check_weights(written: ModelMixin, expected: Mapping[str, Tensor]) -> None:
@@ -128,22 +138,26 @@ def check_outputs(what: str, found: Tensor, expected: Tensor, tolerance: float) 
 
 
 def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, tolerance: float) -> float:
-    """Sample two steps with the stock AnyFlowPipeline of a folder and compare with `two_jumps`."""
+    """Sample two steps with the stock pipeline of a folder and compare with `two_jumps`."""
     check_index(folder)
-    parts = {"text_encoder": None, "tokenizer": None, "vae": None}
-    pipeline = AnyFlowPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None}
+    kind = AnyFlowPipeline if probe.chunks is None else AnyFlowFARPipeline
+    pipeline: Any = kind.from_pretrained(folder, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if pipeline.scheduler.config.shift != shift:
         raise WrongExport(f"the scheduler's shift is {pipeline.scheduler.config.shift}, not {shift}")
-    one = probe.row(0)
+    frames = probe.noise.shape[1]
+    chunks = {} if probe.chunks is None else {"chunk_partition": list(probe.chunks.partition)}
     sampled = pipeline(
-        prompt_embeds=one.text,
-        latents=one.latents.permute(0, 2, 1, 3, 4),
+        prompt_embeds=probe.text[:1],
+        latents=probe.noise.permute(0, 2, 1, 3, 4),
+        num_frames=4 * (frames - 1) + 1,
         num_inference_steps=SAMPLING_STEPS,
-        height=16,
-        width=16,
+        height=8 * probe.noise.shape[3],
+        width=8 * probe.noise.shape[4],
         output_type="latent",
         return_dict=False,
+        **chunks,
     )[0]
     return check_outputs("sampling", sampled.permute(0, 2, 1, 3, 4), expected, tolerance)
 
@@ -169,6 +183,12 @@ _Forward = Callable[..., tuple[Tensor, ...]]
 def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
     frames = probe.latents.shape[1]
     t, r = (1000 * times[:, column, None].expand(-1, frames) for column in (0, 1))
-    return network(probe.latents, t, r, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[
-        0
-    ].float()
+    more = {"encoder_hidden_states_image": probe.image, "return_dict": False}
+    if probe.chunks is None:
+        return network(probe.latents, t, r, probe.text, **more)[0].float()
+    drawn = probe.chunks.sequence(len(probe.chunks.partition))
+    given = torch.arange(frames) < drawn.context
+    clean = probe.latents.flip(0)[:, drawn.context :]
+    more |= {"clean_hidden_states": clean, "clean_timestep": torch.zeros(clean.shape[:2])}
+    t, r = t.masked_fill(given, 0), r.masked_fill(given, 0)
+    return network(probe.latents, t, r, probe.text, list(drawn.chunks), **more)[0].float()

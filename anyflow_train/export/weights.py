@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformer3DModel as StockFAR
 from torch import Tensor
 
 from anyflow_train.errors import UserError
@@ -20,6 +22,11 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
+
+
+def stock_class(config: Config) -> type[ModelMixin]:
+    """Diffusers' class of our network with this config."""
+    return StockFAR if "chunk_partition" in config else StockTransformer
 
 
 def stored(state: State, precision: Precision) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from anyflow_train.flow.times import sampling_grid
-from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap, Remembered
 
 
 def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition) -> Tensor:
@@ -47,11 +49,32 @@ def guided(flow_map: FlowMap, negative: Condition, scale: float) -> FlowMap:
         scale: the CFG scale w; 1 is no guidance and returns `flow_map` itself. Codes that write
             `cond + k (cond - uncond)` mean `w = 1 + k`.
     """
-    if scale == 1:
-        return flow_map
+    return flow_map if scale == 1 else _Guided(flow_map, negative, scale)
 
-    def guided_map(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        unconditional = flow_map(x, t, r, condition.with_text(negative.text))
-        return torch.lerp(unconditional, flow_map(x, t, r, condition), scale)
 
-    return guided_map
+@dataclass(frozen=True)
+class _Guided:
+    """A guided flow map. A causal network remembers another past under another text, so it remembers both."""
+
+    flow_map: FlowMap
+    negative: Condition
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        with_text, without = condition, condition.with_text(self.negative.text)
+        if isinstance(condition.past, Remembered) and isinstance(condition.past.memory, _BothPasts):
+            memory, chunks = condition.past.memory, condition.past.chunks
+            with_text = with_text.after(Remembered(chunks, memory.with_text))
+            without = without.after(Remembered(chunks, memory.without))
+        return torch.lerp(self.flow_map(x, t, r, without), self.flow_map(x, t, r, with_text), self.scale)
+
+    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+        flow_map = cast(CausalFlowMap, self.flow_map)
+        without = condition.with_text(self.negative.text)
+        return _BothPasts(flow_map.remember(x, chunks, condition), flow_map.remember(x, chunks, without))
+
+
+@dataclass(frozen=True)
+class _BothPasts:
+    with_text: object
+    without: object

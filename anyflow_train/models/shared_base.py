@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_train.config.network import Lora
-from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 from anyflow_train.models.adapters import check_adapter, is_in, is_target
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.backbone import Backbone
 
 Read = Callable[[str], Tensor]
 
@@ -36,7 +36,7 @@ class SharedBase:
         read: gives the base's weights by model name, where the network holds only shards of them.
     """
 
-    def __init__(self, network: AnyFlowTransformer3DModel, read: Read | None = None) -> None:
+    def __init__(self, network: Backbone, read: Read | None = None) -> None:
         self.network = network.requires_grad_(False)
         self._plain = dict(network.named_modules())
         weights = dict(network.named_parameters())
@@ -139,7 +139,7 @@ class SharedBase:
     def _twin(self) -> nn.Module:
         """A network of the same shape, without weights."""
         with torch.device("meta"):
-            return AnyFlowTransformer3DModel.from_config(copy.deepcopy(dict(self.network.config)))
+            return type(self.network).from_config(copy.deepcopy(dict(self.network.config)))
 
     def _copied(self, twin: Any, path: str) -> nn.Module:
         """A module with the base's weights. From a twin, because the base may hold only shards."""
@@ -168,6 +168,10 @@ class RoleFlowMap:
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         with self.shared.as_role(self.role):
             return self.flow_map(x, t, r, condition)
+
+    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+        with self.shared.as_role(self.role):
+            return cast(CausalFlowMap, self.flow_map).remember(x, chunks, condition)
 
 
 class _Switch:

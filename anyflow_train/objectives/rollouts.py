@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
+from anyflow_train.flow.causal import chunk_by_chunk
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.rollout import FirstJump, rollout
-from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,27 @@ class Rollouts:
         steps: N is one of these, g one of 0..N-1.
         shift: of the sampler's times.
         first_jump: see `flow.rollout`.
+        chunks: of a causal student, which rolls out one after the other, each from those before it; None: all at once.
     """
 
     latent: tuple[int, int, int, int]
     steps: tuple[int, ...]
     shift: float
     first_jump: FirstJump
+    chunks: Chunks | None = None
 
     def __call__(self, student: FlowMap, condition: Condition, draw: Draw) -> Rollout:
         """Samples for these texts; gradient flows back into the student unless it is switched off."""
         which, where = draw.shared("steps", 2)
         steps = self.steps[int(which * len(self.steps))]
         z = draw.normal("noise", self.latent)
-        x = rollout(student, z, condition, steps, int(where * steps), self.shift, self.first_jump)
-        return Rollout(x, steps)
+
+        def generate(z: Tensor, condition: Condition) -> Tensor:
+            return rollout(student, z, condition, steps, int(where * steps), self.shift, self.first_jump)
+
+        if self.chunks is None:
+            return Rollout(generate(z, condition), steps)
+        return Rollout(chunk_by_chunk(cast(CausalFlowMap, student), z, condition, self.chunks, generate), steps)
 
 
 class Endpoints:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from anyflow_train.config.run import Ema as EmaConfig
-from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 
 class Ema:
@@ -67,3 +68,7 @@ class AveragedFlowMap:
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         with torch.no_grad(), self.ema.applied():
             return self.live(x, t, r, condition)
+
+    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+        with self.ema.applied():
+            return cast(CausalFlowMap, self.live).remember(x, chunks, condition)

@@ -14,8 +14,9 @@ from anyflow_train.config.network import Architecture, FullTraining, Lora, Stude
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, trainable_parameters
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.shared_base import SharedBase
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.source import network_class
 from anyflow_train.models.wan import build_network
 from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
 from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
@@ -28,7 +29,7 @@ Read = Callable[[str], Tensor]
 INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
-def start_student(config: Student, seed: int, world: World) -> AnyFlowTransformer3DModel:
+def start_student(config: Student, seed: int, world: World) -> Backbone:
     """The student on its device; under ZeRO-3 one that starts from trained weights is in shards from the first."""
     if config.init is None or zero_stage() < 3:
         return _moved(world.together(lambda: build_student(config, seed)), world)
@@ -36,7 +37,7 @@ def start_student(config: Student, seed: int, world: World) -> AnyFlowTransforme
     return _adapted(_on_device(start.arguments, start.read_trained, world), config, seed, start)
 
 
-def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
+def build_student(config: Student, seed: int) -> Backbone:
     """The student on the CPU in float32, adapters attached.
 
     Raises:
@@ -46,13 +47,13 @@ def build_student(config: Student, seed: int) -> AnyFlowTransformer3DModel:
         start = open_student_start(config)
         return _adapted(_whole(start.arguments, start.read_trained), config, seed, start)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
-    network = build_network({**config.architecture.model_dump(), **times}, seed, config.time_frequency_limit)
+    network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
     return network
 
 
-def build_base(config: Student) -> AnyFlowTransformer3DModel:
+def build_base(config: Student) -> Backbone:
     """What a student's adapter sits on, on the CPU in float32: `student.init`, or what that run's adapter sits on."""
     start = open_student_start(config)
     return _whole(start.arguments, start.read)
@@ -107,7 +108,7 @@ def share_frozen(shared: SharedBase, role: str, source: str | None, student: Stu
     return role
 
 
-def start_teacher(source: str | None, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
+def start_teacher(source: str | None, student: Architecture, world: World) -> Backbone:
     """The frozen teacher on its device, under ZeRO-3 in shards. At r = t it is the teacher, whatever its gate.
 
     Raises:
@@ -121,7 +122,7 @@ def start_teacher(source: str | None, student: Architecture, world: World) -> An
     return network if zero_stage() < 3 else shard_frozen(network)
 
 
-def start_fake_score(source: str, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
+def start_fake_score(source: str, student: Architecture, world: World) -> Backbone:
     """The fake score on its device, under ZeRO-3 in shards, all of it to be trained. It is only called at r = t.
 
     Raises:
@@ -130,7 +131,7 @@ def start_fake_score(source: str, student: Architecture, world: World) -> AnyFlo
     return _start("on_policy.fake_score.init", source, student, world)
 
 
-def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[AnyFlowTransformer3DModel, RunConfig]:
+def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[Backbone, RunConfig]:
     """A trained student on the CPU in float32, adapters attached but not merged, and its run's config.
 
     Args:
@@ -150,7 +151,7 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
     return network.eval(), config
 
 
-def _start(key: str, source: str, student: Architecture, world: World) -> AnyFlowTransformer3DModel:
+def _start(key: str, source: str, student: Architecture, world: World) -> Backbone:
     """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
     start = world.together(lambda: open_source(key, source))
     wanted = student.model_dump()
@@ -164,23 +165,23 @@ def _start(key: str, source: str, student: Architecture, world: World) -> AnyFlo
     return _on_device(start.arguments, start.read, world)
 
 
-def _on_device(arguments: Mapping[str, Any], read: Read, world: World) -> AnyFlowTransformer3DModel:
+def _on_device(arguments: Mapping[str, Any], read: Read, world: World) -> Backbone:
     """A network whose weights are read one by one; under ZeRO-3 by rank 0, each once, straight into shards."""
     if zero_stage() < 3:
         return _moved(world.together(lambda: _whole(arguments, read)), world)
-    return build_sharded(lambda: AnyFlowTransformer3DModel(**arguments), read, world)
+    return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
 
 
-def _whole(arguments: Mapping[str, Any], read: Read) -> AnyFlowTransformer3DModel:
+def _whole(arguments: Mapping[str, Any], read: Read) -> Backbone:
     """A network on the CPU, in memory of its own: what is read may lie in a file."""
     with torch.device("meta"):
-        network = AnyFlowTransformer3DModel(**arguments)
+        network = network_class(arguments)(**arguments)
     weights = {name: read(name).clone() for name, _ in network.named_parameters()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network
 
 
-def _adapted(network: AnyFlowTransformer3DModel, config: Student, seed: int, start: Start) -> AnyFlowTransformer3DModel:
+def _adapted(network: Backbone, config: Student, seed: int, start: Start) -> Backbone:
     """With the student's adapters; those that a run handed on have its weights."""
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
@@ -199,6 +200,6 @@ def _hand_on(part: TrainedPart, parameters: Mapping[str, Parameter]) -> None:
         parameter.copy_(part.files[name].get_tensor(name))
 
 
-def _moved(network: AnyFlowTransformer3DModel, world: World) -> AnyFlowTransformer3DModel:
+def _moved(network: Backbone, world: World) -> Backbone:
     nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
     return network

@@ -15,8 +15,8 @@ from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.training.networks import (
     share_frozen,
     start_fake_score,
@@ -39,7 +39,7 @@ class Player:
         flow_map: its flow map, from the engine's network and the half precision of its products.
     """
 
-    network: AnyFlowTransformer3DModel
+    network: Backbone
     parameters: Mapping[str, Parameter]
     flow_map: MakeFlowMap
 
@@ -72,7 +72,7 @@ def start_players(config: RunConfig, world: World) -> Players:
     return Players(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 
 
-def _own(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> Player:
+def _own(network: Backbone, config: RunConfig, world: World) -> Player:
     return Player(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
 
 
@@ -93,9 +93,10 @@ def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players
     return Players(players[0], as_role(teacher), players[1])
 
 
-def _prepared(network: AnyFlowTransformer3DModel, config: RunConfig, world: World) -> AnyFlowTransformer3DModel:
+def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
     """A network that is trained, as the config has them computed."""
-    network.split_sequence(world.sequence_group)
+    if world.sequence_group is not None:
+        network.split_sequence(world.sequence_group)
     if config.student.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if config.engine.compile:

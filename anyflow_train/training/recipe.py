@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
+from anyflow_train.config.objective import FlowMatching, Objective
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import branch_counts, micro_slots
@@ -16,6 +18,7 @@ from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.flow.types import FlowMap
+from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.flow_matching import FlowMatchingObjective
@@ -121,7 +124,9 @@ def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: Play
 def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, student: Update) -> tuple[Update, Update]:
     """The student's update with distribution matching before its own term, then the fake score's."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
-    rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump)
+    causal = config.student.architecture.causal
+    chunks = None if causal is None else Chunks.of(causal)
+    rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = Endpoints() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
     beside = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
@@ -134,10 +139,32 @@ def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, stude
 
 
 def _student_update(config: RunConfig, world: World) -> Update:
+    causal, context = config.student.architecture.causal, config.context
+    main = _main_term(config, world)
+    if causal is None:
+        given = FirstFrameGiven(main.objective, context.i2v_probability)
+        return Update("student", (replace(main, objective=given) if context.i2v_probability else main,))
+    main = replace(main, objective=ChunksGiven(main.objective, Chunks.of(causal), context.long_share))
+    if context.bidirectional_probability == 0:
+        return Update("student", (main,))
+    whole = WholeClip(FlowMatchingObjective(_at_one_time(config.objective), config.times))
+    return Update("student", (main, Term("bidirectional", whole, 1.0, "none", 0, context.bidirectional_probability)))
+
+
+def _at_one_time(objective: Objective) -> FlowMatching:
+    """Flow matching with the text dropout and guidance of any objective."""
+    if isinstance(objective, FlowMatching):
+        return objective
+    guidance = "none" if objective.guidance == "none" else "prediction"
+    scale, dropout = objective.guidance_scale, objective.text_dropout
+    return FlowMatching(kind="flow_matching", guidance=guidance, guidance_scale=scale, text_dropout=dropout)
+
+
+def _main_term(config: RunConfig, world: World) -> Term:
+    """The run's objective."""
     objective, times = config.objective, config.times
     if not isinstance(objective, FlowMapConfig):
-        term = Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
-        return Update("student", (term,))
+        return Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
     counts = branch_counts(config.engine.global_batch, times.diffusion_share, times.consistency_share)
     student = FlowMapObjective(objective, times, counts, world.data_size)
-    return Update("student", (Term("flow_map", student, 1.0, objective.rebalance, counts.diffusion),))
+    return Term("flow_map", student, 1.0, objective.rebalance, counts.diffusion)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from anyflow_train.config.network import Architecture, Lora, Student
+from anyflow_train.config.network import Architecture, Causal, Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.stored import StoredNetwork, open_network
@@ -71,7 +71,7 @@ class Start:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Of `AnyFlowTransformer3DModel`."""
+        """Of the network's constructor."""
         return self.root.arguments
 
     def read(self, name: str) -> Tensor:
@@ -108,8 +108,9 @@ def open_student_start(student: Student) -> Start:
     trained = before.config.student
     times = [(f"student.{name}", getattr(student, name), getattr(trained, name)) for name in TIMES]
     raise_all(mismatches(times, before.path))
-    _check_shape(trained.architecture.model_dump(), student, source)
-    return _explained("student.init", lambda: _below(student, ()))
+    _check_shape(_made_causal(trained.architecture.arguments(), student), student, source)
+    start = _explained("student.init", lambda: _below(student, ()))
+    return replace(start, root=replace(start.root, arguments=_made_causal(start.arguments, student)))
 
 
 def open_source(key: str, source: str) -> Start:
@@ -122,6 +123,12 @@ def open_source(key: str, source: str) -> Start:
         UserError: it cannot be loaded.
     """
     return _explained(key, lambda: _weights(source, None, ()))
+
+
+def _made_causal(arguments: Mapping[str, Any], student: Student) -> Mapping[str, Any]:
+    """A network whose frames were made together can become causal; what it lacks it makes of what it has."""
+    causal = student.architecture.causal
+    return arguments if causal is None or "chunk_partition" in arguments else {**arguments, **causal.model_dump()}
 
 
 def base_of(student: Student) -> str | None:
@@ -160,7 +167,8 @@ def _plain(source: str, times: Student | None) -> Start:
     given = (None, None) if times is None else (times.gate_value, times.deltatime_type)
     try:
         name = str(Path(source).resolve()) if Path(source).is_dir() else source
-        return Start(name, open_network(source, *given))
+        causal = None if times is None else times.architecture.causal
+        return Start(name, open_network(source, *given, None if causal is None else causal.model_dump()))
     except UserError as error:
         if times is None:
             raise
@@ -177,7 +185,7 @@ def _weights(source: str, times: Student | None, seen: tuple[Path, ...]) -> Star
         below = _below(trained.config.student, (*seen, trained.path))
         return Start(below.source, below.root, (*below.parts, trained))
     student = trained.config.student
-    arguments = {**student.architecture.model_dump(), **{name: getattr(student, name) for name in TIMES}}
+    arguments = {**student.architecture.arguments(), **{name: getattr(student, name) for name in TIMES}}
     weights = {name: (file, name) for name, file in trained.files.items()}
     return Start(str(trained.path), StoredNetwork(arguments, weights))
 
@@ -225,12 +233,17 @@ def _explained(key: str, work: Callable[[], Any]) -> Any:
 def _check_shape(actual: Mapping[str, Any], student: Student, source: str) -> None:
     """Raises UserErrors: one line for every difference, with the config's value and the file's."""
     errors = []
-    for name, value in student.architecture.model_dump().items():
-        found = actual.get(name, Architecture.model_fields[name].default)  # the constructor's own
+    for name, value in student.architecture.arguments().items():
+        is_own = name in Architecture.model_fields
+        fields = Architecture.model_fields if is_own else Causal.model_fields
+        found = actual.get(name, fields[name].default)  # the constructor's own
         found = tuple(found) if isinstance(found, list) else found
         if found != value:
             problem = f"is {value!r}, but {source} was made with {found!r}"
-            errors.append(UserError(f"student.architecture.{name}", problem))
+            errors.append(UserError(f"student.architecture.{name if is_own else f'causal.{name}'}", problem))
+    if student.architecture.causal is None and "chunk_partition" in actual:
+        problem = f"is null, but {source} is a causal student; choose a student of configs/student that is causal too"
+        errors.append(UserError("student.architecture.causal", problem))
     raise_all(errors)
 
 

@@ -29,6 +29,7 @@ class Term:
         weight: factor of the term in the update's loss.
         rebalance: how samples with r < t are scaled.
         diffusion: the global batch's number of diffusion samples, over which rebalancing averages.
+        probability: share of the steps that have the term, drawn once a step for all samples.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Term:
     weight: float
     rebalance: Rebalance
     diffusion: int
+    probability: float = 1.0
+
+    def due(self, draw: Draw) -> bool:
+        """Whether the step that these random numbers are for has the term: the same on every process."""
+        return self.probability == 1 or draw.shared(f"{self.name} is due", 1)[0] < self.probability
 
     def __post_init__(self) -> None:
         if self.rebalance != "none" and self.diffusion == 0:
@@ -185,6 +191,8 @@ def make_update(
     means = {term.name: DiffusionMean(term, engine.world) for term in update.terms}
     for batch, draw in zip(batches, draws, strict=True):
         for term in update.terms:
+            if not term.due(draw):
+                continue
             loss = term.objective(roles, batch, draw)
             mean = means[term.name].after(loss, batch.slots)
             total = term.weight * rebalanced(loss, mean, term.rebalance).sum()

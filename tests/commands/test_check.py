@@ -16,6 +16,7 @@ from anyflow_train.config.network import Architecture, FullTraining, Lora
 from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import add_lora, trainable_parameters
+from anyflow_train.models.source import network_class
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.commands.runs import SHORT
 from tests.training.helpers import write_latents
@@ -46,12 +47,19 @@ def test_several_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"image_dim": 24}, {"cross_attn_norm": False}, {"patch_size": (1, 4, 4), "out_channels": 4}]
+    "changes",
+    [
+        {},
+        {"image_dim": 24},
+        {"cross_attn_norm": False},
+        {"patch_size": (1, 4, 4), "out_channels": 4},
+        {"causal": {"compressed_patch_size": (1, 8, 8)}},
+    ],
 )
 def test_parameters_are_those_of_the_network(changes: dict[str, object]) -> None:
     architecture = Architecture.model_validate(SMALL.model_dump() | changes)
     with torch.device("meta"):
-        network = AnyFlowTransformer3DModel(**architecture.model_dump())
+        network = network_class(architecture.arguments())(**architecture.arguments())
     assert parameter_shapes(architecture) == {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
@@ -73,7 +81,7 @@ def test_sizes_of_the_published_models() -> None:
     ],
 )
 def test_trainable_parameters_are_those_that_are_trained(adapter: FullTraining | Lora) -> None:
-    network = AnyFlowTransformer3DModel(**SMALL.model_dump())
+    network = AnyFlowTransformer3DModel(**SMALL.arguments())
     if isinstance(adapter, Lora):
         add_lora(network, adapter, 0)
     trained = sum(math.prod(p.shape) for p in trainable_parameters(network).values())

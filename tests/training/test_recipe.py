@@ -27,7 +27,7 @@ def config(folder: Path, **changes: Any) -> RunConfig:
 
 def saved_network(folder: Path, gate_value: float = 0.25) -> str:
     """A network on the disk, like a published AnyFlow checkpoint."""
-    architecture = config(folder).student.architecture.model_dump()
+    architecture = config(folder).student.architecture.arguments()
     build_network({**architecture, "gate_value": gate_value}, seed=3).save_pretrained(folder / "network")
     return str(folder / "network")
 

@@ -40,6 +40,15 @@ def sample(config: SampleConfig) -> Iterator[Finding]:
     for key, pixels in (("height", config.height), ("width", config.width)):
         if pixels is not None:
             yield from side_length(key, pixels, WAN_PATCH)
+    if config.image is not None and config.video is not None:
+        yield Finding(("image", "video"), f"{config.image!r}, but video={config.video} is given too; give one of them")
+    if config.context_frames is not None:
+        yield from frame_count("context_frames", config.context_frames)
+        if config.video is None:
+            yield Finding(
+                ("context_frames", "video"),
+                f"{config.context_frames}, but there is no video to take them from; give video=FILE",
+            )
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.rules import geometry, objective, on_policy, schedule, warnings
+from anyflow_train.config.rules import causal, geometry, objective, on_policy, schedule, warnings
 from anyflow_train.config.run import RunConfig
 
 
@@ -18,6 +18,8 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *objective.times_of_flow_map(config),
         *objective.shares(config),
         *on_policy.on_policy(config),
+        *causal.chunks(config),
+        *causal.context(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),
         *schedule.sequence(config, world),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import branch_counts, derivative_rows, even_accumulation, micro_slots
 
@@ -70,7 +71,8 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
     """Micro-steps in which processes hold different numbers of diffusion samples: all of them run the differences."""
     engine = config.engine
     world = world // engine.sequence_parallel
-    if not isinstance(config.objective, FlowMap) or world == 1:
+    left_out = isinstance(config.on_policy, DistributionMatching) and config.on_policy.objective_weight == 0
+    if not isinstance(config.objective, FlowMap) or left_out or world == 1:
         return
     counts = branch_counts(engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
     rows = [
