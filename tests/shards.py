@@ -20,7 +20,7 @@ from anyflow_train.data.writing import write_shard
 
 
 def describe(shape: tuple[int, int, int, int], text_dim: int, longest_text: int) -> Manifest:
-    """The manifest of clips of 5 frames and 32 x 32 pixels, as yet without shards; latents (F, C, H, W) in float32."""
+    """The manifest of clips of 32 x 32 pixels, as yet without shards; latents (F, C, H, W) in float32."""
     return Manifest(
         format=FORMAT,
         kind="video",
@@ -28,7 +28,7 @@ def describe(shape: tuple[int, int, int, int], text_dim: int, longest_text: int)
         text_dim=text_dim,
         latent_shape=shape,
         latent_dtype="fp32",
-        frames=5,
+        frames=4 * (shape[0] - 1) + 1,
         height=32,
         width=32,
         fps=16.0,

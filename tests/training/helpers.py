@@ -28,17 +28,18 @@ SHAPE = (2, 4, 4, 4)
 TEXT_DIM = 8
 
 
-def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = ()) -> Path:
+def write_latents(folder: Path, samples: int = 20, poison: tuple[int, ...] = (), frames: int = SHAPE[0]) -> Path:
     """Shards of random latents; the poisoned ones are finite, but their squares are not."""
     generator = torch.Generator().manual_seed(0)
+    shape = (frames, *SHAPE[1:])
 
     def produce() -> Iterator[Sample]:
         for number in range(samples):
             scale = 1e30 if number in poison else 1.0
-            latents = scale * torch.randn(SHAPE, generator=generator)
+            latents = scale * torch.randn(shape, generator=generator)
             yield Sample(f"clip-{number:03d}", latents, torch.randn(3, TEXT_DIM, generator=generator), f"clip {number}")
 
-    manifest = describe(SHAPE, TEXT_DIM, longest_text=3).model_copy(update={"validation_prompts": ("clip",)})
+    manifest = describe(shape, TEXT_DIM, longest_text=3).model_copy(update={"validation_prompts": ("clip",)})
     texts = PromptTexts(torch.zeros(1, TEXT_DIM), (torch.ones(2, TEXT_DIM),))
     return write_shards(folder, [produce()], manifest, texts)
 
@@ -92,6 +93,19 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = value
     return config
+
+
+def causal(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run with a causal student, on clips of three latent frames: one or two noised, or two after context."""
+    student = config["student"]
+    architecture = {**student["architecture"], "causal": {"chunk_partition": [1, 1, 1], "full_chunk_limit": 2}}
+    return {
+        **config,
+        "student": {**student, "architecture": architecture},
+        "data": {**config["data"], "frames": 9},
+        # Often enough for a run of a few steps to have all of it.
+        "context": {"long_share": 0.5, "bidirectional_probability": 0.4},
+    }
 
 
 def train(config: dict[str, Any]) -> Path:
