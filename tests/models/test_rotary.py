@@ -1,7 +1,8 @@
 import torch
 from diffusers.models.transformers.transformer_anyflow import AnyFlowRotaryPosEmbed, apply_rotary_emb
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalRotaryPosEmbed
 
-from anyflow_train.models.rotary import RotaryGrid, rotate, rotation_table
+from anyflow_train.models.rotary import RotaryGrid, Stretch, rotate, rotation_table
 
 CPU = torch.device("cpu")
 
@@ -13,6 +14,25 @@ def test_rotation_is_that_of_diffusers():
     expected = apply_rotary_emb(x.transpose(1, 2), frequencies).transpose(1, 2)
     # The angles are float64 on both sides; the product is float32 here and complex128 there.
     torch.testing.assert_close(rotate(x, rotation_table(16, (3, 4, 5), CPU)), expected, rtol=0, atol=1e-6)
+
+
+def test_the_table_of_context_and_later_frames_is_that_of_diffusers():
+    layout = {"total_frames": 5, "num_compressed_frames": 2}
+    layout |= {"full_frame_shape": (4, 6), "compressed_frame_shape": (2, 3)}
+    complex_numbers = AnyFlowCausalRotaryPosEmbed(16, (1, 2, 2), (1, 4, 4), 32)(layout, CPU)["query"][0, 0]
+    stretches = (Stretch((2, 2, 3), 0, 2), Stretch((3, 4, 6), 2))
+    found = RotaryGrid(16).stretches(stretches, CPU)
+    # Both are float64 before they are rounded here.
+    torch.testing.assert_close(found, torch.view_as_real(complex_numbers).float(), rtol=0, atol=1e-6)
+
+
+def test_a_token_that_covers_positions_lies_in_their_middle():
+    """Exact for two positions: the mean of two unit numbers has the mean angle."""
+    pooled = rotation_table(12, (1, 1, 4), CPU, pool=2)
+    single = rotation_table(12, (1, 1, 8), CPU)
+    between = rotate(single[1::2].flatten(1)[None, :, None], single[0::2])[0, :, 0]  # the sum of the two angles
+    twice = rotate(pooled.flatten(1)[None, :, None], pooled)[0, :, 0]
+    torch.testing.assert_close(twice[:, -4:], between[:, -4:], rtol=0, atol=1e-6)  # the column's pairs come last
 
 
 def test_compiled_rotation_is_the_eager_one():
