@@ -110,7 +110,8 @@ class ChunkLayout:
         segments = [Segment(span, ((0, span[1]),)) for span in spans[:noisy]]
         ends = [0, *(stop for _, stop in spans[:noisy])]
         for index, span in enumerate(spans[noisy:]):
-            segments.append(Segment(span, _joined((0, ends[len(context) + index]), span)))
+            before = ends[len(context) + index]
+            segments.append(Segment(span, ((0, before), span) if before else (span,)))
         return Segments(tuple(segments))
 
     def _lengths(self) -> tuple[list[int], list[int], list[int]]:
@@ -171,10 +172,3 @@ def _spans(lengths: Sequence[int]) -> list[Span]:
         spans.append((start, start + length))
         start += length
     return spans
-
-
-def _joined(first: Span, second: Span) -> tuple[Span, ...]:
-    """Two spans as the fewest that cover the same tokens."""
-    if first[0] == first[1]:
-        return (second,)
-    return ((first[0], second[1]),) if first[1] == second[0] else (first, second)

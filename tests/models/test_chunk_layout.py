@@ -55,7 +55,7 @@ def test_segments_are_the_dense_mask(partition, full_chunks, copies):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
-def test_each_chunk_is_one_call_and_touching_keys_are_one_view():
+def test_each_chunk_is_one_call():
     made = layout((1, 2, 1), 2, copies=True)
     assert [each.keys for each in made.attention().segments] == [
         ((0, 6),),  # the context, one frame
@@ -63,6 +63,8 @@ def test_each_chunk_is_one_call_and_touching_keys_are_one_view():
         ((0, 6), (54, 102)),  # the second chunk, noisy
         ((0, 54), (102, 126)),  # the third chunk, noisy; nobody would see a copy of it
     ]
+    first, *_ = layout((2, 1), 2, copies=True).attention().segments[1:]
+    assert first.keys == ((48, 96),)  # the first chunk sees itself alone
     assert [each.keys for each in layout((2, 1), 2, copies=False).attention().segments] == [((0, 48),), ((0, 72),)]
 
 
