@@ -42,7 +42,8 @@ class NetworkFlowMap:
         Raises:
             ValueError: chunks are given to a network that is not causal.
         """
-        past, causal = condition.past, "chunk_partition" in self.network.config
+        # Not its config: of that name a DeepSpeed engine has one of its own.
+        past, causal = condition.past, hasattr(self.network, "far_patch_embedding")
         if isinstance(past, TeacherForced | Remembered) and not causal:
             raise ValueError("chunks are given to a network that generates all frames together")
         if isinstance(past, Prefix):

@@ -1,4 +1,7 @@
-"""Both stages of a causal student on two processes are those of one."""
+"""Both stages of a causal student on two processes are those of one.
+
+An odd step out shows itself here: of parameters that a step does not reach, no gradient of an earlier step may be left.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,13 @@ from tests.training.launched import Launch, words
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 6
+# Stage, engine, micro-batch. The patches of the context are trained in some of the steps only.
 RUNS = {
-    f"{stage}-{engine}": (stage, engine, micro) for stage in (1, 2) for engine, micro in (("zero2", 4), ("zero3", 2))
+    "1-zero2": (1, "zero2", 4),
+    "1-zero3": (1, "zero3", 2),
+    "1-offload": (1, "zero3_offload", 4),
+    "2-zero2": (2, "zero2", 2),
+    "2-zero3": (2, "zero3", 4),
 }
 
 

@@ -117,6 +117,8 @@ class ZeroEngine:
         values = self.world.all_reduce_sum(watched).tolist()
         set_rate(self.optimizer, learning_rate)
         self._deepspeed.step()
+        if self._stage == 3:
+            self._forget_gradients()
         return Outcome(
             self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm() or 0.0), tuple(values)
         )
@@ -169,6 +171,14 @@ class ZeroEngine:
             lambda: self._join(shape, optimizer.get_local_fp32_param(parameter, kind)),
             lambda whole: optimizer.set_local_hp_param(self._cut(whole, shard), parameter, kind),
         )
+
+    def _forget_gradients(self) -> None:
+        """Of a parameter that no loss of a step reaches, DeepSpeed would take an earlier step's gradient once more."""
+        optimizer = self._deepspeed.optimizer
+        optimizer.grad_partitions_flat_buffer.zero_()
+        for master in optimizer.fp32_partitioned_groups_flat:
+            if master.grad is not None:  # where it is offloaded
+                master.grad.zero_()
 
     def _start_moments(self) -> None:
         """DeepSpeed moves the optimizer onto flat shards of the masters; its moments start there."""
