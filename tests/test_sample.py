@@ -8,14 +8,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anyflow_train import export, sample
 from anyflow_train.config.commands import ExportConfig, SampleConfig
+from anyflow_train.data.video import read_clip
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.load import load_model
-from anyflow_train.evaluation.video import to_frames
+from anyflow_train.evaluation.video import to_frames, write_mp4
 from anyflow_train.models.codec import Codec
-from tests.export.runs import FULL, LORA, TINY_WAN, make_run
+from tests.export.runs import CHUNKS, FULL, LORA, TINY_WAN, make_run
 
 
 def config(model: Path, out: Path, **options) -> SampleConfig:
@@ -79,6 +81,69 @@ def test_a_wan_transformer_is_sampled_by_euler_steps(tmp_path: Path):
 def test_mistakes_are_named(tmp_path: Path, options: dict, message: str):
     with pytest.raises(UserError, match=message):
         sample.run(config(make_run(tmp_path, FULL), tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def write_clip(path: Path, frames: int) -> Path:
+    steps = np.linspace(0, 255, frames, dtype=np.uint8)
+    write_mp4(path, np.broadcast_to(steps[:, None, None, None], (frames, 48, 64, 3)), 16)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "given"),
+    [
+        ("image", {}, 1),
+        ("video", {}, 5),  # two latent frames are the most whole chunks that leave one
+        ("video", {"context_frames": 1}, 1),
+    ],
+)
+def test_a_causal_model_goes_on_from_what_it_is_given(tmp_path: Path, key: str, options: dict, given: int):
+    trained = make_run(tmp_path, FULL, causal=CHUNKS)
+    clip = write_clip(tmp_path / "clip.mp4", 9)
+    if key == "image":
+        clip = tmp_path / "frame.png"
+        Image.fromarray(np.full((40, 50, 3), 200, np.uint8)).save(clip)
+    wanted = read_clip(clip, given, 32, 32, 16.0)
+    codec = Codec.load(TINY_WAN, "cpu")
+    seen: list[torch.Tensor] = []
+
+    class Watched(Codec):
+        def decode_video(self, latents: torch.Tensor) -> torch.Tensor:
+            seen.append(latents)
+            return super().decode_video(latents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "Codec", Watched)
+        sample.run(config(trained, tmp_path / "out", steps=(2,), **{key: str(clip)}, **options))
+    expected = codec.encode_video(wanted[None])
+    assert expected.shape[1] == (given - 1) // 4 + 1
+    assert torch.equal(seen[0][:, : expected.shape[1]], expected)
+    assert seen[0].shape[1] == 3
+
+
+def test_a_student_that_has_seen_given_frames_goes_on_from_an_image(tmp_path: Path):
+    trained = make_run(tmp_path, FULL, i2v_probability=0.2)
+    clip = write_clip(tmp_path / "clip.mp4", 5)
+    assert len(sample.run(config(trained, tmp_path / "out", steps=(1,), video=str(clip)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("causal", "options", "message"),
+    [
+        (CHUNKS, {"video": "missing.mp4"}, r"video: 'missing\.mp4' is unreadable"),
+        (CHUNKS, {"video": "clip.mp4", "context_frames": 9}, "context_frames: 9 pixel frames are 3 latent ones, but"),
+        (CHUNKS, {"frames": 5}, r"chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"),
+        (None, {"image": "frame.png"}, "image: 'frame.png', but run never saw given frames"),
+        (None, {"chunk_partition": (1, 1)}, "generates all frames together"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, causal: dict | None, options: dict, message: str):
+    trained = make_run(tmp_path, FULL, causal=causal)
+    write_clip(tmp_path / "clip.mp4", 9)
+    options = {key: str(tmp_path / value) if value == "clip.mp4" else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        sample.run(config(trained, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 

@@ -41,8 +41,18 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def make_run(folder: Path, adapter: dict[str, Any], gate: float = 0.25, deltatime: str = "r") -> Path:
-    """A run directory with one checkpoint at step 7, whose EMA and raw weights differ."""
+CHUNKS = {"chunk_partition": [1, 1, 1], "full_chunk_limit": 2}
+
+
+def make_run(
+    folder: Path,
+    adapter: dict[str, Any],
+    gate: float = 0.25,
+    deltatime: str = "r",
+    causal: dict[str, Any] | None = None,
+    **context: float,
+) -> Path:
+    """A run directory with one checkpoint at step 7, whose EMA and raw weights differ; clips of 5 frames, causal 9."""
     base = folder / "base"
     config = RunConfig.model_validate(
         {
@@ -51,14 +61,15 @@ def make_run(folder: Path, adapter: dict[str, Any], gate: float = 0.25, deltatim
             "steps": 10,
             "student": {
                 "init": str(base if base.exists() else make_base(base)),
-                "architecture": ARCHITECTURE,
+                "architecture": {**ARCHITECTURE, "causal": causal},
                 "gate_value": gate,
                 "deltatime_type": deltatime,
                 "adapter": adapter,
             },
             "teacher": {"source": str(base)},
             "objective": {"kind": "flow_map"},
-            "data": {"shards": "shards", "frames": 5, "height": 32, "width": 32},
+            "context": context,
+            "data": {"shards": "shards", "frames": 9 if causal else 5, "height": 32, "width": 32},
         }
     )
     weights = trainable_parameters(build_student(config.student, seed=0))

@@ -13,7 +13,7 @@ from anyflow_train.errors import UserError
 from anyflow_train.export import formats, run, verify
 from anyflow_train.export.folder import MARKER
 from anyflow_train.training.networks import load_trained_network
-from tests.export.runs import FULL, LORA, TINY_WAN, WITH_DELTA, make_run
+from tests.export.runs import CHUNKS, FULL, LORA, TINY_WAN, WITH_DELTA, make_run
 
 
 def export(trained: Path, out: Path, **options) -> Path:
@@ -46,6 +46,28 @@ def test_a_pipeline_samples_with_stock_diffusers_alone(tmp_path: Path, adapter: 
     for part in ("tokenizer", "text_encoder", "vae"):
         for file in (TINY_WAN / part).iterdir():
             assert (out / part / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("adapter", [FULL, {**LORA, "full_modules": ["far_patch_embedding"]}])
+def test_a_causal_pipeline_samples_with_stock_diffusers_alone(tmp_path: Path, adapter: dict):
+    trained = make_run(tmp_path, adapter, causal=CHUNKS)
+    out = export(trained, tmp_path / "out", precision="fp32")
+    pipeline = diffusers.AnyFlowFARPipeline.from_pretrained(out)
+    assert pipeline.transformer.config.chunk_partition == [1, 1, 1]
+    found, expected = velocity(pipeline.transformer, trained)
+    # float32 on both sides, other kernels and another order of the sums.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline("red stripes", height=32, width=32, num_frames=9, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 9, 3, 32, 32)
+    assert torch.isfinite(video).all()
+    assert "AnyFlowFARPipeline.from_pretrained" in (out / "README.md").read_text()
+
+
+def test_a_causal_network_is_no_wan_pipeline(tmp_path: Path):
+    trained = make_run(tmp_path, FULL, gate=0.0, causal=CHUNKS)
+    with pytest.raises(UserError, match="no place for a causal network"):
+        export(trained, tmp_path / "out", format="wan_pipeline")
 
 
 def test_bf16_keeps_the_time_embedders_in_float32_and_makes_shards(tmp_path: Path):
