@@ -37,7 +37,7 @@ class FlowMap(Model):
     guidance_scale: PositiveFloat = 1.0
     text_dropout: Share = 0.1
     velocity: Literal["data", "teacher"] = "data"
-    derivative_network: Literal["student", "ema"] = "student"
+    derivative_network: Literal["student", "ema"] = "ema"
     derivative_precision: Literal["bf16", "fp32"] = "fp32"
     derivative_ends: Literal["clamped", "free"] = "clamped"
     epsilon: Annotated[float, Field(gt=0, le=0.1)] = 0.005

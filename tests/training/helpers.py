@@ -72,7 +72,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             },
             "time_frequency_limit": 0.03,
         },
-        "objective": {"kind": "flow_map"},
+        "objective": {"kind": "flow_map", "derivative_network": "student"},
         "optimizer": {"lr": 1e-2, "warmup_steps": 3, "ema": {"decay": 0.9, "start_step": 3}},
         "data": {
             "shards": str(folder / "shards"),
