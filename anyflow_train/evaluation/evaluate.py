@@ -62,6 +62,7 @@ def run(config: EvaluateConfig) -> Report:
     shards = ShardSet.open(config.held_out)
     training = None if config.training_shards is None else open_training(config.training_shards, shards)
     models = [load_model(source, config.weights) for source in config.models]
+    check_frames(config, shards, models)
     taught = load_model(config.teacher, config.weights)
     codec = Codec.load(config.codec or taught.codec_source or config.teacher, device, torch.float32)
     teacher = on_device(taught.network, device, dtype)
@@ -146,19 +147,36 @@ def sample_student(
 
 
 def continued(setting: Setting) -> Inputs:
-    """The inputs with the first frames of held-out clips of the same captions, where the students are given some.
-
-    Raises:
-        UserError: that leaves no frame to generate.
-    """
+    """The inputs with the first frames of held-out clips of the same captions, where the students are given some."""
     count = setting.config.given_frames
     if count == 0:
         return setting.inputs
-    latents, captions = setting.held_out.latents, setting.held_out.captions
-    if count >= latents.shape[1]:
-        raise UserError("given_frames", f"{count} of the clips' {latents.shape[1]} latent frames leave none")
-    rows = cycle(balanced_order(captions), setting.config.samples)
-    return replace(setting.inputs, given=latents[rows][:, :count])
+    rows = cycle(balanced_order(setting.held_out.captions), setting.config.samples)
+    return replace(setting.inputs, given=setting.held_out.latents[rows][:, :count])
+
+
+def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) -> None:
+    """Compare the held-out clips' frames with the models' chunks, and with what is given of them.
+
+    Raises:
+        UserError: the chunks do not make up the clips, or given frames end inside of one, or leave none to generate.
+    """
+    shape, count = shards.manifest.latent_shape, config.given_frames
+    if shape is None:
+        return
+    for model in models:
+        if model.chunks is not None and sum(model.chunks.partition) != shape[0]:
+            chunks = list(model.chunks.partition)
+            problem = f"{model.name} makes clips of the chunks {chunks}, but those of held_out have {shape[0]}"
+            raise UserError("models", f"{problem} latent frames")
+    if count >= shape[0]:
+        raise UserError("given_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
+    for model in models:
+        if count and model.chunks is not None:
+            try:
+                model.chunks.whole(count)
+            except ValueError as error:
+                raise UserError("given_frames", f"{model.name}: {error}") from None
 
 
 def with_nearest(

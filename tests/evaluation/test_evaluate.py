@@ -2,33 +2,39 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.data.held_out import load_samples
 from anyflow_train.data.manifest import PromptTexts
-from anyflow_train.data.shards import Sample
+from anyflow_train.data.shards import Sample, ShardSet
+from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
+from anyflow_train.evaluation.heldout import balanced_order, cycle
 from anyflow_train.evaluation.report import Report
+from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.tiny import world
-from tests.export.runs import FULL, make_run
+from tests.export.runs import CHUNKS, FULL, make_run
 from tests.shards import describe, write_shards
 
 SHAPE = (2, 16, 4, 4)
 CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
 
 
-def write_held_out(folder: Path, count: int) -> Path:
+def write_held_out(folder: Path, count: int, frames: int = SHAPE[0]) -> Path:
     """Shards of random latents with captions of the stripes world."""
+    shape = (frames, *SHAPE[1:])
     generator = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    samples = [Sample(f"clip-{n:03d}", draw(*SHAPE), draw(3, 64), caption) for n, caption in enumerate(captions)]
-    return write_shards(folder, [samples], describe(SHAPE, 64, longest_text=3), PromptTexts(torch.zeros(1, 64), ()))
+    samples = [Sample(f"clip-{n:03d}", draw(*shape), draw(3, 64), caption) for n, caption in enumerate(captions)]
+    return write_shards(folder, [samples], describe(shape, 64, longest_text=3), PromptTexts(torch.zeros(1, 64), ()))
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +125,58 @@ def test_results_do_not_depend_on_the_batch(folder: Path):
     cells = [run(folder, f"batch{batch}", batch=batch, videos=0, steps=(2,)).cells for batch in (3, 10)]
     for left, right in zip(*cells, strict=True):
         assert left.energy_distance.value == pytest.approx(right.energy_distance.value, abs=1e-4)
+
+
+def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_given_frames(tmp_path: Path):
+    make_run(tmp_path, FULL, causal=CHUNKS)
+    held_out = ShardSet.open(str(write_held_out(tmp_path / "held_out", 24, frames=3)))
+    report = run(tmp_path, "free", videos=0)
+    cells = {(cell.model, cell.steps, cell.chunk): cell.energy_distance for cell in report.chunks}
+    assert set(cells) == {
+        (model, steps, chunk) for model in ("teacher", "run") for steps in (1, 2) for chunk in (1, 2, 3)
+    }
+    assert (tmp_path / "free" / "chunks.png").stat().st_size > 0
+    assert "| model   | calls | chunk 1" in (tmp_path / "free" / "report.md").read_text()
+
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        sampled = evaluate.sample_all
+
+        def watched(sampler: ClipSampler, *arguments: Any) -> torch.Tensor:
+            latents = sampled(sampler, *arguments)
+            if sampler.chunks is not None:
+                seen.append(latents)
+            return latents
+
+        patch.setattr(evaluate, "sample_all", watched)
+        given = run(tmp_path, "given", videos=0, given_frames=2)
+    real = load_samples(held_out, 24)
+    rows = cycle(balanced_order(real.captions), 10)
+    assert all(torch.equal(latents[:, :2], real.latents[rows][:, :2]) for latents in seen)
+    assert len(seen) == 2
+    # The teacher's cells are as before: it is given nothing.
+    assert [cell for cell in given.cells if cell.model == "teacher"] == [
+        cell for cell in report.cells if cell.model == "teacher"
+    ]
+    assert "continue 2 latent frames" in (tmp_path / "given" / "report.md").read_text()
+
+
+def test_frames_that_leave_none_to_generate_are_refused(folder: Path):
+    with pytest.raises(UserError, match="given_frames: 2 of the clips' 2 latent frames leave none"):
+        run(folder, "all", given_frames=2)
+
+
+def test_given_frames_that_end_inside_of_a_chunk_are_refused_before_anything_is_sampled(tmp_path: Path):
+    make_run(tmp_path, FULL, causal={"chunk_partition": [1, 2], "full_chunk_limit": 2})
+    write_held_out(tmp_path / "held_out", 24, frames=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "sample_all", None)
+        with pytest.raises(UserError, match=r"given_frames: run: 2 latent frames are no whole chunks of \[1, 2\]"):
+            run(tmp_path, "inside", given_frames=2)
+
+
+def test_chunks_of_other_clips_are_refused(tmp_path: Path):
+    make_run(tmp_path, FULL, causal={"chunk_partition": [1, 2, 2], "full_chunk_limit": 2})
+    write_held_out(tmp_path / "held_out", 24, frames=3)
+    with pytest.raises(UserError, match=r"models: run makes clips of the chunks \[1, 2, 2\], .* 3 latent frames"):
+        run(tmp_path, "other")

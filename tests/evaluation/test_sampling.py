@@ -3,6 +3,7 @@
 import torch
 
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
+from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import sample
 from anyflow_train.flow.types import Condition
 
@@ -25,7 +26,8 @@ def test_a_samples_noise_is_its_own():
 def test_samples_do_not_depend_on_the_batch():
     noise = draw_noise(5, (1, 2, 2, 2), seed=0, purpose="test")
     whole, parts = (
-        sample_all(sample, toy, Inputs(noise, TEXTS, 6, batch, CPU), steps=3, shift=5.0) for batch in (5, 2)
+        sample_all(ClipSampler(sample), toy, Inputs(noise, TEXTS, 6, batch, CPU), steps=3, shift=5.0)
+        for batch in (5, 2)
     )
     torch.testing.assert_close(whole, parts, rtol=0, atol=0)
     one = sample(toy, noise[3:4], padded_condition(TEXTS[3:4], 6, CPU), 3, 5.0)
