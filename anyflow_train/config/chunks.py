@@ -74,6 +74,6 @@ class Chunks:
         """
         ends = [0, *accumulate(self.partition)]
         if frames not in ends[:-1]:
-            possible = ", ".join(map(str, ends[:-1]))
+            possible = ", ".join(map(str, ends[1:-1])) or "none"
             raise ValueError(f"{frames} latent frames are no whole chunks of {list(self.partition)}: give {possible}")
         return ends.index(frames)
