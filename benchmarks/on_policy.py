@@ -1,0 +1,157 @@
+"""A step of stage 2, part by part: seconds, and what each part holds for its backward pass.
+
+The parts are the trainer's own: the recipe of an experiment, its objectives, its engines. Rollouts differ from step to
+step in length (N and g are drawn), so several steps are measured and the means compared. Shares are of the whole step.
+
+    python benchmarks/on_policy.py                                       # experiment=tiny_on_policy
+    python benchmarks/on_policy.py --experiment tiny_causal_on_policy --steps 16 --clock process
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.compose import asset, compose
+from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.types import Condition
+from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, direction
+from anyflow_train.training.recipe import Recipe, build_recipe
+from anyflow_train.training.updates import Term, make_update
+from anyflow_train.training.world import start_world
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+MIB = 2**20
+
+
+class Meter:
+    """Sums over the measured steps, by part: seconds, and the most that was held."""
+
+    def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
+        self._clock, self._device = clock, device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.held: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is inside, and add up the storages that its graph keeps."""
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        start = self._now()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+        self.seconds[name] += self._now() - start
+        self.held[name] = max(self.held[name], sum(storages.values()))
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
+
+def main() -> None:
+    options = parse()
+    config = compose("train", [f"experiment={options.experiment}", f"student.init={asset('tiny-wan')}"])
+    world = start_world(config.engine)
+    recipe = build_recipe(config, world)
+    meter = Meter(CLOCKS[options.clock], world.device)
+    for step in range(options.steps + 1):
+        if step == 1:  # the first one only warms up
+            meter = Meter(CLOCKS[options.clock], world.device)
+        one_step(recipe, batch_of(config, world.device, step), Draw(0, step, slots(config), world.device), meter)
+    print(
+        f"{options.experiment}: {config.engine.micro_batch} samples, {config.engine.precision}, {platform.processor()}"
+    )
+    print(f"{'part':38s}{'s/step':>9s}{'share':>8s}{'held for backward':>20s}")
+    whole = sum(meter.seconds.values())
+    rows = {name: (seconds / options.steps, meter.held[name] / MIB) for name, seconds in meter.seconds.items()}
+    for name, (seconds, held) in rows.items():
+        print(f"{name:38s}{seconds:9.3f}{seconds * options.steps / whole:8.0%}{held:16.0f} MiB")
+    print(f"{'all':38s}{whole / options.steps:9.3f}")
+    if options.json is not None:
+        record = {name: {"seconds": seconds, "held_mib": held} for name, (seconds, held) in rows.items()}
+        options.json.write_text(json.dumps({"experiment": options.experiment, "parts": record}, indent=1) + "\n")
+
+
+def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
+    """A step as the trainer makes it, its distribution matching taken apart. Rate 0: every step starts alike."""
+    student, score = recipe.updates
+    matching, *beside = student.terms
+    engine, roles = recipe.trainables["student"].engine, recipe.roles
+    objective = matching.objective
+    assert isinstance(objective, DistributionMatchingObjective)
+    assert roles.teacher is not None
+    assert roles.fake_score is not None
+    scoped = draw.scoped("distribution matching")
+    with meter.part("rollout, with its graph"):
+        made = objective.rollouts(roles.student, batch.condition, scoped)
+    if objective.endpoints is not None:
+        objective.endpoints.keep(scoped, made)
+    with meter.part("scores of teacher and fake score"):
+        found = direction(roles.teacher, roles.fake_score, made.x.detach(), batch.condition, scoped, objective.times)
+    with meter.part("back through the rollout"):
+        engine.backward((made.x - (made.x - found.gradient).detach()).square().mean())
+    for term in beside:
+        if term.due(draw):
+            beside_it(recipe, term, batch, draw, meter)
+    with meter.part("the student's optimizer and averages"):
+        engine.step(0.0, torch.zeros(1, device=batch.latents.device))
+        ema = recipe.trainables["student"].ema
+        if ema is not None:
+            ema.update(0)
+    with meter.part("the fake score's update"):
+        make_update(score, recipe.trainables["fake_score"], roles, [batch], [draw], 0.0, "")
+
+
+def beside_it(recipe: Recipe, term: Term, batch: Batch, draw: Draw, meter: Meter) -> None:
+    """A term of stage 1, whose loss needs no rebalancing to take its time."""
+    with meter.part(f"{term.name}: forwards"):
+        loss = term.objective(recipe.roles, batch, draw).per_sample.mean()
+    with meter.part(f"{term.name}: backward"):
+        recipe.trainables["student"].engine.backward(loss)
+
+
+def slots(config: RunConfig) -> tuple[int, ...]:
+    """All of a step's samples in one micro-batch."""
+    return tuple(range(config.engine.global_batch))
+
+
+def batch_of(config: RunConfig, device: torch.device, step: int) -> Batch:
+    """Random samples of the run's size."""
+    draw = Draw(1, step, slots(config), torch.device("cpu"))
+    length, width = min(config.data.text_lengths), config.student.architecture.text_dim
+    latents = draw.normal("data", latent_shape(config.data, config.student.architecture.in_channels))
+    keys = tuple(str(slot) for slot in draw.slots)
+    text, negative = Condition(draw.normal("text", (length, width))), Condition(torch.zeros(1, length, width))
+    return Batch(latents, text, negative, keys, draw.slots).to(device)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="tiny_on_policy", help="of stage 2, on the embedded teacher")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps, after one that is not")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a busy machine")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
