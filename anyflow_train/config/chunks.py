@@ -62,6 +62,13 @@ class Chunks:
             return self.sequence(limit + 1 + int(number * (most - limit)))
         return self.sequence(1 + int(number * limit))
 
+    def draws(self, long_share: float) -> tuple[tuple[float, Sequence], ...]:
+        """Every sequence that `drawn` gives, with its share of the draws."""
+        limit, most = min(self.full_limit, len(self.partition)), len(self.partition)
+        long = long_share if most > limit else 0.0
+        shares = [(1 - long) / limit] * limit + [long / max(most - limit, 1)] * (most - limit)
+        return tuple((share, self.sequence(count)) for count, share in enumerate(shares, 1) if share)
+
     def growing(self) -> Iterator[tuple[int, ...]]:
         """The chunks up to and including each in turn."""
         return (self.partition[:count] for count in range(1, len(self.partition) + 1))

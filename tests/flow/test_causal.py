@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -149,3 +150,13 @@ def test_drawn_sequences() -> None:
     assert long == {chunks.sequence(count) for count in range(4, 9)}
     assert short == {chunks.sequence(count) for count in range(1, 4)}
     assert {len(replace(chunks, partition=(1, 3)).drawn(0.5, 0.4, number).chunks) for number in (0.0, 0.99)} == {1, 2}
+
+
+def test_shares_of_the_draws() -> None:
+    """Against every draw of a fine grid; where no sequence can be long, the share of the long ones goes to the others."""
+    grid = [(number + 0.5) / 60 for number in range(60)]
+    for chunks in (Chunks((1, 3, 3, 3, 3, 3, 3, 2), 3), Chunks((1, 2), 2), Chunks((1, 2), 3)):
+        for long_share in (0.0, 0.25, 1.0):
+            drawn = Counter(chunks.drawn(long_share, kind, number) for kind in grid for number in grid)
+            shares = {sequence: share for share, sequence in chunks.draws(long_share)}
+            assert shares == pytest.approx({sequence: count / 3600 for sequence, count in drawn.items()})
