@@ -1,4 +1,4 @@
-"""What a micro-batch's activations take in a network: those of the eager one on a GPU.
+"""What a micro-batch's activations take in a forward of a network: those of the eager one on a GPU.
 
 Autocast makes float32 copies of what a norm or the gated sum takes in, so bfloat16 does not halve them.
 """
@@ -6,12 +6,13 @@ Autocast makes float32 copies of what a norm or the gated sum takes in, so bfloa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
-from anyflow_train.config.derived import Derived, token_grid
+from anyflow_train.config.derived import Derived
 from anyflow_train.config.network import FullTraining, Lora
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import matches
+from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.networks import Network
 from anyflow_train.plan.states import FLOAT
@@ -24,21 +25,20 @@ TEXT_COPIES = 4
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a micro-batch's activations on one process."""
+    """Bytes of a micro-batch's activations on one process, in one forward."""
 
     config: RunConfig
     derived: Derived
     network: Network
-
-    @property
-    def tokens(self) -> int:
-        """Of a sample, in this network's patches."""
-        return prod(token_grid(self.derived.latent, self.network.architecture))
+    rows: Rows
 
     @property
     def unit(self) -> int:
         """Rows of all tokens of a micro-batch on this process."""
-        return self.config.engine.micro_batch * ceil(self.tokens / self.derived.sequence_parallel)
+        return self._on_process(self.rows.tokens)
+
+    def _on_process(self, tokens: int) -> int:
+        return self.config.engine.micro_batch * ceil(tokens / self.derived.sequence_parallel)
 
     @property
     def half(self) -> bool:
@@ -75,7 +75,18 @@ class Activations:
         row += self._linear_inputs * size
         row += 4 * (2 * architecture.num_attention_heads + 9)  # statistics of the norms and of the softmax
         text = self.config.engine.micro_batch * max(self.config.data.text_lengths) * width
-        return self.unit * row + text * (2 * size + FLOAT)
+        return self.unit * row + self._gathered * width * size + text * (2 * size + FLOAT)
+
+    @property
+    def _gathered(self) -> int:
+        """Rows of keys and values that are copied for a rectangle of self-attention.
+
+        Both are where they lie in two places. Autocast rounds the keys, which the norm leaves float32, for each anew.
+        """
+        rows = self.rows
+        joined = sum(each.keys for each in rows.seen if each.joined)
+        keys = sum(each.keys for each in rows.seen) - rows.tokens if self.half else joined
+        return self._on_process(joined + keys)
 
     @property
     def _gated(self) -> int:
@@ -91,15 +102,16 @@ class Activations:
     def _linear_inputs(self) -> int:
         """Numbers per token kept as input of a trained linear layer, beside those that attention keeps anyway."""
         architecture, adapter, width = self.network.architecture, self.network.adapter, self.width
+        in_pieces = len(self.rows.seen) > 1  # what several calls of self-attention gave is copied to lie together
         if isinstance(adapter, FullTraining):
-            return 3 * width + architecture.ffn_dim
-        numbers, shared = 0, set()
+            return (3 + in_pieces) * width + architecture.ffn_dim
+        numbers, shared = 0, {"attended to text"} if in_pieces else {"attended", "attended to text"}
         for layer, (place, fan_in) in _block_layers(width, architecture.ffn_dim).items():
             if not matches(layer, adapter.targets):
                 continue
             numbers += adapter.rank
             # Under autocast peft gives every adapter a copy of its input; in float32 they share it.
-            if self.half or (place not in shared and place != "attended"):
+            if self.half or place not in shared:
                 numbers += fan_in
             shared.add(place)
         return numbers
@@ -110,10 +122,18 @@ class Activations:
         inner = wide * (size + FLOAT + size) if self.adapted and size == 2 else 3 * wide * size
         return self.unit * (inner + 3 * self.width * FLOAT)
 
-    def kept(self, graphs: int) -> int:
-        """By the blocks of so many forwards, and beside them by all but one, which is in `rest`."""
+    @property
+    def graph(self) -> int:
+        """What the forward's graph keeps."""
         blocks = self.network.architecture.num_layers * (self.block_input if self.checkpointing else self.block)
-        return graphs * blocks + (graphs - 1) * self._ends
+        return blocks + self.ends
+
+    @property
+    def memory(self) -> int:
+        """Keys and values of earlier chunks, of all blocks."""
+        return (
+            self._on_process(self.rows.remembered) * self.network.architecture.num_layers * 2 * self.width * self.size
+        )
 
     @property
     def checkpointing(self) -> bool:
@@ -126,13 +146,13 @@ class Activations:
 
     def alone(self, size: int) -> int:
         """What a forward without gradient needs for a moment, computing in numbers of `size` bytes."""
-        return self.working(size) + self.unit * self.width * 3 * size
+        return self.working(size) + self.unit * self.width * 3 * size + self.memory
 
     @property
-    def _ends(self) -> int:
+    def ends(self) -> int:
         """Rotations, and the last norm and layer."""
-        rotation = FLOAT * self.tokens * self.network.architecture.attention_head_dim
-        return rotation + 2 * self.unit * self.width * self.size
+        rotation = FLOAT * self.rows.tokens * self.network.architecture.attention_head_dim
+        return rotation + 2 * self._on_process(self.rows.velocity) * self.width * self.size
 
     @property
     def rest(self) -> int:
@@ -145,7 +165,34 @@ class Activations:
         given = steps * (batch * (latents + texts) + texts)
         held = batch * (LATENT_COPIES * latents + TEXT_COPIES * texts)
         rollouts = steps * batch * latents if isinstance(self.config.on_policy, DistributionMatching) else 0
-        return given + held + rollouts + self._ends
+        return given + held + rollouts + self.ends
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Forwards with gradient whose graphs are alive together: so many jumps of every part of a clip, in this order."""
+
+    parts: tuple[Activations, ...]
+    jumps: int = 1
+
+    @property
+    def count(self) -> int:
+        return len(self.parts) * self.jumps
+
+    @property
+    def largest(self) -> Activations:
+        return max(self.parts, key=lambda part: part.block)
+
+    @property
+    def kept(self) -> int:
+        """By all, beside what is in the `rest` of the largest. What checkpointing repeats reads the memory again."""
+        graphs = sum(self.jumps * part.graph + (part.memory if part.checkpointing else 0) for part in self.parts)
+        return graphs - self.largest.ends
+
+    @property
+    def kept_without_last(self) -> int:
+        """Where the backward pass is through with the last of them."""
+        return self.kept - self.parts[-1].graph
 
 
 def _block_layers(width: int, ffn: int) -> dict[str, tuple[str, int]]:
@@ -156,7 +203,7 @@ def _block_layers(width: int, ffn: int) -> dict[str, tuple[str, int]]:
         "blocks.0.attn1.to_v": ("normed", width),
         "blocks.0.attn1.to_out.0": ("attended", width),
         "blocks.0.attn2.to_q": ("normed for text", width),
-        "blocks.0.attn2.to_out.0": ("attended", width),
+        "blocks.0.attn2.to_out.0": ("attended to text", width),
         "blocks.0.ffn.net.0.proj": ("normed for ffn", width),
         "blocks.0.ffn.net.2": ("inner", ffn),
     }

@@ -24,12 +24,8 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
 
     Raises:
         UserErrors: of the run's keys and of the command's own, together.
-        UserError: the student is causal.
     """
     options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
-    if config.student.architecture.causal is not None:
-        problem = "is set, but sequences of chunks are not planned yet; plan the student that is not causal"
-        raise UserError("student.architecture.causal", problem)
     memory = plan_memory(config, options.engine, options.world)
     print(report(config, options, memory))
     limit = GPUS[options.gpu].memory * GIB

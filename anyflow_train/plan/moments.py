@@ -9,8 +9,10 @@ from anyflow_train.config.derived import Derived
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.rollouts import rollout_calls
+from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import RunConfig
-from anyflow_train.plan.activations import Activations
+from anyflow_train.plan.activations import Activations, Graphs
+from anyflow_train.plan.forwards import bidirectional_share, jumped_on, remembered, trained_on, whole_clip
 from anyflow_train.plan.states import FLOAT, States
 
 
@@ -37,24 +39,28 @@ class Moment:
 
 @dataclass(frozen=True)
 class Holder:
-    """A network as a process holds it."""
+    """A network as a process holds it, and its activations on a whole clip."""
 
     states: States
-    activations: Activations
+    whole: Activations
+
+    def on(self, rows: Rows) -> Activations:
+        """On other rows."""
+        return replace(self.whole, rows=rows)
 
     @property
     def cached(self) -> int:
         """Autocast's copies of trained weights, which it keeps until a forward ends."""
-        return 2 * self.states.sizes.trained if self.activations.half else 0
+        return 2 * self.states.sizes.trained if self.whole.half else 0
 
     @property
     def in_graph(self) -> int:
         """Autocast's copies that a graph keeps: of all that it multiplied with."""
-        return 2 * self.states.sizes.whole if self.activations.half else 0
+        return 2 * self.states.sizes.whole if self.whole.half else 0
 
     @property
     def in_block(self) -> int:
-        return self.in_graph // self.activations.network.architecture.num_layers
+        return self.in_graph // self.whole.network.architecture.num_layers
 
     @property
     def lasting(self) -> int:
@@ -65,7 +71,7 @@ class Holder:
         """Autocast's, in a backward through so many forwards; checkpointing makes a block's anew."""
         if not graphs:
             return 0
-        return self.in_block if self.activations.checkpointing else graphs * self.in_graph
+        return self.in_block if self.whole.checkpointing else graphs * self.in_graph
 
 
 def update_moments(config: RunConfig, states: list[States], derived: Derived) -> list[Moment]:
@@ -74,73 +80,94 @@ def update_moments(config: RunConfig, states: list[States], derived: Derived) ->
     Args:
         states: of the student; in stage 2 of the fake score and the teacher as well, in this order.
     """
-    holders = [Holder(state, Activations(config, derived, state.network)) for state in states]
+    wholes = [Activations(config, derived, state.network, _whole(config, state)) for state in states]
+    holders = [Holder(state, whole) for state, whole in zip(states, wholes, strict=True)]
     settings, student = config.on_policy, holders[0]
+    of_objective = 2 if bidirectional_share(config) else 1
     if not isinstance(settings, DistributionMatching):
-        return [*_objective(config, student, derived.accumulation), _optimizer(student, "")]
+        before = of_objective * (derived.accumulation - 1)
+        return [*_objective(config, student, before), _optimizer(student, "")]
     _, fake, teacher = holders
-    graphs = rollout_calls(settings).most_graphs
-    terms = 2 if settings.objective_weight else 1
+    parts = tuple(student.on(rows) for _, rows in jumped_on(config))
+    encodings = tuple(student.on(rows) for _, rows in remembered(config))
+    graphs = Graphs(parts, rollout_calls(settings).most_graphs)
+    terms = 1 + (of_objective if settings.objective_weight else 0)
+    before = terms * (derived.accumulation - 1)
     students = [
-        *_regression(student, terms * (derived.accumulation - 1) + 1, graphs, "rollout: "),
-        _scores(student, fake, teacher, terms * (derived.accumulation - 1) + 1, graphs),
-        *(_objective(config, student, terms * derived.accumulation) if terms == 2 else ()),
+        *_regression(student, before + 1, graphs, "rollout: "),
+        *(_encoding(student, each, before + 1, graphs) for each in encodings[-1:]),
+        _scores(student, fake, teacher, before + 1, graphs),
+        *(_objective(config, student, before + 1) if terms > 1 else ()),
         _optimizer(student, ""),
     ]
+    earlier = fake.states.gradients_before(derived.accumulation)
     fakes = [
-        _alone(student, fake.states.gradients_before(derived.accumulation), "fake score's rollout"),
-        *_regression(fake, derived.accumulation, 1, "fake score: "),
+        *(_alone(student, each, earlier, "fake score's rollout") for each in (*parts, *encodings)),
+        *_regression(fake, derived.accumulation, Graphs((fake.whole,)), "fake score: "),
         _optimizer(fake, "fake score: "),
     ]
     students = [moment.beside(fake.states) for moment in students]
     return [*students, *(moment.beside(student.states) for moment in fakes)]
 
 
-def _objective(config: RunConfig, student: Holder, backwards: int) -> Iterator[Moment]:
-    """Stage 0 or 1, in the last of an update's `backwards`."""
-    yield from _regression(student, backwards, 1, "")
+def _whole(config: RunConfig, state: States) -> Rows:
+    ((_, rows),) = whole_clip(config, state.network.architecture)
+    return rows
+
+
+def _objective(config: RunConfig, student: Holder, before: int) -> Iterator[Moment]:
+    """Stage 0 or 1, after so many of an update's backwards."""
+    largest = max((student.on(rows) for _, rows in trained_on(config)), key=lambda forward: forward.block)
+    yield from _regression(student, before + 1, Graphs((largest,)), "")
     if isinstance(config.objective, FlowMap):
         half = config.objective.derivative_precision == "bf16"
-        moment = _alone(student, student.states.gradients_before(backwards), "difference forward")
-        wide = student.activations.alone(2 if half else FLOAT) + student.activations.rest
+        moment = _alone(student, largest, student.states.gradients_before(before + 1), "difference forward")
+        wide = largest.alone(2 if half else FLOAT) + largest.rest
         yield replace(moment, activations=wide, copies=student.cached if half else 0)
+    if bidirectional_share(config):
+        yield from _regression(student, before + 2, Graphs((student.whole,)), "whole clip: ")
 
 
-def _regression(holder: Holder, backwards: int, graphs: int, prefix: str) -> Iterator[Moment]:
+def _regression(holder: Holder, backwards: int, graphs: Graphs, prefix: str) -> Iterator[Moment]:
     """Forwards of one network and the backward through them, the last of an update's `backwards`."""
-    states, activations = holder.states, holder.activations
+    states, largest, first = holder.states, graphs.largest, graphs.parts[0]
     before, after = states.gradients_before(backwards), states.gradients_after(backwards)
-    rest, working = activations.rest, activations.working(activations.size)
-    again, kept = activations.recomputed, activations.kept
+    rest = largest.rest
+    now = largest.working(largest.size) + rest
     last = max(holder.cached, holder.copies(1))
-    copies = last if activations.checkpointing else last + holder.copies(graphs - 1)
-    yield Moment(f"{prefix}forward", before, kept(graphs) + working + rest, copies, holder.lasting)
-    begins = kept(graphs) + again + working + rest
-    yield Moment(f"{prefix}backward begins", before, begins, holder.copies(graphs), states.buffers)
-    if graphs > 1:
-        on = kept(graphs - 1) + again + working + rest
-        gradients = states.gradients_within(backwards)
-        yield Moment(f"{prefix}backward goes on", gradients, on, holder.copies(graphs - 1), states.buffers)
-    ends = activations.block + working + rest
+    copies = last if largest.checkpointing else last + holder.copies(graphs.count - 1)
+    memory = 0 if largest.checkpointing else largest.memory  # else it is kept
+    yield Moment(f"{prefix}forward", before, graphs.kept + memory + now, copies, holder.lasting)
+    now += largest.recomputed
+    yield Moment(f"{prefix}backward begins", before, graphs.kept + now, holder.copies(graphs.count), states.buffers)
+    if graphs.count > 1:
+        gradients, copies = states.gradients_within(backwards), holder.copies(graphs.count - 1)
+        yield Moment(f"{prefix}backward goes on", gradients, graphs.kept_without_last + now, copies, states.buffers)
+    ends = first.block + first.working(first.size) + rest
     yield Moment(f"{prefix}backward ends", after, ends, holder.in_block, states.buffers)
 
 
-def _scores(student: Holder, fake: Holder, teacher: Holder, backwards: int, graphs: int) -> Moment:
+def _scores(student: Holder, fake: Holder, teacher: Holder, backwards: int, graphs: Graphs) -> Moment:
     """Fake score and teacher judge a rollout whose graphs are alive."""
-    activations = student.activations
-    wide = max(holder.activations.alone(activations.size) for holder in (fake, teacher))
-    copies = fake.cached + (0 if activations.checkpointing else student.copies(graphs))
+    wide = max(holder.whole.alone(student.whole.size) for holder in (fake, teacher))
+    copies = fake.cached + (0 if student.whole.checkpointing else student.copies(graphs.count))
     before = student.states.gradients_before(backwards)
-    return Moment("rollout: scores", before, activations.kept(graphs) + wide + activations.rest, copies, fake.lasting)
+    return Moment("rollout: scores", before, graphs.kept + wide + graphs.largest.rest, copies, fake.lasting)
 
 
-def _alone(holder: Holder, gradients: int, name: str) -> Moment:
+def _encoding(student: Holder, last: Activations, backwards: int, graphs: Graphs) -> Moment:
+    """The last chunk's past is encoded while the graphs of all chunks before it are alive."""
+    earlier = replace(graphs, parts=graphs.parts[:-1])
+    copies = student.cached + (0 if last.checkpointing else student.copies(earlier.count))
+    wide = last.alone(last.size) + earlier.largest.rest
+    before = student.states.gradients_before(backwards)
+    return Moment("rollout: encoding", before, earlier.kept + wide, copies, student.lasting)
+
+
+def _alone(holder: Holder, forward: Activations, gradients: int, name: str) -> Moment:
     """A forward without gradient."""
-    activations = holder.activations
-    return Moment(
-        name, gradients, activations.alone(activations.size) + activations.rest, holder.cached, holder.lasting
-    )
+    return Moment(name, gradients, forward.alone(forward.size) + forward.rest, holder.cached, holder.lasting)
 
 
 def _optimizer(holder: Holder, prefix: str) -> Moment:
-    return Moment(f"{prefix}optimizer", holder.states.gradients_applied, holder.activations.rest, 0, holder.lasting)
+    return Moment(f"{prefix}optimizer", holder.states.gradients_applied, holder.whole.rest, 0, holder.lasting)

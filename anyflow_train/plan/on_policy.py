@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.rollouts import RolloutCalls, rollout_calls, student_turns
 from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.forwards import jumped_on, remembered
 from anyflow_train.plan.networks import the_fake_score, the_student, the_teacher
 from anyflow_train.plan.parts import Cost, Part
 
@@ -26,8 +27,11 @@ def on_policy_parts(config: RunConfig, settings: DistributionMatching, objective
 
 def _rollout(config: RunConfig, calls: RolloutCalls) -> Iterator[Part]:
     """The student's, with gradient. All graphs but the first end in latents that another made."""
-    batch, main, student = config.engine.global_batch, config.engine.precision, Cost(config, the_student(config))
+    batch, main, network = config.engine.global_batch, config.engine.precision, the_student(config)
+    student, memory = Cost(config, network, jumped_on(config)), Cost(config, network, remembered(config))
     yield Part("rollout, forward", batch, batch * calls.mean * student.forward, main)
+    if memory.forwards:
+        yield Part("rollout, chunks encoded", batch, batch * memory.forward, main)
     backward = student.backward + (calls.mean_graphs - 1) * student.backward_through
     yield Part("rollout, backward", batch, batch * backward, main)
     if student.recomputed:
@@ -43,8 +47,8 @@ def _scores(config: RunConfig, settings: DistributionMatching) -> Iterator[Part]
     assert fake is not None
     forwards = 1 if settings.guidance_scale == 1 else 2
     name = "score of the teacher" if forwards == 1 else "score of the teacher, guided"
-    yield Part(name, batch, forwards * batch * Cost(config, teacher).forward, main)
-    yield Part("score of the fake score", batch, batch * Cost(config, fake).forward, main)
+    yield Part(name, batch, forwards * batch * Cost.whole(config, teacher).forward, main)
+    yield Part("score of the fake score", batch, batch * Cost.whole(config, fake).forward, main)
 
 
 def _fake_score(
@@ -55,9 +59,11 @@ def _fake_score(
     assert network is not None
     own = 1 - students_share if settings.fake_score.rollout == "student" else 1.0
     if own:
-        forwards = calls.mean * Cost(config, the_student(config)).forward
+        student = the_student(config)
+        forwards = calls.mean * Cost(config, student, jumped_on(config)).forward
+        forwards += Cost(config, student, remembered(config)).forward
         yield Part("fake score's own rollout", batch, batch * forwards, main).in_share(own)
-    cost = Cost(config, network)
+    cost = Cost.whole(config, network)
     yield Part("fake score, forward", batch, batch * cost.forward, main)
     yield Part("fake score, backward", batch, batch * cost.backward, main)
     if cost.recomputed:

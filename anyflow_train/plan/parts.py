@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from anyflow_train.config.derived import latent_shape, token_grid
 from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.forwards import Forwards, whole_clip
 from anyflow_train.plan.networks import Network
 from anyflow_train.plan.products import Products, forward_products
 
@@ -42,10 +42,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of one sample in a network, mean over the text lengths that are drawn."""
+    """Operations of one sample in a network: its forwards together, mean over the text lengths that are drawn."""
 
     config: RunConfig
     network: Network
+    forwards: Forwards
+
+    @classmethod
+    def whole(cls, config: RunConfig, network: Network) -> Cost:
+        """Of a whole clip."""
+        return cls(config, network, whole_clip(config, network.architecture))
 
     @property
     def forward(self) -> float:
@@ -69,17 +75,13 @@ class Cost:
         return self._mean(lambda products: products.recomputed)
 
     def _mean(self, quantity: Callable[[Products], int], latents_need_gradient: bool = False) -> float:
-        config, network = self.config, self.network
-        frames, height, width = token_grid(
-            latent_shape(config.data, config.student.architecture.in_channels), network.architecture
-        )
-        lengths = config.data.text_lengths
-        by_length = {
-            length: quantity(
-                forward_products(
-                    network.architecture, network.adapter, frames * height * width, length, latents_need_gradient
-                )
-            )
-            for length in set(lengths)
-        }
+        lengths = self.config.data.text_lengths
+        by_length = {length: self._sum(quantity, length, latents_need_gradient) for length in set(lengths)}
         return fmean(by_length[length] for length in lengths)
+
+    def _sum(self, quantity: Callable[[Products], int], text: int, latents_need_gradient: bool) -> float:
+        network = self.network
+        return sum(
+            times * quantity(forward_products(network.architecture, network.adapter, rows, text, latents_need_gradient))
+            for times, rows in self.forwards
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora
 from anyflow_train.config.parameters import in_modules, matches, parameter_shapes
+from anyflow_train.config.rows import Rectangle, Rows
 
 # Fused attention kernels keep no scores: their backward pass makes 5 products of the size of the forward's 2.
 ATTENTION_BACKWARD = 2.5
@@ -89,26 +90,32 @@ class Products:
 def forward_products(
     architecture: Architecture,
     adapter: FullTraining | Lora,
-    tokens: int,
+    rows: Rows,
     text: int,
     latents_need_gradient: bool = False,
 ) -> Products:
-    """Of one sample of `tokens` tokens, attending to `text` text tokens; times are one row per sample."""
+    """Of one sample, attending to `text` text tokens."""
     walk = _Walk(architecture, adapter)
     embedder = "condition_embedder"
     modulated = False
     for which in ("time_embedder", "delta_embedder"):
-        inner = walk.linear(f"{embedder}.{which}.linear_1", 1, False)
-        modulated |= walk.linear(f"{embedder}.{which}.linear_2", 1, inner)
-    modulation = walk.linear(f"{embedder}.time_proj", 1, modulated)
+        inner = walk.linear(f"{embedder}.{which}.linear_1", rows.times, False)
+        modulated |= walk.linear(f"{embedder}.{which}.linear_2", rows.times, inner)
+    modulation = walk.linear(f"{embedder}.time_proj", rows.times, modulated)
     inner = walk.linear(f"{embedder}.text_embedder.linear_1", text, False)
     context = walk.linear(f"{embedder}.text_embedder.linear_2", text, inner)
-    x = walk.linear("patch_embedding", tokens, latents_need_gradient)
+    x = walk.linear("patch_embedding", rows.full, latents_need_gradient)
+    if rows.context:
+        x |= walk.linear("far_patch_embedding", rows.context, latents_need_gradient)
     rest = walk.taken()
-    for layer in range(architecture.num_layers):
-        x = walk.block(f"blocks.{layer}", tokens, text, x, context, modulation)
+    last = architecture.num_layers - 1
+    for layer in range(last if rows.velocity == 0 else last + 1):
+        x = walk.block(f"blocks.{layer}", rows, text, x, context, modulation)
     blocks = walk.taken()
-    walk.linear("proj_out", tokens, x or modulated or walk.whole("scale_shift_table"))
+    if rows.velocity == 0:
+        walk.keys_and_values(f"blocks.{last}.attn1", rows.tokens, x or modulation)
+    else:
+        walk.linear("proj_out", rows.velocity, x or modulated or walk.whole("scale_shift_table"))
     return Products(blocks, rest + walk.taken())
 
 
@@ -141,20 +148,26 @@ class _Walk:
         self._products.append(Linear(rows, math.prod(shape[1:]), shape[0], rank, trained, needs_gradient))
         return needs_gradient or trained or rank > 0
 
-    def attention(self, name: str, queries: int, keys: int, x: bool, context: bool) -> bool:
-        """Note an attention with its four layers; whether its output needs a gradient."""
-        query = self.linear(f"{name}.to_q", queries, x)
-        key = self.linear(f"{name}.to_k", keys, context)
-        value = self.linear(f"{name}.to_v", keys, context)
-        attended = query or key or value or self.whole(f"{name}.norm_q.weight") or self.whole(f"{name}.norm_k.weight")
-        self._products.append(Scores(queries, keys, self._width, attended))
+    def keys_and_values(self, name: str, rows: int, context: bool) -> bool:
+        """Note the layers of what is attended to; whether their outputs need a gradient."""
+        key, value = (self.linear(f"{name}.{layer}", rows, context) for layer in ("to_k", "to_v"))
+        return key or value or self.whole(f"{name}.norm_k.weight")
+
+    def attention(self, name: str, seen: tuple[Rectangle, ...], keys: int, x: bool, context: bool) -> bool:
+        """Note an attention with its four layers, `keys` of them; whether its output needs a gradient."""
+        queries = sum(each.queries for each in seen)
+        query = self.linear(f"{name}.to_q", queries, x) or self.whole(f"{name}.norm_q.weight")
+        attended = self.keys_and_values(name, keys, context) or query
+        self._products += [Scores(each.queries, each.keys, self._width, attended) for each in seen]
         return self.linear(f"{name}.to_out.0", queries, attended)
 
-    def block(self, name: str, tokens: int, text: int, x: bool, context: bool, modulation: bool) -> bool:
+    def block(self, name: str, rows: Rows, text: int, x: bool, context: bool, modulation: bool) -> bool:
         """Note a block; whether its output needs a gradient."""
+        tokens = rows.tokens
         modulation |= self.whole(f"{name}.scale_shift_table")
         normed = x or modulation
-        x = self.attention(f"{name}.attn1", tokens, tokens, normed, normed) or normed
-        x |= self.attention(f"{name}.attn2", tokens, text, x or self.whole(f"{name}.norm2.weight"), context)
+        x = self.attention(f"{name}.attn1", rows.seen, tokens, normed, normed) or normed
+        to_text = (Rectangle(tokens, text),)
+        x |= self.attention(f"{name}.attn2", to_text, text, x or self.whole(f"{name}.norm2.weight"), context)
         inner = self.linear(f"{name}.ffn.net.0.proj", tokens, x)
         return self.linear(f"{name}.ffn.net.2", tokens, inner) or x

@@ -9,6 +9,7 @@ from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.slots import BranchCounts, branch_counts, derivative_rows, micro_slots
+from anyflow_train.plan.forwards import bidirectional_share, trained_on
 from anyflow_train.plan.gpus import Gpu
 from anyflow_train.plan.networks import the_student, the_teacher
 from anyflow_train.plan.on_policy import on_policy_parts
@@ -19,7 +20,7 @@ TERA = 1e12
 
 def step_parts(config: RunConfig, world: int) -> list[Part]:
     """The parts of a step of a config that its rules accept, on `world` processes."""
-    objective = [*_regression(config), *_targets(config, world)]
+    objective = [*_regression(config), *_targets(config, world), *_bidirectional(config)]
     if isinstance(config.on_policy, DistributionMatching):
         return on_policy_parts(config, config.on_policy, objective)
     return objective
@@ -34,7 +35,7 @@ def step_seconds(parts: list[Part], gpu: Gpu, world: int, utilisation: float) ->
 
 def _regression(config: RunConfig) -> Iterator[Part]:
     """The student's forward and backward on its targets."""
-    batch, main, student = config.engine.global_batch, config.engine.precision, Cost(config, the_student(config))
+    batch, main, student = config.engine.global_batch, config.engine.precision, _student(config)
     yield Part("student forward", batch, batch * student.forward, main)
     yield Part("backward", batch, batch * student.backward, main)
     if student.recomputed:
@@ -45,14 +46,14 @@ def _regression(config: RunConfig) -> Iterator[Part]:
 def _targets(config: RunConfig, world: int) -> Iterator[Part]:
     """The forwards without gradient that make what the student is regressed to."""
     objective, batch, main = config.objective, config.engine.global_batch, config.engine.precision
-    student = Cost(config, the_student(config)).forward
+    student = _student(config).forward
     following = isinstance(objective, FlowMap) and objective.velocity == "teacher"
     teacher = the_teacher(config) if following else None
     if teacher is not None:
-        yield Part("teacher's velocity", batch, batch * Cost(config, teacher).forward, main)
+        yield Part("teacher's velocity", batch, batch * Cost.whole(config, teacher).forward, main)
     if objective.guidance != "none":
         guide = teacher if objective.guidance == "target" else None
-        cost = student if guide is None else Cost(config, guide).forward
+        cost = student if guide is None else Cost.whole(config, guide).forward
         yield Part(f"guidance, by the {'student' if guide is None else 'teacher'}", batch, batch * cost, main)
     if not isinstance(objective, FlowMap):
         return
@@ -64,6 +65,25 @@ def _targets(config: RunConfig, world: int) -> Iterator[Part]:
     if done > wanted:
         needless = done - wanted
         yield Part("two difference forwards, needless", needless, 2 * needless * student, precision, counts=False)
+
+
+def _bidirectional(config: RunConfig) -> Iterator[Part]:
+    """A causal student's flow matching on whole clips, with the text guidance of its objective."""
+    share = bidirectional_share(config)
+    if not share:
+        return
+    batch, main, cost = config.engine.global_batch, config.engine.precision, Cost.whole(config, the_student(config))
+    forwards = 1 if config.objective.guidance == "none" else 2
+    flops = batch * (forwards * cost.forward + cost.backward)
+    yield Part("flow matching on whole clips", batch, flops, main).in_share(share)
+    if cost.recomputed:
+        again = Part("whole clips, recomputed", batch, batch * cost.recomputed, main, counts=False)
+        yield again.in_share(share)
+
+
+def _student(config: RunConfig) -> Cost:
+    """Of what the objective asks the student for."""
+    return Cost(config, the_student(config), trained_on(config))
 
 
 def _derivative_samples(counts: BranchCounts, config: RunConfig, shares: int) -> int:

@@ -14,14 +14,12 @@ from anyflow_train.training.world import World
 
 
 def check_room(config: RunConfig, world: World) -> None:
-    """Print one warning, from process 0, where some GPU is short of memory.
-
-    Nothing on a CPU, nor of a causal student, which is not planned yet.
+    """Print one warning, from process 0, where some GPU is short of memory. Nothing on a CPU.
 
     Raises:
         SharedErrors: on every process, the run cannot fit.
     """
-    if world.device.type != "cuda" or config.student.architecture.causal is not None:
+    if world.device.type != "cuda":
         return
     rooms = world.gather(Room(socket.gethostname(), *torch.cuda.mem_get_info(world.device)))
     warning = world.on_main(lambda: shortage(config, engine_name(), rooms))

@@ -153,7 +153,7 @@ def test_drawn_sequences() -> None:
 
 
 def test_shares_of_the_draws() -> None:
-    """Against every draw of a fine grid; where no sequence can be long, the share of the long ones goes to the others."""
+    """Against all draws of a fine grid; where no sequence can be long, the others have the share of the long ones."""
     grid = [(number + 0.5) / 60 for number in range(60)]
     for chunks in (Chunks((1, 3, 3, 3, 3, 3, 3, 2), 3), Chunks((1, 2), 2), Chunks((1, 2), 3)):
         for long_share in (0.0, 0.25, 1.0):

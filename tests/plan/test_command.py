@@ -28,6 +28,19 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert cost == pytest.approx(2 * hours, abs=1.5)  # both are rounded to whole numbers
 
 
+def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
+    """Advice never splits its sequences, which it cannot do."""
+    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=false"]
+    assert run([*given, "gpu=rtx4090-24"], None) == DOES_NOT_FIT
+    printed = capsys.readouterr().out
+    assert "1 + 3 + 3 + 3 + 3 + 3 + 3 + 2 latent frames" in printed
+    assert "1,560 to 27,300 tokens" in printed
+    assert "flow matching on whole clips" in printed
+    advised = printed.splitlines()[-1]
+    assert "sequence_parallel" not in advised
+    assert run([*given, "gpu=rtx4090-24", *advised.rpartition(": ")[2].split()], None) == FITS
+
+
 def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["experiment=wan1_3b_forward", "student.gradient_checkpointing=false", "gpus=8"]
     assert run(given, None) == DOES_NOT_FIT

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import micro_slots
-from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.types import Condition
-from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.wan import build_network
 from anyflow_train.plan.fit import nearest_fit
 from anyflow_train.plan.memory import CONTEXT, FRAGMENTATION, plan_memory
 from anyflow_train.plan.networks import the_student
 from anyflow_train.plan.states import BUCKET, Sizes
-from anyflow_train.training.recipe import build_recipe
-from anyflow_train.training.updates import make_update
-from anyflow_train.training.world import ALONE
+from tests.plan.steps import measured
 
 # 4 layers of width 128 on 5 x 8 x 12 tokens: activations take as much as all state, and a step part of a second. Texts
 # are longer than the 32 tokens up to which a CPU keeps the attention scores, which no GPU does.
@@ -51,6 +41,7 @@ SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.it
     "evaluation=none",
 ]
 LORA = ["student/adapter=lora", "student.adapter.rank=16"]
+CAUSAL_LORA = ["student/adapter=lora_causal", "student.adapter.rank=16"]
 FULL = ["student/adapter=full"]
 
 
@@ -63,12 +54,19 @@ def on_policy(teacher: Path, *overrides: str) -> RunConfig:
     return compose("train", ["experiment=wan1_3b_on_policy", *given], None, 1)
 
 
+def in_chunks(experiment: str, *overrides: str) -> RunConfig:
+    """A micro-batch of clips of nine chunks of 6 x 8 tokens, of which only the first is ever compressed."""
+    chunks = "student.architecture.causal={chunk_partition: [1, 1, 1, 1, 1, 1, 1, 1, 1], full_chunk_limit: 8}"
+    size = ["data.frames=33", "data.height=96", "data.width=128", "engine.micro_batch=4"]
+    return compose("train", [f"experiment={experiment}", *SMALL, chunks, *size, *overrides], None, 1)
+
+
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
 def test_planned_memory_is_what_a_step_takes(adapter: list[str], checkpointing: str) -> None:
     """Within 15 %, of all tensors together: state, gradients, activations, batch."""
     config = small(*adapter, "student.init=somewhere", f"student.gradient_checkpointing={checkpointing}")
-    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config), rel=0.15)
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, longest_rollout()), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,24 @@ def test_planned_memory_of_stage_2(adapter: list[str], overrides: list[str], tmp
     """Within 15 %, of student, fake score and teacher, in a step with the longest rollout."""
     build_network(ARCHITECTURE, 0).save_pretrained(tmp_path)
     config = on_policy(tmp_path, *adapter, *overrides)
-    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config), rel=0.15)
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, longest_rollout()), rel=0.15)
+
+
+@pytest.mark.parametrize("adapter", [FULL, CAUSAL_LORA], ids=["full", "lora"])
+def test_planned_memory_of_sequences(adapter: list[str]) -> None:
+    """Within 10 %, so that the keys and values that are copied for rectangles of attention have to be counted."""
+    given = [*adapter, "student.init=somewhere", "student.gradient_checkpointing=false", "context.long_share=1"]
+    config = in_chunks("wan1_3b_causal", *given)
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, 0), rel=0.1)
+
+
+def test_planned_memory_of_rollouts_by_chunk(tmp_path: Path) -> None:
+    """Within 10 %: gradient checkpointing keeps the keys and values of the past of every chunk."""
+    build_network(ARCHITECTURE, 0).save_pretrained(tmp_path)
+    given = [f"teacher.source={tmp_path}", f"student.init={tmp_path}", "student.gradient_checkpointing=true"]
+    given += ["on_policy.steps=[2]", "on_policy.objective_weight=0", *CAUSAL_LORA]
+    config = in_chunks("wan1_3b_causal_on_policy", *given)
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, 0), rel=0.1)
 
 
 def test_parts_add_up() -> None:
@@ -154,62 +169,6 @@ def test_the_sequence_is_split() -> None:
         for k in (1, 2)
     )
     assert 0.5 < halved.moment.activations / whole.moment.activations < 0.6
-
-
-def measured(config: RunConfig) -> int:
-    """Bytes of tensors at the fullest moment of a step.
-
-    What is there before it: parameters, moments, averages and a step's batches, added up. What it adds: the highest sum
-    of the allocations less the frees that torch's profiler saw in the allocator, temporary buffers inside of operations
-    included. Nothing of the process's resident set.
-    """
-    buildable = config
-    if config.student.init == "somewhere":  # adapters on random weights: no run may have them, their sizes are the same
-        student = config.student.model_copy(update={"init": None})
-        buildable = config.model_copy(update={"student": student})
-    recipe = build_recipe(buildable, ALONE)
-    batches, draws = step_of(config)
-    before = [tensor for batch in batches for tensor in (batch.latents, batch.condition.text, batch.negative.text)]
-    moments = 0
-    for trainable in recipe.trainables.values():
-        before += trainable.network.parameters()
-        before += [average for _, average in trainable.ema.tensors()] if trainable.ema else []
-        moments += 2 * sum(shard.nbytes for shard in trainable.engine.shards().values())
-    if isinstance(recipe.roles.teacher, NetworkFlowMap):
-        before += recipe.roles.teacher.network.parameters()
-
-    def step() -> None:
-        for update in recipe.updates:
-            make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-4, "")
-
-    held = {id(tensor): tensor.nbytes for tensor in before}  # roles on one base hold it once
-    return sum(held.values()) + moments + peak_bytes(step)
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    inner: Any = profiler.profiler
-    events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-
-def step_of(config: RunConfig) -> tuple[list[Batch], list[Draw]]:
-    frames, height, width = (config.data.frames - 1) // 4 + 1, config.data.height // 8, config.data.width // 8
-    slots = micro_slots(config.engine.global_batch, config.engine.micro_batch, 1, 0)
-
-    def text(rows: int) -> Condition:
-        return Condition(torch.randn(rows, max(config.data.text_lengths), config.student.architecture.text_dim))
-
-    def latents(rows: int) -> Tensor:
-        return torch.randn(rows, frames, config.student.architecture.in_channels, height, width)
-
-    batches = [Batch(latents(len(own)), text(len(own)), text(1), ("",) * len(own), own) for own in slots]
-    return batches, [Draw(0, longest_rollout(), own, torch.device("cpu")) for own in slots]
 
 
 def longest_rollout() -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow_train.config.compose import compose
 from anyflow_train.config.network import Architecture
@@ -17,19 +14,13 @@ from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import count_parameters
 from anyflow_train.config.rollouts import rollout_calls
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import micro_slots
-from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.types import Condition
 from anyflow_train.models.wan import build_network
-from anyflow_train.plan import products
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.plan.networks import run_networks, stored_architecture
 from anyflow_train.plan.parts import Part
 from anyflow_train.plan.work import step_parts
-from anyflow_train.training.recipe import build_recipe
-from anyflow_train.training.updates import make_update
-from anyflow_train.training.world import ALONE
+from tests.plan.steps import counted
 
 STUDENT = {
     "num_attention_heads": 2,
@@ -63,12 +54,6 @@ def small(folder: Path, *overrides: str) -> RunConfig:
     given += ["data.frames=9", "data.height=48", "data.width=64", f"data.text_lengths=[{TEXT}]", "evaluation=none"]
     given += ["engine=cpu", "engine.global_batch=4", "engine.micro_batch=2", "student/adapter=full", "steps=2"]
     return compose("train", ["experiment=wan1_3b_on_policy", *given, "on_policy.steps=[2]", *overrides], None, 1)
-
-
-@pytest.fixture
-def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counter does not know the fused kernel of a CPU; the unfused one keeps the scores and repeats nothing."""
-    monkeypatch.setattr(products, "ATTENTION_BACKWARD", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -169,25 +154,3 @@ def index_of(config: RunConfig, step: int) -> int:
     """The g of the student's rollouts, of two."""
     draw = Draw(config.seed, step, (0,), torch.device("cpu")).scoped("distribution matching")
     return int(2 * draw.shared("steps", 2)[1])
-
-
-def counted(config: RunConfig, steps: Sequence[int]) -> int:
-    """Operations of real steps: everybody's updates, as their turns come."""
-    recipe = build_recipe(config, ALONE)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for step in steps:
-            batches, draws = step_of(config, step)
-            for update in recipe.updates:
-                if step % update.every == 0:
-                    make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-4, "")
-    return counter.get_total_flops()
-
-
-def step_of(config: RunConfig, step: int) -> tuple[list[Batch], list[Draw]]:
-    slots = micro_slots(config.engine.global_batch, config.engine.micro_batch, 1, 0)
-
-    def text(rows: int) -> Condition:
-        return Condition(torch.randn(rows, TEXT, STUDENT["text_dim"]))
-
-    batches = [Batch(torch.randn(len(own), 3, 16, 6, 8), text(len(own)), text(1), ("",), own) for own in slots]
-    return batches, [Draw(config.seed, step, own, torch.device("cpu")) for own in slots]

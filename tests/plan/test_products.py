@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow_train.config.network import LORA_TARGETS, Architecture, FullTraining, Lora
+from anyflow_train.config.rows import Rows
 from anyflow_train.models.adapters import add_lora
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.plan import products
@@ -38,37 +39,31 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture
-def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counter does not know the fused kernel of a CPU; the unfused one keeps the scores and repeats nothing."""
-    monkeypatch.setattr(products, "ATTENTION_BACKWARD", 2.0)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_operations_are_torchs_count(name: str, checkpointing: bool, unfused: None) -> None:
     adapter, left_out = ADAPTERS[name]
-    network = AnyFlowTransformer3DModel(**SMALL.model_dump())
+    network = AnyFlowTransformer3DModel(**SMALL.arguments())
     if isinstance(adapter, Lora):
         add_lora(network, adapter, 0)
     if checkpointing:
         network.enable_gradient_checkpointing()
     forward, backward = counted(network)
-    planned = forward_products(SMALL, adapter, TOKENS, TEXT)
+    planned = forward_products(SMALL, adapter, Rows.whole(TOKENS), TEXT)
     assert forward == planned.forward
     again = planned.recomputed if checkpointing else 0
     assert backward == planned.backward + again - left_out * ONE_PRODUCT
 
 
 def test_fused_attention_makes_five_products_backward() -> None:
-    planned = forward_products(SMALL, FullTraining(), TOKENS, TEXT)
+    planned = forward_products(SMALL, FullTraining(), Rows.whole(TOKENS), TEXT)
     scores = [product for product in planned.blocks if isinstance(product, products.Scores)]
     assert all(product.backward == 5 * product.forward // 2 for product in scores)
 
 
 def test_a_forward_of_the_published_model() -> None:
     """32,760 tokens, 81 frames of 480x832: known as 283 TFLOP; a backward without recomputation is two and a bit."""
-    planned: Products = forward_products(WAN_1_3B, FullTraining(), 32_760, 512)
+    planned: Products = forward_products(WAN_1_3B, FullTraining(), Rows.whole(32_760), 512)
     assert planned.forward == pytest.approx(283e12, rel=1e-3)
     assert 2.0 < planned.backward / planned.forward < 2.5
 

@@ -89,6 +89,11 @@ def test_a_start_warns_once_and_goes_on(gpu: Callable[..., World], capsys: pytes
     assert warning.count("\n") == 1
 
 
+def test_a_causal_student_is_planned_too(gpu: Callable[..., World], capsys: pytest.CaptureFixture[str]) -> None:
+    check_room(compose("train", ["experiment=wan1_3b_causal"], None, 1), gpu(20 * GIB, 80 * GIB))
+    assert "are planned (ddp on 1)" in capsys.readouterr().err
+
+
 def test_a_start_that_cannot_fit_ends(gpu: Callable[..., World]) -> None:
     with pytest.raises(UserError, match="GPU memory"):
         check_room(config(world=1), gpu(2 * GIB, 4 * GIB))

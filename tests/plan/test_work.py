@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from anyflow_train.config.compose import compose
+from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.parts import Part
@@ -68,7 +69,7 @@ def test_text_lengths_count_as_often_as_they_are_drawn() -> None:
     overrides = ["experiment=wan1_3b_teacher", "data.text_lengths=[64,512,512]"]
     config: Any = compose("train", overrides, None, WORLD)
     short, long = (
-        forward_products(config.student.architecture, config.student.adapter, 32_760, length).forward
+        forward_products(config.student.architecture, config.student.adapter, Rows.whole(32_760), length).forward
         for length in (64, 512)
     )
     assert parts_of(*overrides)["student forward"].flops == pytest.approx(32 * (short + 2 * long) / 3, rel=1e-12)

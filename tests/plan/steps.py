@@ -1,0 +1,88 @@
+"""Real steps on a CPU, counted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.run import RunConfig
+from anyflow_train.config.slots import micro_slots
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.training.recipe import build_recipe
+from anyflow_train.training.updates import make_update
+from anyflow_train.training.world import ALONE
+
+
+def counted(config: RunConfig, steps: Sequence[int]) -> int:
+    """Operations of real steps: everybody's updates, as their turns come."""
+    recipe = build_recipe(config, ALONE)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for step in steps:
+            batches, draws = step_of(config, step)
+            for update in recipe.updates:
+                if step % update.every == 0:
+                    make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-4, "")
+    return counter.get_total_flops()
+
+
+def measured(config: RunConfig, step: int) -> int:
+    """Bytes of tensors at the fullest moment of a step.
+
+    What is there before it: parameters, moments, averages and a step's batches, added up. What it adds: the highest sum
+    of the allocations less the frees that torch's profiler saw in the allocator, temporary buffers inside of operations
+    included. Nothing of the process's resident set.
+    """
+    buildable = config
+    if config.student.init == "somewhere":  # adapters on random weights: no run may have them, their sizes are the same
+        student = config.student.model_copy(update={"init": None})
+        buildable = config.model_copy(update={"student": student})
+    recipe = build_recipe(buildable, ALONE)
+    batches, draws = step_of(config, step)
+    before = [tensor for batch in batches for tensor in (batch.latents, batch.condition.text, batch.negative.text)]
+    moments = 0
+    for trainable in recipe.trainables.values():
+        before += trainable.network.parameters()
+        before += [average for _, average in trainable.ema.tensors()] if trainable.ema else []
+        moments += 2 * sum(shard.nbytes for shard in trainable.engine.shards().values())
+    if isinstance(recipe.roles.teacher, NetworkFlowMap):
+        before += recipe.roles.teacher.network.parameters()
+
+    def make() -> None:
+        for update in recipe.updates:
+            make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-4, "")
+
+    held = {id(tensor): tensor.nbytes for tensor in before}  # roles on one base hold it once
+    return sum(held.values()) + moments + peak_bytes(make)
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    inner: Any = profiler.profiler
+    events = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def step_of(config: RunConfig, step: int) -> tuple[list[Batch], list[Draw]]:
+    """Random data of a step's micro-batches, with the longest text, and their random numbers."""
+    latent = latent_shape(config.data, config.student.architecture.in_channels)
+    slots = micro_slots(config.engine.global_batch, config.engine.micro_batch, 1, 0)
+
+    def text(rows: int) -> Condition:
+        return Condition(torch.randn(rows, max(config.data.text_lengths), config.student.architecture.text_dim))
+
+    batches = [Batch(torch.randn(len(own), *latent), text(len(own)), text(1), ("",) * len(own), own) for own in slots]
+    return batches, [Draw(config.seed, step, own, torch.device("cpu")) for own in slots]
