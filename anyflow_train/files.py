@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp-"
 
+EXPORT_MARKER = "anyflow_export.json"
+"""In a folder that `anyflow export` made: where it comes from."""
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:

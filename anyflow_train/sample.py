@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.load import Model, load_model, on_device
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, to_frames, write_mp4
-from anyflow_train.export.folder import MARKER
 from anyflow_train.files import write_json
 from anyflow_train.flow.causal import Sampler
 from anyflow_train.flow.sampler import guided
@@ -31,6 +29,17 @@ from anyflow_train.models.codec import Codec
 
 GRID_ROWS = 8
 SLUG_LENGTH = 40
+# What `index.json` says of how the videos were made.
+SETTINGS = (
+    "shift",
+    "guidance_scale",
+    "negative_prompt",
+    "text_length",
+    "image",
+    "video",
+    "context_frames",
+    "chunk_partition",
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,15 @@ def run(config: SampleConfig) -> list[Entry]:
     size = video_size(config, model)
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
     source = model.codec_source or config.model
-    texts = _encode(source, [*prompts, config.negative_prompt], config.text_length, device, dtype or torch.float32)
     codec = Codec.load(source, device, torch.float32)
-    _check_size(size, codec, model)
+    chunks = _chunks(config, model, codec, size)
+    _check_size(size, codec, model, chunks)
+    start = _source(config, model)
+    frames = (size.frames - 1) // codec.temporal_factor + 1
+    given = None if start is None else given_latents(start, codec, frames, size.height, size.width, chunks)
+    texts = _encode(source, [*prompts, config.negative_prompt], config.text_length, device, dtype or torch.float32)
     negative = padded_condition(texts[-1:], config.text_length, device)
     flow_map = guided(on_device(model.network, device, dtype), negative, config.guidance_scale)
-    chunks = _chunks(config, model, codec, size)
-    source = _source(config, model)
-    given = None if source is None else given_latents(source, codec, size.height, size.width, chunks)
     sampler = partial(replace(model.sampler, chunks=chunks), given=given)
 
     out = Path(config.out).expanduser()
@@ -116,7 +126,7 @@ def video_size(config: SampleConfig, model: Model) -> Size:
     Raises:
         UserErrors: it is not configured, and the model does not say what it was trained on.
     """
-    known = _trained_size(config.model, model)
+    known = _trained_size(model)
     wanted = {"frames": config.frames, "height": config.height, "width": config.width}
     sides = known | {name: value for name, value in wanted.items() if value is not None}
     missing = [name for name in wanted if name not in sides]
@@ -163,9 +173,11 @@ def _source(config: SampleConfig, model: Model) -> Source | None:
     path = getattr(config, key)
     if path is None:
         return None
-    if model.trained is not None and model.chunks is None and model.trained.context.i2v_probability == 0:
+    if not model.sees_given_frames:
         problem = f"'{path}', but {model.name} never saw given frames (it was trained with context.i2v_probability=0)"
         raise UserError(key, problem)
+    if not Path(path).expanduser().is_file():
+        raise UserError(key, f"'{path}' is no file")
     frames = 1 if key == "image" else config.context_frames
     return Source(key, Path(path), frames, config.fps)
 
@@ -190,24 +202,22 @@ def _encode(source: str, texts: Sequence[str], length: int, device: torch.device
     return [text.float().cpu() for text in Codec.load(source, device, dtype).encode_text(texts, length)]
 
 
-def _trained_size(source: str, model: Model) -> dict[str, int]:
+def _trained_size(model: Model) -> dict[str, int]:
     """What the run's config says, or the mark that `anyflow export` left in the folder."""
     if model.trained is not None:
         data = model.trained.data
         return {"frames": data.frames, "height": data.height, "width": data.width}
-    try:
-        data = json.loads((Path(source).expanduser() / MARKER).read_text())["config"]["data"]
-        return {name: int(data[name]) for name in ("frames", "height", "width")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    data = model.marked.get("data", {})
+    return {name: int(data[name]) for name in ("frames", "height", "width") if name in data}
 
 
-def _check_size(size: Size, codec: Codec, model: Model) -> None:
+def _check_size(size: Size, codec: Codec, model: Model, chunks: Chunks | None) -> None:
     errors = []
     if size.frames % codec.temporal_factor != 1:
         factor = codec.temporal_factor
         errors.append(UserError("frames", f"{size.frames} is not {factor}n + 1; {_nearest(size.frames, factor)} is"))
-    patch = model.network.config["patch_size"]
+    compressed = chunks is not None and len(chunks.partition) > chunks.full_limit
+    patch = model.network.config["compressed_patch_size" if compressed else "patch_size"]
     for name, side, tokens in (("height", size.height, patch[1]), ("width", size.width, patch[2])):
         if side % (codec.spatial_factor * tokens):
             errors.append(UserError(name, f"{side} is no multiple of {codec.spatial_factor * tokens}"))
@@ -226,5 +236,5 @@ def _file_name(number: int, prompt: str, seed: int, steps: int) -> str:
 
 def _write_index(config: SampleConfig, model: Model, size: Size, entries: list[Entry], out: Path) -> None:
     made = {"model": model.name, "step": model.step, "weights": config.weights, **asdict(size), "fps": config.fps}
-    settings = {name: getattr(config, name) for name in ("shift", "guidance_scale", "negative_prompt", "text_length")}
+    settings = {name: getattr(config, name) for name in SETTINGS}
     write_json(out / "index.json", {**made, **settings, "videos": [asdict(entry) for entry in entries]})

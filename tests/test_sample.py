@@ -131,15 +131,18 @@ def test_a_student_that_has_seen_given_frames_goes_on_from_an_image(tmp_path: Pa
 @pytest.mark.parametrize(
     ("causal", "options", "message"),
     [
-        (CHUNKS, {"video": "missing.mp4"}, r"video: 'missing\.mp4' is unreadable"),
+        (CHUNKS, {"video": "missing.mp4"}, r"video: 'missing\.mp4' is no file"),
+        (CHUNKS, {"height": 48}, "height: 48 is no multiple of 32"),
         (CHUNKS, {"video": "clip.mp4", "context_frames": 9}, "context_frames: 9 pixel frames are 3 latent ones, but"),
         (CHUNKS, {"frames": 5}, r"chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"),
         (None, {"image": "frame.png"}, "image: 'frame.png', but run never saw given frames"),
         (None, {"chunk_partition": (1, 1)}, "generates all frames together"),
+        ({}, {"video": "clip.mp4", "context_frames": 9}, "context_frames: 9 pixel frames are 3 latent ones of 2"),
     ],
 )
 def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, causal: dict | None, options: dict, message: str):
-    trained = make_run(tmp_path, FULL, causal=causal)
+    seen = {"i2v_probability": 0.5} if causal == {} else {}  # a student of whole clips that goes on from frames
+    trained = make_run(tmp_path, FULL, causal=causal or None, **seen)
     write_clip(tmp_path / "clip.mp4", 9)
     options = {key: str(tmp_path / value) if value == "clip.mp4" else value for key, value in options.items()}
     with pytest.raises(UserError, match=message):

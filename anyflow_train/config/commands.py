@@ -137,8 +137,9 @@ class PrepareConfig(Model):
 class SampleConfig(Model):
     """`anyflow sample`: videos from a run, a checkpoint or an exported folder.
 
-    image, video: file that every clip begins with (image to video, continuation); context_frames: that many frames of
-        the video, 4n + 1; null: as many whole chunks as it has (one frame for a student that is not causal).
+    image: file whose picture every clip begins with.
+    video: file that every clip goes on from.
+    context_frames: of the video, 4n + 1; null: as many whole chunks as it has (one for a student that is not causal).
     chunk_partition: latent frames of a causal student's chunks; null: those that it was trained with.
     """
 
@@ -169,8 +170,8 @@ class SampleConfig(Model):
 class ExportConfig(Model):
     """`anyflow export`: a checkpoint -> a folder that stock diffusers loads.
 
-    format: pipeline (AnyFlowPipeline), transformer (its transformer alone), lora (diffusers LoRA file),
-        wan_pipeline (WanPipeline of a stage-0 teacher, which needs gate 0).
+    format: pipeline (AnyFlowPipeline, of a causal student AnyFlowFARPipeline), transformer (its transformer alone),
+        lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher, which needs gate 0).
     """
 
     checkpoint: str
@@ -192,7 +193,7 @@ class EvaluateConfig(Model):
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
-    given_frames: latent frames of a held-out clip with the same caption that students are given, and continue.
+    given_frames: latent frames that students are given of held-out clips, others than samples are compared with.
     training_shards: what the models were trained on; how near samples come to it is then measured too.
     """
 

@@ -23,6 +23,10 @@ class HeldOut:
     captions: list[str]
     keys: list[str]
 
+    def part(self, rows: slice) -> HeldOut:
+        """Some of the samples."""
+        return HeldOut(self.latents[rows], self.texts[rows], self.captions[rows], self.keys[rows])
+
 
 def load_samples(shards: ShardSet, count: int) -> HeldOut:
     """The first `count` good samples of shards with video. Raises UserError if there are fewer."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.data.held_out import HeldOut, load_samples
+from anyflow_train.data.held_out import HeldOut
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
+from anyflow_train.evaluation.continued import check_frames, held_out_and_begun
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
@@ -38,12 +39,13 @@ GRID_CALLS = 8
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that the models have in common."""
+    """Everything that the models have in common; what is given, only to students."""
 
     config: EvaluateConfig
     held_out: HeldOut
     captions: list[str]
     inputs: Inputs
+    given: Tensor | None
     ruler: Ruler
     judge: Callable[[Tensor], Recognition] | None
     say: Callable[[str], None]
@@ -64,6 +66,8 @@ def run(config: EvaluateConfig) -> Report:
     models = [load_model(source, config.weights) for source in config.models]
     check_frames(config, shards, models)
     taught = load_model(config.teacher, config.weights)
+    if taught.chunks is not None:
+        raise UserError("teacher", f"{config.teacher} is a causal student; name a network that makes whole clips")
     codec = Codec.load(config.codec or taught.codec_source or config.teacher, device, torch.float32)
     teacher = on_device(taught.network, device, dtype)
     negative = padded_condition([shards.texts.negative], config.text_length, device)
@@ -107,19 +111,21 @@ def prepare(
 
     Captions are the held-out samples' own, every caption about equally often.
     """
-    held_out = load_samples(shards, config.held_out_samples)
-    rows = cycle(balanced_order(held_out.captions), config.samples)
-    captions = [held_out.captions[row] for row in rows]
+    held_out, begun = held_out_and_begun(config, shards)
+    rows = cycle(balanced_order(begun.captions), config.samples)
+    captions = [begun.captions[row] for row in rows]
     shape = tuple(held_out.latents.shape[1:])
     noise = draw_noise(config.samples, shape, config.seed, "evaluation")
-    inputs = Inputs(noise, [held_out.texts[row] for row in rows], config.text_length, config.batch, device)
+    inputs = Inputs(noise, [begun.texts[row] for row in rows], config.text_length, config.batch, device)
+    given = begun.latents[rows][:, : config.given_frames] if config.given_frames else None
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
     ruler = Ruler(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
     judge = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
-    return Setting(config, held_out, captions, inputs, ruler, judge, say), ruler.sampled(fine, config.shift)
+    setting = Setting(config, held_out, captions, inputs, given, ruler, judge, say)
+    return setting, ruler.sampled(fine, config.shift)
 
 
 def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
@@ -138,45 +144,12 @@ def sample_student(
 ) -> dict[int, Sampled]:
     """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
     flow_map = on_device(model.network, device, dtype)
-    inputs, sets = continued(setting), {}
+    inputs, sets = replace(setting.inputs, given=setting.given), {}
     for steps in setting.config.steps:
         latents = sample_all(model.sampler, flow_map, inputs, steps, setting.config.shift)
         sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
         setting.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
     return sets
-
-
-def continued(setting: Setting) -> Inputs:
-    """The inputs with the first frames of held-out clips of the same captions, where the students are given some."""
-    count = setting.config.given_frames
-    if count == 0:
-        return setting.inputs
-    rows = cycle(balanced_order(setting.held_out.captions), setting.config.samples)
-    return replace(setting.inputs, given=setting.held_out.latents[rows][:, :count])
-
-
-def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) -> None:
-    """Compare the held-out clips' frames with the models' chunks, and with what is given of them.
-
-    Raises:
-        UserError: the chunks do not make up the clips, or given frames end inside of one, or leave none to generate.
-    """
-    shape, count = shards.manifest.latent_shape, config.given_frames
-    if shape is None:
-        return
-    for model in models:
-        if model.chunks is not None and sum(model.chunks.partition) != shape[0]:
-            chunks = list(model.chunks.partition)
-            problem = f"{model.name} makes clips of the chunks {chunks}, but those of held_out have {shape[0]}"
-            raise UserError("models", f"{problem} latent frames")
-    if count >= shape[0]:
-        raise UserError("given_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
-    for model in models:
-        if count and model.chunks is not None:
-            try:
-                model.chunks.whole(count)
-            except ValueError as error:
-                raise UserError("given_frames", f"{model.name}: {error}") from None
 
 
 def with_nearest(

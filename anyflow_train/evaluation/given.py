@@ -31,19 +31,23 @@ class Source:
     fps: float
 
 
-def given_latents(source: Source, codec: Codec, height: int, width: int, chunks: Chunks | None) -> Tensor:
+def given_latents(source: Source, codec: Codec, frames: int, height: int, width: int, chunks: Chunks | None) -> Tensor:
     """Clean latents (1, P, C, H, W) of the first frames.
 
     A causal network takes whole chunks, and one at least is left to generate; any other takes one latent frame, unless
     `source.frames` says more.
 
+    Args:
+        frames: latent frames of the clips, the given ones among them.
+        height, width: of the clips, in pixels.
+
     Raises:
-        UserError: the file cannot be read or is too short, or its frames end inside of a chunk.
+        UserError: the file cannot be read or is too short, its frames end inside of a chunk, or leave none to generate.
     """
     factor = codec.temporal_factor
     if source.frames is not None:
         counts = [(source.frames - 1) // factor + 1]
-        _check_whole(source, counts[0], chunks)
+        _check_count(source, counts[0], frames, chunks)
     else:
         counts = [1] if chunks is None else list(accumulate(chunks.partition))[-2::-1]
     problem = f"no chunk of {list(chunks.partition) if chunks else []} can be given"
@@ -57,11 +61,13 @@ def given_latents(source: Source, codec: Codec, height: int, width: int, chunks:
     raise UserError(source.key, f"'{source.path}' is {problem}" if counts else problem)
 
 
-def _check_whole(source: Source, count: int, chunks: Chunks | None) -> None:
+def _check_count(source: Source, count: int, frames: int, chunks: Chunks | None) -> None:
+    key = "context_frames" if source.key == "video" else source.key
     if chunks is None:
+        if count >= frames:
+            raise UserError(key, f"{source.frames} pixel frames are {count} latent ones of {frames}: none is left")
         return
     try:
         chunks.whole(count)
     except ValueError as error:
-        key = "context_frames" if source.key == "video" else source.key
         raise UserError(key, f"{source.frames} pixel frames are {count} latent ones, but {error}") from None

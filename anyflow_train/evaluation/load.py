@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.files import EXPORT_MARKER
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import merge_lora
@@ -34,12 +37,14 @@ class Model:
         network: LoRA merged, no gradients, in eval mode.
         step: of the checkpoint; None for an exported network.
         trained: config of the run; None for an exported network.
+        marked: the run's config as `anyflow export` left it in the folder, places left out; empty where it did not.
     """
 
     name: str
     network: Backbone
     step: int | None
     trained: RunConfig | None
+    marked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def chunks(self) -> Chunks | None:
@@ -52,7 +57,16 @@ class Model:
     @property
     def sampler(self) -> ClipSampler:
         """How it is sampled."""
-        return clip_sampler(self.chunks, None if self.trained is None else self.trained.objective)
+        marked = self.marked.get("objective", {}).get("kind")
+        return clip_sampler(self.chunks, marked if self.trained is None else self.trained.objective.kind)
+
+    @property
+    def sees_given_frames(self) -> bool:
+        """Whether it can have learned to go on from frames; what nobody knows is taken to be so."""
+        if self.chunks is not None:
+            return True
+        marked = self.marked.get("context", {}).get("i2v_probability", 1.0)
+        return (marked if self.trained is None else self.trained.context.i2v_probability) > 0
 
     @property
     def codec_source(self) -> str | None:
@@ -78,7 +92,14 @@ def load_model(source: str, weights: str) -> Model:
         step = read_info(checkpoint).state.step
         return Model(trained.name, merge_lora(network).requires_grad_(False).eval(), step, trained)
     name = path.name if path.is_dir() else source.rsplit("/", 1)[-1]
-    return Model(name, load_exported(source), None, None)
+    return Model(name, load_exported(source), None, None, _marked(path))
+
+
+def _marked(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / EXPORT_MARKER).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def load_exported(source: str) -> Backbone:

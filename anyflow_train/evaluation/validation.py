@@ -160,7 +160,7 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     return InRunValidator(
         config=evaluation,
         world=world,
-        sampler=clip_sampler(None if causal is None else Chunks.of(causal), config.objective),
+        sampler=clip_sampler(None if causal is None else Chunks.of(causal), config.objective.kind),
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,
         compared=compared,

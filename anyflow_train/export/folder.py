@@ -12,9 +12,8 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.errors import UserError
+from anyflow_train.files import EXPORT_MARKER as MARKER
 from anyflow_train.files import write_json
-
-MARKER = "anyflow_export.json"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from anyflow_train.models.fused import wide
 
 _THETA = 10000.0
-_KEPT_GRIDS = 16
+_KEPT_GRIDS = 64  # one for every chunk of a clip, and one for every sequence of them
 
 
 @dataclass(frozen=True)

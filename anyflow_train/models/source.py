@@ -78,12 +78,15 @@ def describe_source(
         raise UserError(str(source), f"holds a {kind}, where a Wan2.1 or AnyFlow transformer is wanted")
     if is_causal and causal is None:
         raise UserError(str(source), "is a causal network, and was asked for as one that makes all frames together")
-    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    # What a config does not say is the constructor's default.
+    own = {**TIMES, **{name: value for name, value in config.items() if not name.startswith("_")}}
     _check_same(source, {"gate_value": gate_value, "deltatime_type": deltatime_type}, own)
-    if is_causal:
-        _check_same(source, causal or {}, own)
-        return place, own, kind
-    return place, {**own, **chunk_arguments(causal)}, kind
+    if not is_causal:
+        return place, {**own, **chunk_arguments(causal)}, kind
+    own, given = {**CAUSAL, **own}, dict(causal or {})
+    partition = given.pop("chunk_partition", own["chunk_partition"])  # of the clips, not of the weights
+    _check_same(source, given, own)
+    return place, {**own, "chunk_partition": partition}, kind
 
 
 def chunk_arguments(causal: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def load_network(
             None). An AnyFlow checkpoint has its own; they must be None or equal to those.
         torch_dtype: of the weights, but for those that stay in float32.
         causal: asks for an `AnyFlowFARTransformer3DModel`, with any of its `full_chunk_limit`, `chunk_partition` and
-            `compressed_patch_size`. Those of a causal checkpoint are its own; one that is given must be equal. None
+            `compressed_patch_size`. Those of a causal checkpoint are its own; one that is given must be equal, but for
+            the partition, which is that of the clips. None
             asks for an `AnyFlowTransformer3DModel`, which a causal checkpoint is not.
 
     Raises:
@@ -75,7 +76,10 @@ def load_network(
     place, arguments, kind = describe_source(source, gate_value, deltatime_type, causal)
     wanted = network_class(arguments)
     if kind == wanted.__name__:
-        return _load(wanted, source, place, torch_dtype)
+        network = _load(wanted, source, place, torch_dtype)
+        if "chunk_partition" in arguments:
+            network.register_to_config(chunk_partition=tuple(arguments["chunk_partition"]))
+        return network
     if kind == WanTransformer3DModel.__name__:
         weights = _with_delta(_load(WanTransformer3DModel, source, place, torch_dtype).state_dict())
     else:

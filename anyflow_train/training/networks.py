@@ -154,6 +154,8 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[
 def _start(key: str, source: str, student: Architecture, world: World) -> Backbone:
     """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
     start = world.together(lambda: open_source(key, source))
+    if "chunk_partition" in start.arguments:
+        raise UserError(key, f"{source} is a causal student; name a network that makes whole clips")
     wanted = student.model_dump()
     raise_all(
         [

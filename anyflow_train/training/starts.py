@@ -18,6 +18,7 @@ from anyflow_train.training.checkpoint import DamagedCheckpoint, open_tensors, r
 from anyflow_train.training.run_directory import RunDirectory
 
 TIMES = ("gate_value", "deltatime_type")
+LAYOUT = ("full_chunk_limit", "compressed_patch_size")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,11 @@ def open_source(key: str, source: str) -> Start:
 def _made_causal(arguments: Mapping[str, Any], student: Student) -> Mapping[str, Any]:
     """A network whose frames were made together can become causal; what it lacks it makes of what it has."""
     causal = student.architecture.causal
-    return arguments if causal is None or "chunk_partition" in arguments else {**arguments, **causal.model_dump()}
+    if causal is None:
+        return arguments
+    # The partition is that of the clips, which may be others than before.
+    same = {} if "chunk_partition" not in arguments else {name: arguments[name] for name in LAYOUT}
+    return {**arguments, **causal.model_dump(), **same}
 
 
 def base_of(student: Student) -> str | None:

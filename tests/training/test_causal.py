@@ -112,3 +112,23 @@ def test_a_trained_run_is_sampled_chunk_by_chunk(folder: Path) -> None:
 def test_the_first_frame_is_given_while_it_is_trained(folder: Path) -> None:
     config = settings(folder, name="i2v", steps=6, context__i2v_probability=0.5)
     assert len(logged(train({**config, "data": {**config["data"], "frames": 9}}))) == 6
+
+
+def test_a_causal_run_is_no_teacher(folder: Path) -> None:
+    train(stage_1(folder, "teaching", steps=1))
+    config = stage_2(folder, "taught", "teaching")
+    with pytest.raises(UserError, match=r"teacher\.source: .* is a causal student"):
+        train({**config, "teacher": {"source": str(folder / "teaching")}})
+
+
+def test_a_causal_run_goes_on_with_clips_of_another_length(folder: Path) -> None:
+    train(stage_1(folder, "three", steps=1))
+    write_latents(folder / "shards-2", frames=2)
+    config = stage_1(folder, "two", steps=1)
+    config["student"] |= {"init": str(folder / "three"), "time_frequency_limit": None}
+    config["student"]["architecture"] |= {"causal": {"chunk_partition": [1, 1], "full_chunk_limit": 2}}
+    config |= {"data": {**config["data"], "frames": 5, "shards": str(folder / "shards-2")}}
+    config["context"] = {"long_share": 0.0}
+    model = load_model(str(train(config)), "ema")
+    assert model.chunks is not None
+    assert model.chunks.partition == (1, 1)

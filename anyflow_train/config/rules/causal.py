@@ -57,6 +57,11 @@ def context(config: RunConfig) -> Iterator[Finding]:
     causal, given = config.student.architecture.causal, config.context
     follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
     if causal is None:
+        if given.i2v_probability and config.data.frames == 1:
+            yield Finding(
+                ("context.i2v_probability", "data.frames"),
+                f"{given.i2v_probability} gives the only latent frame of data.frames=1; set it to 0",
+            )
         if given.i2v_probability and follows:
             yield Finding(
                 ("context.i2v_probability", "objective.velocity"),

@@ -1,0 +1,67 @@
+"""Held-out clips that students go on from, and whether a model can."""
+
+from __future__ import annotations
+
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.data.held_out import HeldOut, load_samples
+from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.load import Model
+
+
+def held_out_and_begun(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOut, HeldOut]:
+    """The clips that samples are compared with, and those that give captions, and first frames where some are given.
+
+    These are others then: a sample that begins as one of the clips which it is compared with would be too near to them.
+    """
+    count = config.held_out_samples
+    if config.given_frames == 0:
+        held_out = load_samples(shards, count)
+        return held_out, held_out
+    loaded = load_samples(shards, count + config.samples)
+    return loaded.part(slice(0, count)), loaded.part(slice(count, None))
+
+
+def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) -> None:
+    """Compare the held-out clips with the models' chunks, and with what is given of them.
+
+    Raises:
+        UserError: the chunks do not make up the clips, given frames end inside of one or leave none to generate, or
+            there are too few clips.
+    """
+    shape, count = shards.manifest.latent_shape, config.given_frames
+    if shape is None:
+        return
+    for model in models:
+        _check_chunks(model, tuple(shape))
+    partitions = {model.chunks.partition for model in models if model.chunks is not None}
+    if len(partitions) > 1:
+        raise UserError("models", f"have chunks {sorted(map(list, partitions))}; evaluate those of one kind at a time")
+    if count == 0:
+        return
+    if count >= shape[0]:
+        raise UserError("given_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
+    for model in models:
+        try:
+            if model.chunks is not None:
+                model.chunks.whole(count)
+        except ValueError as error:
+            raise UserError("given_frames", f"{model.name}: {error}") from None
+    needed = config.held_out_samples + config.samples
+    if len(shards) < needed:
+        problem = f"{count} of {config.samples} clips, others than the {config.held_out_samples} that are compared with"
+        raise UserError("given_frames", f"{problem}, need {needed}; {config.held_out} holds {len(shards)}")
+
+
+def _check_chunks(model: Model, shape: tuple[int, ...]) -> None:
+    if model.chunks is None:
+        return
+    frames, _, height, width = shape
+    patch = model.network.config["compressed_patch_size"][1]
+    chunks = list(model.chunks.partition)
+    if sum(chunks) != frames:
+        problem = f"{model.name} makes clips of the chunks {chunks}, but those of held_out have {frames} latent frames"
+        raise UserError("models", problem)
+    if height % patch or width % patch:
+        problem = f"{model.name} has patches of {patch} for its context, which do not divide {height} x {width} latents"
+        raise UserError("models", problem)
