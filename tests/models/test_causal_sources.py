@@ -100,8 +100,8 @@ def test_a_causal_checkpoint_of_diffusers_stays_itself(tmp_path, place):
         assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), network.parameters(), strict=True))
     with pytest.raises(UserError, match="full_chunk_limit = 2"):
         load_network(tmp_path, causal={"full_chunk_limit": 3})
-    with pytest.raises(UserError, match=r"chunk_partition = \(1, 2, 1\)"):
-        load_network(tmp_path, causal={"chunk_partition": (1, 3)})
+    # Of the clips, not of the weights: those may be others.
+    assert load_network(tmp_path, causal={"chunk_partition": (1, 3)}).config["chunk_partition"] == (1, 3)
     with pytest.raises(UserError, match=r"is a causal network.*all frames together"):
         load_network(tmp_path)
 

@@ -20,7 +20,7 @@ from anyflow_train.training.networks import load_trained_network
 from tests.training import waves
 
 # The fixture trains for a minute and a half on a quiet core.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("any_step")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SAMPLES = 512
 ARCHITECTURE = {

@@ -16,7 +16,7 @@ from anyflow_train.training import run as training
 from tests.training.helpers import causal, final_tensors, settings, write_latents, write_networks
 from tests.training.launched import Launch, words
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("causal")]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 6
 # Stage, engine, micro-batch. The patches of the context are trained in some of the steps only.

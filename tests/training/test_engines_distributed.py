@@ -18,12 +18,7 @@ from tests.training.launched import LAYERS, Launch, words
 
 # One launch does nearly all: it takes a minute on a quiet machine, and many on a busy one.
 LONGEST = 1500
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.slow,
-    pytest.mark.timeout(LONGEST),
-    pytest.mark.xdist_group("engines"),
-]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(LONGEST)]
 
 STEPS, HALF, END = 20, 6, 10
 # Under ZeRO the averages are swapped into the shards for the derivative: the hardest of the choices.

@@ -13,7 +13,7 @@ from anyflow_train.training import run as training
 from tests.training.helpers import final_tensors, settings, write_latents, write_networks
 from tests.training.launched import Launch, words
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("on_policy")]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS, HALF = 6, 3
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedder"]}
