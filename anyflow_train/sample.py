@@ -76,7 +76,7 @@ def run(config: SampleConfig) -> list[Entry]:
     chunks = _chunks(config, model, codec, size)
     _check_size(size, codec, model, chunks)
     start = _source(config, model)
-    frames = (size.frames - 1) // codec.temporal_factor + 1
+    frames = _latent_frames(size, codec)
     given = None if start is None else given_latents(start, codec, frames, size.height, size.width, chunks)
     texts = _encode(source, [*prompts, config.negative_prompt], config.text_length, device, dtype or torch.float32)
     negative = padded_condition(texts[-1:], config.text_length, device)
@@ -137,11 +137,15 @@ def video_size(config: SampleConfig, model: Model) -> Size:
 
 def initial_noise(seed: int, model: Model, codec: Codec, size: Size) -> Tensor:
     """Noise (1, F, C, H, W) float32 of a seed: the same that diffusers' pipeline draws from a CPU generator."""
-    frames = (size.frames - 1) // codec.temporal_factor + 1
+    frames = _latent_frames(size, codec)
     sides = (size.height // codec.spatial_factor, size.width // codec.spatial_factor)
     generator = torch.Generator().manual_seed(seed)
     channels = model.network.config["in_channels"]
     return torch.randn(1, channels, frames, *sides, generator=generator).transpose(1, 2).contiguous()
+
+
+def _latent_frames(size: Size, codec: Codec) -> int:
+    return (size.frames - 1) // codec.temporal_factor + 1
 
 
 def _chunks(config: SampleConfig, model: Model, codec: Codec, size: Size) -> Chunks | None:
@@ -156,7 +160,7 @@ def _chunks(config: SampleConfig, model: Model, codec: Codec, size: Size) -> Chu
             raise UserError("chunk_partition", problem)
         return None
     chunks = replace(model.chunks, partition=config.chunk_partition or model.chunks.partition)
-    frames = (size.frames - 1) // codec.temporal_factor + 1
+    frames = _latent_frames(size, codec)
     if sum(chunks.partition) != frames:
         problem = f"{list(chunks.partition)} sums to {sum(chunks.partition)}, but frames={size.frames} gives {frames}"
         raise UserError("chunk_partition", f"{problem} latent frames; give one that sums to {frames}")

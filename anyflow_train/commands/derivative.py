@@ -60,5 +60,5 @@ def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batc
                 count -= len(batch.slots)
                 draw = Draw(config.seed, step, batch.slots, world.device)
                 batch = batch.to(world.device)
-                causal, context = config.student.architecture.causal, config.context
-                yield in_chunks(batch, draw, Chunks.of(causal), context.long_share) if causal else batch, draw
+                chunks = Chunks.of(config.student.architecture)
+                yield in_chunks(batch, draw, chunks, config.context.long_share) if chunks else batch, draw

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from anyflow_train.config.network import Causal
+from anyflow_train.config.network import Architecture
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Chunks:
     full_limit: int
 
     @classmethod
-    def of(cls, causal: Causal) -> Chunks:
-        """Those of a network."""
-        return cls(causal.chunk_partition, causal.full_chunk_limit)
+    def of(cls, network: Architecture) -> Chunks | None:
+        """Those of a causal network; None for any other."""
+        causal = network.causal
+        return None if causal is None else cls(causal.chunk_partition, causal.full_chunk_limit)
 
     def sequence(self, count: int) -> Sequence:
         """The first `count` chunks."""

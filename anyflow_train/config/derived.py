@@ -106,12 +106,12 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
 def chunk_rows(config: RunConfig) -> ChunkRows | None:
     """A causal student's tokens; None for others."""
     architecture = config.student.architecture
-    causal = architecture.causal
-    if causal is None:
+    causal, chunks = architecture.causal, Chunks.of(architecture)
+    if causal is None or chunks is None:
         return None
     _, height, width = token_grid(latent_shape(config.data, architecture.in_channels), architecture)
     pool = causal.compressed_patch_size[1] // architecture.patch_size[1]
-    return ChunkRows(Chunks.of(causal), height * width, height * width // pool**2)
+    return ChunkRows(chunks, height * width, height * width // pool**2)
 
 
 def needs_teacher(config: RunConfig) -> bool:

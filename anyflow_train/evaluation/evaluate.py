@@ -54,6 +54,8 @@ class Setting:
 def run(config: EvaluateConfig) -> Report:
     """Evaluate, and write `report.json`, `report.md`, `quality.png`, `grid.mp4` and `grid.gif` into `config.out`.
 
+    Where a model is causal, every chunk is measured by itself too, and drawn in `chunks.png`.
+
     Raises:
         UserError: a model, the shards or the codec cannot be loaded.
     """

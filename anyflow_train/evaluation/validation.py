@@ -156,11 +156,10 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
         texts = [pad_text(text, length) for text in shards.texts.validation]
         shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config, shards)
     codec = _load_codec(config, world.device) if shown is not None or evaluation.oracle != "none" else None
-    causal = config.student.architecture.causal
     return InRunValidator(
         config=evaluation,
         world=world,
-        sampler=clip_sampler(None if causal is None else Chunks.of(causal), config.objective.kind),
+        sampler=clip_sampler(Chunks.of(config.student.architecture), config.objective.kind),
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,
         compared=compared,

@@ -124,8 +124,7 @@ def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: Play
 def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, student: Update) -> tuple[Update, Update]:
     """The student's update with distribution matching before its own term, then the fake score's."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
-    causal = config.student.architecture.causal
-    chunks = None if causal is None else Chunks.of(causal)
+    chunks = Chunks.of(config.student.architecture)
     rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = Endpoints() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
@@ -139,12 +138,12 @@ def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, stude
 
 
 def _student_update(config: RunConfig, world: World) -> Update:
-    causal, context = config.student.architecture.causal, config.context
+    chunks, context = Chunks.of(config.student.architecture), config.context
     main = _main_term(config, world)
-    if causal is None:
+    if chunks is None:
         given = FirstFrameGiven(main.objective, context.i2v_probability)
         return Update("student", (replace(main, objective=given) if context.i2v_probability else main,))
-    main = replace(main, objective=ChunksGiven(main.objective, Chunks.of(causal), context.long_share))
+    main = replace(main, objective=ChunksGiven(main.objective, chunks, context.long_share))
     if context.bidirectional_probability == 0:
         return Update("student", (main,))
     whole = WholeClip(FlowMatchingObjective(_at_one_time(config.objective), config.times))
