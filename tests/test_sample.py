@@ -154,13 +154,3 @@ def test_a_model_of_unknown_size_asks_for_it(tmp_path: Path):
     make_run(tmp_path, FULL)
     with pytest.raises(UserError, match="width: is not set"):
         sample.run(config(tmp_path / "base", tmp_path / "out", frames=5, height=32))
-
-
-def test_noise_does_not_depend_on_anything_but_the_seed_and_the_size(tmp_path: Path):
-    model = load_model(str(make_run(tmp_path, FULL)), "ema")
-    codec = Codec.load(TINY_WAN, "cpu")
-    size = sample.Size(5, 32, 32)
-    noise = sample.initial_noise(3, model, codec, size)
-    assert noise.shape == (1, 2, 16, 4, 4)
-    assert torch.equal(noise, sample.initial_noise(3, model, codec, size))
-    assert not torch.equal(noise, sample.initial_noise(4, model, codec, size))
