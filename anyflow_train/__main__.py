@@ -43,7 +43,7 @@ COMMANDS = {
     "plan": Command("say what a run needs: memory, time, cost", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
-    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
+    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.commands.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.sample:run"),
     "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }

@@ -72,7 +72,7 @@ def table_lines(report: Report) -> list[str]:
     if report.training:
         near = _nearest(report.training.held_out)
         rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
@@ -82,10 +82,11 @@ def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
     for model, steps in dict.fromkeys((cell.model, cell.steps) for cell in chunks):
         own = [cell for cell in chunks if (cell.model, cell.steps) == (model, steps)]
         rows.append([model, str(steps), *(_interval(cell.energy_distance) for cell in own)])
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a markdown table that also reads on a terminal; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows

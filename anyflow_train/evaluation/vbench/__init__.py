@@ -1,0 +1,1 @@
+"""VBench: videos in its layout, its scores, and one table of them."""

@@ -1,0 +1,197 @@
+"""`anyflow evaluate metric=vbench`: videos in the layout of VBench, and its scores at every number of calls."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.config.vbench import Dimension
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.evaluation.clip_maker import ClipMaker, Shape, Wanted, clip_shape, encode_texts
+from anyflow_train.evaluation.device import autocast_dtype, pick_device
+from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
+from anyflow_train.evaluation.sampling import padded_condition
+from anyflow_train.evaluation.vbench.folder import Folder, digest
+from anyflow_train.evaluation.vbench.program import Result, VBench, find_vbench, read_result, score
+from anyflow_train.evaluation.vbench.prompts import Prompt, read_prompts
+from anyflow_train.evaluation.vbench.table import Column, label, write_table
+from anyflow_train.evaluation.video import write_mp4
+from anyflow_train.flow.sampler import guided
+from anyflow_train.models.codec import Codec
+
+SAY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured: where its codec is, what its clips are like, and a folder for each number of calls."""
+
+    model: Model
+    source: str
+    codec: Codec
+    shape: Shape
+    folders: list[Folder]
+
+
+def run(config: EvaluateConfig) -> list[Column]:
+    """Write `<out>/<model>/<calls>/videos/{prompt}-{index}.mp4`, score them, write `vbench.json` and `vbench.md`.
+
+    Videos and scores that are there already are kept.
+
+    Raises:
+        UserError: VBench, a file or a model is missing, or the folder holds videos that were made otherwise.
+        UserErrors: VBench failed at some dimensions; the table has the others.
+    """
+    say, options = _since(time.monotonic()), config.vbench
+    device = pick_device(config.device, config.threads)
+    vbench = find_vbench(options)
+    prompts = read_prompts(options, vbench.info)
+    candidates = _candidates(config, prompts, device)
+    folders = [folder for candidate in candidates for folder in candidate.folders]
+    with ExitStack() as held:
+        for folder in folders:
+            held.enter_context(folder.held())
+        for candidate in candidates:
+            _make_videos(config, candidate, prompts, device, say)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the networks leave is VBench's
+        columns, errors, commands = _score(config, vbench, folders, say)
+    if commands:
+        print(f"{len(commands)} commands score what is not scored yet; then start this again for the table:")
+        print("\n".join(commands))
+    write_table(config, columns)
+    if errors:
+        raise UserErrors(errors)
+    return columns
+
+
+def _candidates(config: EvaluateConfig, prompts: list[Prompt], device: torch.device) -> list[Candidate]:
+    options, out = config.vbench, Path(config.out).expanduser().absolute()
+    wanted = Wanted(options.frames, options.height, options.width, options.chunk_partition, "vbench.")
+    models = [load_model(source, config.weights) for source in config.models]
+    found = []
+    for place, name, model in zip(config.models, unique_names(models), models, strict=True):
+        source = config.codec or model.codec_source or place
+        codec = Codec.load(source, device, torch.float32)
+        shape = clip_shape(wanted, model, codec)
+        folders = [
+            Folder(
+                out / name / str(calls),
+                name,
+                calls,
+                _settings(config, model, shape, calls),
+                prompts,
+                options.videos,
+                config.seed,
+                closed=options.prompts is not None,
+            )
+            for calls in dict.fromkeys(config.steps)
+        ]
+        found.append(Candidate(model, source, codec, shape, folders))
+    return found
+
+
+def _settings(config: EvaluateConfig, model: Model, shape: Shape, calls: int) -> dict[str, Any]:
+    """What the videos depend on, beside prompt and seed."""
+    names = ("weights", "shift", "guidance_scale", "text_length", "precision")
+    return {
+        "model": model.name,
+        "step": model.step,
+        "weights_digest": digest(model.network),
+        "calls": calls,
+        **asdict(shape.size),
+        "chunk_partition": None if shape.chunks is None else shape.chunks.partition,
+        "fps": config.vbench.fps,
+        "negative_prompt": config.vbench.negative_prompt,
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def _make_videos(
+    config: EvaluateConfig,
+    candidate: Candidate,
+    prompts: list[Prompt],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Those that are missing; the noise of a video is the same at every number of calls."""
+    missing = {folder.calls: folder.missing() for folder in candidate.folders}
+    total, done, said = sum(map(len, missing.values())), 0, time.monotonic()
+    name = candidate.folders[0].model
+    say(f"{name}: {total} videos to make" if total else f"{name}: all videos are there")
+    if total == 0:
+        return
+    needed = sorted({prompt.text for videos in missing.values() for prompt, _ in videos})
+    maker, texts = _maker(config, candidate, needed, device)
+    for prompt in prompts:
+        for index in range(config.vbench.videos):
+            noise = candidate.shape.noise(prompt.seed(config.seed, index))
+            for folder in candidate.folders:
+                if (prompt, index) not in missing[folder.calls]:
+                    continue
+                frames = maker.make(texts[prompt.text], noise, folder.calls)
+                write_mp4(folder.videos / prompt.file(index), frames, config.vbench.fps)
+                done += 1
+                if time.monotonic() - said > SAY_SECONDS:
+                    say(f"{name}: {done} of {total} videos")
+                    said = time.monotonic()
+    nn.Module.to(candidate.model.network, "cpu")
+
+
+def _maker(
+    config: EvaluateConfig, candidate: Candidate, texts: list[str], device: torch.device
+) -> tuple[ClipMaker, dict[str, torch.Tensor]]:
+    """The model on its device, and the embeddings of the texts."""
+    dtype, model = autocast_dtype(config.precision), candidate.model
+    every = [*texts, config.vbench.negative_prompt]
+    *encoded, negative = encode_texts(candidate.source, every, config.text_length, device, dtype)
+    condition = padded_condition([negative], config.text_length, device)
+    flow_map = guided(on_device(model.network, device, dtype), condition, config.guidance_scale)
+    sampler = replace(model.sampler, chunks=candidate.shape.chunks)
+    maker = ClipMaker(flow_map, sampler, candidate.codec, config.text_length, config.shift)
+    return maker, dict(zip(texts, encoded, strict=True))
+
+
+def _score(
+    config: EvaluateConfig, vbench: VBench, folders: list[Folder], say: Callable[[str], None]
+) -> tuple[list[Column], list[UserError], list[str]]:
+    """One process of VBench for each folder and dimension, so that a failure costs one dimension only.
+
+    Returns:
+        The columns, what failed, and the commands that were not run because the user did not want to.
+    """
+    columns, errors, commands = [], [], []
+    for folder in folders:
+        results: dict[Dimension, Result] = {}
+        for dimension in config.vbench.chosen:
+            out = folder.scores(dimension)
+            known = read_result(out, dimension)
+            command = vbench.command(folder.videos, folder.path / "prompts.json", dimension, out)
+            if known is not None and known.files >= folder.files(dimension):
+                results[dimension] = known
+            elif not config.vbench.score:
+                commands.append(shlex.join(command))
+            else:
+                say(f"{label(folder.model, folder.calls)}: {dimension}")
+                try:
+                    results[dimension] = score(command, dimension, out)
+                except UserError as error:
+                    errors.append(error)
+        columns.append(Column(folder.model, folder.calls, results))
+    return columns, errors, commands
+
+
+def _since(start: float) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
+
+    return say

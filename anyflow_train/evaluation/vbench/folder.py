@@ -1,0 +1,127 @@
+"""The folder of one model at one number of calls: videos in VBench's layout, how they were made, and their scores."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train.config.vbench import Dimension
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.vbench.prompts import Prompt
+from anyflow_train.files import TEMPORARY, to_json, write_json
+from anyflow_train.models.backbone import Backbone
+
+MADE = "videos.json"
+LOCK = ".lock"
+DIGEST_VALUES = 1024
+"""Of each weight: training changes all of them, and the whole of a large network takes long to read."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`videos/{prompt}-{index}.mp4`, `videos.json`, `prompts.json`, and `scores/<dimension>/`.
+
+    Attributes:
+        path: of the folder.
+        model: its label.
+        calls: of the network for a video.
+        settings: what the videos depend on, beside prompt and seed.
+        prompts: whose videos are wanted.
+        count: of videos for each prompt.
+        seed: of all noise.
+        closed: no other videos may be there, because VBench would take them in: so with a user's own prompts.
+    """
+
+    path: Path
+    model: str
+    calls: int
+    settings: Mapping[str, Any]
+    prompts: list[Prompt]
+    count: int
+    seed: int
+    closed: bool
+
+    @property
+    def videos(self) -> Path:
+        """Where they are."""
+        return self.path / "videos"
+
+    def scores(self, dimension: Dimension) -> Path:
+        """Where VBench's result is."""
+        return self.path / "scores" / dimension
+
+    def files(self, dimension: Dimension) -> set[str]:
+        """Names of the videos behind one dimension."""
+        prompts = [prompt for prompt in self.prompts if dimension in prompt.dimensions]
+        return {prompt.file(index) for prompt in prompts for index in range(self.count)}
+
+    def missing(self) -> set[tuple[Prompt, int]]:
+        """Prompt and index of the videos that are not there."""
+        there = {path.name for path in self.videos.iterdir()}
+        wanted = ((prompt, index) for prompt in self.prompts for index in range(self.count))
+        return {(prompt, index) for prompt, index in wanted if prompt.file(index) not in there}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder, and note what its videos are made with; what a killed run left half-written is removed.
+
+        Raises:
+            UserError: another process holds it, or it has videos that were made otherwise.
+        """
+        self.videos.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError("out", f"another `anyflow evaluate` is writing to {self.path}") from None
+                print(f"warning: the file system of {self.path} knows no locks; do not start twice", file=sys.stderr)
+            for left_over in self.videos.glob(f"{TEMPORARY}*"):
+                left_over.unlink()
+            self._note()
+            yield
+
+    def _note(self) -> None:
+        wanted = [(prompt, index) for prompt in self.prompts for index in range(self.count)]
+        videos = {p.file(index): {"prompt": p.text, "seed": p.seed(self.seed, index)} for p, index in wanted}
+        made = json.loads(to_json({"settings": self.settings, "videos": videos}))
+        before = self._before()
+        strangers = sorted(path.name for path in self.videos.iterdir() if path.name not in videos)
+        if self.closed and strangers:
+            raise UserError("out", f"{self.videos} holds another video, {strangers[0]}; give another out, or remove it")
+        for key, now in made["settings"].items():  # by name, so that weights come before their digest
+            if before["settings"].get(key, now) != now:
+                then = before["settings"][key]
+                raise UserError("out", f"{self.path} holds videos of {key}={then!r}, not {now!r}; give another out")
+        for name, now in made["videos"].items():
+            if before["videos"].get(name, now) != now:
+                raise UserError("out", f"{self.path} holds {name} of another text or seed; give another out")
+        write_json(self.path / MADE, {"settings": made["settings"], "videos": before["videos"] | made["videos"]})
+        write_json(self.path / "prompts.json", {prompt.file(index): prompt.prompt for prompt, index in wanted})
+
+    def _before(self) -> dict[str, dict[str, Any]]:
+        path = self.path / MADE
+        if not path.exists():
+            return {"settings": {}, "videos": {}}
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+            return {"settings": dict(made["settings"]), "videos": dict(made["videos"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(str(path), f"cannot be read: {error}; give another out") from None
+
+
+def digest(network: Backbone) -> str:
+    """A short name for what a network computes: of its config, and the first values of each of its weights."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    found = hashlib.sha256(to_json(config))
+    for name, weight in sorted(network.named_parameters()):
+        found.update(name.encode() + weight.detach().flatten()[:DIGEST_VALUES].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""One table of VBench's scores: dimensions by models and numbers of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train import __version__
+from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.config.vbench import Dimension
+from anyflow_train.evaluation.report import aligned
+from anyflow_train.evaluation.vbench.program import Result, overall
+from anyflow_train.files import replace_file, write_json
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of the table: one model at one number of calls. Results by dimension, those that there are."""
+
+    model: str
+    calls: int
+    results: dict[Dimension, Result]
+
+
+def write_table(config: EvaluateConfig, columns: list[Column]) -> None:
+    """A row for each dimension; VBench's overall scores, where its own prompts were used."""
+    totals = [
+        overall({name: result.score for name, result in column.results.items()}) if not config.vbench.prompts else {}
+        for column in columns
+    ]
+    rows = [["dimension", *(label(column.model, column.calls) for column in columns)]]
+    for name in config.vbench.chosen:
+        scores = [column.results.get(name) for column in columns]
+        rows.append([name, *("" if found is None else f"{found.score:.4f}" for found in scores)])
+    for name in ("quality", "semantic", "total"):
+        if any(name in total for total in totals):
+            rows.append([name, *(f"{total[name]:.4f}" if name in total else "" for total in totals)])
+    table, out = "\n".join(aligned(rows)), Path(config.out).expanduser()
+    replace_file(out / "vbench.md", f"{table}\n\n{_caption(config)}\n".encode())
+    write_json(out / "vbench.json", _to_json(config, columns, totals))
+    if any(column.results for column in columns):
+        print(f"{table}\nwrote {out}/vbench.md and vbench.json")
+
+
+def _caption(config: EvaluateConfig) -> str:
+    options = config.vbench
+    prompts = "VBench's prompts" if options.prompts is None else options.prompts
+    given = "" if options.texts is None else f", given as in {options.texts}"
+    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in options.chosen)
+    return (
+        f"VBench's scores of {options.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
+        f"scale {config.guidance_scale:g}.{static}"
+    )
+
+
+def _to_json(config: EvaluateConfig, columns: list[Column], totals: Sequence[dict[str, float]]) -> dict[str, Any]:
+    found = [
+        {
+            "model": column.model,
+            "calls": column.calls,
+            "scores": {name: {"score": r.score, "videos": len(r.files)} for name, r in column.results.items()},
+            "overall": total,
+        }
+        for column, total in zip(columns, totals, strict=True)
+    ]
+    return {
+        "package": "anyflow_train",
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "columns": found,
+    }
+
+
+def label(model: str, calls: int) -> str:
+    """Head of a column."""
+    return f"{model}, {calls} call{'s' * (calls > 1)}"
