@@ -98,6 +98,13 @@ def written(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/videos/*")}
 
 
+def sampled(root: Path, model: Path, video: dict[str, Any], steps: int) -> bytes:
+    """What `anyflow sample` makes of a video's text and seed."""
+    made = {"prompts": (video["prompt"],), "seeds": (video["seed"],), "steps": (steps,), "text_length": 16}
+    config = SampleConfig(model=str(model), out=str(root / "again"), **made, device="cpu", precision="fp32")
+    return (root / "again" / sample.run(config)[0].file).read_bytes()
+
+
 def calls(root: Path) -> list[str]:
     return (root / "called.txt").read_text().splitlines()
 
@@ -125,10 +132,7 @@ def test_a_video_is_what_sample_makes_of_its_noted_text_and_seed(root: Path, run
     made = json.loads((root / "out" / "run" / "2" / "videos.json").read_text())
     video = made["videos"][f"{BLUE}-1.mp4"]
     assert video["prompt"] == "a longer text about blue"
-    again = {"prompts": (video["prompt"],), "seeds": (video["seed"],), "steps": (2,), "text_length": 16}
-    places = {"model": str(root / "run"), "out": str(root / "again")}
-    entry = sample.run(SampleConfig(**places, **again, device="cpu", precision="fp32"))[0]
-    assert (root / "again" / entry.file).read_bytes() == written(root)[f"2/videos/{BLUE}-1.mp4"]
+    assert sampled(root, root / "run", video, 2) == written(root)[f"2/videos/{BLUE}-1.mp4"]
     assert made["settings"]["step"] == 7
 
 
@@ -138,7 +142,7 @@ def test_a_second_start_makes_only_what_is_missing(root: Path, run: Run):
     videos = root / "out" / "run" / "1" / "videos"
     lost, kept = videos / f"{RED}-1.mp4", videos / f"{RED}-0.mp4"
     lost.unlink()
-    (videos / f".tmp-{RED}-1.mp4").write_bytes(b"half of a video, as a killed run leaves it")
+    (videos / f".tmp-{RED}-4.mp4").write_bytes(b"half of a video, as a killed run leaves it")
     stamp = kept.stat().st_mtime_ns
     run({})
     assert written(root) == before
@@ -194,8 +198,10 @@ def test_a_causal_student_makes_its_clips_chunk_by_chunk(root: Path, run: Run):
     causal.mkdir()
     make_run(causal, FULL, causal=CHUNKS)
     run({"dimensions": ("color",), "videos": 1}, models=(str(causal / "run"),), steps=(1,))
-    made = json.loads((root / "out" / "run" / "1" / "videos.json").read_text())["settings"]
-    assert (made["chunk_partition"], made["frames"]) == ([1, 1, 1], 9)
+    made = json.loads((root / "out" / "run" / "1" / "videos.json").read_text())
+    assert (made["settings"]["chunk_partition"], made["settings"]["frames"]) == ([1, 1, 1], 9)
+    name = f"{RED}-0.mp4"
+    assert sampled(root, causal / "run", made["videos"][name], 1) == written(root)[f"1/videos/{name}"]
     with pytest.raises(UserError, match=r"vbench\.chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"):
         run({"frames": 5}, models=(str(causal / "run"),))
 
