@@ -60,12 +60,15 @@ class Data(Model):
 class Engine(Model):
     """Where and in which precision a step runs. Accumulation follows: global_batch / (micro_batch x processes).
 
+    fp8: frozen multiplies frozen weights in 8 bits where the others do in bfloat16: a teacher's, and those that
+        adapters sit on. Needs a GPU of compute capability 8.9 (L40, H100), or a CPU for trying it.
     sequence_parallel: neighbouring processes that share each sample and split its tokens; it divides the heads.
     timeout_seconds: how long a process may keep the others waiting before the run ends.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
+    fp8: Literal["none", "frozen"] = "none"
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt = 2
     compile: bool = False

@@ -55,8 +55,8 @@ class Holder:
 
     @property
     def in_graph(self) -> int:
-        """Autocast's copies that a graph keeps: of all that it multiplied with."""
-        return 2 * self.states.sizes.whole if self.whole.half else 0
+        """Autocast's copies that a graph keeps: of all that it multiplied with, but in fp8."""
+        return 2 * (self.states.sizes.whole - self.states.in_fp8) if self.whole.half else 0
 
     @property
     def in_block(self) -> int:

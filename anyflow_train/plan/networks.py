@@ -31,6 +31,7 @@ class Network:
         averaged: whether there is an EMA of it.
         base: whose the weights are that it does not train: its own; its own, and others stand on them (so what it
             trains whole are copies); or the student's.
+        fp8: whether the frozen layers of its blocks multiply in 8 bits, or are even stored so.
         assumed: whether its architecture is only taken to be the student's.
     """
 
@@ -39,6 +40,7 @@ class Network:
     adapter: FullTraining | Lora
     averaged: bool = False
     base: Literal["own", "lent", "student's"] = "own"
+    fp8: Literal["none", "multiplied", "stored"] = "none"
     assumed: bool = False
 
     @property
@@ -50,7 +52,9 @@ class Network:
 def the_student(config: RunConfig) -> Network:
     """Every run has it."""
     base = "lent" if adapter_on_shared_base(config) else "own"
-    return Network("student", config.student.architecture, config.student.adapter, averaged=True, base=base)
+    return Network(
+        "student", config.student.architecture, config.student.adapter, averaged=True, base=base, fp8=_adapted(config)
+    )
 
 
 def the_teacher(config: RunConfig) -> Network | None:
@@ -58,9 +62,10 @@ def the_teacher(config: RunConfig) -> Network | None:
     if not needs_teacher(config):
         return None
     if adapter_on_shared_base(config):
-        return Network("teacher", config.student.architecture, FROZEN, base="student's")
+        return Network("teacher", config.student.architecture, FROZEN, base="student's", fp8=_adapted(config))
     found = stored_architecture(config.teacher.source)
-    return Network("teacher", found or config.student.architecture, FROZEN, assumed=found is None)
+    fp8 = "none" if config.engine.fp8 == "none" else "stored"
+    return Network("teacher", found or config.student.architecture, FROZEN, fp8=fp8, assumed=found is None)
 
 
 def the_fake_score(config: RunConfig) -> Network | None:
@@ -69,7 +74,7 @@ def the_fake_score(config: RunConfig) -> Network | None:
         return None
     adapter = adapter_on_shared_base(config)
     if adapter is not None:
-        return Network("fake score", config.student.architecture, adapter, base="student's")
+        return Network("fake score", config.student.architecture, adapter, base="student's", fp8=_adapted(config))
     found = stored_architecture(config.on_policy.fake_score.init)
     return Network("fake score", found or config.student.architecture, FullTraining(), assumed=found is None)
 
@@ -78,6 +83,11 @@ def run_networks(config: RunConfig) -> list[Network]:
     """All of them, the student first."""
     others = (the_fake_score(config), the_teacher(config))
     return [the_student(config), *(network for network in others if network is not None)]
+
+
+def _adapted(config: RunConfig) -> Literal["none", "multiplied"]:
+    """How the base of the student's adapters multiplies."""
+    return "multiplied" if config.engine.fp8 == "frozen" and isinstance(config.student.adapter, Lora) else "none"
 
 
 def stored_architecture(source: str | None) -> Architecture | None:

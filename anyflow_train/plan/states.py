@@ -17,12 +17,15 @@ BUCKET = (1 << 28) * FLOAT
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, `largest` weight."""
+    """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, `largest` weight, and of
+    the base the matrices in blocks.
+    """
 
     base: int
     adapters: int
     trained: int
     largest: int
+    matrices: int
 
     @classmethod
     def of(cls, network: Network) -> Sizes:
@@ -62,11 +65,12 @@ class States:
     @property
     def kept(self) -> tuple[tuple[str, int], ...]:
         """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
-        trained = self.sizes.trained
+        trained, stored = self.sizes.trained, self.in_fp8 if self.network.fp8 == "stored" else 0
         masters = self.share(trained, 1) if self.stage in (1, 2) else 0
         return (
             ("weights, trained (float32)", self.share(trained, 3)),
-            ("weights, frozen (float32)", self.share(self.frozen, 3)),
+            ("weights, frozen (float32)", self.share(self.frozen - stored, 3)),
+            ("weights, frozen (fp8)", stored),
             ("masters (float32)", masters),
             ("Adam's moments (float32)", 2 * self.share(trained, 1)),
             ("averages (EMA, float32)", self.share(trained, 3) if self.network.averaged else 0),
@@ -77,6 +81,11 @@ class States:
         """Numbers that this network holds and does not train."""
         sizes = self.sizes
         return {"own": sizes.whole - sizes.trained, "lent": sizes.base, "student's": 0}[self.network.base]
+
+    @property
+    def in_fp8(self) -> int:
+        """Numbers of frozen weights that multiply in 8 bits."""
+        return 0 if self.network.fp8 == "none" else self.sizes.matrices
 
     @property
     def on_gpu(self) -> tuple[tuple[str, int], ...]:
@@ -136,8 +145,10 @@ class States:
 def _count(architecture: Architecture, adapter: FullTraining | Lora) -> Sizes:
     """Counted once: the search for what fits asks again and again."""
     base, trained = count_parameters(architecture), count_trainable(architecture, adapter)
-    largest = max(math.prod(shape) for shape in parameter_shapes(architecture).values())
+    shapes = parameter_shapes(architecture)
+    largest = max(math.prod(shape) for shape in shapes.values())
+    matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2)
     if isinstance(adapter, FullTraining):
-        return Sizes(base, 0, trained, largest)
+        return Sizes(base, 0, trained, largest, matrices)
     adapters = count_trainable(architecture, adapter.model_copy(update={"full_modules": ()}))
-    return Sizes(base, adapters, trained, largest)
+    return Sizes(base, adapters, trained, largest, matrices)

@@ -17,6 +17,7 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.fp8 import multiply_in_fp8, store_in_fp8
 from anyflow_train.training.networks import (
     share_frozen,
     start_fake_score,
@@ -66,6 +67,8 @@ def start_players(config: RunConfig, world: World) -> Players:
     if not needs_teacher(config):
         return Players(student, None, None)
     frozen = start_teacher(config.teacher.source, shape, world)
+    if config.engine.fp8 == "frozen":
+        store_in_fp8(frozen)
     fake_score = None
     if isinstance(settings, DistributionMatching):
         fake_score = _own(start_fake_score(settings.fake_score.init, shape, world), config, world)
@@ -73,6 +76,8 @@ def start_players(config: RunConfig, world: World) -> Players:
 
 
 def _own(network: Backbone, config: RunConfig, world: World) -> Player:
+    if config.engine.fp8 == "frozen":
+        multiply_in_fp8(network)
     return Player(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
 
 
@@ -89,6 +94,8 @@ def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players
     def as_role(role: str | None) -> MakeFlowMap:
         return lambda called, dtype: shared.flow_map(role, NetworkFlowMap(called, dtype))
 
+    if config.engine.fp8 == "frozen":
+        multiply_in_fp8(network)
     players = [Player(network, shared.parameters(role), as_role(role)) for role in ("student", "fake_score")]
     return Players(players[0], as_role(teacher), players[1])
 

@@ -23,7 +23,7 @@ from anyflow_train.training.resume import ResumePoint, check_finished, find_resu
 from anyflow_train.training.room import check_room
 from anyflow_train.training.run_directory import RunDirectory
 from anyflow_train.training.signals import stop_requests
-from anyflow_train.training.start_checks import check_start
+from anyflow_train.training.start_checks import check_fp8, check_start
 from anyflow_train.training.starts import pinned
 from anyflow_train.training.state import TrainState
 from anyflow_train.training.tracking import Trackers
@@ -60,6 +60,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         if finished:
             print(finished)
             return 0
+        world.together(lambda: check_fp8(config.engine, world.device))
         check_room(config, world)
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         world.on_main(lambda: check_start(config))

@@ -1,4 +1,4 @@
-"""Whether a run may start from what `student.init` names: refused before anything slow is done."""
+"""Whether a run may start from what `student.init` names, and where it does: refused before anything slow is done."""
 
 from __future__ import annotations
 
@@ -7,14 +7,36 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.run import RunConfig
+import torch
+
+from anyflow_train.config.run import Engine, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoint import DamagedCheckpoint, read_info, resolve_checkpoint
+from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.starts import TIMES, is_run, mismatches, raise_all
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
+# The first GPUs that multiply in fp8: L40, RTX 40, H100.
+FP8_CAPABILITY = (8, 9)
+
+
+def check_fp8(engine: Engine, device: torch.device) -> None:
+    """A CPU multiplies in fp8 too, slowly.
+
+    Raises:
+        UserError: the GPU cannot, or the launcher cuts the weights into shards.
+    """
+    if engine.fp8 == "none":
+        return
+    if zero_stage() == 3:
+        problem = "frozen takes whole weights, and ZeRO-3 leaves each process a shard; start with zero2 or ddp"
+        raise UserError("engine.fp8", f"{problem}, or set it to none")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        problem = f"frozen needs a GPU of compute capability 8.9 or more, and {torch.cuda.get_device_name(device)} has"
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError("engine.fp8", f"{problem} {major}.{minor}; set it to none")
 
 
 def check_start(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from anyflow_train.config.run import RunConfig
 
 WHOLE = {"kind": "flow_matching", "guidance": "none", "guidance_scale": 1.0, "text_dropout": 0.1}
 LORA = {"kind": "lora"}
+EIGHT_BITS = {"engine.fp8": "frozen", "engine.precision": "bf16", "student.adapter": LORA}
 # What the cases below start from, whatever the experiment is tuned to.
 BASE: dict[str, Any] = {
     "steps": 800,
@@ -86,6 +87,19 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"student.architecture.attention_head_dim": 23}, "student.architecture.attention_head_dim", "even"),
     ({"student.architecture.freq_dim": 63}, "student.architecture.freq_dim", "even"),
     ({"student.architecture.out_channels": 8}, "student.architecture.out_channels", "in_channels=16"),
+    ({"engine.fp8": "frozen", "engine.precision": "bf16"}, "engine.fp8", "student/adapter=lora"),
+    ({"engine.fp8": "frozen", "student.adapter": LORA}, "engine.fp8", "set that to bf16"),
+    (
+        EIGHT_BITS | {"objective.derivative_precision": "bf16"},
+        "objective.derivative_precision",
+        "a third of which is then noise",
+    ),
+    (EIGHT_BITS | {"student.architecture.ffn_dim": 392}, "engine.fp8", "392 wide"),
+    (
+        EIGHT_BITS | {"student.architecture.num_attention_heads": 3, "student.architecture.attention_head_dim": 10},
+        "engine.fp8",
+        "30 wide",
+    ),
     ({"student.init": None, "student.adapter": LORA}, "student.adapter", "student/adapter=full"),
     ({"student.time_frequency_limit": 0.1}, "student.time_frequency_limit", "=null"),
     # Adapters.
@@ -138,6 +152,8 @@ def test_run_rule(changes: dict[str, Any], key: str, words: str) -> None:
 
 SEQUENCE, GLOBAL_BATCH = "engine.sequence_parallel", "engine.global_batch"
 POSSIBLE: list[dict[str, Any]] = [
+    EIGHT_BITS,
+    {"engine.fp8": "frozen", "engine.precision": "bf16", "objective.velocity": "teacher"},
     {"objective.guidance": "target", "objective.guidance_scale": 3.0},
     {"times.diffusion_share": 0.0, "objective.rebalance": "none"},
     {"times.diffusion_share": 0.5, "times.consistency_share": 0.5},
@@ -180,6 +196,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
+    ("tiny_on_policy", {"engine.fp8": "frozen", "engine.precision": "bf16"}, 1, "engine.fp8", "none is safer"),
     ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "already holds guidance"),
     # 3 processes x micro-batch 2, 18 slots of which 9 are diffusion: the second micro-step holds 3 of 6, one a process;
     # with 12 slots, 6 diffusion fill the first micro-step; with 24 slots of which .4 are diffusion (10) it is uneven.

@@ -40,6 +40,8 @@ SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.it
     "engine.micro_batch=1",
     "evaluation=none",
 ]
+# Where activations are to be little beside the weights.
+SHORT = ["data.frames=5", "data.height=64", "data.width=64", "student.architecture.num_layers=2"]
 LORA = ["student/adapter=lora", "student.adapter.rank=16"]
 CAUSAL_LORA = ["student/adapter=lora_causal", "student.adapter.rank=16"]
 FULL = ["student/adapter=full"]
@@ -66,6 +68,13 @@ def in_chunks(experiment: str, *overrides: str) -> RunConfig:
 def test_planned_memory_is_what_a_step_takes(adapter: list[str], checkpointing: str) -> None:
     """Within 15 %, of all tensors together: state, gradients, activations, batch."""
     config = small(*adapter, "student.init=somewhere", f"student.gradient_checkpointing={checkpointing}")
+    assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, longest_rollout()), rel=0.15)
+
+
+def test_planned_memory_in_8_bits() -> None:
+    """Within 15 %: a graph keeps no copy of a weight that multiplies in fp8."""
+    given = [*LORA, "student.init=somewhere", "engine.precision=bf16", "engine.fp8=frozen", *SHORT]
+    config = small(*given, "student.gradient_checkpointing=false")
     assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, longest_rollout()), rel=0.15)
 
 
@@ -159,6 +168,16 @@ def test_a_teacher_is_held_too() -> None:
         dict(plan_memory(config, "ddp", 8).state)["teacher: weights, frozen (float32)"]
         == 4 * Sizes.of(the_student(config)).base
     )
+
+
+def test_a_teacher_in_8_bits_takes_a_quarter() -> None:
+    """What is no matrix of a block stays float32: embeddings, norms, the way out."""
+    config = compose(
+        "train", ["experiment=wan1_3b_forward", "objective.velocity=teacher", "engine.fp8=frozen"], None, 8
+    )
+    sizes, parts = Sizes.of(the_student(config)), dict(plan_memory(config, "ddp", 8).state)
+    assert parts["teacher: weights, frozen (fp8)"] == sizes.matrices
+    assert parts["teacher: weights, frozen (float32)"] == 4 * (sizes.base - sizes.matrices) < sizes.matrices
 
 
 def test_the_sequence_is_split() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.rules import causal, geometry, objective, on_policy, schedule, warnings
+from anyflow_train.config.rules import causal, geometry, objective, on_policy, precision, schedule, warnings
 from anyflow_train.config.run import RunConfig
 
 
@@ -20,6 +20,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *on_policy.on_policy(config),
         *causal.chunks(config),
         *causal.context(config),
+        *precision.fp8(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),
         *schedule.sequence(config, world),
@@ -33,6 +34,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     return [
         *warnings.schedule(config),
         *on_policy.doubts(config),
+        *precision.doubts(config),
         *warnings.derivative(config),
         *warnings.balance(config, world),
         *warnings.validation(config),
