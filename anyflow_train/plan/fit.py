@@ -56,8 +56,10 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
     for micro, checkpointing, other, k in product(
         _halves(config.engine.micro_batch), sorted({wanted, True}), engines, parallel
     ):
+        fp8 = fp8_under(config, other)
         written = [
             *([f"engine={other}"] if other != engine else []),
+            *([f"engine.fp8={fp8}"] if fp8 != config.engine.fp8 else []),
             *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
             *(["student.gradient_checkpointing=true"] if checkpointing != wanted else []),
             *([f"engine.sequence_parallel={k}"] if k != config.engine.sequence_parallel else []),
@@ -66,7 +68,12 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
         size = base + halvings * HALF_THE_BATCH + (checkpointing != wanted) * CHECKPOINTING
         size += ENGINES[other] - ENGINES[engine]
         size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
-        yield Setting(_changed(config, micro, checkpointing, k), other, (*changes, *written), size)
+        yield Setting(_changed(config, micro, checkpointing, k, fp8), other, (*changes, *written), size)
+
+
+def fp8_under(config: RunConfig, engine: str) -> str:
+    """What `engine.fp8` can be under an engine: it takes whole weights, so a start under ZeRO-3 refuses it."""
+    return "none" if engine.startswith("zero3") else config.engine.fp8
 
 
 def _halves(number: int) -> list[int]:
@@ -77,8 +84,8 @@ def _halves(number: int) -> list[int]:
     return numbers if numbers[-1] == 1 else [*numbers, 1]
 
 
-def _changed(config: RunConfig, micro_batch: int, checkpointing: bool, sequence_parallel: int) -> RunConfig:
-    engine = {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel}
+def _changed(config: RunConfig, micro_batch: int, checkpointing: bool, sequence_parallel: int, fp8: str) -> RunConfig:
+    engine = {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel, "fp8": fp8}
     return config.model_copy(
         update={
             "engine": config.engine.model_copy(update=engine),

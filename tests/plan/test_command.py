@@ -10,7 +10,7 @@ import pytest
 
 from anyflow_train.config.commands import EngineName, GpuName
 from anyflow_train.config.compose import compose
-from anyflow_train.errors import UserErrors
+from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
 from anyflow_train.plan.fit import ENGINES, nearest_fit
 from anyflow_train.plan.gpus import GPUS
@@ -63,6 +63,17 @@ def test_the_smallest_change_comes_first() -> None:
     assert changes[1].changes == ("engine.micro_batch=1",)
     assert [setting.size for setting in changes] == sorted(setting.size for setting in changes)
     assert nearest_fit(config, None, "ddp", 8, 1 * GIB) is None
+
+
+def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A start under ZeRO-3 refuses them, and so does its plan."""
+    given, eight = ["experiment=wan14b_forward", "gpus=8", "gpu=h100-80"], "engine.fp8=frozen"
+    assert run([*given, eight], None) == DOES_NOT_FIT
+    advised = capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2].split()
+    assert advised[:2] == ["engine=zero3", "engine.fp8=none"]
+    assert run([*given, *advised], None) == FITS
+    with pytest.raises(UserError, match=r"engine.fp8: is refused under engine=zero3; choose zero2 or ddp"):
+        run([*given, eight, "engine=zero3"], None)
 
 
 def test_full_training_that_cannot_fit_is_offered_adapters(capsys: pytest.CaptureFixture[str]) -> None:
