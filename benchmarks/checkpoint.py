@@ -14,7 +14,6 @@ compared. The folder decides about the disk that is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,7 +25,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from step import SIZES, Size, build, device_name
+from common import heading, medians, write_json
+from step import SIZES, Size, build
 from torch import nn
 
 from anyflow_train.config.run import Ema as EmaConfig
@@ -110,7 +110,7 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else None
     training = Training(SIZES[options.size], device, dtype)
     saved = 4 * sum(entry.shape.numel() for entries in training.groups().values() for entry in entries.values())
-    print(f"{options.size}: {saved / 2**30:.2f} GiB in a checkpoint; {device_name(device)}, torch {torch.__version__}")
+    print(f"{options.size}: {saved / 2**30:.2f} GiB in a checkpoint; {heading(device)}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         usual, costs = measure(training, Path(folder), options.repeats)
     print(f"a step takes {usual:.3f} s when nothing is written")
@@ -119,11 +119,9 @@ def main() -> None:
         print(f"{name:10s}{cost.stall:9.2f}s{cost.durable:9.2f}s{cost.slower:13.2f}s{cost.total:9.2f}s")
     ratios = {key: getattr(costs["waiting"], key) / getattr(costs["beside"], key) for key in ("stall", "total")}
     print(f"beside the training: stall {ratios['stall']:.1f}x shorter, cost {ratios['total']:.1f}x smaller")
-    if options.json is not None:
-        facts = {"size": options.size, "repeats": options.repeats, "device": device_name(device), "bytes": saved}
-        seconds = {name: asdict(cost) for name, cost in costs.items()}
-        record = {**facts, "step": usual, "seconds": seconds, "ratios": ratios}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    facts = {"size": options.size, "repeats": options.repeats, "bytes": saved, "step": usual}
+    seconds = {name: asdict(cost) for name, cost in costs.items()}
+    write_json(options.json, device, {**facts, "seconds": seconds, "ratios": ratios})
 
 
 def parse() -> argparse.Namespace:
@@ -150,12 +148,8 @@ def measure(training: Training, folder: Path, repeats: int) -> tuple[float, dict
                 step = number * len(FREE_MEMORY) + list(FREE_MEMORY).index(name)
                 with patch.object(saving, "free_memory", free):
                     found[name].append(one_save(training, saver, step, statistics.median(usual)))
-    costs = {name: [asdict(cost) for cost in rows[1:]] for name, rows in found.items()}
-    medians = {
-        name: Cost(**{key: statistics.median(row[key] for row in rows) for key in rows[0]})
-        for name, rows in costs.items()
-    }
-    return statistics.median(usual), medians
+    costs = {name: Cost(**medians(asdict(cost) for cost in rows[1:])) for name, rows in found.items()}
+    return statistics.median(usual), costs
 
 
 def one_save(training: Training, saver: Saver, step: int, usual: float) -> Cost:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import heading, write_json
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,10 +84,11 @@ def main() -> None:
                 run = _train(arguments, engine, adapter, Path(folder) / f"{adapter}-{engine}", 1.0)
                 rows.append(_compare(engine, adapter, run, whole, half))
                 print(_line(rows[-1]), flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{device}, {PROCESSES} processes, experiment={arguments.experiment}, {arguments.steps} steps")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}, indent=2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = f"experiment={arguments.experiment}"
+    print(f"\n{heading(device, f'{PROCESSES} processes', run, f'{arguments.steps} steps')}")
+    facts = {name: getattr(arguments, name) for name in ("experiment", "steps", "global_batch")}
+    write_json(arguments.json, device, {**facts, "processes": PROCESSES, "rows": [asdict(row) for row in rows]})
 
 
 def _train(arguments: argparse.Namespace, engine: str, adapter: str, folder: Path, share: float) -> Run:

@@ -10,15 +10,13 @@ step in length (N and g are drawn), so several steps are measured and the means 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from common import CLOCKS, heading, write_json
 from torch import Tensor
 
 from anyflow_train.config.compose import asset, compose
@@ -32,7 +30,6 @@ from anyflow_train.training.recipe import Recipe, build_recipe
 from anyflow_train.training.updates import Term, make_update
 from anyflow_train.training.world import start_world
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 MIB = 2**20
 
 
@@ -76,18 +73,17 @@ def main() -> None:
         if step == 1:  # the first one only warms up
             meter = Meter(CLOCKS[options.clock], world.device)
         one_step(recipe, batch_of(config, world.device, step), Draw(0, step, slots(config), world.device), meter)
-    print(
-        f"{options.experiment}: {config.engine.micro_batch} samples, {config.engine.precision}, {platform.processor()}"
-    )
+    samples = f"{config.engine.micro_batch} samples"
+    print(heading(world.device, options.experiment, samples, config.engine.precision, f"{options.clock} seconds"))
     print(f"{'part':38s}{'s/step':>9s}{'share':>8s}{'held for backward':>20s}")
     whole = sum(meter.seconds.values())
     rows = {name: (seconds / options.steps, meter.held[name] / MIB) for name, seconds in meter.seconds.items()}
     for name, (seconds, held) in rows.items():
         print(f"{name:38s}{seconds:9.3f}{seconds * options.steps / whole:8.0%}{held:16.0f} MiB")
     print(f"{'all':38s}{whole / options.steps:9.3f}")
-    if options.json is not None:
-        record = {name: {"seconds": seconds, "held_mib": held} for name, (seconds, held) in rows.items()}
-        options.json.write_text(json.dumps({"experiment": options.experiment, "parts": record}, indent=1) + "\n")
+    parts = {name: {"seconds": seconds, "held_mib": held} for name, (seconds, held) in rows.items()}
+    facts = {name: getattr(options, name) for name in ("experiment", "steps", "clock")}
+    write_json(options.json, world.device, {**facts, "parts": parts})
 
 
 def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from common import heading, write_json
 from step import SIZES, build
 from torch import nn
 
@@ -63,6 +64,7 @@ def main() -> None:
     options = parse()
     if options.measure:
         end(measure(options.measure))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {"small": SIZES["tiny"], "large": SIZES[options.size]}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, size in sizes.items():
@@ -70,11 +72,17 @@ def main() -> None:
             network.save_pretrained(Path(folder) / name, max_shard_size="200MB")
         weights = sum(parameter.nbytes for parameter in network.parameters()) / MIB
         largest = max(parameter.nbytes for parameter in network.parameters()) / MIB
-        print(f"weights {weights:.0f} MiB, the largest of them {largest:.1f} MiB; {options.processes} processes")
+        print(heading(device, f"{options.processes} processes"))
+        print(f"{options.size}: weights {weights:.0f} MiB, the largest of them {largest:.1f} MiB")
         del network
+        found: dict[str, list[dict[str, float]]] = {}
         for engine in options.engines:
-            for row in launch(engine, Path(folder), options.processes):
+            rows = launch(engine, Path(folder), options.processes)
+            found[engine] = [{**row, "ratio": row["loading"] / weights} for row in rows]
+            for row in found[engine]:
                 print(line(engine, row), flush=True)
+    facts = {"size": options.size, "processes": options.processes, "weights": weights, "largest": largest}
+    write_json(options.json, device, {**facts, "engines": found})
 
 
 def launch(engine: str, folder: Path, processes: int) -> list[dict[str, float]]:
@@ -152,9 +160,10 @@ def peak(world: World) -> Iterator[Peak]:
 
 def line(engine: str, row: dict[str, float]) -> str:
     """One process's figures."""
-    loading = f"while loading {row['loading']:5.0f} MiB, then {row['loaded']:5.0f} and {row['pages']:4.0f} of the file"
+    loading = f"loading {row['loading']:5.0f} MiB, {row['ratio']:.2f}x the weights"
+    loaded = f"then {row['loaded']:5.0f} and {row['pages']:4.0f} of the file"
     start = f"with moments and averages {row['start']:5.0f}, then {row['ready']:5.0f}"
-    return f"{engine:13} process {row['rank']:.0f}: {loading}; {start}"
+    return f"{engine:13} process {row['rank']:.0f}: {loading}, {loaded}; {start}"
 
 
 def _in_memory() -> float:
@@ -184,6 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=["zero2", "zero3"], help="files of launch/")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None, help="for the weights; a temporary folder by default")
+    parser.add_argument("--json", type=Path, default=None, help="also write the numbers, in MiB, to this file")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -16,10 +16,7 @@ A step is the objective, backward, clipping, AdamW and EMA. Sides take turns; me
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import CLOCKS, heading, write_json
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from torch import Tensor, nn
 
@@ -49,7 +47,6 @@ from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport
 from anyflow_train.training.world import World
 
 FIRST_MOMENT = 0.9
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 Step = tuple[Update, list[Batch], list[Draw]]
 
 
@@ -134,7 +131,7 @@ def main() -> None:
             model.enable_gradient_checkpointing()
     step = make_step(size, device)
     print(f"{options.size}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters, {asdict(size)}")
-    print(f"{device_name(device)}, {options.precision}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(heading(device, options.precision, f"{torch.get_num_threads()} threads"))
 
     ours = make_side(network, NetworkFlowMap(network, dtype), device, nullcontext)
     reference = replace(ours, everywhere=derivative_everywhere)
@@ -148,11 +145,9 @@ def main() -> None:
     base = seconds["ours"]
     for name, value in seconds.items():
         print(f"{name:36s} {value:8.3f} s/step   {value / base:5.2f}x of ours")
-    if options.json is not None:
-        facts = {name: getattr(options, name) for name in ("size", "precision", "clock", "repeats")}
-        record = {**facts, "device": device_name(device), "equality": equality, "seconds": seconds}
-        record["ratios"] = {name: value / base for name, value in seconds.items()}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    facts = {name: getattr(options, name) for name in ("size", "precision", "clock", "repeats")}
+    ratios = {name: value / base for name, value in seconds.items()}
+    write_json(options.json, device, {**facts, "equality": equality, "seconds": seconds, "ratios": ratios})
 
 
 def parse() -> argparse.Namespace:
@@ -236,16 +231,6 @@ def measure(sides: dict[str, Side], step: Step, clock: Callable[[], float], repe
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

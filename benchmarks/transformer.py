@@ -14,9 +14,7 @@ allocator held at most, less the weights and gradients.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from typing import Any
 
 import diffusers
 import torch
+from common import heading, write_json
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from torch import Tensor
 
@@ -97,8 +96,7 @@ def main() -> None:
     if options.memory_of is not None:
         print(peak_memory(options.memory_of, SIZES[options.size[0]], options.device, DTYPES[options.dtype]))
         return
-    device = _device_name(options.device)
-    print(f"{device}, torch {torch.__version__}, diffusers {diffusers.__version__}, {options.dtype}, ours first")
+    print(heading(options.device, f"diffusers {diffusers.__version__}", options.dtype, "ours first"))
     print(f"{'size':12} {'threads':>7} | {'forward':^34} | {'forward + backward':^34} | peak memory")
     results = []
     for name in options.size:
@@ -108,9 +106,8 @@ def main() -> None:
             forward, both = compare(SIZES[name], options)
             results.append(Result(name, threads, forward, both, memory))
             print(_row(results[-1]), flush=True)
-    if options.json is not None:
-        rows = [asdict(result) | {"ratios": result.ratios} for result in results]
-        options.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "results": rows}, indent=1))
+    rows = [asdict(result) | {"ratios": result.ratios} for result in results]
+    write_json(options.json, options.device, {"dtype": options.dtype, "clock": options.clock, "results": rows})
 
 
 def compare(size: Size, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
@@ -223,15 +220,6 @@ def _row(result: Result) -> str:
         cells.append(f"{times['ours']:10.4f} s {times['diffusers']:10.4f} s {result.ratios[name]:7.2f}x")
     ours, stock = (result.memory[kind] / 2**20 for kind in ("ours", "diffusers"))
     return " | ".join([*cells, f"{ours:.0f} of {stock:.0f} MiB ({result.ratios['memory']:.2f}x)"])
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return platform.processor()
 
 
 def _options() -> argparse.Namespace:
