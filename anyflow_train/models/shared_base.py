@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils.checkpoint import checkpoint
 
 from anyflow_train.config.network import Lora
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
@@ -108,7 +107,11 @@ class SharedBase:
             raise ValueError(f"there is no role {role!r}; there are {', '.join(self._roles) or 'none'}")
         # Here, because who enables checkpointing puts a function there that forgets the role.
         network: Any = self.network
-        network._gradient_checkpointing_func = self._checkpointed
+        if network._gradient_checkpointing_func != self._checkpointed:
+            self._recompute, network._gradient_checkpointing_func = (
+                network._gradient_checkpointing_func,
+                self._checkpointed,
+            )
         before, self._switch.active = self._switch.active, role
         try:
             yield
@@ -126,7 +129,7 @@ class SharedBase:
             with self.as_role(role):
                 return block(*given)
 
-        return checkpoint(run, *inputs, use_reentrant=False)
+        return self._recompute(run, *inputs)
 
     def _shared(self, path: str) -> _Shared:
         """The wrapper in a module's place, which is put there first if need be."""

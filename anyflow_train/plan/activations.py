@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from anyflow_train.config.derived import Derived
-from anyflow_train.config.network import FullTraining, Lora
+from anyflow_train.config.network import Checkpointing, FullTraining, Lora
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import matches
 from anyflow_train.config.rows import Rows
@@ -59,8 +59,13 @@ class Activations:
 
     @property
     def block_input(self) -> int:
-        """All that gradient checkpointing keeps of a block."""
+        """All that gradient checkpointing keeps of a block, if it repeats the whole of it."""
         return self.unit * self.width * self.size
+
+    @property
+    def attended(self) -> int:
+        """What both attentions of a block give, with the statistics of their softmax."""
+        return 2 * self.unit * (self.width * self.size + self.network.architecture.num_attention_heads * FLOAT)
 
     @property
     def block(self) -> int:
@@ -125,8 +130,8 @@ class Activations:
     @property
     def graph(self) -> int:
         """What the forward's graph keeps."""
-        blocks = self.network.architecture.num_layers * (self.block_input if self.checkpointing else self.block)
-        return blocks + self.ends
+        kept = {"none": self.block, "block": self.block_input, "selective": self.block_input + self.attended}
+        return self.network.architecture.num_layers * kept[self._policy] + self.ends
 
     @property
     def memory(self) -> int:
@@ -137,12 +142,16 @@ class Activations:
 
     @property
     def checkpointing(self) -> bool:
+        return self._policy != "none"
+
+    @property
+    def _policy(self) -> Checkpointing:
         return self.config.student.gradient_checkpointing
 
     @property
     def recomputed(self) -> int:
         """What gradient checkpointing brings back of a block, for its backward."""
-        return self.block if self.checkpointing else 0
+        return {"none": 0, "block": self.block, "selective": self.block - self.attended}[self._policy]
 
     def alone(self, size: int) -> int:
         """What a forward without gradient needs for a moment, computing in numbers of `size` bytes."""

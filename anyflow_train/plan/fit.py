@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from anyflow_train.config.network import FullTraining
+from anyflow_train.config.network import Checkpointing, FullTraining
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.memory import Memory, plan_memory
@@ -14,7 +14,7 @@ from anyflow_train.plan.memory import Memory, plan_memory
 # How large a change is. A smaller micro-batch and checkpointing cost time only, ZeRO also communication; offloading
 # costs much of both; LoRA trains something else.
 HALF_THE_BATCH = 1
-CHECKPOINTING = 2
+CHECKPOINTING: dict[Checkpointing, int] = {"none": 0, "selective": 1, "block": 2}
 ENGINES = {"ddp": 0, "zero1": 2, "zero2": 3, "zero3": 4, "zero3_offload": 9}
 SEQUENCE_PARALLEL = {1: 0, 2: 5, 4: 7, 8: 9}
 LORA = 16
@@ -53,19 +53,18 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
     base = LORA if changes else 0
     engines = [name for name in ENGINES if ENGINES[name] >= ENGINES[engine]]
     parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel and world % k == 0]
-    for micro, checkpointing, other, k in product(
-        _halves(config.engine.micro_batch), sorted({wanted, True}), engines, parallel
-    ):
+    policies = [policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]]
+    for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, engines, parallel):
         fp8 = fp8_under(config, other)
         written = [
             *([f"engine={other}"] if other != engine else []),
             *([f"engine.fp8={fp8}"] if fp8 != config.engine.fp8 else []),
             *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
-            *(["student.gradient_checkpointing=true"] if checkpointing != wanted else []),
+            *([f"student.gradient_checkpointing={checkpointing}"] if checkpointing != wanted else []),
             *([f"engine.sequence_parallel={k}"] if k != config.engine.sequence_parallel else []),
         ]
         halvings = (config.engine.micro_batch // micro).bit_length() - 1
-        size = base + halvings * HALF_THE_BATCH + (checkpointing != wanted) * CHECKPOINTING
+        size = base + halvings * HALF_THE_BATCH + CHECKPOINTING[checkpointing] - CHECKPOINTING[wanted]
         size += ENGINES[other] - ENGINES[engine]
         size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
         yield Setting(_changed(config, micro, checkpointing, k, fp8), other, (*changes, *written), size)
@@ -84,7 +83,9 @@ def _halves(number: int) -> list[int]:
     return numbers if numbers[-1] == 1 else [*numbers, 1]
 
 
-def _changed(config: RunConfig, micro_batch: int, checkpointing: bool, sequence_parallel: int, fp8: str) -> RunConfig:
+def _changed(
+    config: RunConfig, micro_batch: int, checkpointing: Checkpointing, sequence_parallel: int, fp8: str
+) -> RunConfig:
     engine = {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel, "fp8": fp8}
     return config.model_copy(
         update={

@@ -70,9 +70,8 @@ class Cost:
     @property
     def recomputed(self) -> float:
         """By gradient checkpointing, where the run has it."""
-        if not self.config.student.gradient_checkpointing:
-            return 0.0
-        return self._mean(lambda products: products.recomputed)
+        policy = self.config.student.gradient_checkpointing
+        return self._mean(lambda products: products.recomputed(policy))
 
     def _mean(self, quantity: Callable[[Products], int], latents_need_gradient: bool = False) -> float:
         lengths = self.config.data.text_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from anyflow_train.config.network import Architecture, FullTraining, Lora
+from anyflow_train.config.network import Architecture, Checkpointing, FullTraining, Lora
 from anyflow_train.config.parameters import in_modules, matches, parameter_shapes
 from anyflow_train.config.rows import Rectangle, Rows
 
@@ -66,7 +66,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Products:
-    """The products of one sample's forward: of the blocks, which checkpointing repeats, and of the rest."""
+    """The products of one sample's forward: of the blocks, which checkpointing may repeat, and of the rest."""
 
     blocks: tuple[Linear | Scores, ...]
     rest: tuple[Linear | Scores, ...]
@@ -74,17 +74,17 @@ class Products:
     @property
     def forward(self) -> int:
         """Operations of a forward."""
-        return self.recomputed + sum(product.forward for product in self.rest)
+        return sum(product.forward for product in (*self.blocks, *self.rest))
 
     @property
     def backward(self) -> int:
         """Operations of a backward, without recomputation."""
         return sum(product.backward for product in (*self.blocks, *self.rest))
 
-    @property
-    def recomputed(self) -> int:
+    def recomputed(self, policy: Checkpointing) -> int:
         """Operations that gradient checkpointing repeats."""
-        return sum(product.forward for product in self.blocks)
+        repeated = {"none": (), "block": (Linear, Scores), "selective": (Linear,)}[policy]
+        return sum(product.forward for product in self.blocks if isinstance(product, repeated))
 
 
 def forward_products(

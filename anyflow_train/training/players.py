@@ -18,6 +18,7 @@ from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.fp8 import multiply_in_fp8, store_in_fp8
+from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.training.networks import (
     share_frozen,
     start_fake_score,
@@ -104,8 +105,11 @@ def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
     """A network that is trained, as the config has them computed."""
     if world.sequence_group is not None:
         network.split_sequence(world.sequence_group)
-    if config.student.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+    recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
     if config.engine.compile:
-        network.compile()
+        # Block by block: all blocks are one function to the compiler, which sees with it what is computed again.
+        network.compile_repeated_blocks(fullgraph=True)
+        recompute = recompute and torch.compile(recompute, fullgraph=True)
+    if recompute is not None:
+        network.enable_gradient_checkpointing(recompute)
     return network

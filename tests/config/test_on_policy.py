@@ -55,7 +55,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             {
                 "on_policy.fake_score.adapter": LORA,
                 "student.adapter": LORA,
-                "student.gradient_checkpointing": True,
+                "student.gradient_checkpointing": "block",
                 "engine.compile": True,
             },
             "engine.compile",

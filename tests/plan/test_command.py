@@ -30,7 +30,7 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
     """Advice never splits its sequences, which it cannot do."""
-    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=false"]
+    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=none"]
     assert run([*given, "gpu=rtx4090-24"], None) == DOES_NOT_FIT
     printed = capsys.readouterr().out
     assert "1 + 3 + 3 + 3 + 3 + 3 + 3 + 2 latent frames" in printed
@@ -42,10 +42,10 @@ def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["experiment=wan1_3b_forward", "student.gradient_checkpointing=false", "gpus=8"]
+    given = ["experiment=wan1_3b_forward", "student.gradient_checkpointing=none", "gpus=8"]
     assert run(given, None) == DOES_NOT_FIT
     advised = capsys.readouterr().out.splitlines()[-1]
-    assert advised.endswith("student.gradient_checkpointing=true")
+    assert "student.gradient_checkpointing=" in advised
     assert run([*given, *advised.rpartition(": ")[2].split()], None) == FITS
 
 

@@ -63,7 +63,7 @@ def in_chunks(experiment: str, *overrides: str) -> RunConfig:
     return compose("train", [f"experiment={experiment}", *SMALL, chunks, *size, *overrides], None, 1)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
 def test_planned_memory_is_what_a_step_takes(adapter: list[str], checkpointing: str) -> None:
     """Within 15 %, of all tensors together: state, gradients, activations, batch."""
@@ -81,9 +81,9 @@ def test_planned_memory_in_8_bits() -> None:
 @pytest.mark.parametrize(
     ("adapter", "overrides"),
     [
-        (FULL, ["student.gradient_checkpointing=true"]),
-        (FULL, ["student.gradient_checkpointing=false", "on_policy.first_jump=detached"]),
-        (LORA, ["student.gradient_checkpointing=true"]),
+        (FULL, ["student.gradient_checkpointing=block"]),
+        (FULL, ["student.gradient_checkpointing=none", "on_policy.first_jump=detached"]),
+        (LORA, ["student.gradient_checkpointing=block"]),
     ],
     ids=["full", "full, no checkpointing, detached", "lora"],
 )
@@ -97,7 +97,7 @@ def test_planned_memory_of_stage_2(adapter: list[str], overrides: list[str], tmp
 @pytest.mark.parametrize("adapter", [FULL, CAUSAL_LORA], ids=["full", "lora"])
 def test_planned_memory_of_sequences(adapter: list[str]) -> None:
     """Within 10 %, so that the keys and values that are copied for rectangles of attention have to be counted."""
-    given = [*adapter, "student.init=somewhere", "student.gradient_checkpointing=false", "context.long_share=1"]
+    given = [*adapter, "student.init=somewhere", "student.gradient_checkpointing=none", "context.long_share=1"]
     config = in_chunks("wan1_3b_causal", *given)
     assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, 0), rel=0.1)
 
@@ -105,7 +105,7 @@ def test_planned_memory_of_sequences(adapter: list[str]) -> None:
 def test_planned_memory_of_rollouts_by_chunk(tmp_path: Path) -> None:
     """Within 10 %: gradient checkpointing keeps the keys and values of the past of every chunk."""
     build_network(ARCHITECTURE, 0).save_pretrained(tmp_path)
-    given = [f"teacher.source={tmp_path}", f"student.init={tmp_path}", "student.gradient_checkpointing=true"]
+    given = [f"teacher.source={tmp_path}", f"student.init={tmp_path}", "student.gradient_checkpointing=block"]
     given += ["on_policy.steps=[2]", "on_policy.objective_weight=0", *CAUSAL_LORA]
     config = in_chunks("wan1_3b_causal_on_policy", *given)
     assert plan_memory(config, "ddp", 1).tensors == pytest.approx(measured(config, 0), rel=0.1)

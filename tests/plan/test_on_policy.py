@@ -62,7 +62,7 @@ def small(folder: Path, *overrides: str) -> RunConfig:
         (),
         ("on_policy.fake_score.rollout=fresh", "on_policy.guidance_scale=1", "on_policy.first_jump=detached"),
         ("on_policy.fake_score.updates=2", "on_policy.objective_weight=0"),
-        ("student.gradient_checkpointing=false", "objective.velocity=teacher"),
+        ("student.gradient_checkpointing=none", "objective.velocity=teacher"),
     ],
     ids=["as shipped", "fresh and detached", "two turns", "no checkpointing"],
 )

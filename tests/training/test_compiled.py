@@ -1,0 +1,42 @@
+"""A compiled run: the same training, and no compilation after its first steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_train.training.trainer import Trainer
+from tests.training.helpers import final_tensors, settings, train, write_latents
+
+# By then a run has met both text lengths and every mix of branches in a micro-batch.
+SETTLED = 4
+
+
+@pytest.fixture
+def settles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step `SETTLED` on, a compilation is an error. No code is generated, which takes a CPU minutes."""
+    original = Trainer._step
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    def step(trainer: Trainer, batches: Any) -> None:
+        stance = "fail_on_recompile" if trainer.state.step >= SETTLED else "default"
+        with torch.compiler.set_stance(stance):
+            original(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_a_run_compiles_in_its_first_steps_only(policy: str, tmp_path: Path, settles: None) -> None:
+    """With accumulation: micro-batches of other branches have other numbers of difference forwards."""
+    write_latents(tmp_path / "shards")
+    options = {"engine__micro_batch": 2, "student__gradient_checkpointing": policy, "steps": 8}
+    plain = final_tensors(train(settings(tmp_path, name="plain", **options)))
+    compiled = final_tensors(train(settings(tmp_path, name="compiled", engine__compile=True, **options)))
+    for name, tensor in plain.items():  # float32 in another order, and eight steps of Adam on it
+        assert (compiled[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
