@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
 
 Checkpointing = Literal["none", "block", "selective"]
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def _policy(value: Any) -> Any:
+    """True and false, as other trainers say it (and runs of before there was a choice)."""
+    return ("block" if value else "none") if isinstance(value, bool) else value
 
 
 class Causal(Model):
@@ -75,7 +80,7 @@ class Student(Model):
     init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), or a run of ours (its averages, or its adapter
         if this run has the same one); null starts from random weights.
     gradient_checkpointing: what the backward pass computes again: nothing; the blocks; or the blocks but for their
-        self-attention, whose results are kept (selective: a fifth of what a block keeps otherwise).
+        attentions, whose results are kept (selective). true and false mean block and none.
     time_frequency_limit: only for random weights: fastest time feature left undamped, radians per 1/1000 of time.
     """
 
@@ -84,7 +89,7 @@ class Student(Model):
     gate_value: Annotated[float, Field(ge=0, le=1)] = 0.25
     deltatime_type: Literal["r", "t-r"] = "r"
     adapter: Annotated[FullTraining | Lora, Field(discriminator="kind")] = FullTraining()
-    gradient_checkpointing: Checkpointing = "none"
+    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_policy)] = "none"
     time_frequency_limit: NonNegativeFloat | None = None
 
 

@@ -11,6 +11,7 @@ from anyflow_train.config.network import Student, Teacher
 from anyflow_train.config.objective import Objective, Share, Times
 from anyflow_train.config.on_policy import NoOnPolicy, OnPolicy
 
+AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -62,6 +63,8 @@ class Engine(Model):
 
     fp8: frozen multiplies frozen weights in 8 bits where the others do in bfloat16: a teacher's, and those that
         adapters sit on. Needs a GPU of compute capability 8.9 (L40, H100), or a CPU for trying it.
+    attention: kernel of softmax attention. auto takes cuDNN's on GPUs from Hopper on, else flash; sdpa leaves it to torch.
+        What a kernel cannot do, such as products in float32 on a GPU, is left to torch.
     sequence_parallel: neighbouring processes that share each sample and split its tokens; it divides the heads.
     timeout_seconds: how long a process may keep the others waiting before the run ends.
     """
@@ -72,6 +75,7 @@ class Engine(Model):
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt = 2
     compile: bool = False
+    attention: AttentionKernel = "auto"
     threads: NonNegativeInt = 0
     sequence_parallel: PositiveInt = 1
     timeout_seconds: PositiveInt = 1800

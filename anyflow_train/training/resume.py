@@ -34,6 +34,7 @@ FREE_KEYS = (
     "engine.device",
     "engine.threads",
     "engine.micro_batch",
+    "engine.attention",
     "engine.compile",
     "engine.sequence_parallel",
     "engine.timeout_seconds",

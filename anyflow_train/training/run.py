@@ -13,6 +13,7 @@ import torch
 from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import Manifest
+from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.checkpoint import restore_tensors
 from anyflow_train.training.engine import set_adam_steps
 from anyflow_train.training.heartbeat import Heartbeat
@@ -61,6 +62,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
             print(finished)
             return 0
         world.together(lambda: check_fp8(config.engine, world.device))
+        kernel = world.together(lambda: choose_kernel(config, world.device))
         check_room(config, world)
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         world.on_main(lambda: check_start(config))
@@ -75,8 +77,10 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:
             progress.say(f"going on from {point.path}")
+        progress.say(f"attention: {kernel}")
         trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop)
-        trainer.train(loader)
+        with attention_by(kernel):
+            trainer.train(loader)
         preempted = signal.SIGUSR1 in world.gather(stop.signal)
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
 
