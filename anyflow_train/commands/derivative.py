@@ -24,7 +24,7 @@ from anyflow_train.training.world import World, start_world
 
 
 def measure(config: RunConfig, options: CheckOptions) -> str:
-    """A table: the central difference at several spans, in float32 and bfloat16, against the exact derivative.
+    """A table: the central difference at several spans, in float32, float16 and bfloat16, against the exact derivative.
 
     Raises:
         UserError: weights or data cannot be read.
@@ -32,7 +32,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
     world = start_world(config.engine)
     network = _weights(config, options).eval().requires_grad_(False)
     nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
-    networks = {name: NetworkFlowMap(network, autocast_dtype(name)) for name in ("fp32", "bf16")}
+    networks = {name: NetworkFlowMap(network, autocast_dtype(name)) for name in ("fp32", "fp16", "bf16")}
     rows = derivative_errors(
         networks["fp32"],
         networks,

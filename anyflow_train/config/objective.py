@@ -38,7 +38,7 @@ class FlowMap(Model):
     text_dropout: Share = 0.1
     velocity: Literal["data", "teacher"] = "data"
     derivative_network: Literal["student", "ema"] = "ema"
-    derivative_precision: Literal["bf16", "fp32"] = "fp32"
+    derivative_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
     derivative_ends: Literal["clamped", "free"] = "clamped"
     epsilon: Annotated[float, Field(gt=0, le=0.1)] = 0.005
     weight: Literal["beta08", "uniform"] = "beta08"

@@ -63,8 +63,8 @@ class Engine(Model):
 
     fp8: frozen multiplies frozen weights in 8 bits where the others do in bfloat16: a teacher's, and those that
         adapters sit on. Needs a GPU of compute capability 8.9 (L40, H100), or a CPU for trying it.
-    attention: kernel of softmax attention. auto takes cuDNN's on GPUs from Hopper on, else flash; sdpa leaves it to torch.
-        What a kernel cannot do, such as products in float32 on a GPU, is left to torch.
+    attention: kernel of softmax attention. auto takes cuDNN's on GPUs from Hopper on, else flash; sdpa is torch's own
+        choice, which is also taken for what a kernel cannot do, such as products in float32 on a GPU.
     sequence_parallel: neighbouring processes that share each sample and split its tokens; it divides the heads.
     timeout_seconds: how long a process may keep the others waiting before the run ends.
     """
@@ -150,7 +150,10 @@ Tracker = Annotated[WandbTracker | TensorboardTracker | NoTracker, Field(discrim
 
 
 class RunConfig(Model):
-    """A whole run. The run directory is `<out>/<name>`: stable, so that a requeued job finds its checkpoint."""
+    """A whole run. The run directory is `<out>/<name>`: stable, so that a requeued job finds its checkpoint.
+
+    profile: print where the time of a step goes, part by part, and leave a trace in the run directory.
+    """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]
     out: str = "runs"
@@ -158,6 +161,7 @@ class RunConfig(Model):
     steps: PositiveInt
     log_every: PositiveInt = 10
     max_nonfinite_steps: PositiveInt = 3
+    profile: bool = False
     student: Student
     teacher: Teacher = Teacher()
     objective: Objective

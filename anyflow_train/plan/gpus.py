@@ -11,24 +11,31 @@ class Gpu:
 
     Attributes:
         title: the maker's name.
+        names: what torch calls it.
         memory: GiB that torch reports of it, about.
-        bf16: TFLOP/s of dense bfloat16 matrix products summed in float32.
+        bf16: TFLOP/s of dense bfloat16 or float16 matrix products summed in float32.
         fp32: TFLOP/s in plain float32, which is what torch uses for float32 unless it is told to round.
     """
 
     title: str
+    names: tuple[str, ...]
     memory: float
     bf16: float
     fp32: float
 
 
 GPUS = {
-    "a100-40": Gpu("NVIDIA A100 40 GB", 39.4, 312, 19.5),
-    "a100-80": Gpu("NVIDIA A100 80 GB", 79.1, 312, 19.5),
-    "h100-80": Gpu("NVIDIA H100 SXM 80 GB", 79.1, 989, 66.9),
-    "h200-141": Gpu("NVIDIA H200 141 GB", 139.8, 989, 66.9),
-    "b200-180": Gpu("NVIDIA B200 180 GB", 178.0, 2250, 75.0),
-    "l40s-48": Gpu("NVIDIA L40S 48 GB", 44.4, 362, 91.6),
-    "rtx4090-24": Gpu("NVIDIA GeForce RTX 4090 24 GB", 23.5, 165, 82.6),
-    "rtx3090-24": Gpu("NVIDIA GeForce RTX 3090 24 GB", 23.6, 71, 35.6),
+    "a100-40": Gpu("NVIDIA A100 40 GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 39.4, 312, 19.5),
+    "a100-80": Gpu("NVIDIA A100 80 GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 79.1, 312, 19.5),
+    "h100-80": Gpu("NVIDIA H100 SXM 80 GB", ("NVIDIA H100 80GB HBM3",), 79.1, 989, 66.9),
+    "h200-141": Gpu("NVIDIA H200 141 GB", ("NVIDIA H200",), 139.8, 989, 66.9),
+    "b200-180": Gpu("NVIDIA B200 180 GB", ("NVIDIA B200",), 178.0, 2250, 75.0),
+    "l40s-48": Gpu("NVIDIA L40S 48 GB", ("NVIDIA L40S",), 44.4, 362, 91.6),
+    "rtx4090-24": Gpu("NVIDIA GeForce RTX 4090 24 GB", ("NVIDIA GeForce RTX 4090",), 23.5, 165, 82.6),
+    "rtx3090-24": Gpu("NVIDIA GeForce RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 23.6, 71, 35.6),
 }
+
+
+def known_gpu(name: str) -> Gpu | None:
+    """The GPU of torch's name; None for one that is not listed."""
+    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)

@@ -120,7 +120,7 @@ def _objective(config: RunConfig, student: Holder, before: int) -> Iterator[Mome
     largest = max((student.on(rows) for _, rows in trained_on(config)), key=lambda forward: forward.block)
     yield from _regression(student, before + 1, Graphs((largest,)), "")
     if isinstance(config.objective, FlowMap):
-        half = config.objective.derivative_precision == "bf16"
+        half = config.objective.derivative_precision != "fp32"
         moment = _alone(student, largest, student.states.gradients_before(before + 1), "difference forward")
         wide = largest.alone(2 if half else FLOAT) + largest.rest
         yield replace(moment, activations=wide, copies=student.cached if half else 0)

@@ -12,7 +12,7 @@ from anyflow_train.plan.forwards import Forwards, whole_clip
 from anyflow_train.plan.networks import Network
 from anyflow_train.plan.products import Products, forward_products
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)

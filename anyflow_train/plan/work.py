@@ -28,9 +28,18 @@ def step_parts(config: RunConfig, world: int) -> list[Part]:
 
 def step_seconds(parts: list[Part], gpu: Gpu, world: int, utilisation: float) -> dict[Precision, float]:
     """Seconds of a step by the precision of its products, at a share `utilisation` of the peak of every one."""
-    peaks: dict[Precision, float] = {"bf16": gpu.bf16, "fp32": gpu.fp32}
+    peaks: dict[Precision, float] = {"bf16": gpu.bf16, "fp16": gpu.bf16, "fp32": gpu.fp32}
     flops = {name: sum(part.flops for part in parts if part.precision == name) for name in peaks}
     return {name: flops[name] / (TERA * peak * utilisation * world) for name, peak in peaks.items()}
+
+
+def utilisation(parts: list[Part], gpu: Gpu, world: int, seconds: float) -> float:
+    """Model FLOPs utilisation of a step of so many seconds: operations that are work, over the peak in half precision.
+
+    What is computed twice or multiplied by zero is no work.
+    """
+    work = sum(part.flops for part in parts if part.counts)
+    return work / (TERA * gpu.bf16 * world * seconds)
 
 
 def _regression(config: RunConfig) -> Iterator[Part]:

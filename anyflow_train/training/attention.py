@@ -21,8 +21,8 @@ HOPPER = (9, 0)
 def choose_kernel(config: RunConfig, device: torch.device) -> str:
     """The kernel's name: `cudnn`, `flash`, or `sdpa` for torch's own choice.
 
-    `auto` is not measured at the start: a run that goes on must not change its kernel with the machine's mood. On Hopper
-    and later cuDNN's is the fastest for Wan's shapes, before them flash.
+    `auto` is not measured at the start: a run that goes on must not change its kernel with the machine's mood. On
+    Hopper and later cuDNN's is the fastest for Wan's shapes, before them flash.
 
     Raises:
         UserError: the one that is asked for does not run here.

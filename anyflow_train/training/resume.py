@@ -22,6 +22,7 @@ FREE_KEYS = (
     "steps",
     "log_every",
     "max_nonfinite_steps",
+    "profile",
     "checkpoint.",
     "tracker.",
     "evaluation.every",

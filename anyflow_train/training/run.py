@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 
 import torch
 
 from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.checkpoint import restore_tensors
 from anyflow_train.training.engine import set_adam_steps
 from anyflow_train.training.heartbeat import Heartbeat
 from anyflow_train.training.launched import PREEMPTED
+from anyflow_train.training.profile import Profile
 from anyflow_train.training.progress import Progress
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point, flatten
@@ -78,9 +80,13 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         if point is not None:
             progress.say(f"going on from {point.path}")
         progress.say(f"attention: {kernel}")
+        stream: Iterable[Sequence[Batch]] = loader
+        if config.profile:
+            profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))
+            recipe, stream = profile.timed(recipe), profile.stream(loader)
         trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop)
         with attention_by(kernel):
-            trainer.train(loader)
+            trainer.train(stream)
         preempted = signal.SIGUSR1 in world.gather(stop.signal)
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
 

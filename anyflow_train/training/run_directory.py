@@ -50,6 +50,11 @@ class RunDirectory:
         """The output of every process but the first, and what processes leave that found the run hanging."""
         return self.path / "logs"
 
+    @property
+    def profile(self) -> Path:
+        """Traces of a few steps, one file of every process."""
+        return self.path / "profile"
+
     def validation(self, step: int) -> Path:
         """Where the videos of one validation go."""
         return self.path / "validation" / f"step_{step:08d}"

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NoReturn
 
+import torch
+
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
+from anyflow_train.plan.gpus import known_gpu
+from anyflow_train.plan.work import step_parts, utilisation
 from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
 from anyflow_train.training.recipe import Recipe
@@ -50,6 +54,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self._pace = Pace()
         self._pulse = self.recipe.world.pulse
+        device = self.recipe.world.device
+        self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._window: list[dict[str, float]] = []
         self._saved = self.state.step
         self._saver = Saver(self.config, self.directory.checkpoints, self.recipe.world, self.progress.say)
@@ -129,6 +135,9 @@ class Trainer:
         seconds = self._pace.seconds_per_step()
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
+        if self._gpu is not None:
+            parts = step_parts(self.config, self.recipe.world.size)
+            means["mfu"] = utilisation(parts, self._gpu, self.recipe.world.size, seconds)
         means["memory_gib"] = peak_memory_gib(self.recipe.world.device)
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)

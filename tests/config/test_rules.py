@@ -194,6 +194,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "objective.derivative_precision",
         "pointless",
     ),
+    ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
     ("tiny_on_policy", {"engine.fp8": "frozen", "engine.precision": "bf16"}, 1, "engine.fp8", "none is safer"),

@@ -99,6 +99,7 @@ def small(folder: Path, experiment: str, *overrides: str) -> RunConfig:
     given += [f"student.init={folder}", f"teacher.source={folder}", "teacher.codec=none", "evaluation=none"]
     given += ["student.architecture.causal={chunk_partition: [1, 1, 2], full_chunk_limit: 2}", "data.frames=13"]
     given += ["data.height=64", "data.width=64", f"data.text_lengths=[{TEXT}]", "student/adapter=full", "steps=2"]
+    given += ["student.gradient_checkpointing=block"]  # all of it: unfused attention is always done again
     given += ["engine=cpu", "engine.global_batch=4", "engine.micro_batch=2", "context.long_share=1", *overrides]
     return compose("train", [f"experiment={experiment}", *given], None, 1)
 

@@ -36,8 +36,8 @@ __all__ = [
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The type in which matrix products run: bfloat16 over float32 masters, or None for float32 throughout."""
-    return torch.bfloat16 if precision == "bf16" else None
+    """The type in which matrix products run, over float32 masters; None for float32 throughout."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
 def build_engine(
