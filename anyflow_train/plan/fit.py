@@ -13,11 +13,11 @@ from anyflow_train.plan.memory import Memory, plan_memory
 
 # How large a change is. A smaller micro-batch and checkpointing cost time only, ZeRO also communication; offloading
 # costs much of both; LoRA trains something else.
-HALF_THE_BATCH = 1
-CHECKPOINTING: dict[Checkpointing, int] = {"none": 0, "selective": 1, "block": 2}
-ENGINES = {"ddp": 0, "zero1": 2, "zero2": 3, "zero3": 4, "zero3_offload": 9}
-SEQUENCE_PARALLEL = {1: 0, 2: 5, 4: 7, 8: 9}
-LORA = 16
+HALF_THE_BATCH = 2
+CHECKPOINTING: dict[Checkpointing, int] = {"none": 0, "selective": 3, "block": 6}
+ENGINES = {"ddp": 0, "zero1": 4, "zero2": 6, "zero3": 8, "zero3_offload": 18}
+SEQUENCE_PARALLEL = {1: 0, 2: 10, 4: 14, 8: 18}
+LORA = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
     base = LORA if changes else 0
     engines = [name for name in ENGINES if ENGINES[name] >= ENGINES[engine]]
     parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel and world % k == 0]
-    policies = [policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]]
+    policies: list[Checkpointing] = [
+        policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]
+    ]
     for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, engines, parallel):
         fp8 = fp8_under(config, other)
         written = [

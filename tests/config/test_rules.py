@@ -197,7 +197,13 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
-    ("tiny_on_policy", {"engine.fp8": "frozen", "engine.precision": "bf16"}, 1, "engine.fp8", "none is safer"),
+    (
+        "tiny_on_policy",
+        {"engine.fp8": "frozen", "engine.precision": "bf16", "objective.derivative_precision": "fp16"},
+        1,
+        "engine.fp8",
+        "none is safer",
+    ),
     ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "already holds guidance"),
     # 3 processes x micro-batch 2, 18 slots of which 9 are diffusion: the second micro-step holds 3 of 6, one a process;
     # with 12 slots, 6 diffusion fill the first micro-step; with 24 slots of which .4 are diffusion (10) it is uneven.

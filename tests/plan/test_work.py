@@ -37,7 +37,7 @@ def test_stage_1() -> None:
         "two difference forwards, r < t": 16,
     }
     assert parts["two difference forwards, r < t"].flops == parts["student forward"].flops
-    assert parts["two difference forwards, r < t"].precision == "fp32"
+    assert parts["two difference forwards, r < t"].precision == "fp16"
     assert not parts["recomputed by gradient checkpointing"].counts
 
 
@@ -77,4 +77,4 @@ def test_text_lengths_count_as_often_as_they_are_drawn() -> None:
 
 def test_seconds_by_precision() -> None:
     parts = [Part("a", 1, 989e12, "bf16"), Part("b", 1, 66.9e12, "fp32")]
-    assert step_seconds(parts, GPUS["h100-80"], 2, 0.5) == pytest.approx({"bf16": 1.0, "fp32": 1.0})
+    assert step_seconds(parts, GPUS["h100-80"], 2, 0.5) == pytest.approx({"bf16": 1.0, "fp16": 0.0, "fp32": 1.0})
