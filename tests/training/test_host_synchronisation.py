@@ -1,0 +1,108 @@
+"""A step never waits for the device, but for one read of its numbers at the end of each update."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.profiler import ProfilerActivity, profile
+
+from anyflow_train.flow import rollout
+from anyflow_train.flow.draw import Draw
+from anyflow_train.training.trainer import Trainer
+from tests.training.helpers import causal, settings, train, write_latents, write_networks
+
+# What a GPU's host would wait in, to read a number or to learn a shape. A few numbers of its own go to the GPU at once.
+WAITS = {
+    *(f"Tensor.{name}" for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")),
+    *("Tensor.__index__", "Tensor.__contains__", "Tensor.equal", "Tensor.is_nonzero", "Tensor.unique"),
+    *(f"torch.{name}" for name in ("nonzero", "equal", "allclose", "unique", "masked_select")),
+}
+KERNELS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique"}
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.on_host = False
+
+    @contextmanager
+    def of_the_host(self) -> Iterator[None]:
+        """Inside, tensors are in the host's memory on a GPU's machine too."""
+        self.on_host = True
+        yield
+        self.on_host = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = (resolve_name(func) or "").removeprefix("torch.") if "Tensor" in str(func) else resolve_name(func)
+        if not self.on_host and name in WAITS:
+            self.found[str(name)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gives_a_number(event: Any) -> bool:
+    """To the host, but for what a CPU's Adam reads of its own step counts; a GPU's takes them where they are."""
+    above = event.cpu_parent
+    while above is not None and above.name != "aten::_fused_adamw_":
+        above = above.cpu_parent
+    return event.name in KERNELS and above is None
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
+    """Of every step: what would wait, and the profiler's count of kernels that give the host a number."""
+    steps: list[tuple[Counter[str], int]] = []
+    waits, original, shared, grid = Waits(), Trainer._step, Draw.shared, rollout.sampling_grid
+
+    def drawn_on_the_host(draw: Draw, purpose: str, columns: int) -> list[float]:
+        with waits.of_the_host():
+            return shared(draw, purpose, columns)
+
+    def grid_on_the_host(steps: int, shift: float) -> Any:
+        with waits.of_the_host():
+            numbers = grid(steps, shift).tolist()
+        return SimpleNamespace(tolist=lambda: numbers)
+
+    def step(trainer: Trainer, batches: Any) -> None:
+        waits.found = Counter()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, waits:
+            original(trainer, batches)
+        steps.append((waits.found, sum(gives_a_number(event) for event in profiler.events())))
+
+    monkeypatch.setattr(Draw, "shared", drawn_on_the_host)
+    monkeypatch.setattr(rollout, "sampling_grid", grid_on_the_host)
+    monkeypatch.setattr(Trainer, "_step", step)
+    return steps
+
+
+def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
+    write_networks(folder)
+    options = {
+        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": {"init": str(folder / "teacher")}},
+        "student__init": str(folder / "network"),
+        "student__time_frequency_limit": None,
+        "teacher": {"source": str(folder / "teacher"), "codec": "none"},
+    }
+    return settings(folder, **options, **changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "updates"), [("stage 1", 1), ("causal", 1), ("stage 2", 2)])
+def test_a_step_waits_once_for_each_update(
+    kind: str, updates: int, precision: str, tmp_path: Path, counted: list[tuple[Counter[str], int]]
+) -> None:
+    write_latents(tmp_path / "shards", frames=3 if kind == "causal" else 2)
+    options = {"steps": 3, "engine__micro_batch": 2, "engine__precision": precision, "checkpoint__every": 100}
+    config = on_policy(tmp_path, **options) if kind == "stage 2" else settings(tmp_path, **options)
+    train(causal(config) if kind == "causal" else config)
+    assert [dict(found) for found, _ in counted] == [{"Tensor.tolist": updates}] * 3
+    assert [kernels for _, kernels in counted] == [0] * 3
