@@ -7,30 +7,33 @@ Three sides take the same samples, times and noise:
   must be equal to float32 rounding, which is checked first;
 * reference way with diffusers' network: the same weights in stock `AnyFlowTransformer3DModel`.
 
-A step is the objective, backward, clipping, AdamW and EMA. Sides take turns; medians are compared.
+A step is the objective, backward, clipping, AdamW and EMA. Sides take turns on a CPU; medians are compared. Utilisation
+is the method's operations over those that large matrix products reach on the same device in the same run.
 
     python benchmarks/step.py --size tiny --repeats 7 --json step.json
-    python benchmarks/step.py --size 1.3b --device cuda
+    python benchmarks/step.py --size 1.3b-81 --device cuda --attention cudnn --compile
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import CLOCKS, heading, write_json
+from common import CLOCKS, heading, in_turns, medians, write_json
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from torch import Tensor, nn
 
+from anyflow_train.config.network import Architecture, FullTraining
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.objective import Times
+from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer
 from anyflow_train.config.slots import branch_counts, micro_slots
@@ -38,15 +41,21 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
+from anyflow_train.models.recompute import RECOMPUTE
+from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.models.wan import build_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
+from anyflow_train.plan.products import forward_products
+from anyflow_train.plan.work import TERA
+from anyflow_train.training.attention import KERNELS, attention_by
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport, make_update
 from anyflow_train.training.world import World
 
 FIRST_MOMENT = 0.9
+REFERENCE = "reference way, diffusers' network"
 Step = tuple[Update, list[Batch], list[Draw]]
 
 
@@ -66,11 +75,19 @@ class Size:
     micro: int
     checkpointing: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Of a sample."""
+        frames, _, height, width = self.latents
+        return frames * (height // 2) * (width // 2)
+
 
 SIZES = {
     "tiny": Size(4, 32, 384, 4, 64, 64, (5, 16, 8, 8), 16, 32, 32),  # the quick start's
     "100m": Size(12, 64, 3072, 12, 512, 256, (3, 16, 8, 8), 32, 4, 4),  # 113M parameters, 48 tokens
-    "1.3b": Size(12, 128, 8960, 30, 4096, 256, (9, 16, 30, 52), 512, 4, 2, checkpointing=True),  # Wan2.1, 3510 tokens
+    # Wan2.1, 3510 tokens, and the 32,760 of 81 frames of 480x832
+    "1.3b": Size(12, 128, 8960, 30, 4096, 256, (9, 16, 30, 52), 512, 4, 2, checkpointing=True),
+    "1.3b-81": Size(12, 128, 8960, 30, 4096, 256, (21, 16, 60, 104), 512, 4, 1, checkpointing=True),
 }
 
 
@@ -121,33 +138,46 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, size = torch.device(options.device), SIZES[options.size]
+    size = replace(size, batch=options.batch or size.batch, micro=options.micro or size.micro)
     dtype = torch.bfloat16 if options.precision == "bf16" else None
-    network = build(size)
-    stock = StockTransformer(**{k: v for k, v in network.config.items() if not k.startswith("_")})
-    stock.load_state_dict(network.state_dict())
-    for model in (network, stock):
-        nn.Module.to(model, device)
-        if size.checkpointing:
-            model.enable_gradient_checkpointing()
     step = make_step(size, device)
-    print(f"{options.size}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f}M parameters, {asdict(size)}")
+    print(f"{options.size}: {asdict(size)}, {size.tokens} tokens")
     print(heading(device, options.precision, f"{torch.get_num_threads()} threads"))
+    rate = matmul_rate(device, dtype or torch.float32, CLOCKS[options.clock])
+    print(f"measured matrix products: {rate / TERA:.2f} TFLOP/s")
 
-    ours = make_side(network, NetworkFlowMap(network, dtype), device, nullcontext)
-    reference = replace(ours, everywhere=derivative_everywhere)
-    equality = compare(ours, reference, step)
-    print(f"ours and the reference way, same network: {equality}")
-    sides = {"ours": ours, "reference way": reference}
-    sides["reference way, diffusers' network"] = make_side(
-        stock, StockFlowMap(stock, dtype), device, derivative_everywhere
-    )
-    seconds = measure(sides, step, CLOCKS[options.clock], options.repeats)
-    base = seconds["ours"]
-    for name, value in seconds.items():
-        print(f"{name:36s} {value:8.3f} s/step   {value / base:5.2f}x of ours")
-    facts = {name: getattr(options, name) for name in ("size", "precision", "clock", "repeats")}
-    ratios = {name: value / base for name, value in seconds.items()}
-    write_json(options.json, device, {**facts, "equality": equality, "seconds": seconds, "ratios": ratios})
+    def own() -> dict[str, Side]:
+        network = prepared(build(size), options, size, device)
+        ours = make_side(network, NetworkFlowMap(network, dtype), device, nullcontext)
+        return {"ours": ours, "reference way": replace(ours, everywhere=derivative_everywhere)}
+
+    def diffusers_own() -> dict[str, Side]:
+        stock = stock_network(build(size), size, device)
+        return {REFERENCE: make_side(stock, StockFlowMap(stock, dtype), device, derivative_everywhere)}
+
+    # On a GPU, whose clock is steady and whose memory is short, one network after the other.
+    groups = [own, diffusers_own] if device.type == "cuda" else [lambda: own() | diffusers_own()]
+    figures: dict[str, dict[str, float]] = {}
+    equality: dict[str, float] = {}
+    with attention_by(options.attention):
+        for make in groups:
+            sides = make()
+            if "ours" in sides:
+                equality = compare(sides["ours"], sides["reference way"], step)
+                print(f"ours and the reference way, same network: {equality}")
+            figures |= measure(sides, step, CLOCKS[options.clock], options.repeats)
+            sides.clear()
+    base = figures["ours"]["seconds"]
+    for name, each in figures.items():
+        each["ratio"] = each["seconds"] / base
+        each["utilisation"] = work(size) / each["seconds"] / rate
+        peak = f"   {each['peak_gib']:5.1f} GiB" if device.type == "cuda" else ""
+        used = f"{each['utilisation']:4.0%} of the matrix products' rate"
+        print(f"{name:36s} {each['seconds']:8.3f} s/step   {each['ratio']:5.2f}x of ours   {used}{peak}")
+    kept = ("size", "precision", "clock", "repeats", "attention", "compile", "checkpointing")
+    facts = {name: getattr(options, name) for name in kept}
+    record = {**facts, "batch": size.batch, "micro": size.micro, "tokens": size.tokens, "matmul_tflops": rate / TERA}
+    write_json(options.json, device, {**record, "equality": equality, "sides": figures})
 
 
 def parse() -> argparse.Namespace:
@@ -156,16 +186,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--batch", type=int, default=0, help="global batch; 0: the size's own")
+    parser.add_argument("--micro", type=int, default=0, help="micro-batch; 0: the size's own")
+    parser.add_argument(
+        "--checkpointing", choices=("none", *RECOMPUTE), default=None, help="ours; the other's is block"
+    )
+    parser.add_argument("--attention", choices=("sdpa", *KERNELS), default="sdpa", help="kernel, of both networks")
+    parser.add_argument("--compile", action="store_true", help="our blocks; that takes a minute or more")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of every side, after one that is not timed")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a busy machine")
     options = parser.parse_args()
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
+    if options.checkpointing is None:
+        options.checkpointing = "selective" if SIZES[options.size].checkpointing else "none"
     return options
 
 
-def build(size: Size):
+def build(size: Size) -> Any:
     """Our network with random weights, float32, on the CPU."""
     config = {
         "num_attention_heads": size.heads,
@@ -179,6 +218,60 @@ def build(size: Size):
     }
     # Undamped random networks are rough in time; what is compared here must not drown in that.
     return build_network(config, seed=0, time_frequency_limit=0.03)
+
+
+def prepared(network: AnyFlowTransformer3DModel, options: argparse.Namespace, size: Size, device: torch.device):
+    """Ours, as a run has it."""
+    nn.Module.to(network, device)
+    recompute = RECOMPUTE.get(options.checkpointing)
+    if options.compile:
+        network.compile_repeated_blocks(fullgraph=True)
+        recompute = recompute and torch.compile(recompute, fullgraph=True)
+    if recompute is not None:
+        network.enable_gradient_checkpointing(recompute)
+    return network
+
+
+def stock_network(network: AnyFlowTransformer3DModel, size: Size, device: torch.device) -> StockTransformer:
+    """diffusers' network with the same weights."""
+    config: dict[str, Any] = dict(network.config)
+    stock = StockTransformer(**{name: value for name, value in config.items() if not name.startswith("_")})
+    stock.load_state_dict(network.state_dict())
+    nn.Module.to(stock, device)
+    if size.checkpointing:
+        stock.enable_gradient_checkpointing()
+    return stock
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Operations in a second of a large matrix product."""
+    side, repeats = (8192, 20) if device.type == "cuda" else (1024, 10)
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = clock()
+        for _ in range(repeats):
+            product = left @ right
+        float(product[0, 0])  # waits
+        best = min(best, clock() - start)
+    return 2 * side**3 * repeats / best
+
+
+def work(size: Size) -> float:
+    """Operations of a step that are the method's: nothing that is computed again, or multiplied by zero."""
+    shape = Architecture(
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        text_dim=size.text_dim,
+        freq_dim=size.freq_dim,
+        ffn_dim=size.ffn,
+        num_layers=size.layers,
+    )
+    products = forward_products(shape, FullTraining(), Rows.whole(size.tokens), size.text)
+    times = Times()
+    counts = branch_counts(size.batch, times.diffusion_share, times.consistency_share)
+    differences = 2 * (size.batch - counts.diffusion) * products.forward
+    return size.batch * (products.forward + products.backward) + differences
 
 
 def make_step(size: Size, device: torch.device) -> Step:
@@ -220,17 +313,23 @@ def compare(left: Side, right: Side, step: Step) -> dict[str, float]:
     return {"loss": abs(losses[0] - losses[1]) / abs(losses[0]), "gradient": distance / norm}
 
 
-def measure(sides: dict[str, Side], step: Step, clock: Callable[[], float], repeats: int) -> dict[str, float]:
-    """Median seconds per step. Sides take turns, so that a slow minute of the machine strikes all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + 1):
-        for name, side in sides.items():
-            start = clock()
-            side.step(*step)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+def measure(
+    sides: dict[str, Side], step: Step, clock: Callable[[], float], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median seconds per step, and a GPU's peak memory. Sides take turns: a slow minute strikes all of them."""
+
+    def one(side: Side) -> dict[str, float]:
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        start = clock()
+        side.step(*step)
+        if gpu:
+            torch.cuda.synchronize()
+        return {"seconds": clock() - start, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0}
+
+    rows = in_turns({name: partial(one, side) for name, side in sides.items()}, repeats)
+    return {name: medians(each) for name, each in rows.items()}
 
 
 if __name__ == "__main__":

@@ -95,14 +95,15 @@ def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
     return settings(folder, **options, **changes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "updates"), [("stage 1", 1), ("causal", 1), ("stage 2", 2)])
+@pytest.mark.parametrize(
+    ("kind", "precision", "updates"), [("stage 1", "bf16", 1), ("causal", "fp32", 1), ("stage 2", "bf16", 2)]
+)
 def test_a_step_waits_once_for_each_update(
-    kind: str, updates: int, precision: str, tmp_path: Path, counted: list[tuple[Counter[str], int]]
+    kind: str, precision: str, updates: int, tmp_path: Path, counted: list[tuple[Counter[str], int]]
 ) -> None:
     write_latents(tmp_path / "shards", frames=3 if kind == "causal" else 2)
-    options = {"steps": 3, "engine__micro_batch": 2, "engine__precision": precision, "checkpoint__every": 100}
+    options = {"steps": 2, "engine__micro_batch": 2, "engine__precision": precision, "checkpoint__every": 100}
     config = on_policy(tmp_path, **options) if kind == "stage 2" else settings(tmp_path, **options)
     train(causal(config) if kind == "causal" else config)
-    assert [dict(found) for found, _ in counted] == [{"Tensor.tolist": updates}] * 3
-    assert [kernels for _, kernels in counted] == [0] * 3
+    assert [dict(found) for found, _ in counted] == [{"Tensor.tolist": updates}] * 2
+    assert [kernels for _, kernels in counted] == [0] * 2
