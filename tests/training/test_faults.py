@@ -140,9 +140,9 @@ def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch,
     assert_equal_runs(run, launch.folder / "whole")
 
 
-def killed(folder: Path, place: Path, *fault: Any) -> Launch:
-    """The run of this module's `whole`, under ZeRO-2, with a fault in it."""
-    launch = Launch("zero2", [case(folder, place, "killed", *([list(fault)] if fault else []))], place)
+def killed(engine: str, folder: Path, place: Path, *fault: Any) -> Launch:
+    """The run of this module's `whole` with a fault in it."""
+    launch = Launch(engine, [case(folder, place, "killed", *([list(fault)] if fault else []))], place)
     workers: dict[int, int] = {}
     launch.wait_for(lambda: workers.update(launch.workers()) or len(workers) == 2)
     code = launch.ended()
@@ -156,17 +156,24 @@ def killed(folder: Path, place: Path, *fault: Any) -> Launch:
 
 
 @pytest.mark.parametrize("launch", ["zero2"], indirect=True)
-def test_killed_runs_end_bit_equal(folder: Path, launch: Launch) -> None:
-    place = folder / "killed"
+def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch) -> None:
+    place = folder / "one killed"
     place.mkdir()
-    one = killed(folder, place, 1, "signal", 4, "itself", signal.SIGKILL)
+    one = killed("zero2", folder, place, 1, "signal", 5, "itself", signal.SIGKILL)
     assert "lost contact with another process; start again" in one.text()
-    killed(folder, place, 0, "signal", 7, "launcher", signal.SIGKILL)
-    killed(folder, place, 1, "signal", 9, "all", signal.SIGKILL)
-    stopped = killed(folder, place, 0, "signal", 10, "launcher", signal.SIGTERM)  # it makes every code a 1
+    assert "going on from" in killed("zero2", folder, place).text()
+    assert_equal_runs(place / "killed", launch.folder / "whole")
+
+
+@pytest.mark.parametrize("launch", ["ddp"], indirect=True)
+def test_a_killed_launch_ends_bit_equal(folder: Path, launch: Launch) -> None:
+    place = folder / "all killed"
+    place.mkdir()
+    killed("ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
+    killed("ddp", folder, place, 1, "signal", 8, "all", signal.SIGKILL)
+    stopped = killed("ddp", folder, place, 0, "signal", 10, "launcher", signal.SIGTERM)  # it makes every code a 1
     assert "stopped after step 11 of 12" in stopped.text()
-    last = killed(folder, place)
-    assert "going on from" in last.text()
+    assert "going on from" in killed("ddp", folder, place).text()
     assert_equal_runs(place / "killed", launch.folder / "whole")
 
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from anyflow_train.flow import rollout
 from anyflow_train.flow.draw import Draw
 from anyflow_train.training.trainer import Trainer
-from tests.training.helpers import causal, settings, train, write_latents, write_networks
+from tests.training.helpers import causal, on_policy, settings, train, write_latents
 
 # What a GPU's host would wait in, to read a number or to learn a shape. A few numbers of its own go to the GPU at once.
 WAITS = {
@@ -84,20 +84,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
     return steps
 
 
-def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
-    write_networks(folder)
-    options = {
-        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": {"init": str(folder / "teacher")}},
-        "student__init": str(folder / "network"),
-        "student__time_frequency_limit": None,
-        "teacher": {"source": str(folder / "teacher"), "codec": "none"},
-    }
-    return settings(folder, **options, **changes)
-
-
-@pytest.mark.parametrize(
-    ("kind", "precision", "updates"), [("stage 1", "bf16", 1), ("causal", "fp32", 1), ("stage 2", "bf16", 2)]
-)
+@pytest.mark.parametrize(("kind", "precision", "updates"), [("causal", "fp32", 1), ("stage 2", "bf16", 2)])
 def test_a_step_waits_once_for_each_update(
     kind: str, precision: str, updates: int, tmp_path: Path, counted: list[tuple[Counter[str], int]]
 ) -> None:

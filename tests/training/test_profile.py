@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,18 +12,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.gpus import GPUS, known_gpu
 from anyflow_train.plan.work import step_parts, utilisation
 from anyflow_train.training import profile
-from tests.training.helpers import assert_equal_runs, settings, train, write_latents, write_networks
-
-
-def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
-    write_networks(folder)
-    options = {
-        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": {"init": str(folder / "teacher")}},
-        "student__init": str(folder / "network"),
-        "student__time_frequency_limit": None,
-        "teacher": {"source": str(folder / "teacher"), "codec": "none"},
-    }
-    return settings(folder, **options, **changes)
+from tests.training.helpers import assert_equal_runs, on_policy, settings, train, write_latents
 
 
 def rows(printed: str) -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             ("objective.derivative_precision", KEY),
             f"bf16 with {KEY}=frozen would take the time derivative in 8 bits, a third of which is then noise; set it "
-            "to fp32",
+            "to fp16 or fp32",
         )
     yield from _sizes(config)
 
