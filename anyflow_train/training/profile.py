@@ -149,7 +149,7 @@ class Profile:
             timed("student", roles.student),
             timed("derivative", roles.derivative),
             timed("teacher", roles.teacher),
-            timed("fake score", roles.fake_score),
+            timed("fake_score", roles.fake_score),
         )
 
     def _after_step(self) -> None:

@@ -192,3 +192,19 @@ def test_composition_and_its_errors_need_no_torch() -> None:
 def test_a_key_is_no_group_where_a_command_has_none() -> None:
     config = compose("evaluate", ["out=o", "models=[]", "held_out=h", "teacher=/some/where"])
     assert config.teacher == "/some/where"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("true", "block"), ("false", "none"), ("none", "none"), ("selective", "selective")]
+)
+def test_checkpointing_as_other_trainers_say_it(given: str, meant: str) -> None:
+    """Runs from before there was a choice say so too."""
+    config: RunConfig = compose("train", [TINY, f"student.gradient_checkpointing={given}"])
+    assert config.student.gradient_checkpointing == meant
+
+
+def test_another_policy_of_checkpointing_is_refused() -> None:
+    assert (
+        "valid are none, block, selective"
+        in errors(TINY, "student.gradient_checkpointing=all")["student.gradient_checkpointing"]
+    )

@@ -69,6 +69,7 @@ def test_auto_by_generation(
     assert choose_kernel(config(), torch.device("cuda")) == expected
 
 
+# Half precision on a GPU has kernels that a CPU lacks; what a CPU can do of the same is tested above.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_auto_on_this_gpu_agrees_with_plain_attention() -> None:

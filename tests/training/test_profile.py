@@ -49,7 +49,7 @@ def test_both_updates_of_stage_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_latents(tmp_path / "shards")
     train(on_policy(tmp_path, steps=11, profile=True))
     found = rows(capsys.readouterr().out)
-    assert {"teacher, without gradient", "fake score, without gradient", "fake_score, backward"} <= found.keys()
+    assert {"teacher, without gradient", "fake_score, without gradient", "fake_score, backward"} <= found.keys()
     assert float(found["fake_score, optimizer"][0]) == 1
 
 
