@@ -29,8 +29,9 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     padded = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
-        # libx264's own threads differ between machines; one thread makes the file a function of its frames.
-        options = {"crf": "16", "threads": "1"}
+        # These make the file a function of its frames: libx264's own number of threads differs between machines, and
+        # with AVX-512 it plans by memory that it never set.
+        options = {"crf": "16", "threads": "1", "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = padded.shape[1:3]
         stream.pix_fmt = "yuv420p"
