@@ -52,6 +52,10 @@ class Draw:
         """Uniform numbers in [0, 1), (B, columns) float32."""
         return torch.stack([torch.rand(columns, generator=g, device=self.device) for g in self._generators(purpose)])
 
+    def chances(self, purpose: str) -> tuple[float, ...]:
+        """A uniform number in [0, 1) for each sample, on the host: for what decides which forwards are made."""
+        return tuple(replace(self, device=torch.device("cpu")).uniform(purpose, 1).flatten().tolist())
+
     def _generators(self, purpose: str) -> list[torch.Generator]:
         keys = [draw_key(self.seed, self.step, slot, self.scope + purpose) for slot in self.slots]
         return [torch.Generator(self.device).manual_seed(key) for key in keys]

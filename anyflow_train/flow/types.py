@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+Rows = slice | Sequence[int]
+"""Some of the samples; numbers, unlike a tensor of them, make nobody wait for the device."""
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """Some rows of a tensor."""
+    return x[rows] if isinstance(rows, slice) else torch.stack([x[row] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -18,8 +28,8 @@ class Prefix:
 
     frames: Tensor
 
-    def __getitem__(self, rows: Tensor | slice) -> Prefix:
-        return Prefix(self.frames[rows])
+    def __getitem__(self, rows: Rows) -> Prefix:
+        return Prefix(take(self.frames, rows))
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class TeacherForced:
     context: Tensor
     clean: Tensor
 
-    def __getitem__(self, rows: Tensor | slice) -> TeacherForced:
-        return replace(self, context=self.context[rows], clean=self.clean[rows])
+    def __getitem__(self, rows: Rows) -> TeacherForced:
+        return replace(self, context=take(self.context, rows), clean=take(self.clean, rows))
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,12 @@ class Condition:
     image: Tensor | None = None
     past: Past | None = None
 
-    def __getitem__(self, rows: Tensor | slice) -> Condition:
+    def __getitem__(self, rows: Rows) -> Condition:
         """The same condition for some of the samples. Raises ValueError for a network's memory, which has no rows."""
         if isinstance(self.past, Remembered):
             raise ValueError("what a causal network remembers cannot be taken apart by samples")
         past = None if self.past is None else self.past[rows]
-        return Condition(self.text[rows], None if self.image is None else self.image[rows], past)
+        return Condition(take(self.text, rows), None if self.image is None else take(self.image, rows), past)
 
     def with_text(self, text: Tensor) -> Condition:
         """The same samples with another text, (B, L, D) or one (1, L, D) for all; the rest stays."""

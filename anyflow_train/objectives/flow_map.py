@@ -20,7 +20,7 @@ from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.flow.weights import beta08, uniform
-from anyflow_train.objectives.guidance import Noised, Regression, noised, regression, square_error
+from anyflow_train.objectives.guidance import Noised, Regression, noised, regression
 from anyflow_train.objectives.types import Loss, Roles
 
 
@@ -52,7 +52,7 @@ class FlowMapObjective:
         goal = start.velocity if rows == 0 else self._corrected(roles.derivative, sample, start, rows)
         u = roles.student(sample.x, sample.t, sample.r, sample.condition)
         weight = beta08(sample.t, shift) if config.weight == "beta08" else uniform(sample.t)
-        return Loss(square_error(u, goal, start.divisor), weight, interval.branch, {})
+        return Loss(start.error(u, goal), weight, interval.branch, {})
 
     @torch.no_grad()
     def _corrected(self, flow_map: FlowMap, sample: Noised, start: Regression, rows: int) -> Tensor:

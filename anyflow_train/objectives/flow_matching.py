@@ -11,7 +11,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.times import draw_diffusion_time
 from anyflow_train.flow.weights import uniform
-from anyflow_train.objectives.guidance import noised, regression, square_error
+from anyflow_train.objectives.guidance import noised, regression
 from anyflow_train.objectives.types import Branch, Loss, Roles
 
 
@@ -28,6 +28,5 @@ class FlowMatchingObjective:
         sample = noised(batch, draw, t, t, self.config.text_dropout)
         goal = regression(roles, sample, self.config.guidance, self.config.guidance_scale, "data")
         u = roles.student(sample.x, sample.t, sample.t, sample.condition)
-        per_sample = square_error(u, goal.velocity, goal.divisor)
         branch = torch.full_like(sample.t, Branch.DIFFUSION, dtype=torch.int64)
-        return Loss(per_sample, uniform(sample.t), branch, {})
+        return Loss(goal.error(u, goal.velocity), uniform(sample.t), branch, {})

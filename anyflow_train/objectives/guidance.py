@@ -9,6 +9,8 @@ loss by w^2:
   that is u against v_g with u_neg taken at (x, t, r), tangent v, and the same w on text-dropped samples. Not the map of
   the guided flow.
 * `target`: u_neg at (x, t, t), tangent v_g, w = 1 on text-dropped samples: the flow map of the guided ODE.
+
+On text-dropped samples u_neg is not computed: `target` does not need it, and `prediction`'s is u itself, held fixed.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.path import at_least_float32, interpolate, path_velocity
-from anyflow_train.flow.types import Condition
+from anyflow_train.flow.path import at_least_float32, expand_time, interpolate, path_velocity
+from anyflow_train.flow.types import Condition, FlowMap, take
 from anyflow_train.objectives.types import Roles
 
 Guidance = Literal["none", "prediction", "target"]
@@ -39,7 +41,7 @@ class Noised:
         t, r: (B,) times, in the dtype of x.
         condition: the text, with some samples' replaced by the negative prompt.
         negative: the negative prompt for all B samples.
-        dropped: (B,) bool, whether a sample's text is the negative prompt.
+        dropped: of each sample, whether its text is the negative prompt.
     """
 
     x: Tensor
@@ -48,7 +50,7 @@ class Noised:
     r: Tensor
     condition: Condition
     negative: Condition
-    dropped: Tensor
+    dropped: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,19 @@ class Regression:
         velocity: (B, F, C, H, W), no gradient: v_g.
         tangent: direction of the total derivative, like velocity.
         divisor: (B,) w^2, by which the loss is divided.
+        own: (B,) factor of the student's own prediction, held fixed, that v_g holds beside `velocity`; None: of none.
     """
 
     velocity: Tensor
     tangent: Tensor
     divisor: Tensor
+    own: Tensor | None = None
+
+    def error(self, u: Tensor, goal: Tensor) -> Tensor:
+        """(B,) losses of predictions u (B, F, C, H, W) whose goal was made of `velocity`."""
+        if self.own is not None:
+            goal = goal + expand_time(self.own, u) * u.detach()
+        return square_error(u, goal, self.divisor)
 
 
 def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) -> Noised:
@@ -73,8 +83,9 @@ def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) 
     x0 = at_least_float32(batch.latents)
     z = draw.normal("noise", tuple(x0.shape[1:])).to(x0.dtype)
     t, r = t.to(x0.dtype), r.to(x0.dtype)
-    dropped = draw.uniform("text dropout", 1).squeeze(1) < text_dropout
-    text = torch.where(dropped[:, None, None], batch.negative.text, batch.condition.text)
+    dropped = tuple(chance < text_dropout for chance in draw.chances("text dropout"))
+    texts = zip(dropped, batch.condition.text, strict=True)
+    text = torch.stack([batch.negative.text[0] if gone else given for gone, given in texts])
     negative = batch.condition.with_text(batch.negative.text)
     return Noised(interpolate(x0, z, t), path_velocity(x0, z), t, r, batch.condition.with_text(text), negative, dropped)
 
@@ -93,12 +104,31 @@ def regression(roles: Roles, noised: Noised, guidance: Guidance, scale: float, v
     if guidance == "none":
         return Regression(v, v, torch.ones_like(noised.t))
     if guidance == "prediction":
-        unconditional = roles.student(noised.x, noised.t, noised.r, noised.negative)
-        return Regression(torch.lerp(unconditional, v, scale), v, torch.full_like(noised.t, scale**2))
-    unconditional = (teacher or roles.student)(noised.x, noised.t, noised.t, noised.negative)
-    row_scale = torch.where(noised.dropped, 1.0, scale).to(v.dtype)
-    guided = torch.lerp(unconditional, v, row_scale.reshape(-1, *[1] * (v.ndim - 1)))
+        guided = torch.lerp(_unconditional(roles.student, noised, noised.r), v, scale)
+        own = _by_sample(noised, 1 - scale, 0.0) if any(noised.dropped) else None
+        return Regression(guided, v, torch.full_like(noised.t, scale**2), own)
+    row_scale = _by_sample(noised, 1.0, scale)
+    guided = torch.lerp(_unconditional(teacher or roles.student, noised, noised.t), v, expand_time(row_scale, v))
     return Regression(guided, guided, row_scale.square())
+
+
+def _unconditional(flow_map: FlowMap, noised: Noised, r: Tensor) -> Tensor:
+    """The prediction for the negative prompt, like `x`; 0 on text-dropped samples, where nobody asks for it.
+
+    It is called for one sample at least, since under ZeRO-3 a process that makes fewer calls hangs the others.
+    """
+    if not any(noised.dropped):
+        return flow_map(noised.x, noised.t, r, noised.negative)
+    kept = [row for row, gone in enumerate(noised.dropped) if not gone] or [0]
+    found = flow_map(take(noised.x, kept), take(noised.t, kept), take(r, kept), noised.negative[kept])
+    rows = dict(zip(kept, found, strict=True))
+    nothing = torch.zeros_like(found[0])
+    return torch.stack([nothing if gone else rows[row] for row, gone in enumerate(noised.dropped)])
+
+
+def _by_sample(noised: Noised, dropped: float, kept: float) -> Tensor:
+    """(B,) one number for text-dropped samples, and another for the others."""
+    return torch.stack([torch.full_like(noised.t[0], dropped if gone else kept) for gone in noised.dropped])
 
 
 def square_error(u: Tensor, goal: Tensor, divisor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Part:
 
     Attributes:
         name: for people.
-        samples: of the global batch that it is done for.
+        samples: of the global batch that it is done for, mean over the steps.
         flops: operations of all of them together, mean over the steps.
         precision: of its matrix products.
         counts: whether it is work of the method, and no recomputation or forward whose result is multiplied by zero.
@@ -29,7 +29,7 @@ class Part:
     """
 
     name: str
-    samples: int
+    samples: float
     flops: float
     precision: Precision
     counts: bool = True

@@ -63,7 +63,8 @@ def _targets(config: RunConfig, world: int) -> Iterator[Part]:
     if objective.guidance != "none":
         guide = teacher if objective.guidance == "target" else None
         cost = student if guide is None else Cost.whole(config, guide).forward
-        yield Part(f"guidance, by the {'student' if guide is None else 'teacher'}", batch, batch * cost, main)
+        asked = _unconditional_samples(config)
+        yield Part(f"guidance, by the {'student' if guide is None else 'teacher'}", asked, asked * cost, main)
     if not isinstance(objective, FlowMap):
         return
     counts = branch_counts(batch, config.times.diffusion_share, config.times.consistency_share)
@@ -82,8 +83,8 @@ def _bidirectional(config: RunConfig) -> Iterator[Part]:
     if not share:
         return
     batch, main, cost = config.engine.global_batch, config.engine.precision, Cost.whole(config, the_student(config))
-    forwards = 1 if config.objective.guidance == "none" else 2
-    flops = batch * (forwards * cost.forward + cost.backward)
+    guided = 0 if config.objective.guidance == "none" else _unconditional_samples(config)
+    flops = (batch + guided) * cost.forward + batch * cost.backward
     yield Part("flow matching on whole clips", batch, flops, main).in_share(share)
     if cost.recomputed:
         again = Part("whole clips, recomputed", batch, batch * cost.recomputed, main, counts=False)
@@ -93,6 +94,13 @@ def _bidirectional(config: RunConfig) -> Iterator[Part]:
 def _student(config: RunConfig) -> Cost:
     """Of what the objective asks the student for."""
     return Cost(config, the_student(config), trained_on(config))
+
+
+def _unconditional_samples(config: RunConfig) -> float:
+    """For how many samples of the global batch the negative prompt is asked for, mean over the steps: those that have a
+    text, and one of every micro-batch where none has."""
+    engine, dropped = config.engine, config.objective.text_dropout
+    return engine.global_batch * (1 - dropped + dropped**engine.micro_batch / engine.micro_batch)
 
 
 def _derivative_samples(counts: BranchCounts, config: RunConfig, shares: int) -> int:

@@ -165,10 +165,10 @@ def test_target_takes_the_scale_off_text_dropped_samples_and_prediction_does_not
     batch, draw, network = batch_of(slots), draw_of(slots), SmallNetwork()
     t = draw.uniform("t", 1).squeeze(1)
     point = noised(batch, draw, t, t / 2, text_dropout=0.5)
-    assert 0 < point.dropped.sum() < 12
+    assert 0 < sum(point.dropped) < 12
     target = regression(Roles(network, network), point, "target", SCALE, "data")
-    dropped = point.dropped
-    assert target.divisor.tolist() == [1 if d else SCALE**2 for d in dropped.tolist()]
+    dropped = torch.tensor(point.dropped)
+    assert target.divisor.tolist() == [1 if d else SCALE**2 for d in point.dropped]
     assert torch.equal(target.velocity[dropped], point.velocity[dropped])
     assert target.tangent is target.velocity
     assert torch.equal(point.condition.text[dropped], point.negative.text[dropped])
@@ -179,6 +179,35 @@ def test_target_takes_the_scale_off_text_dropped_samples_and_prediction_does_not
     none = regression(Roles(network, network), point, "none", SCALE, "data")
     assert none.velocity is none.tangent is point.velocity
     assert (none.divisor == 1).all()
+
+
+@pytest.mark.parametrize("guidance", ["target", "prediction"])
+def test_no_forward_for_the_negative_prompt_where_the_text_is_the_negative_prompt(guidance: Guidance) -> None:
+    slots = tuple(range(12))
+    batch, draw, network = batch_of(slots), draw_of(slots), SmallNetwork()
+    t = draw.uniform("t", 1).squeeze(1)
+    whole = noised(batch, draw, t, t / 2, text_dropout=0.5)
+    student = Recorded(network)
+    made = regression(Roles(student, student), whole, guidance, SCALE, "data")
+    (asked,) = student.calls
+    kept = ~torch.tensor(whole.dropped)
+    assert torch.equal(asked[0], whole.x[kept])
+    # What the plain way, a forward for every sample, regresses to.
+    r = whole.t if guidance == "target" else whole.r
+    u, unconditional = network(whole.x, t, whole.r, whole.condition), network(whole.x, t, r, whole.negative)
+    scale = SCALE if guidance == "prediction" else expand_time(torch.where(kept, SCALE, 1.0).double(), whole.x)
+    error = (u - (unconditional + scale * (whole.velocity - unconditional))).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(made.error(u, made.velocity), error / made.divisor, rtol=1e-12, atol=0)
+
+
+def test_a_sample_without_text_still_makes_the_call_that_other_processes_make() -> None:
+    batch, draw = batch_of((3,)), draw_of((3,))
+    t = draw.uniform("t", 1).squeeze(1)
+    point = noised(batch, draw, t, t / 2, text_dropout=1.0)
+    for guidance in ("target", "prediction"):
+        student = Recorded(SmallNetwork())
+        regression(Roles(student, student), point, guidance, SCALE, "data")
+        assert [len(call[0]) for call in student.calls] == [1]
 
 
 def test_the_teacher_s_velocity_replaces_the_data_s() -> None:

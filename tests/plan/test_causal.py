@@ -94,13 +94,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(folder: Path, experiment: str, *overrides: str) -> RunConfig:
-    """Every step trains on the one sequence that has a context, and its rollouts have two jumps, whatever is drawn."""
+    """Every step trains on the one sequence that has a context, and its rollouts have two jumps, whatever is drawn; no
+    text is dropped."""
     given = [f"student.architecture.{name}={value}" for name, value in SHAPE.items()]
     given += [f"student.init={folder}", f"teacher.source={folder}", "teacher.codec=none", "evaluation=none"]
     given += ["student.architecture.causal={chunk_partition: [1, 1, 2], full_chunk_limit: 2}", "data.frames=13"]
     given += ["data.height=64", "data.width=64", f"data.text_lengths=[{TEXT}]", "student/adapter=full", "steps=2"]
     given += ["student.gradient_checkpointing=block"]  # all of it: unfused attention is always done again
-    given += ["engine=cpu", "engine.global_batch=4", "engine.micro_batch=2", "context.long_share=1", *overrides]
+    given += ["engine=cpu", "engine.global_batch=4", "engine.micro_batch=2", "context.long_share=1"]
+    given += ["objective.text_dropout=0", *overrides]
     return compose("train", [f"experiment={experiment}", *given], None, 1)
 
 

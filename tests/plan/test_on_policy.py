@@ -48,13 +48,14 @@ OWN = "on_policy.fake_score.adapter={kind: full}"
 
 
 def small(folder: Path, *overrides: str) -> RunConfig:
-    """Two steps; its rollouts have two jumps, whatever is drawn, so that every step costs the same."""
+    """Two steps; its rollouts have two jumps, whatever is drawn, and no text is dropped: every step costs the same."""
     given = [f"student.architecture.{name}={value}" for name, value in STUDENT.items()]
     given += [f"student.init={folder / 'student'}", f"teacher.source={folder / 'teacher'}", "teacher.codec=none"]
     given += ["data.frames=9", "data.height=48", "data.width=64", f"data.text_lengths=[{TEXT}]", "evaluation=none"]
     given += ["student.gradient_checkpointing=block"]  # all of it: unfused attention is always done again
     given += ["engine=cpu", "engine.global_batch=4", "engine.micro_batch=2", "student/adapter=full", "steps=2"]
-    return compose("train", ["experiment=wan1_3b_on_policy", *given, "on_policy.steps=[2]", *overrides], None, 1)
+    given += ["on_policy.steps=[2]", "objective.text_dropout=0", *overrides]
+    return compose("train", ["experiment=wan1_3b_on_policy", *given], None, 1)
 
 
 @pytest.mark.parametrize(

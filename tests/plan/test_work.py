@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,23 +23,32 @@ def parts_of(*overrides: str, world: int = WORLD) -> dict[str, Part]:
     return {part.name: part for part in step_parts(config, world)}
 
 
-def samples(parts: dict[str, Part]) -> dict[str, int]:
+def samples(parts: dict[str, Part]) -> dict[str, float]:
     return {name: part.samples for name, part in parts.items()}
 
 
 def test_stage_1() -> None:
-    """Only the samples with r < t take the difference; guidance is one forward more, checkpointing another."""
+    """Only the samples with r < t take the difference; guidance is one forward more of those that have a text, and of one
+    of two where neither has; checkpointing is another of all."""
     parts = parts_of("experiment=wan1_3b_forward")
     assert samples(parts) == {
         "student forward": 32,
         "backward": 32,
         "recomputed by gradient checkpointing": 32,
-        "guidance, by the student": 32,
+        "guidance, by the student": pytest.approx(32 * 0.9 + 16 * 0.1**2),
         "two difference forwards, r < t": 16,
     }
     assert parts["two difference forwards, r < t"].flops == parts["student forward"].flops
     assert parts["two difference forwards, r < t"].precision == "fp16"
     assert not parts["recomputed by gradient checkpointing"].counts
+
+
+def test_the_negative_prompt_is_asked_for_by_samples_with_a_text_or_by_one() -> None:
+    """Against all patterns of dropped texts in a micro-batch of 3."""
+    parts = parts_of("experiment=wan1_3b_forward", "engine.micro_batch=3", "engine.global_batch=24")
+    patterns = product((0, 1), repeat=3)
+    mean = sum(0.1 ** sum(gone) * 0.9 ** (3 - sum(gone)) * max(3 - sum(gone), 1) for gone in patterns)
+    assert parts["guidance, by the student"].samples == pytest.approx(8 * mean)
 
 
 def test_samples_that_do_not_come_out_even_are_named() -> None:

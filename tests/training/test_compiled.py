@@ -32,9 +32,11 @@ def settles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -> None:
-    """With accumulation: micro-batches of other branches have other numbers of difference forwards."""
+    """With accumulation: micro-batches of other branches have other numbers of difference forwards, and those of other
+    texts other numbers of forwards for the negative prompt."""
     write_latents(tmp_path / "shards")
     options = {"engine__micro_batch": 2, "student__gradient_checkpointing": "selective", "steps": 8}
+    options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.4}
     plain = final_tensors(train(settings(tmp_path, name="plain", **options)))
     compiled = final_tensors(train(settings(tmp_path, name="compiled", engine__compile=True, **options)))
     for name, tensor in plain.items():  # float32 in another order, and eight steps of Adam on it

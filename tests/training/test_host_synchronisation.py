@@ -61,11 +61,14 @@ def gives_a_number(event: Any) -> bool:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
     """Of every step: what would wait, and the profiler's count of kernels that give the host a number."""
     steps: list[tuple[Counter[str], int]] = []
-    waits, original, shared, grid = Waits(), Trainer._step, Draw.shared, rollout.sampling_grid
+    waits, original, grid = Waits(), Trainer._step, rollout.sampling_grid
 
-    def drawn_on_the_host(draw: Draw, purpose: str, columns: int) -> list[float]:
-        with waits.of_the_host():
-            return shared(draw, purpose, columns)
+    def on_the_host(function: Any) -> Any:
+        def called(*arguments: Any) -> Any:
+            with waits.of_the_host():
+                return function(*arguments)
+
+        return called
 
     def grid_on_the_host(steps: int, shift: float) -> Any:
         with waits.of_the_host():
@@ -78,7 +81,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
             original(trainer, batches)
         steps.append((waits.found, sum(gives_a_number(event) for event in profiler.events())))
 
-    monkeypatch.setattr(Draw, "shared", drawn_on_the_host)
+    monkeypatch.setattr(Draw, "shared", on_the_host(Draw.shared))
+    monkeypatch.setattr(Draw, "chances", on_the_host(Draw.chances))
     monkeypatch.setattr(rollout, "sampling_grid", grid_on_the_host)
     monkeypatch.setattr(Trainer, "_step", step)
     return steps
@@ -90,6 +94,7 @@ def test_a_step_waits_once_for_each_update(
 ) -> None:
     write_latents(tmp_path / "shards", frames=3 if kind == "causal" else 2)
     options = {"steps": 2, "engine__micro_batch": 2, "engine__precision": precision, "checkpoint__every": 100}
+    options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.5}
     config = on_policy(tmp_path, **options) if kind == "stage 2" else settings(tmp_path, **options)
     train(causal(config) if kind == "causal" else config)
     assert [dict(found) for found, _ in counted] == [{"Tensor.tolist": updates}] * 2
