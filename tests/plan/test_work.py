@@ -28,8 +28,8 @@ def samples(parts: dict[str, Part]) -> dict[str, float]:
 
 
 def test_stage_1() -> None:
-    """Only the samples with r < t take the difference; guidance is one forward more of those that have a text, and of one
-    of two where neither has; checkpointing is another of all."""
+    """Only the samples with r < t take the difference. Guidance is one forward more of those that have a text, or of
+    one of two where neither has; checkpointing is another of all."""
     parts = parts_of("experiment=wan1_3b_forward")
     assert samples(parts) == {
         "student forward": 32,
