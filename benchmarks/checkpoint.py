@@ -87,7 +87,7 @@ class Training:
 
     def groups(self) -> dict[str, dict[str, Entry]]:
         """What a checkpoint of a fully trained student holds."""
-        groups = {kind: self._engine.entries(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+        groups = {kind: self._engine.entries(kind) for kind in self._engine.kinds}
         return groups | {"ema": {name: Entry.of(tensor) for name, tensor in self._ema.tensors()}}
 
     def step(self) -> float:

@@ -1,7 +1,9 @@
-"""How the suite is spread over workers."""
+"""How the suite is spread over workers, and a library that most tests must not find."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,3 +31,13 @@ class _Spread(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Spread:
     """Called by xdist where there are several workers."""
     return _Spread(config, log)
+
+
+BITSANDBYTES = Path(sys.prefix) / "bitsandbytes"
+"""Where `launch/test.sh` puts it: peft imports it wherever it can, which takes every process a second."""
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library can be imported."""
+    monkeypatch.syspath_prepend(BITSANDBYTES)

@@ -53,15 +53,19 @@ def count_parameters(architecture: Architecture) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(architecture).values())
 
 
-def count_trainable(architecture: Architecture, adapter: FullTraining | Lora) -> int:
-    """Numbers that are trained."""
+def trained_sizes(architecture: Architecture, adapter: FullTraining | Lora) -> list[int]:
+    """Numbers of every tensor that is trained."""
     shapes = parameter_shapes(architecture)
     if isinstance(adapter, FullTraining):
-        return sum(math.prod(shape) for shape in shapes.values())
+        return [math.prod(shape) for shape in shapes.values()]
     adapted = [name for name in linear_layers(architecture) if matches(name, adapter.targets)]
-    low_rank = sum(adapter.rank * sum(shapes[f"{name}.weight"]) for name in adapted)
-    whole = sum(math.prod(shape) for name, shape in shapes.items() if in_modules(name, adapter.full_modules))
-    return low_rank + whole
+    low_rank = [adapter.rank * side for name in adapted for side in shapes[f"{name}.weight"]]
+    return low_rank + [math.prod(shape) for name, shape in shapes.items() if in_modules(name, adapter.full_modules)]
+
+
+def count_trainable(architecture: Architecture, adapter: FullTraining | Lora) -> int:
+    """Numbers that are trained."""
+    return sum(trained_sizes(architecture, adapter))
 
 
 def in_modules(parameter: str, modules: Iterable[str]) -> bool:

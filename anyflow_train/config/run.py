@@ -23,12 +23,17 @@ class Ema(Model):
 
 
 class Optimizer(Model):
-    """AdamW, with a linear warm-up and then a constant or cosine learning rate."""
+    """AdamW, with a linear warm-up and then a constant or cosine learning rate.
+
+    moments: 8bit keeps the moments in a quarter of the memory, in blocks with a scale each (bitsandbytes). For one
+        process and DDP; ZeRO cuts them over the processes instead.
+    """
 
     lr: PositiveFloat = 5e-5
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
+    moments: Literal["fp32", "8bit"] = "fp32"
     warmup_steps: NonNegativeInt = 1000
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.0

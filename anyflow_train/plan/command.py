@@ -10,8 +10,8 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError
-from anyflow_train.plan.fit import fp8_under, nearest_fit
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.plan.fit import nearest_fit, refused_under
 from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.report import advice, report
@@ -26,10 +26,10 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
         UserErrors: of the run's keys and of the command's own, together.
     """
     options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
-    if fp8_under(config, options.engine) != config.engine.fp8:
-        raise UserError(
-            "engine.fp8", f"is refused under engine={options.engine}; choose zero2 or ddp, or set it to none"
-        )
+    refused = refused_under(config, options.engine)
+    if refused:
+        problem = f"is refused under engine={options.engine}; choose one that cuts less, or set it to"
+        raise UserErrors([UserError(key, f"{problem} {value}") for key, value in refused.items()])
     memory = plan_memory(config, options.engine, options.world)
     print(report(config, options, memory))
     limit = GPUS[options.gpu].memory * GIB

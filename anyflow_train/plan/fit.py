@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -57,10 +57,10 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
         policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]
     ]
     for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, engines, parallel):
-        fp8 = fp8_under(config, other)
+        refused = refused_under(config, other)
         written = [
             *([f"engine={other}"] if other != engine else []),
-            *([f"engine.fp8={fp8}"] if fp8 != config.engine.fp8 else []),
+            *(f"{key}={value}" for key, value in refused.items()),
             *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
             *([f"student.gradient_checkpointing={checkpointing}"] if checkpointing != wanted else []),
             *([f"engine.sequence_parallel={k}"] if k != config.engine.sequence_parallel else []),
@@ -69,12 +69,14 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
         size = base + halvings * HALF_THE_BATCH + CHECKPOINTING[checkpointing] - CHECKPOINTING[wanted]
         size += ENGINES[other] - ENGINES[engine]
         size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
-        yield Setting(_changed(config, micro, checkpointing, k, fp8), other, (*changes, *written), size)
+        yield Setting(_changed(config, micro, checkpointing, k, refused), other, (*changes, *written), size)
 
 
-def fp8_under(config: RunConfig, engine: str) -> str:
-    """What `engine.fp8` can be under an engine: it takes whole weights, so a start under ZeRO-3 refuses it."""
-    return "none" if engine.startswith("zero3") else config.engine.fp8
+def refused_under(config: RunConfig, engine: str) -> dict[str, str]:
+    """Keys that a start under an engine refuses (`training.start_checks`), and what to set them to."""
+    fp8 = {"engine.fp8": "none"} if engine.startswith("zero3") and config.engine.fp8 != "none" else {}
+    moments = {"optimizer.moments": "fp32"} if engine.startswith("zero") and config.optimizer.moments != "fp32" else {}
+    return fp8 | moments
 
 
 def _halves(number: int) -> list[int]:
@@ -86,12 +88,20 @@ def _halves(number: int) -> list[int]:
 
 
 def _changed(
-    config: RunConfig, micro_batch: int, checkpointing: Checkpointing, sequence_parallel: int, fp8: str
+    config: RunConfig,
+    micro_batch: int,
+    checkpointing: Checkpointing,
+    sequence_parallel: int,
+    refused: Mapping[str, str],
 ) -> RunConfig:
-    engine = {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel, "fp8": fp8}
+    changes: dict[str, dict[str, object]] = {
+        "engine": {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel},
+        "student": {"gradient_checkpointing": checkpointing},
+        "optimizer": {},
+    }
+    for key, value in refused.items():
+        part, name = key.split(".")
+        changes[part][name] = value
     return config.model_copy(
-        update={
-            "engine": config.engine.model_copy(update=engine),
-            "student": config.student.model_copy(update={"gradient_checkpointing": checkpointing}),
-        }
+        update={part: getattr(config, part).model_copy(update=change) for part, change in changes.items()}
     )

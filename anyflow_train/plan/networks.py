@@ -29,6 +29,7 @@ class Network:
         role: what it is for.
         adapter: what of it is trained.
         averaged: whether there is an EMA of it.
+        moments: Adam's, of what it trains.
         base: whose the weights are that it does not train: its own; its own, and others stand on them (so what it
             trains whole are copies); or the student's.
         fp8: whether the frozen layers of its blocks multiply in 8 bits, or are even stored so.
@@ -39,6 +40,7 @@ class Network:
     architecture: Architecture
     adapter: FullTraining | Lora
     averaged: bool = False
+    moments: Literal["fp32", "8bit"] = "fp32"
     base: Literal["own", "lent", "student's"] = "own"
     fp8: Literal["none", "multiplied", "stored"] = "none"
     assumed: bool = False
@@ -52,9 +54,8 @@ class Network:
 def the_student(config: RunConfig) -> Network:
     """Every run has it."""
     base = "lent" if adapter_on_shared_base(config) else "own"
-    return Network(
-        "student", config.student.architecture, config.student.adapter, averaged=True, base=base, fp8=_adapted(config)
-    )
+    architecture, adapter, moments = config.student.architecture, config.student.adapter, config.optimizer.moments
+    return Network("student", architecture, adapter, averaged=True, moments=moments, base=base, fp8=_adapted(config))
 
 
 def the_teacher(config: RunConfig) -> Network | None:
@@ -72,11 +73,13 @@ def the_fake_score(config: RunConfig) -> Network | None:
     """In stage 2: an adapter on the student's base, or a network of its own, of which all is trained."""
     if not isinstance(config.on_policy, DistributionMatching):
         return None
-    adapter = adapter_on_shared_base(config)
+    adapter, moments = adapter_on_shared_base(config), config.optimizer.moments
     if adapter is not None:
-        return Network("fake score", config.student.architecture, adapter, base="student's", fp8=_adapted(config))
+        ours, fp8 = config.student.architecture, _adapted(config)
+        return Network("fake score", ours, adapter, moments=moments, base="student's", fp8=fp8)
     found = stored_architecture(config.on_policy.fake_score.init)
-    return Network("fake score", found or config.student.architecture, FullTraining(), assumed=found is None)
+    architecture = found or config.student.architecture
+    return Network("fake score", architecture, FullTraining(), moments=moments, assumed=found is None)
 
 
 def run_networks(config: RunConfig) -> list[Network]:

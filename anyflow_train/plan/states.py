@@ -1,4 +1,4 @@
-"""What a process keeps of a network, as `training.engine` lays it out: all of it float32."""
+"""What a process keeps of a network, as `training.engine` lays it out: float32, but for what is asked for in 8 bits."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from functools import cache
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora
-from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
+from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes, trained_sizes
 from anyflow_train.plan.networks import Network
 
 FLOAT = 4
+# Of bitsandbytes: numbers that share a scale, and from how many on a tensor's moments are kept in 8 bits.
+BLOCK, SMALLEST = 256, 4096
 # DeepSpeed's `reduce_bucket_size` in `training.engine.zero`, which is made in full however small the network is.
 BUCKET = (1 << 28) * FLOAT
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, `largest` weight, and of
-    the base the matrices in blocks.
+    """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, in tensors that are too
+    `small` for moments in 8 bits, `largest` weight, and of the base the matrices in blocks.
     """
 
     base: int
     adapters: int
     trained: int
+    small: int
     largest: int
     matrices: int
 
@@ -72,7 +75,8 @@ class States:
             ("weights, frozen (float32)", self.share(self.frozen - stored, 3)),
             ("weights, frozen (fp8)", stored),
             ("masters (float32)", masters),
-            ("Adam's moments (float32)", 2 * self.share(trained, 1)),
+            ("Adam's moments (float32)", 2 * self.share(trained - self.in_8_bits, 1)),
+            ("Adam's moments (8 bits)", 2 * (self.in_8_bits + FLOAT * math.ceil(self.in_8_bits / BLOCK))),
             ("averages (EMA, float32)", self.share(trained, 3) if self.network.averaged else 0),
         )
 
@@ -86,6 +90,11 @@ class States:
     def in_fp8(self) -> int:
         """Numbers of frozen weights that multiply in 8 bits."""
         return 0 if self.network.fp8 == "none" else self.sizes.matrices
+
+    @property
+    def in_8_bits(self) -> int:
+        """Numbers whose moments are."""
+        return self.sizes.trained - self.sizes.small if self.network.moments == "8bit" else 0
 
     @property
     def on_gpu(self) -> tuple[tuple[str, int], ...]:
@@ -144,11 +153,12 @@ class States:
 @cache
 def _count(architecture: Architecture, adapter: FullTraining | Lora) -> Sizes:
     """Counted once: the search for what fits asks again and again."""
-    base, trained = count_parameters(architecture), count_trainable(architecture, adapter)
+    base, sizes = count_parameters(architecture), trained_sizes(architecture, adapter)
+    trained, small = sum(sizes), sum(size for size in sizes if size < SMALLEST)
     shapes = parameter_shapes(architecture)
     largest = max(math.prod(shape) for shape in shapes.values())
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2)
     if isinstance(adapter, FullTraining):
-        return Sizes(base, 0, trained, largest, matrices)
+        return Sizes(base, 0, trained, small, largest, matrices)
     adapters = count_trainable(architecture, adapter.model_copy(update={"full_modules": ()}))
-    return Sizes(base, adapters, trained, largest, matrices)
+    return Sizes(base, adapters, trained, small, largest, matrices)

@@ -1,7 +1,8 @@
 """Reading checkpoints: one safetensors entry per parameter under its model name, and JSON, for any engine and reader.
 
 A folder `step_00000123` holds `config.json`, `state.json` and, for each group of tensors (`weights`, `ema`, `exp_avg`,
-`exp_avg_sq`), files `<group>-00001.safetensors` ... It appears whole, by a rename, or not at all.
+`exp_avg_sq`; of moments in 8 bits the codes, and `exp_avg_scale`, `exp_avg_sq_scale`), files
+`<group>-00001.safetensors` ... It appears whole, by a rename, or not at all.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], 
     world.on_main(lambda: _check_names(checkpoint, group, entries))
     stored = open_tensors(checkpoint, group) if world.is_main else {}
     for name, entry in entries.items():
-        whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape)
+        whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape, dtype=entry.dtype)
         entry.write(world.broadcast_tensor(whole.to(world.device)))
 
 

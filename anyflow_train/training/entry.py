@@ -15,18 +15,20 @@ class Entry:
 
     Attributes:
         shape: of the whole.
-        read: the whole, float32; every process must call it, and each gets it.
+        read: the whole; every process must call it, and each gets it.
         write: put the whole in its place; every process must call it, with equal tensors.
+        dtype: of the whole.
     """
 
     shape: torch.Size
     read: Callable[[], Tensor]
     write: Callable[[Tensor], object]
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
         """A tensor that this process holds whole."""
-        return cls(tensor.shape, tensor.detach, tensor.detach().copy_)
+        return cls(tensor.shape, tensor.detach, tensor.detach().copy_, tensor.dtype)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Recipe:
         """A role's tensors as a checkpoint names them: the student's groups have no prefix."""
         trainable, prefix = self.trainables[role], "" if role == "student" else f"{role}."
         engine = trainable.engine
-        groups = {kind: engine.entries(kind) for kind in ("weights", "exp_avg", "exp_avg_sq")}
+        groups = {kind: engine.entries(kind) for kind in engine.kinds}
         if trainable.ema is not None:
             groups["ema"] = {name: engine.entry(name, average) for name, average in trainable.ema.tensors()}
         return {prefix + kind: entries for kind, entries in groups.items()}

@@ -26,7 +26,7 @@ from anyflow_train.training.resume import ResumePoint, check_finished, find_resu
 from anyflow_train.training.room import check_room
 from anyflow_train.training.run_directory import RunDirectory
 from anyflow_train.training.signals import stop_requests
-from anyflow_train.training.start_checks import check_fp8, check_start
+from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
 from anyflow_train.training.starts import pinned
 from anyflow_train.training.state import TrainState
 from anyflow_train.training.tracking import Trackers
@@ -64,6 +64,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
             print(finished)
             return 0
         world.together(lambda: check_fp8(config.engine, world.device))
+        world.together(lambda: check_moments(config.optimizer))
         kernel = world.together(lambda: choose_kernel(config, world.device))
         check_room(config, world)
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))

@@ -22,7 +22,6 @@ from anyflow_train.training.world import World
 # A copy may take this share of the memory that is free. The rest is for the data, and for the files on their way to
 # the disk; memory that the training itself comes to need later must not be taken away from it.
 COPY_SHARE = 0.5
-FLOAT32_BYTES = 4
 
 Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
 
@@ -65,7 +64,8 @@ class Saver:
             UserError: on all processes, this checkpoint or the one before could not be written.
         """
         world = self._world
-        size = FLOAT32_BYTES * sum(entry.shape.numel() for entries in groups.values() for entry in entries.values())
+        saved = (entry for entries in groups.values() for entry in entries.values())
+        size = sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
         streams = {group: world.pulse.along(read_entries(entries)) for group, entries in groups.items()}
         with world.pulse.at_length("saving"):
             world.together(lambda: self._end_last(state.step))

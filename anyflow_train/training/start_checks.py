@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anyflow_train.config.run import Engine, RunConfig
+from anyflow_train.config.run import Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
@@ -37,6 +38,22 @@ def check_fp8(engine: Engine, device: torch.device) -> None:
         problem = f"frozen needs a GPU of compute capability 8.9 or more, and {torch.cuda.get_device_name(device)} has"
         major, minor = torch.cuda.get_device_capability(device)
         raise UserError("engine.fp8", f"{problem} {major}.{minor}; set it to none")
+
+
+def check_moments(optimizer: Optimizer) -> None:
+    """Where Adam's moments may be kept in 8 bits.
+
+    Raises:
+        UserError: the library is missing, or the launcher cuts the moments into shards.
+    """
+    if optimizer.moments == "fp32":
+        return
+    if zero_stage():
+        problem = "8bit is for one process and DDP, and ZeRO cuts the moments over the processes instead"
+        raise UserError("optimizer.moments", f"{problem}; set it to fp32, or start with ddp")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problem = "8bit needs bitsandbytes; pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
+        raise UserError("optimizer.moments", problem)
 
 
 def check_start(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from anyflow_train.config.commands import EngineName, GpuName
 from anyflow_train.config.compose import compose
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserErrors
 from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
 from anyflow_train.plan.fit import ENGINES, nearest_fit
 from anyflow_train.plan.gpus import GPUS
@@ -72,8 +72,11 @@ def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixtu
     advised = capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2].split()
     assert advised[:2] == ["engine=zero3", "engine.fp8=none"]
     assert run([*given, *advised], None) == FITS
-    with pytest.raises(UserError, match=r"engine.fp8: is refused under engine=zero3; choose zero2 or ddp"):
+    refused = r"engine.fp8: is refused under engine=zero3; choose one that cuts less, or set it to none"
+    with pytest.raises(UserErrors, match=refused):
         run([*given, eight, "engine=zero3"], None)
+    with pytest.raises(UserErrors, match=r"optimizer.moments: is refused under engine=zero2; .* or set it to fp32"):
+        run([*given, "optimizer.moments=8bit", "engine=zero2"], None)
 
 
 def test_full_training_that_cannot_fit_is_offered_adapters(capsys: pytest.CaptureFixture[str]) -> None:

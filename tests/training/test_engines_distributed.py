@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 from anyflow_train.config.compose import compose
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints
+from tests.conftest import BITSANDBYTES
 from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
-from tests.training.launched import LAYERS, Launch, words
+from tests.training.launched import LAYERS, ROOT, Launch, words
 
 # One launch does nearly all: it takes a minute on a quiet machine, and many on a busy one.
 LONGEST = 1500
@@ -41,6 +43,8 @@ EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # bfloat16 over float32 masters.
 HALF_PRECISION = ("zero2", "zero3")
+# Names and steps of the starts of two equal runs.
+EIGHT_BITS = (("8bit", END), ("8bit-resumed", HALF), ("8bit-resumed", END))
 
 
 def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]:
@@ -53,6 +57,13 @@ def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]
         run["student"]["adapter"] = LORA
     if kind == "teacher":
         run["teacher"] = {"source": str(folder / "teacher")}
+    return run
+
+
+def in_8_bits(folder: Path, name: str) -> dict[str, Any]:
+    """A network of which some weights are large enough."""
+    run = settings(folder, name=name, optimizer__moments="8bit", checkpoint__every=STEPS)
+    run["student"]["architecture"] |= {"attention_head_dim": 36}
     return run
 
 
@@ -77,7 +88,8 @@ def first(folder: Path) -> Launch:
     whole = config(folder, "offload-resumed", "full", engine__micro_batch=2)
     resumed = [("zero3_offload", {**whole, "steps": HALF}), ("zero3_offload", whole)]
     half = [(engine, {**bf16(folder, f"{engine}-bf16", 2), "steps": HALF}) for engine in HALF_PRECISION]
-    return together([*equal, moved, *resumed, *half], folder / "first")
+    eight = [("ddp", {**in_8_bits(folder, name), "steps": steps}) for name, steps in EIGHT_BITS]
+    return together([*equal, moved, *resumed, *half, *eight], folder / "first")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,8 @@ def alone(run: dict[str, Any]) -> None:
 def together(runs: list[tuple[str, dict[str, Any]]], place: Path) -> Launch:
     """Train each run by two processes under the engine that it names. Start-up is paid once for all."""
     place.mkdir()
-    launch = Launch("zero2", [{"engine": engine, "config": run} for engine, run in runs], place)
+    cases = [{"engine": engine, "config": run} for engine, run in runs]
+    launch = Launch("zero2", cases, place, PYTHONPATH=f"{ROOT}{os.pathsep}{BITSANDBYTES}")
     assert launch.ended(LONGEST) == 0, launch.text()
     return launch
 
@@ -158,6 +171,13 @@ def test_an_offloaded_run_resumes_bit_for_bit(runs: Path) -> None:
     """Masters, moments and averages come from the host's memory, and go back there."""
     assert logged(runs / "offload-resumed")[HALF]["step"] == HALF + 1
     assert_equal_runs(runs / "offload-resumed", runs / "offload")
+
+
+def test_moments_in_8_bits_resume_bit_for_bit(runs: Path) -> None:
+    """Codes and scales go from process 0 to both."""
+    assert logged(runs / "8bit-resumed")[HALF]["step"] == HALF + 1
+    assert_equal_runs(runs / "8bit-resumed", runs / "8bit")
+    assert any(name.startswith("exp_avg_scale-") for name in final_tensors(runs / "8bit"))
 
 
 @pytest.mark.parametrize("engine", HALF_PRECISION)

@@ -10,12 +10,20 @@ from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 
+# What it keeps of every parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
-def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+
+def check_masters(parameters: Mapping[str, Parameter]) -> None:
     """Raises ValueError for a master in half precision: small updates would be lost in it."""
     half = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
     if half:
         raise ValueError(f"masters must be float32, but {half[0]} is {parameters[half[0]].dtype}")
+
+
+def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Torch's own, whose moments `start_moments` makes."""
+    check_masters(parameters)
     return torch.optim.AdamW(
         list(parameters.values()),
         lr=config.lr,
@@ -26,7 +34,7 @@ def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch
     )
 
 
-def start_moments(optimizer: torch.optim.AdamW, masters: Iterable[Tensor]) -> None:
+def start_moments(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
     """Adam's state exists from the start, so that saving and restoring need no special first step."""
     for master in masters:
         optimizer.state[master] = {
@@ -37,18 +45,21 @@ def start_moments(optimizer: torch.optim.AdamW, masters: Iterable[Tensor]) -> No
         }
 
 
-def adam_steps(optimizer: torch.optim.AdamW) -> int:
+def adam_steps(optimizer: torch.optim.Optimizer) -> int:
     """How many updates the bias correction has counted."""
-    return int(next(iter(optimizer.state.values()))["step"].item())
+    return int(next(iter(optimizer.state.values()))["step"])
 
 
-def set_adam_steps(optimizer: torch.optim.AdamW, count: int) -> None:
-    """Set that count."""
+def set_adam_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Set that count, which torch keeps in a tensor and bitsandbytes as a number."""
     for state in optimizer.state.values():
-        state["step"].fill_(count)
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(count)
+        else:
+            state["step"] = count
 
 
-def set_rate(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

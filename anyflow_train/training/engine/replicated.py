@@ -13,7 +13,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
-from anyflow_train.training.engine.adamw import adamw, set_rate, start_moments
+from anyflow_train.training.engine.adamw import MOMENTS, adamw, set_rate, start_moments
+from anyflow_train.training.engine.adamw_8bit import STATE, adamw_8bit
 from anyflow_train.training.engine.types import Outcome
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -33,8 +34,11 @@ class ReplicatedEngine:
         self.network = network
         self._parameters = dict(parameters)
         self._clip_norm = config.clip_norm
-        self.optimizer = adamw(self._parameters, config)
-        start_moments(self.optimizer, self._parameters.values())
+        if config.moments == "8bit":
+            self.optimizer, self._state = adamw_8bit(self._parameters, config), STATE
+        else:
+            self.optimizer, self._state = adamw(self._parameters, config), {kind: kind for kind in MOMENTS}
+            start_moments(self.optimizer, self._parameters.values())
         for parameter in self._parameters.values():
             world.broadcast_tensor(parameter.detach())
 
@@ -61,10 +65,16 @@ class ReplicatedEngine:
     def entry(self, name: str, shard: Tensor) -> Entry:
         return Entry.of(shard)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("weights", *(kind for kind in self._state if self.entries(kind)))
+
     def entries(self, kind: str) -> dict[str, Entry]:
-        state = self.optimizer.state
-        tensors = {name: p if kind == "weights" else state[p][kind] for name, p in self._parameters.items()}
-        return {name: self.entry(name, tensor) for name, tensor in tensors.items()}
+        if kind == "weights":
+            return {name: self.entry(name, parameter) for name, parameter in self._parameters.items()}
+        states = {name: self.optimizer.state[parameter] for name, parameter in self._parameters.items()}
+        key = self._state[kind]
+        return {name: self.entry(name, state[key]) for name, state in states.items() if key in state}
 
     def _gradients(self) -> list[Tensor]:
         """All gradients. A parameter that no loss reached gets zeros, so that every step count stays the same."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -42,7 +42,7 @@ class Engine(Protocol):
 
     world: World
     network: Any
-    optimizer: AdamW
+    optimizer: Optimizer
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a scalar loss."""
@@ -66,6 +66,11 @@ class Engine(Protocol):
         """A tensor that is laid out as the parameter `name` is, such as its average."""
         ...
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What a checkpoint holds: `weights` (masters), `exp_avg` and `exp_avg_sq`, of 8 bits with their scales."""
+        ...
+
     def entries(self, kind: str) -> dict[str, Entry]:
-        """By model name: `weights` (masters), `exp_avg` or `exp_avg_sq`."""
+        """One of `kinds`, by model name. Small weights have no scales."""
         ...

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.errors import UserError
-from anyflow_train.training.engine.adamw import adamw, set_rate, start_moments
+from anyflow_train.training.engine.adamw import MOMENTS, adamw, set_rate, start_moments
 from anyflow_train.training.engine.types import Outcome
 from anyflow_train.training.entry import Entry
 from anyflow_train.training.world import World
@@ -103,7 +104,7 @@ class ZeroEngine:
         self.world = world
         self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed hangs its own attributes on them
         self._stage = zero_stage()
-        self.optimizer = adamw(self._parameters, config)
+        self.optimizer: Optimizer = adamw(self._parameters, config)
         self._deepspeed = _initialize(network, self.optimizer, config.clip_norm)
         self.network = self._deepspeed
         self._start_moments()
@@ -133,6 +134,10 @@ class ZeroEngine:
             return Entry.of(shard)
         shape = self._parameters[name].ds_shape
         return Entry(shape, lambda: self._join(shape, shard), lambda whole: shard.copy_(self._cut(whole, shard)))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("weights", *MOMENTS)
 
     def entries(self, kind: str) -> dict[str, Entry]:
         if kind == "weights":
