@@ -1,4 +1,4 @@
-"""AdamW whose moments are kept in 8 bits, in blocks of 256 numbers with a scale each (arXiv 2110.02861), by bitsandbytes.
+"""AdamW whose moments are kept in 8 bits (bitsandbytes; arXiv 2110.02861): blocks of 256 codes, each with a scale.
 
 Weights of fewer than 4096 numbers keep moments in float32. On a GPU the library waits for the device after each weight.
 """
