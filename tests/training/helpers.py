@@ -20,7 +20,7 @@ from anyflow_train.data.shards import Sample
 from anyflow_train.models.wan import build_network
 from anyflow_train.training import checkpoint_writer
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoint import checkpoint_name, list_checkpoints, read_info
 from anyflow_train.training.engine import ReplicatedEngine
 from tests.shards import describe, write_shards
 
@@ -127,21 +127,28 @@ def train(config: dict[str, Any]) -> Path:
     return Path(decoded.out) / decoded.name
 
 
-def final_tensors(run: Path) -> dict[str, Tensor]:
-    """Every tensor of the newest checkpoint: weights, averages, Adam's moments."""
-    files = sorted(list_checkpoints(run / "checkpoints")[-1].glob("*.safetensors"))
+def final_tensors(run: Path, step: int | None = None) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint, or of that of a step: weights, averages, Adam's moments."""
+    files = sorted(_checkpoint(run, step).glob("*.safetensors"))
     return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def assert_equal_runs(run: Path, other: Path) -> None:
-    """Weights, averages and moments bit for bit; Adam's count, the step and the position in the data too."""
-    tensors, others = final_tensors(run), final_tensors(other)
+def assert_equal_runs(run: Path, other: Path, step: int | None = None) -> None:
+    """At their ends, or after a step that both have saved: weights, averages and moments bit for bit; Adam's count, the
+    step and the position in the data too.
+    """
+    tensors, others = final_tensors(run, step), final_tensors(other, step)
     assert tensors.keys() == others.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-    infos = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]
+    infos = [read_info(_checkpoint(path, step)) for path in (run, other)]
     assert infos[0].adam_steps == infos[1].adam_steps
     assert infos[0].state.step == infos[1].state.step
     assert infos[0].state.data_position == infos[1].state.data_position
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    found = list_checkpoints(run / "checkpoints")
+    return found[-1] if step is None else next(path for path in found if path.name == checkpoint_name(step))
 
 
 def train_with_log(config: dict[str, Any], log: Path) -> None:

@@ -12,14 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.training.helpers import settings
+from tests.training.words import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-# Layers whose results a process looks at: one that must stay float32, and one that may be rounded.
-LAYERS = ("condition_embedder.time_embedder.linear_2", "blocks.0.ffn.net.2")
 PATIENCE = 240.0  # a start takes 12 s on a quiet machine, and ten times that on a busy one
 
 
@@ -91,19 +87,3 @@ class Launch:
 def train_case(folder: Path, *faults: list[Any], **changes: Any) -> dict[str, Any]:
     """A case of `worker` that trains the tiny run."""
     return {"config": settings(folder, **{"engine__micro_batch": 2, **changes}), "faults": faults}
-
-
-def words(config: dict[str, Any]) -> list[str]:
-    """A config as it is written on the command line."""
-    group = f"on_policy={config.get('on_policy', {}).get('kind', 'none')}"
-    return ["student/adapter=full", "student.init=null", "teacher.source=null", group, *_overrides(config)]
-
-
-def _overrides(config: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            found += _overrides(value, f"{prefix}{key}.")
-        else:
-            found.append(f"{prefix}{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
-    return found

@@ -14,7 +14,8 @@ import pytest
 from anyflow_train.config.compose import compose
 from anyflow_train.training import run as training
 from tests.training.helpers import causal, final_tensors, settings, write_latents, write_networks
-from tests.training.launched import Launch, words
+from tests.training.launched import Launch
+from tests.training.words import words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -16,7 +16,8 @@ from anyflow_train.training import run as training
 from anyflow_train.training.checkpoint import list_checkpoints
 from tests.conftest import BITSANDBYTES
 from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
-from tests.training.launched import LAYERS, ROOT, Launch, words
+from tests.training.launched import Launch
+from tests.training.words import LAYERS, ROOT, words
 
 # One launch does nearly all: it takes a minute on a quiet machine, and many on a busy one.
 LONGEST = 1500

@@ -17,7 +17,7 @@ import yaml
 
 from anyflow_train import __main__ as command_line
 from anyflow_train.training import launched
-from tests.training.launched import LAYERS, ROOT, words
+from tests.training.words import LAYERS, ROOT, words
 
 RANK = int(os.environ["RANK"])
 
@@ -179,6 +179,7 @@ def main(cases: list[dict[str, Any]], results: Path) -> int:
 
 
 if __name__ == "__main__":
+    command_line._import("anyflow_train.training.run")  # without the garbage collector, as the command does
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
