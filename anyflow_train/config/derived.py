@@ -127,6 +127,19 @@ def adapter_on_shared_base(config: RunConfig) -> Lora | None:
     return adapter if isinstance(adapter, Lora) else None
 
 
+def shares_base(config: RunConfig) -> bool:
+    """Whether all roles stand on the student's frozen base: in stage 2 as the fake score's adapter says, and in stage 1
+    where the student's adapters sit on the teacher itself.
+    """
+    if isinstance(config.on_policy, DistributionMatching):
+        return adapter_on_shared_base(config) is not None
+    student = config.student
+    same = student.init is not None and student.init == config.teacher.source
+    # With another second time the base would not be the teacher at r = t.
+    as_teacher = student.deltatime_type == "r" or student.gate_value == 0
+    return needs_teacher(config) and isinstance(student.adapter, Lora) and same and as_teacher
+
+
 def world_size() -> int:
     """Number of processes that the launcher started (`WORLD_SIZE`), 1 without a launcher.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher
+from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
 from anyflow_train.config.network import Architecture, FullTraining, Lora
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
@@ -53,7 +53,7 @@ class Network:
 
 def the_student(config: RunConfig) -> Network:
     """Every run has it."""
-    base = "lent" if adapter_on_shared_base(config) else "own"
+    base = "lent" if shares_base(config) else "own"
     architecture, adapter, moments = config.student.architecture, config.student.adapter, config.optimizer.moments
     return Network("student", architecture, adapter, averaged=True, moments=moments, base=base, fp8=_adapted(config))
 
@@ -62,7 +62,7 @@ def the_teacher(config: RunConfig) -> Network | None:
     """Where stage 1 takes its velocity from it, and in stage 2."""
     if not needs_teacher(config):
         return None
-    if adapter_on_shared_base(config):
+    if shares_base(config):
         return Network("teacher", config.student.architecture, FROZEN, base="student's", fp8=_adapted(config))
     found = stored_architecture(config.teacher.source)
     fp8 = "none" if config.engine.fp8 == "none" else "stored"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher
-from anyflow_train.config.network import Lora
+from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.types import FlowMap
@@ -61,9 +60,9 @@ def start_players(config: RunConfig, world: World) -> Players:
     Raises:
         UserError: one cannot be loaded, is not what the config says, or cannot share the base.
     """
-    adapter, settings, shape = adapter_on_shared_base(config), config.on_policy, config.student.architecture
-    if adapter is not None:
-        return _on_one_base(config, adapter, world)
+    settings, shape = config.on_policy, config.student.architecture
+    if shares_base(config):
+        return _on_one_base(config, world)
     student = _own(start_student(config.student, config.seed, world), config, world)
     if not needs_teacher(config):
         return Players(student, None, None)
@@ -82,12 +81,13 @@ def _own(network: Backbone, config: RunConfig, world: World) -> Player:
     return Player(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
 
 
-def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players:
-    """Student and fake score as adapters on the teacher's frozen network."""
+def _on_one_base(config: RunConfig, world: World) -> Players:
+    """Student, and fake score where there is one, as adapters on the teacher's frozen network."""
     shared = start_shared(config.student, config.seed, world)
-    network = _prepared(shared.network, config, world)
-    # Another seed than the student's: equal random halves would couple the two.
-    shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
+    network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
+    if fake_adapter is not None:
+        # Another seed than the student's: equal random halves would couple the two.
+        shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
     teacher = world.together(
         lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source")
     )
@@ -95,10 +95,12 @@ def _on_one_base(config: RunConfig, fake_adapter: Lora, world: World) -> Players
     def as_role(role: str | None) -> MakeFlowMap:
         return lambda called, dtype: shared.flow_map(role, NetworkFlowMap(called, dtype))
 
+    def player(role: str) -> Player:
+        return Player(network, shared.parameters(role), as_role(role))
+
     if config.engine.fp8 == "frozen":
         multiply_in_fp8(network)
-    players = [Player(network, shared.parameters(role), as_role(role)) for role in ("student", "fake_score")]
-    return Players(players[0], as_role(teacher), players[1])
+    return Players(player("student"), as_role(teacher), None if fake_adapter is None else player("fake_score"))
 
 
 def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:

@@ -163,18 +163,18 @@ def test_offload_leaves_activations_and_buffers() -> None:
 
 
 def test_a_teacher_is_held_too() -> None:
-    config = compose("train", ["experiment=wan1_3b_forward", "objective.velocity=teacher"], None, 8)
-    assert (
-        dict(plan_memory(config, "ddp", 8).state)["teacher: weights, frozen (float32)"]
-        == 4 * Sizes.of(the_student(config)).base
-    )
+    given = ["experiment=wan1_3b_forward", "objective.velocity=teacher"]
+    own = compose("train", [*given, "student/adapter=full"], None, 8)
+    name = "teacher: weights, frozen (float32)"
+    assert dict(plan_memory(own, "ddp", 8).state)[name] == 4 * Sizes.of(the_student(own)).base
+    # Adapters on the teacher itself.
+    assert dict(plan_memory(compose("train", given, None, 8), "ddp", 8).state)[name] == 0
 
 
 def test_a_teacher_in_8_bits_takes_a_quarter() -> None:
     """What is no matrix of a block stays float32: embeddings, norms, the way out."""
-    config = compose(
-        "train", ["experiment=wan1_3b_forward", "objective.velocity=teacher", "engine.fp8=frozen"], None, 8
-    )
+    given = ["objective.velocity=teacher", "student/adapter=full", "engine.fp8=frozen"]
+    config = compose("train", ["experiment=wan1_3b_forward", *given], None, 8)
     sizes, parts = Sizes.of(the_student(config)), dict(plan_memory(config, "ddp", 8).state)
     assert parts["teacher: weights, frozen (fp8)"] == sizes.matrices
     assert parts["teacher: weights, frozen (float32)"] == 4 * (sizes.base - sizes.matrices) < sizes.matrices

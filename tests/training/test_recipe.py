@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.shared_base import RoleFlowMap
 from anyflow_train.models.wan import build_network
 from anyflow_train.training.ema import AveragedFlowMap
 from anyflow_train.training.networks import build_student, load_trained_network
 from anyflow_train.training.recipe import build_loader, build_recipe
 from anyflow_train.training.world import World
-from tests.training.helpers import settings, train, write_latents
+from tests.training.helpers import final_tensors, settings, train, write_latents
 
 CPU = World(torch.device("cpu"))
 
@@ -50,6 +52,25 @@ def test_the_teacher_is_loaded_only_for_its_velocity_and_frozen(tmp_path: Path) 
     teacher = build_recipe(config(tmp_path, **changes), CPU).roles.teacher
     assert isinstance(teacher, NetworkFlowMap)
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+
+
+def test_adapters_on_the_teacher_train_the_same_with_and_without_a_network_of_its_own(tmp_path: Path) -> None:
+    """In float32; the teacher's velocity then comes from the student's own frozen base."""
+    write_latents(tmp_path / "shards")
+    source = saved_network(tmp_path)
+    shutil.copytree(source, tmp_path / "twin")
+    lora = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["condition_embedder.delta_embedder"]}
+    changes = {"student__init": source, "student__adapter": lora, "objective__velocity": "teacher", "steps": 4}
+    one, two = (
+        {**changes, "name": name, "teacher__source": teacher, "student__time_frequency_limit": None}
+        for name, teacher in (("shared", source), ("apart", str(tmp_path / "twin")))
+    )
+    assert isinstance(build_recipe(config(tmp_path, **one), CPU).roles.teacher, RoleFlowMap)
+    assert isinstance(build_recipe(config(tmp_path, **two), CPU).roles.teacher, NetworkFlowMap)
+    shared, apart = (final_tensors(train(settings(tmp_path, **changes))) for changes in (one, two))
+    assert shared.keys() == apart.keys()
+    for name, tensor in shared.items():
+        torch.testing.assert_close(tensor, apart[name], rtol=1e-6, atol=1e-7)
 
 
 def test_a_missing_start_is_named_by_its_key(tmp_path: Path) -> None:
