@@ -98,7 +98,7 @@ class SharedBase:
         """Inside, the network is this role's; None: the bare base. May be nested; what was active comes back.
 
         A forward is remembered with its role: gradient checkpointing recomputes it under that, whatever is active
-        during the backward.
+        during the backward. A compiled one needs no reminder, since it recomputes within its own graph.
 
         Raises:
             ValueError: there is no such role.
@@ -107,11 +107,9 @@ class SharedBase:
             raise ValueError(f"there is no role {role!r}; there are {', '.join(self._roles) or 'none'}")
         # Here, because who enables checkpointing puts a function there that forgets the role.
         network: Any = self.network
-        if network._gradient_checkpointing_func != self._checkpointed:
-            self._recompute, network._gradient_checkpointing_func = (
-                network._gradient_checkpointing_func,
-                self._checkpointed,
-            )
+        recompute = network._gradient_checkpointing_func
+        if recompute != self._checkpointed and not hasattr(recompute, "_torchdynamo_orig_callable"):
+            self._recompute, network._gradient_checkpointing_func = recompute, self._checkpointed
         before, self._switch.active = self._switch.active, role
         try:
             yield

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anyflow_train.training.trainer import Trainer
-from tests.training.helpers import final_tensors, settings, train, write_latents
+from tests.training.helpers import final_tensors, settings, train, write_latents, write_networks
 
 # By then a run has met both text lengths and every mix of branches in a micro-batch.
 SETTLED = 4
@@ -37,7 +37,30 @@ def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -
     write_latents(tmp_path / "shards")
     options = {"engine__micro_batch": 2, "student__gradient_checkpointing": "selective", "steps": 8}
     options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.4}
-    plain = final_tensors(train(settings(tmp_path, name="plain", **options)))
-    compiled = final_tensors(train(settings(tmp_path, name="compiled", engine__compile=True, **options)))
-    for name, tensor in plain.items():  # float32 in another order, and eight steps of Adam on it
+    assert_same_training(tmp_path, options)
+
+
+def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None) -> None:
+    """Which of them a block computes as is part of what is compiled; rollouts have two jumps in every step."""
+    write_latents(tmp_path / "shards")
+    write_networks(tmp_path)
+    source = str(tmp_path / "network")
+    lora = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["condition_embedder.delta_embedder"]}
+    fake_score = {"init": source, "adapter": lora}
+    options = {
+        "steps": 6,
+        "student__init": source,
+        "student__adapter": lora,
+        "student__gradient_checkpointing": "selective",
+        "student__time_frequency_limit": None,
+        "teacher": {"source": source, "codec": "none"},
+        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": fake_score},
+    }
+    assert_same_training(tmp_path, {**options, "data__text_lengths": [4], "optimizer__lr": 1e-3})
+
+
+def assert_same_training(folder: Path, options: dict[str, Any]) -> None:
+    plain = final_tensors(train(settings(folder, name="plain", **options)))
+    compiled = final_tensors(train(settings(folder, name="compiled", engine__compile=True, **options)))
+    for name, tensor in plain.items():  # float32 in another order, and some steps of Adam on it
         assert (compiled[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
