@@ -2,7 +2,7 @@
 
 Pure functions of a `Loss` and that average, which the trainer all-reduces once a step. Per sample this minimises E log
 loss, whose minimum is the flow map only where the velocity is symmetric given x_t; yet without it training is much
-worse.
+worse. With the teacher's velocity, which is one number given x_t, the minimum is the flow map.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from anyflow_train.objectives.types import Branch, Loss
 Rebalance = Literal["weighted", "unweighted", "none"]
 
 FLOOR = 1e-5  # keeps the scale of a sample that is already learned finite
+# With the teacher's velocity a student that starts as the teacher has no loss at r = t. Scaled to nothing, the others
+# would leave it so for ever.
+SMALLEST_MEAN = 1e-4
 
 
 def balance_value(loss: Loss, mode: Rebalance) -> Tensor:
@@ -37,5 +40,5 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance) -> Tensor:
     weighted = loss.per_sample * loss.weight
     if mode == "none" or loss.branch is None:
         return weighted
-    scale = diffusion_mean.detach() / (balance_value(loss, mode) + FLOOR)
+    scale = diffusion_mean.detach().clamp_min(SMALLEST_MEAN) / (balance_value(loss, mode) + FLOOR)
     return torch.where(loss.branch == Branch.DIFFUSION, weighted, weighted * scale)

@@ -27,7 +27,7 @@ from anyflow_train.training.networks import (
 )
 from anyflow_train.training.world import World
 
-MOST_COMPILATIONS = 64
+MOST_COMPILATIONS = 1024
 MakeFlowMap = Callable[[Any, torch.dtype | None], FlowMap]
 
 
@@ -111,8 +111,10 @@ def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
     recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
     if config.engine.compile:
         # Block by block: all blocks are one function to the compiler, which sees with it what is computed again. It is
-        # compiled for every role, number of samples and length of text, with and without gradient: a few dozen times.
-        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+        # compiled for every role, sequence of chunks, number of samples and length of text, with and without gradient:
+        # dozens of times, where torch would give up after 8.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
         network.compile_repeated_blocks(fullgraph=True)
         recompute = recompute and torch.compile(recompute, fullgraph=True)
     if recompute is not None:

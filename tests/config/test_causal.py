@@ -55,10 +55,6 @@ def test_sequences_of_two_kinds_of_tokens_are_not_split() -> None:
     assert "needs 1" in refused("engine.sequence_parallel=2", world=2)["engine.sequence_parallel"]
 
 
-def test_sequences_that_differ_are_not_compiled() -> None:
-    assert "set it to false" in refused("engine.compile=true")["engine.compile"]
-
-
 def test_given_frames_and_the_teachers_velocity_do_not_go_together() -> None:
     found = refused("context.i2v_probability=0.2", "objective.velocity=teacher", experiment="tiny")
     assert "set it to data" in found["context.i2v_probability"]

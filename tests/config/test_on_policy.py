@@ -51,16 +51,6 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             "on_policy.fake_score.init",
             "is not teacher.source",
         ),
-        (
-            {
-                "on_policy.fake_score.adapter": LORA,
-                "student.adapter": LORA,
-                "student.gradient_checkpointing": "block",
-                "engine.compile": True,
-            },
-            "engine.compile",
-            "set engine.compile=false",
-        ),
     ],
 )
 def test_errors(changes: dict[str, Any], key: str, words: str) -> None:

@@ -42,6 +42,13 @@ def test_samples_with_r_below_t_count_as_the_diffusion_mean(
     )
 
 
+def test_samples_with_r_below_t_are_learned_where_all_diffusion_is() -> None:
+    losses, values = loss()
+    rebalanced(losses, torch.tensor(0.0), "weighted").sum().backward()
+    assert values.grad is not None
+    assert (values.grad[2:] > 0).all()
+
+
 def test_a_learned_sample_does_not_blow_up() -> None:
     losses = Loss(torch.zeros(2, requires_grad=True) * 1.0, torch.ones(2), torch.tensor([0, 2]), {})
     assert rebalanced(losses, torch.tensor(1.0), "weighted").tolist() == [0, 0]

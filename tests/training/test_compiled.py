@@ -9,21 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow_train.config.chunks import Chunks
+from anyflow_train.flow.draw import Draw
 from anyflow_train.training.trainer import Trainer
-from tests.training.helpers import final_tensors, settings, train, write_latents, write_networks
-
-# By then a run has met both text lengths and every mix of branches in a micro-batch.
-SETTLED = 4
+from tests.training.helpers import causal, final_tensors, settings, train, write_latents, write_networks
 
 
 @pytest.fixture
-def settles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From step `SETTLED` on, a compilation is an error. No code is generated, which takes a CPU minutes."""
-    original = Trainer._step
+def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From some step on, a compilation is an error. No code is generated, which takes a CPU minutes."""
+    original, settled = Trainer._step, request.param
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
     def step(trainer: Trainer, batches: Any) -> None:
-        stance = "fail_on_recompile" if trainer.state.step >= SETTLED else "default"
+        stance = "fail_on_recompile" if trainer.state.step >= settled else "default"
         with torch.compiler.set_stance(stance):
             original(trainer, batches)
 
@@ -31,15 +30,30 @@ def settles(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
+# By then a run has met both text lengths and every mix of branches in a micro-batch.
+@pytest.mark.parametrize("settles", [4], indirect=True)
 def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -> None:
     """With accumulation: micro-batches of other branches have other numbers of difference forwards, and those of other
     texts other numbers of forwards for the negative prompt."""
     write_latents(tmp_path / "shards")
     options = {"engine__micro_batch": 2, "student__gradient_checkpointing": "selective", "steps": 8}
     options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.4}
-    assert_same_training(tmp_path, options)
+    assert_same_training(settings(tmp_path, **options))
 
 
+@pytest.mark.parametrize("settles", [6], indirect=True)
+def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: Path, settles: None) -> None:
+    """Of three chunks with a limit of two: of one, of two, or of two after a context; and whole clips."""
+    write_latents(tmp_path / "shards", frames=3)
+    options = {"steps": 13, "data__text_lengths": [4], "student__gradient_checkpointing": "selective"}
+    config = causal(settings(tmp_path, optimizer__lr=1e-3, **options))
+    share, draws = config["context"]["long_share"], (Draw(0, step, (0,), torch.device("cpu")) for step in range(13))
+    sequences = [Chunks((1, 1, 1), 2).drawn(share, *draw.shared("chunks", 2)) for draw in draws]
+    assert len(set(sequences[:6])) == len(set(sequences)) == 3
+    assert_same_training(config)
+
+
+@pytest.mark.parametrize("settles", [4], indirect=True)
 def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None) -> None:
     """Which of them a block computes as is part of what is compiled; rollouts have two jumps in every step."""
     write_latents(tmp_path / "shards")
@@ -56,11 +70,12 @@ def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None)
         "teacher": {"source": source, "codec": "none"},
         "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": fake_score},
     }
-    assert_same_training(tmp_path, {**options, "data__text_lengths": [4], "optimizer__lr": 1e-3})
+    assert_same_training(settings(tmp_path, data__text_lengths=[4], optimizer__lr=1e-3, **options))
 
 
-def assert_same_training(folder: Path, options: dict[str, Any]) -> None:
-    plain = final_tensors(train(settings(folder, name="plain", **options)))
-    compiled = final_tensors(train(settings(folder, name="compiled", engine__compile=True, **options)))
+def assert_same_training(config: dict[str, Any]) -> None:
+    engine = {**config["engine"], "compile": True}
+    plain = final_tensors(train({**config, "name": "plain"}))
+    compiled = final_tensors(train({**config, "name": "compiled", "engine": engine}))
     for name, tensor in plain.items():  # float32 in another order, and some steps of Adam on it
         assert (compiled[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name

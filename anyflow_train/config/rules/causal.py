@@ -83,12 +83,6 @@ def context(config: RunConfig) -> Iterator[Finding]:
             ("engine.sequence_parallel", CAUSAL),
             f"{config.engine.sequence_parallel} splits sequences of one kind of token; a causal student needs 1",
         )
-    if config.engine.compile:
-        yield Finding(
-            ("engine.compile", CAUSAL),
-            "true, but a causal student's sequences differ from step to step, and each would be compiled anew; set it "
-            "to false",
-        )
     if given.long_share and len(causal.chunk_partition) <= causal.full_chunk_limit:
         yield Finding(
             ("context.long_share", PARTITION, LIMIT),

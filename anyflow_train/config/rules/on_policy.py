@@ -55,12 +55,6 @@ def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Fin
             "lora puts the fake score on the student's frozen base, but student.adapter.kind=full leaves none; choose "
             f"student/adapter=lora, or {key}.kind=full",
         )
-    elif config.engine.compile and config.student.gradient_checkpointing != "none":
-        yield Finding(
-            ("engine.compile", key),
-            f"true with student.gradient_checkpointing={config.student.gradient_checkpointing} and {key}.kind=lora: a "
-            "compiled block does not know whose adapter it recomputes; set engine.compile=false",
-        )
     if settings.fake_score.init != config.teacher.source:
         yield Finding(
             ("on_policy.fake_score.init", key),
