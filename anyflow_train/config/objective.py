@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from anyflow_train.config.base import Model
 
@@ -30,6 +30,8 @@ class FlowMap(Model):
         `derivative_ends=free` lets t + e leave [0, 1] and t - e pass r, as published.
     rebalance: scale non-diffusion losses to the diffusion mean; on the weighted losses (published), on the unweighted
         losses with the weight applied after, or not at all.
+    rebalance_floor: what the diffusion mean counts as at least (0 as published); in units of the loss before it is
+        divided by w^2. With the teacher's velocity, whose diffusion loss goes to nothing, it is what keeps the others.
     """
 
     kind: Literal["flow_map"]
@@ -43,6 +45,7 @@ class FlowMap(Model):
     epsilon: Annotated[float, Field(gt=0, le=0.1)] = 0.005
     weight: Literal["beta08", "uniform"] = "beta08"
     rebalance: Literal["weighted", "unweighted", "none"] = "weighted"
+    rebalance_floor: NonNegativeFloat = 0.05
 
 
 class Times(Model):

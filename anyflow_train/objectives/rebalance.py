@@ -17,9 +17,6 @@ from anyflow_train.objectives.types import Branch, Loss
 Rebalance = Literal["weighted", "unweighted", "none"]
 
 FLOOR = 1e-5  # keeps the scale of a sample that is already learned finite
-# With the teacher's velocity a student that starts as the teacher has no loss at r = t. Scaled to nothing, the others
-# would leave it so for ever.
-SMALLEST_MEAN = 1e-4
 
 
 def balance_value(loss: Loss, mode: Rebalance) -> Tensor:
@@ -28,7 +25,7 @@ def balance_value(loss: Loss, mode: Rebalance) -> Tensor:
     return value if mode == "unweighted" else value * loss.weight
 
 
-def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance) -> Tensor:
+def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mean: float = 0.0) -> Tensor:
     """The final losses, (B,), weight included, to be summed over the global batch and divided by its size.
 
     Args:
@@ -36,9 +33,11 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance) -> Tensor:
         diffusion_mean: () mean of `balance_value` over the global batch's diffusion samples.
         mode: `weighted` scales the weighted losses, which cancels the weight on all samples with r < t (as published);
             `unweighted` scales the bare losses and weights after; `none` only weights.
+        smallest_mean: what `diffusion_mean` counts as at least. With the teacher's velocity a student that starts as
+            the teacher has no loss at r = t: scaled to nothing, the other losses would leave it so for ever.
     """
     weighted = loss.per_sample * loss.weight
     if mode == "none" or loss.branch is None:
         return weighted
-    scale = diffusion_mean.detach().clamp_min(SMALLEST_MEAN) / (balance_value(loss, mode) + FLOOR)
+    scale = diffusion_mean.detach().clamp_min(smallest_mean) / (balance_value(loss, mode) + FLOOR)
     return torch.where(loss.branch == Branch.DIFFUSION, weighted, weighted * scale)

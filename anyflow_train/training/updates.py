@@ -28,6 +28,7 @@ class Term:
         objective: gives the losses of a micro-batch.
         weight: factor of the term in the update's loss.
         rebalance: how samples with r < t are scaled.
+        smallest_mean: what the diffusion samples' mean counts as at least.
         diffusion: the global batch's number of diffusion samples, over which rebalancing averages.
         probability: share of the steps that have the term, drawn once a step for all samples.
     """
@@ -38,6 +39,7 @@ class Term:
     rebalance: Rebalance
     diffusion: int
     probability: float = 1.0
+    smallest_mean: float = 0.0
 
     def due(self, draw: Draw) -> bool:
         """Whether the step that these random numbers are for has the term: the same on every process."""
@@ -195,7 +197,7 @@ def make_update(
                 continue
             loss = term.objective(roles, batch, draw)
             mean = means[term.name].after(loss, batch.slots)
-            total = term.weight * rebalanced(loss, mean, term.rebalance).sum()
+            total = term.weight * rebalanced(loss, mean, term.rebalance, term.smallest_mean).sum()
             engine.backward(total / global_batch)
             watch.see(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
     outcome = engine.step(learning_rate, watch.sums())

@@ -17,6 +17,7 @@ SHORT = (
     "student.architecture.ffn_dim=32",
     "student.architecture.num_layers=1",
     "teacher=none",
+    "objective.velocity=data",
     "evaluation=none",
     "data.frames=5",
     "data.height=32",

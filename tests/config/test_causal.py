@@ -58,7 +58,7 @@ def test_sequences_of_two_kinds_of_tokens_are_not_split() -> None:
 def test_given_frames_and_the_teachers_velocity_do_not_go_together() -> None:
     found = refused("context.i2v_probability=0.2", "objective.velocity=teacher", experiment="tiny")
     assert "set it to data" in found["context.i2v_probability"]
-    found = refused("context.i2v_probability=0.2", "data.frames=1", experiment="tiny")
+    found = refused("context.i2v_probability=0.2", "data.frames=1", "objective.velocity=data", experiment="tiny")
     assert "the only latent frame" in found["context.i2v_probability"]
 
 

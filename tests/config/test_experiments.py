@@ -98,6 +98,7 @@ def test_references_are_as_published(name: str) -> None:
         epsilon=0.005,
         weight="beta08",
         rebalance="weighted",
+        rebalance_floor=0.0,
     )
     assert config.times.precision == "bf16"
     assert (config.times.shift, config.times.diffusion_share, config.times.consistency_share) == (5.0, 0.5, 0.25)
@@ -122,6 +123,7 @@ def test_every_choice_of_every_group_is_valid() -> None:
             chosen["data"] = "tiny" if chosen["student"].startswith("tiny") else "wan_480p"
         elif "causal" in chosen["student/adapter"]:
             chosen["student"], chosen["data"] = "tiny_causal", "tiny"
+        chosen["objective.velocity"] = "data"  # which every student can have
         config = compose("train", ["experiment=tiny", *(f"{group}={name}" for group, name in chosen.items())])
         assert config.name == "tiny"
 

@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "times.consistency_share": 0.25,
     "times.shift": 5.0,
     "objective.rebalance": "weighted",
+    "objective.velocity": "data",
     "engine.global_batch": 32,
     "engine.micro_batch": 32,
     "optimizer.schedule": "cosine",
@@ -123,6 +124,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         {"objective.velocity": "teacher", "teacher.source": None, "teacher.codec": "x"},
         "teacher.source",
         "objective.velocity=data",
+    ),
+    (
+        {"objective.velocity": "teacher", "objective.rebalance_floor": 0.0},
+        "objective.rebalance_floor",
+        "never changes; set it above 0",
     ),
     # Sizes.
     ({"data.frames": 18}, "data.frames", "nearest are 17 and 21"),

@@ -44,9 +44,14 @@ def test_samples_with_r_below_t_count_as_the_diffusion_mean(
 
 def test_samples_with_r_below_t_are_learned_where_all_diffusion_is() -> None:
     losses, values = loss()
-    rebalanced(losses, torch.tensor(0.0), "weighted").sum().backward()
+    result = rebalanced(losses, torch.tensor(0.0), "weighted", smallest_mean=0.1)
+    assert result[2:].tolist() == pytest.approx([0.1, 0.1], rel=1e-4)
+    result.sum().backward()
     assert values.grad is not None
     assert (values.grad[2:] > 0).all()
+    assert rebalanced(losses, torch.tensor(0.2), "weighted", smallest_mean=0.1)[2].item() == pytest.approx(
+        0.2, rel=1e-4
+    )
 
 
 def test_a_learned_sample_does_not_blow_up() -> None:

@@ -31,6 +31,7 @@ SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.it
     "student.init=null",
     "teacher.source=null",
     "teacher.codec=none",
+    "objective.velocity=data",
     "data.frames=17",
     "data.height=128",
     "data.width=192",
@@ -163,7 +164,7 @@ def test_offload_leaves_activations_and_buffers() -> None:
 
 
 def test_a_teacher_is_held_too() -> None:
-    given = ["experiment=wan1_3b_forward", "objective.velocity=teacher"]
+    given = ["experiment=wan1_3b_forward"]
     own = compose("train", [*given, "student/adapter=full"], None, 8)
     name = "teacher: weights, frozen (float32)"
     assert dict(plan_memory(own, "ddp", 8).state)[name] == 4 * Sizes.of(the_student(own)).base
@@ -173,7 +174,7 @@ def test_a_teacher_is_held_too() -> None:
 
 def test_a_teacher_in_8_bits_takes_a_quarter() -> None:
     """What is no matrix of a block stays float32: embeddings, norms, the way out."""
-    given = ["objective.velocity=teacher", "student/adapter=full", "engine.fp8=frozen"]
+    given = ["student/adapter=full", "engine.fp8=frozen"]
     config = compose("train", ["experiment=wan1_3b_forward", *given], None, 8)
     sizes, parts = Sizes.of(the_student(config)), dict(plan_memory(config, "ddp", 8).state)
     assert parts["teacher: weights, frozen (fp8)"] == sizes.matrices

@@ -35,7 +35,8 @@ def test_stage_1() -> None:
         "student forward": 32,
         "backward": 32,
         "recomputed by gradient checkpointing": 32,
-        "guidance, by the student": pytest.approx(32 * 0.9 + 16 * 0.1**2),
+        "teacher's velocity": 32,
+        "guidance, by the teacher": pytest.approx(32 * 0.9 + 16 * 0.1**2),
         "two difference forwards, r < t": 16,
     }
     assert parts["two difference forwards, r < t"].flops == parts["student forward"].flops
@@ -48,7 +49,7 @@ def test_the_negative_prompt_is_asked_for_by_samples_with_a_text_or_by_one() -> 
     parts = parts_of("experiment=wan1_3b_forward", "engine.micro_batch=3", "engine.global_batch=24")
     patterns = product((0, 1), repeat=3)
     mean = sum(0.1 ** sum(gone) * 0.9 ** (3 - sum(gone)) * max(3 - sum(gone), 1) for gone in patterns)
-    assert parts["guidance, by the student"].samples == pytest.approx(8 * mean)
+    assert parts["guidance, by the teacher"].samples == pytest.approx(8 * mean)
 
 
 def test_samples_that_do_not_come_out_even_are_named() -> None:
@@ -61,8 +62,9 @@ def test_samples_that_do_not_come_out_even_are_named() -> None:
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
-        ("objective.velocity=teacher", {"teacher's velocity", "guidance, by the teacher"}),
-        ("objective.guidance=prediction", {"guidance, by the student"}),
+        ("objective.velocity=data", {"guidance, by the student"}),
+        ("objective.guidance=target", {"teacher's velocity", "guidance, by the teacher"}),
+        ("objective.guidance=prediction", {"teacher's velocity", "guidance, by the student"}),
     ],
 )
 def test_forwards_of_the_objective(objective: str, expected: set[str]) -> None:
