@@ -85,13 +85,12 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        product = grad * x
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:  # a matrix-vector product: the sum over tokens without another pass
-            grad_weight = product.flatten(0, -2).t() @ inverse.flatten()
-        if ctx.needs_input_grad[0]:
-            along = (product @ weight).unsqueeze(-1).mul_(inverse**3).div_(-x.shape[-1])
-            grad_x = torch.mul(grad, weight, out=product).mul_(inverse).addcmul_(x, along)
+        # That of a layer norm whose mean is 0, but for one number per token that comes of the mean.
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        back = torch.ops.aten.native_layer_norm_backward
+        grad_x, grad_weight, _ = back(grad, x, x.shape[-1:], torch.zeros_like(inverse), inverse, weight, None, wanted)
+        if grad_x is not None:
+            grad_x.add_((grad @ weight).unsqueeze(-1).mul_(inverse).div_(x.shape[-1]))
         return grad_x, grad_weight, None
 
 
@@ -135,14 +134,15 @@ class _ModulatedLayerNorm(Function):
         x, shift, scale, mean, inverse = ctx.saved_tensors
         full = wide(x)
         grad = _by_frame(wide(grad), scale)
-        grad_x = grad_shift = grad_scale = None
+        grad_x = grad_shift = grad_scale = normed = None
         if ctx.needs_input_grad[1]:
             grad_shift = grad.sum_to_size(shift.shape)
         if ctx.needs_input_grad[2]:
             normed = (full - mean).mul_(inverse)
-            grad_scale = _by_frame(normed, scale).mul_(grad).sum_to_size(scale.shape)
+            normed = _by_frame(normed, scale).mul_(grad)
+            grad_scale = normed.sum_to_size(scale.shape)
         if ctx.needs_input_grad[0]:
-            inner = (grad * (1 + scale)).view(x.shape)
+            inner = torch.mul(grad, 1 + scale, out=normed).view(x.shape)
             back = torch.ops.aten.native_layer_norm_backward
             wanted = [True, False, False]
             grad_x = back(inner, full, x.shape[-1:], mean, inverse, None, None, wanted)[0].to(x.dtype)
