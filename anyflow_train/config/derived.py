@@ -135,9 +135,8 @@ def shares_base(config: RunConfig) -> bool:
         return adapter_on_shared_base(config) is not None
     student = config.student
     same = student.init is not None and student.init == config.teacher.source
-    # With another second time the base would not be the teacher at r = t.
-    as_teacher = student.deltatime_type == "r" or student.gate_value == 0
-    return needs_teacher(config) and isinstance(student.adapter, Lora) and same and as_teacher
+    # With t - r as second time the base would not be the teacher at r = t.
+    return needs_teacher(config) and isinstance(student.adapter, Lora) and same and student.deltatime_type == "r"
 
 
 def world_size() -> int:

@@ -30,8 +30,8 @@ class FlowMap(Model):
         `derivative_ends=free` lets t + e leave [0, 1] and t - e pass r, as published.
     rebalance: scale non-diffusion losses to the diffusion mean; on the weighted losses (published), on the unweighted
         losses with the weight applied after, or not at all.
-    rebalance_floor: what the diffusion mean counts as at least (0 as published); in units of the loss before it is
-        divided by w^2. With the teacher's velocity, whose diffusion loss goes to nothing, it is what keeps the others.
+    rebalance_floor: what the diffusion mean counts as at least (0 as published). With the teacher's velocity, whose
+        diffusion loss goes to nothing, it is what keeps the others.
     """
 
     kind: Literal["flow_map"]

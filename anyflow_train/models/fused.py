@@ -134,15 +134,14 @@ class _ModulatedLayerNorm(Function):
         x, shift, scale, mean, inverse = ctx.saved_tensors
         full = wide(x)
         grad = _by_frame(wide(grad), scale)
-        grad_x = grad_shift = grad_scale = normed = None
+        grad_x = grad_shift = grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_shift = grad.sum_to_size(shift.shape)
         if ctx.needs_input_grad[2]:
             normed = (full - mean).mul_(inverse)
-            normed = _by_frame(normed, scale).mul_(grad)
-            grad_scale = normed.sum_to_size(scale.shape)
+            grad_scale = _by_frame(normed, scale).mul_(grad).sum_to_size(scale.shape)
         if ctx.needs_input_grad[0]:
-            inner = torch.mul(grad, 1 + scale, out=normed).view(x.shape)
+            inner = (grad * (1 + scale)).view(x.shape)
             back = torch.ops.aten.native_layer_norm_backward
             wanted = [True, False, False]
             grad_x = back(inner, full, x.shape[-1:], mean, inverse, None, None, wanted)[0].to(x.dtype)

@@ -33,6 +33,9 @@ class SharedBase:
     Args:
         network: without adapters; it is frozen, and its layers are wrapped in place. Call it within `as_role`.
         read: gives the base's weights by model name, where the network holds only shards of them.
+
+    Attributes:
+        compiled: set it where blocks are compiled together with their checkpointing.
     """
 
     def __init__(self, network: Backbone, read: Read | None = None) -> None:
@@ -41,6 +44,7 @@ class SharedBase:
         weights = dict(network.named_parameters())
         self._read: Read = read or (lambda name: weights[name].detach())
         self._switch = _Switch()
+        self.compiled = False
         self._roles: dict[str, tuple[str, ...]] = {}
 
     @property
@@ -108,7 +112,7 @@ class SharedBase:
         # Here, because who enables checkpointing puts a function there that forgets the role.
         network: Any = self.network
         recompute = network._gradient_checkpointing_func
-        if recompute != self._checkpointed and not hasattr(recompute, "_torchdynamo_orig_callable"):
+        if recompute != self._checkpointed and not self.compiled:
             self._recompute, network._gradient_checkpointing_func = recompute, self._checkpointed
         before, self._switch.active = self._switch.active, role
         try:

@@ -10,7 +10,7 @@ loss by w^2:
   the guided flow.
 * `target`: u_neg at (x, t, t), tangent v_g, w = 1 on text-dropped samples: the flow map of the guided ODE.
 
-On text-dropped samples u_neg is not computed: `target` does not need it, and `prediction`'s is u itself, held fixed.
+On text-dropped samples u_neg is not asked for: `target` does not need it, and `prediction`'s is u itself, held fixed.
 """
 
 from __future__ import annotations

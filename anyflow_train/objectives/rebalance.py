@@ -34,7 +34,7 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mea
         mode: `weighted` scales the weighted losses, which cancels the weight on all samples with r < t (as published);
             `unweighted` scales the bare losses and weights after; `none` only weights.
         smallest_mean: what `diffusion_mean` counts as at least. With the teacher's velocity a student that starts as
-            the teacher has no loss at r = t: scaled to nothing, the other losses would leave it so for ever.
+            the teacher has no loss at r = t, and the others would be scaled to nothing.
     """
     weighted = loss.per_sample * loss.weight
     if mode == "none" or loss.branch is None:

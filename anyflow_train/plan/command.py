@@ -11,7 +11,7 @@ from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.plan.fit import nearest_fit, refused_under
+from anyflow_train.plan.fit import TAKEN, nearest_fit, refused_under
 from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.report import advice, report
@@ -28,8 +28,10 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
     refused = refused_under(config, options.engine)
     if refused:
-        problem = f"is refused under engine={options.engine}; choose one that cuts less, or set it to"
-        raise UserErrors([UserError(key, f"{problem} {value}") for key, value in refused.items()])
+        problem = f"is refused under engine={options.engine}; choose"
+        raise UserErrors(
+            [UserError(key, f"{problem} {TAKEN[key]}, or set it to {value}") for key, value in refused.items()]
+        )
     memory = plan_memory(config, options.engine, options.world)
     print(report(config, options, memory))
     limit = GPUS[options.gpu].memory * GIB

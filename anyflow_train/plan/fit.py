@@ -72,6 +72,10 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
         yield Setting(_changed(config, micro, checkpointing, k, refused), other, (*changes, *written), size)
 
 
+# Under what else the keys that `refused_under` names are taken.
+TAKEN = {"engine.fp8": "ddp to zero2", "optimizer.moments": "ddp"}
+
+
 def refused_under(config: RunConfig, engine: str) -> dict[str, str]:
     """Keys that a start under an engine refuses (`training.start_checks`), and what to set them to."""
     fp8 = {"engine.fp8": "none"} if engine.startswith("zero3") and config.engine.fp8 != "none" else {}

@@ -64,7 +64,9 @@ def _operations(parts: list[Part]) -> Iterator[str]:
     for part in parts:
         note = ", in float32" if part.precision == "fp32" else ""
         note += f", in {part.share:.0%} of the steps" if part.share < 1 else ""
-        yield _row(part.name, _tera(part.flops), f"{part.flops / whole:4.0%}", f"{part.samples:.3g} samples{note}")
+        yield _row(
+            part.name, _tera(part.flops), f"{part.flops / whole:4.0%}", f"{round(part.samples, 1):g} samples{note}"
+        )
     work = sum(part.flops for part in parts if part.counts)
     yield _row("all", _tera(whole), "100%", f"{work / whole:.0%} of it is work, the rest is done twice or for nothing")
 

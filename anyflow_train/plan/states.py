@@ -20,13 +20,14 @@ BUCKET = (1 << 28) * FLOAT
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of parameters: `base` without adapters, `adapters`, `trained` of all together, in tensors that are too
-    `small` for moments in 8 bits, `largest` weight, and of the base the matrices in blocks.
+    `small` for moments in 8 bits, `scales` of such moments, `largest` weight, and of the base the matrices in blocks.
     """
 
     base: int
     adapters: int
     trained: int
     small: int
+    scales: int
     largest: int
     matrices: int
 
@@ -76,7 +77,7 @@ class States:
             ("weights, frozen (fp8)", stored),
             ("masters (float32)", masters),
             ("Adam's moments (float32)", 2 * self.share(trained - self.in_8_bits, 1)),
-            ("Adam's moments (8 bits)", 2 * (self.in_8_bits + FLOAT * math.ceil(self.in_8_bits / BLOCK))),
+            ("Adam's moments (8 bits)", 2 * (self.in_8_bits + FLOAT * self.sizes.scales) if self.in_8_bits else 0),
             ("averages (EMA, float32)", self.share(trained, 3) if self.network.averaged else 0),
         )
 
@@ -155,10 +156,11 @@ def _count(architecture: Architecture, adapter: FullTraining | Lora) -> Sizes:
     """Counted once: the search for what fits asks again and again."""
     base, sizes = count_parameters(architecture), trained_sizes(architecture, adapter)
     trained, small = sum(sizes), sum(size for size in sizes if size < SMALLEST)
+    scales = sum(math.ceil(size / BLOCK) for size in sizes if size >= SMALLEST)
     shapes = parameter_shapes(architecture)
     largest = max(math.prod(shape) for shape in shapes.values())
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2)
     if isinstance(adapter, FullTraining):
-        return Sizes(base, 0, trained, small, largest, matrices)
+        return Sizes(base, 0, trained, small, scales, largest, matrices)
     adapters = count_trainable(architecture, adapter.model_copy(update={"full_modules": ()}))
-    return Sizes(base, adapters, trained, small, largest, matrices)
+    return Sizes(base, adapters, trained, small, scales, largest, matrices)

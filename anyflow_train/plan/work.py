@@ -63,8 +63,7 @@ def _targets(config: RunConfig, world: int) -> Iterator[Part]:
     if objective.guidance != "none":
         guide = teacher if objective.guidance == "target" else None
         cost = student if guide is None else Cost.whole(config, guide).forward
-        asked = _unconditional_samples(config)
-        yield Part(f"guidance, by the {'student' if guide is None else 'teacher'}", asked, asked * cost, main)
+        yield from _guidance(config, f"guidance, by the {'student' if guide is None else 'teacher'}", cost)
     if not isinstance(objective, FlowMap):
         return
     counts = branch_counts(batch, config.times.diffusion_share, config.times.consistency_share)
@@ -83,9 +82,9 @@ def _bidirectional(config: RunConfig) -> Iterator[Part]:
     if not share:
         return
     batch, main, cost = config.engine.global_batch, config.engine.precision, Cost.whole(config, the_student(config))
-    guided = 0 if config.objective.guidance == "none" else _unconditional_samples(config)
-    flops = (batch + guided) * cost.forward + batch * cost.backward
-    yield Part("flow matching on whole clips", batch, flops, main).in_share(share)
+    yield Part("flow matching on whole clips", batch, batch * (cost.forward + cost.backward), main).in_share(share)
+    if config.objective.guidance != "none":
+        yield from (part.in_share(share) for part in _guidance(config, "whole clips, guidance", cost.forward))
     if cost.recomputed:
         again = Part("whole clips, recomputed", batch, batch * cost.recomputed, main, counts=False)
         yield again.in_share(share)
@@ -96,11 +95,14 @@ def _student(config: RunConfig) -> Cost:
     return Cost(config, the_student(config), trained_on(config))
 
 
-def _unconditional_samples(config: RunConfig) -> float:
-    """For how many samples of the global batch the negative prompt is asked for, mean over the steps: those that have a
-    text, and one of every micro-batch where none has."""
+def _guidance(config: RunConfig, name: str, cost: float) -> Iterator[Part]:
+    """Forwards for the negative prompt: of the samples that have a text, and of one of a micro-batch where none has."""
     engine, dropped = config.engine, config.objective.text_dropout
-    return engine.global_batch * (1 - dropped + dropped**engine.micro_batch / engine.micro_batch)
+    asked = engine.global_batch * (1 - dropped)
+    yield Part(name, asked, asked * cost, engine.precision)
+    needless = engine.global_batch * dropped**engine.micro_batch / engine.micro_batch
+    if needless:
+        yield Part(f"{name}, needless", needless, needless * cost, engine.precision, counts=False)
 
 
 def _derivative_samples(counts: BranchCounts, config: RunConfig, shares: int) -> int:

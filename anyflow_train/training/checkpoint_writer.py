@@ -19,8 +19,13 @@ from anyflow_train.training.checkpoint import FORMAT, checkpoint_name, content_c
 from anyflow_train.training.state import Best, TrainState
 
 SHARD_BYTES = 1 << 30
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-DTYPES |= {torch.uint8: "U8"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 
 
 def save_checkpoint(

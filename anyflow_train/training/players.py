@@ -27,7 +27,7 @@ from anyflow_train.training.networks import (
 )
 from anyflow_train.training.world import World
 
-MOST_COMPILATIONS = 1024
+MOST_COMPILATIONS = 256
 MakeFlowMap = Callable[[Any, torch.dtype | None], FlowMap]
 
 
@@ -85,6 +85,7 @@ def _own(network: Backbone, config: RunConfig, world: World) -> Player:
 def _on_one_base(config: RunConfig, world: World) -> Players:
     """Student, and fake score where there is one, as adapters on the teacher's frozen network."""
     shared = start_shared(config.student, config.seed, world)
+    shared.compiled = config.engine.compile
     network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
     if fake_adapter is not None:
         # Another seed than the student's: equal random halves would couple the two.

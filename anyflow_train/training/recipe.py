@@ -166,5 +166,5 @@ def _main_term(config: RunConfig, world: World) -> Term:
         return Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
     counts = branch_counts(config.engine.global_batch, times.diffusion_share, times.consistency_share)
     student = FlowMapObjective(objective, times, counts, world.data_size)
-    floor = objective.rebalance_floor / objective.guidance_scale**2  # as the losses themselves
-    return Term("flow_map", student, 1.0, objective.rebalance, counts.diffusion, smallest_mean=floor)
+    balance = objective.rebalance, counts.diffusion
+    return Term("flow_map", student, 1.0, *balance, smallest_mean=objective.rebalance_floor)

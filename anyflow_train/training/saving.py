@@ -30,8 +30,9 @@ class Saver:
     """Writes a run's checkpoints, at most one at a time.
 
     The tensors are copied to the memory of process 0, one whole copy of all that is saved (16 bytes per trained
-    parameter: master, average and two moments). From it a thread writes, checksums, syncs and renames. Where a copy
-    would take more than half of the free memory, tensors are streamed to the disk instead, and the training waits.
+    parameter: master, average and two moments; 10 with moments in 8 bits). From it a thread writes, checksums, syncs
+    and renames. Where a copy would take more than half of the free memory, tensors are streamed to the disk instead,
+    and the training waits.
 
     Args:
         folder: the run's `checkpoints`.

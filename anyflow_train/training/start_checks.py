@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoint import DamagedCheckpoint, read_info, resolve_checkpoint
 from anyflow_train.training.engine import zero_stage
+from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.starts import TIMES, is_run, mismatches, raise_all
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
@@ -51,9 +51,12 @@ def check_moments(optimizer: Optimizer) -> None:
     if zero_stage():
         problem = "8bit is for one process and DDP, and ZeRO cuts the moments over the processes instead"
         raise UserError("optimizer.moments", f"{problem}; set it to fp32, or start with ddp")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        problem = "8bit needs bitsandbytes; pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
-        raise UserError("optimizer.moments", problem)
+    try:
+        library()
+    except ImportError as error:
+        problem = f"8bit needs bitsandbytes, which cannot be imported ({error})"
+        advice = "pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
+        raise UserError("optimizer.moments", f"{problem}; {advice}") from error
 
 
 def check_start(config: RunConfig) -> None:

@@ -145,7 +145,8 @@ def base_of(student: Student) -> str | None:
 
 
 def pinned(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The config with one checkpoint for its start, where it names a run directory, whose best may change.
+    """The config with one checkpoint for its start, where it names a run directory, whose best may change; also for a
+    teacher of the same name.
 
     The checkpoint is the one that the run began with, if it did. So a requeued job, and an export, find the same base.
 
@@ -156,7 +157,9 @@ def pinned(config: RunConfig, directory: RunDirectory) -> RunConfig:
     if init is None or not (Path(init).expanduser() / "checkpoints").is_dir():
         return config
     chosen = str(_begun_with(directory, Path(init).expanduser()) or resolve_checkpoint(init))
-    return config.model_copy(update={"student": config.student.model_copy(update={"init": chosen})})
+    student = config.student.model_copy(update={"init": chosen})
+    teacher = config.teacher.model_copy(update={"source": chosen} if config.teacher.source == init else {})
+    return config.model_copy(update={"student": student, "teacher": teacher})
 
 
 def _begun_with(directory: RunDirectory, init: Path) -> Path | None:

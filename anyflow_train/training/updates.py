@@ -28,9 +28,9 @@ class Term:
         objective: gives the losses of a micro-batch.
         weight: factor of the term in the update's loss.
         rebalance: how samples with r < t are scaled.
-        smallest_mean: what the diffusion samples' mean counts as at least.
         diffusion: the global batch's number of diffusion samples, over which rebalancing averages.
         probability: share of the steps that have the term, drawn once a step for all samples.
+        smallest_mean: what the diffusion samples' mean loss counts as at least, for rebalancing.
     """
 
     name: str

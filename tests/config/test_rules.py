@@ -125,11 +125,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "teacher.source",
         "objective.velocity=data",
     ),
-    (
-        {"objective.velocity": "teacher", "objective.rebalance_floor": 0.0},
-        "objective.rebalance_floor",
-        "never changes; set it above 0",
-    ),
     # Sizes.
     ({"data.frames": 18}, "data.frames", "nearest are 17 and 21"),
     ({"data.height": 72}, "data.height", "multiple of 16 (VAE 8 x patch 2); nearest are 64 and 80"),

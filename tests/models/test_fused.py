@@ -30,6 +30,7 @@ def ours_rms(x, weight):
 CASES = {
     "layer norm, times per sample": (ours_modulated, plain_modulated, [(2, 6, 8), (2, 1, 1, 8), (2, 1, 1, 8)]),
     "layer norm, times per frame": (ours_modulated, plain_modulated, [(2, 6, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    "layer norm, times per token": (ours_modulated, plain_modulated, [(2, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
     "layer norm, one time": (ours_modulated, plain_modulated, [(2, 6, 8), (1, 1, 1, 8), (1, 1, 1, 8)]),
     "rms norm": (ours_rms, plain_rms, [(2, 6, 8), (8,)]),
     "gelu": (fused.gelu_tanh, plain_gelu, [(2, 6, 8)]),

@@ -72,10 +72,12 @@ def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixtu
     advised = capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2].split()
     assert advised[:2] == ["engine=zero3", "engine.fp8=none"]
     assert run([*given, *advised], None) == FITS
-    refused = r"engine.fp8: is refused under engine=zero3; choose one that cuts less, or set it to none"
+    refused = r"engine.fp8: is refused under engine=zero3; choose ddp to zero2, or set it to none"
     with pytest.raises(UserErrors, match=refused):
         run([*given, eight, "engine=zero3"], None)
-    with pytest.raises(UserErrors, match=r"optimizer.moments: is refused under engine=zero2; .* or set it to fp32"):
+    with pytest.raises(
+        UserErrors, match=r"optimizer.moments: is refused under engine=zero2; choose ddp, or set it to fp32"
+    ):
         run([*given, "optimizer.moments=8bit", "engine=zero2"], None)
 
 

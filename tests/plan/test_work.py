@@ -36,7 +36,8 @@ def test_stage_1() -> None:
         "backward": 32,
         "recomputed by gradient checkpointing": 32,
         "teacher's velocity": 32,
-        "guidance, by the teacher": pytest.approx(32 * 0.9 + 16 * 0.1**2),
+        "guidance, by the teacher": pytest.approx(32 * 0.9),
+        "guidance, by the teacher, needless": pytest.approx(16 * 0.1**2),
         "two difference forwards, r < t": 16,
     }
     assert parts["two difference forwards, r < t"].flops == parts["student forward"].flops
@@ -49,7 +50,10 @@ def test_the_negative_prompt_is_asked_for_by_samples_with_a_text_or_by_one() -> 
     parts = parts_of("experiment=wan1_3b_forward", "engine.micro_batch=3", "engine.global_batch=24")
     patterns = product((0, 1), repeat=3)
     mean = sum(0.1 ** sum(gone) * 0.9 ** (3 - sum(gone)) * max(3 - sum(gone), 1) for gone in patterns)
-    assert parts["guidance, by the teacher"].samples == pytest.approx(8 * mean)
+    asked, needless = (parts[f"guidance, by the teacher{rest}"] for rest in ("", ", needless"))
+    assert asked.samples + needless.samples == pytest.approx(8 * mean)
+    assert asked.counts
+    assert not needless.counts
 
 
 def test_samples_that_do_not_come_out_even_are_named() -> None:
@@ -69,7 +73,7 @@ def test_samples_that_do_not_come_out_even_are_named() -> None:
 )
 def test_forwards_of_the_objective(objective: str, expected: set[str]) -> None:
     parts = parts_of("experiment=wan1_3b_forward", objective)
-    assert {name for name in parts if "teacher" in name or "guidance" in name} == expected
+    assert {name for name in parts if ("teacher" in name or "guidance" in name) and "needless" not in name} == expected
 
 
 def test_stage_0_has_no_differences() -> None:

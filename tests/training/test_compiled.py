@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.training.helpers import causal, final_tensors, settings, train, write
 
 
 @pytest.fixture
-def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """From some step on, a compilation is an error. No code is generated, which takes a CPU minutes."""
     original, settled = Trainer._step, request.param
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -28,6 +29,9 @@ def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Trainer, "_step", step)
     torch._dynamo.reset()
+    limits = ("recompile_limit", "accumulated_recompile_limit")  # which a run raises
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in limits}):
+        yield
 
 
 # By then a run has met both text lengths and every mix of branches in a micro-batch.
@@ -46,7 +50,7 @@ def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: P
     """Of three chunks with a limit of two: of one, of two, or of two after a context; and whole clips."""
     write_latents(tmp_path / "shards", frames=3)
     options = {"steps": 13, "data__text_lengths": [4], "student__gradient_checkpointing": "selective"}
-    config = causal(settings(tmp_path, optimizer__lr=1e-3, **options))
+    config = causal(settings(tmp_path, **options))
     share, draws = config["context"]["long_share"], (Draw(0, step, (0,), torch.device("cpu")) for step in range(13))
     sequences = [Chunks((1, 1, 1), 2).drawn(share, *draw.shared("chunks", 2)) for draw in draws]
     assert len(set(sequences[:6])) == len(set(sequences)) == 3
@@ -60,7 +64,8 @@ def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None)
     write_networks(tmp_path)
     source = str(tmp_path / "network")
     lora = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["condition_embedder.delta_embedder"]}
-    fake_score = {"init": source, "adapter": lora}
+    rate = 10.0  # at which adapters, which begin at nothing, come to count
+    fake_score = {"init": source, "adapter": lora, "lr": rate}
     options = {
         "steps": 6,
         "student__init": source,
@@ -70,12 +75,17 @@ def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None)
         "teacher": {"source": source, "codec": "none"},
         "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": fake_score},
     }
-    assert_same_training(settings(tmp_path, data__text_lengths=[4], optimizer__lr=1e-3, **options))
+    assert_same_training(settings(tmp_path, data__text_lengths=[4], **options), lr=rate)
 
 
-def assert_same_training(config: dict[str, Any]) -> None:
+def assert_same_training(config: dict[str, Any], lr: float = 0.1) -> None:
+    """With an epsilon of 1 Adam's steps are as long as its gradients, so rounding stays rounding; what is saved of the
+    moments are the gradients of all steps.
+    """
+    config = {**config, "optimizer": {**config["optimizer"], "lr": lr, "eps": 1.0}}
     engine = {**config["engine"], "compile": True}
     plain = final_tensors(train({**config, "name": "plain"}))
     compiled = final_tensors(train({**config, "name": "compiled", "engine": engine}))
-    for name, tensor in plain.items():  # float32 in another order, and some steps of Adam on it
-        assert (compiled[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    for name, tensor in plain.items():
+        # Seen: 4e-6, of a difference quotient that multiplies float32's rounding by 100.
+        assert (compiled[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow_train.config.derived import shares_base
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.flow_map import NetworkFlowMap
@@ -67,6 +68,7 @@ def test_adapters_on_the_teacher_train_the_same_with_and_without_a_network_of_it
     )
     assert isinstance(build_recipe(config(tmp_path, **one), CPU).roles.teacher, RoleFlowMap)
     assert isinstance(build_recipe(config(tmp_path, **two), CPU).roles.teacher, NetworkFlowMap)
+    assert not shares_base(config(tmp_path, **one, student__deltatime_type="t-r"))  # its base is not the teacher
     shared, apart = (final_tensors(train(settings(tmp_path, **changes))) for changes in (one, two))
     assert shared.keys() == apart.keys()
     for name, tensor in shared.items():

@@ -161,6 +161,8 @@ def test_a_run_directory_is_pinned_to_the_checkpoint_that_it_began_with(tmp_path
     trained(tmp_path, "first", network(tmp_path), FULL, step=2)
     assert pinned(new, directory).student.init == str(checkpoint)
     assert pinned(new, RunDirectory(tmp_path / "another")).student.init == str(checkpoint.with_name("step_00000002"))
+    both = new.model_copy(update={"teacher": new.teacher.model_copy(update={"source": str(first)})})
+    assert pinned(both, directory).teacher.source == str(checkpoint)  # else two names would stand for one network
     plain = config(tmp_path, "new", network(tmp_path), LORA)
     assert pinned(plain, directory) is plain
 

@@ -90,21 +90,13 @@ def guidance(config: RunConfig) -> Iterator[Finding]:
 
 
 def velocity(config: RunConfig) -> Iterator[Finding]:
-    """The teacher's velocity needs a teacher, and losses that it does not take away."""
+    """The teacher's velocity needs a teacher."""
     objective = config.objective
-    if not isinstance(objective, FlowMap):
-        return
-    if objective.velocity == "teacher" and config.teacher.source is None:
+    if isinstance(objective, FlowMap) and objective.velocity == "teacher" and config.teacher.source is None:
         yield Finding(
             ("teacher.source", "objective.velocity"),
             "null, but objective.velocity=teacher asks for the teacher's velocity; give a pipeline folder or hub id, "
             "or set objective.velocity=data",
-        )
-    if objective.velocity == "teacher" and objective.rebalance != "none" and objective.rebalance_floor == 0:
-        yield Finding(
-            ("objective.rebalance_floor", "objective.velocity"),
-            "0 scales the other losses to nothing for a student that begins as its teacher, which then never changes; "
-            "set it above 0, such as 0.05",
         )
 
 

@@ -20,12 +20,21 @@ from anyflow_train.training.engine.adamw import check_masters
 STATE = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1", "exp_avg_sq_scale": "absmax2"}
 
 
+def library() -> Any:
+    """The library's optimizers. Raises ImportError."""
+    log = logging.getLogger("bitsandbytes")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it warns of kernels that only inference would use
+    try:
+        return importlib.import_module("bitsandbytes.optim")
+    finally:
+        log.setLevel(before)
+
+
 def adamw_8bit(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> Optimizer:
     """Its moments exist from the start."""
     check_masters(parameters)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only inference would use
-    library: Any = importlib.import_module("bitsandbytes.optim")
-    optimizer = library.AdamW8bit(
+    optimizer = library().AdamW8bit(
         list(parameters.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     (group,) = optimizer.param_groups
