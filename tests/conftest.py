@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Their tests share launches of several processes, or runs of minutes, which every worker would make for itself.
+# Their tests share launches of several processes, or runs of minutes, which every worker would make for itself. Or they
+# are long, and not to be left for the end, when only one worker has any.
 TOGETHER = (
+    "models/test_sequence_parallel.py",
     "training/test_any_step.py",
     "training/test_causal_distributed.py",
     "training/test_engines_distributed.py",
     "training/test_faults.py",
+    "training/test_hangs.py",
     "training/test_on_policy_distributed.py",
 )
 

@@ -43,6 +43,13 @@ def as_on_a_gpu() -> None:
     torch.is_autocast_enabled = lambda device="cpu": autocast(device)
 
 
+def small_messages() -> None:
+    """So that the gradients of a small network take several."""
+    from anyflow_train.training.engine import replicated
+
+    replicated.BUCKET = 1000
+
+
 def at_step(step: int, act: Callable[[], Any]) -> None:
     """Do something as soon as the run begins a step."""
     from anyflow_train.training.trainer import Trainer
@@ -181,6 +188,7 @@ def main(cases: list[dict[str, Any]], results: Path) -> int:
 if __name__ == "__main__":
     command_line._import("anyflow_train.training.run")  # without the garbage collector, as the command does
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    small_messages()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
         as_on_a_gpu()
