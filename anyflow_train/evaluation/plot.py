@@ -17,7 +17,7 @@ from anyflow_train.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: told apart by colour-blind readers. The first curve is the teacher's.
+# Okabe and Ito's palette, told apart by colour-blind readers. The first is the teacher's alone.
 COLOURS = ("#5f5f5f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("s", "o", "^", "D", "v", "P", "X")
 
@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure of all models. On a log scale what reaches zero or below is drawn at the panel's lower edge.
+    """One measure of all models. On a log scale what reaches zero or below is drawn at the lower edge.
 
     Attributes:
         title, curves: what is shown.
@@ -49,15 +49,21 @@ class Panel:
 
 def write_plot(path: Path, panels: Sequence[Panel]) -> None:
     """Draw panels side by side into a PNG, with one legend."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        draw(panels).savefig(file, format="png")
+
+
+def draw(panels: Sequence[Panel]) -> Figure:
+    """The picture itself."""
     figure = Figure(figsize=(3.9 * len(panels), 3.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+    columns = min(len(labels), 2 * len(panels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -86,13 +92,25 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, floor: float | None) -> N
     values, lows, highs = (
         [max(bound, getattr(estimate, end)) for estimate in curve.estimates] for end in ("value", "low", "high")
     )
-    colour = COLOURS[number % len(COLOURS)]
+    again, place = divmod(max(number - 1, 0), len(COLOURS) - 1)
+    place = place + 1 if number else 0
+    colour, marker, dashes = COLOURS[place], MARKERS[place], "--" if again else "-"
     axes.fill_between(curve.steps, lows, highs, color=colour, alpha=0.16, linewidth=0)
-    marker = MARKERS[number % len(MARKERS)]
-    axes.plot(curve.steps, values, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=curve.label)
+    axes.plot(
+        curve.steps,
+        values,
+        color=colour,
+        marker=marker,
+        linestyle=dashes,
+        markersize=4.5,
+        linewidth=1.6,
+        label=curve.label,
+    )
 
 
 def _floor(panel: Panel) -> float:
-    """What a log scale can still tell from zero: the least upper end of an interval, halved."""
-    highs = [estimate.high for curve in panel.curves for estimate in curve.estimates if estimate.high > 0]
-    return min(highs, default=1e-3) / 2
+    """The least value that a log scale shows: all above zero, but not what only luck put near it."""
+    estimates = [estimate for curve in panel.curves for estimate in curve.estimates]
+    highs = [estimate.high for estimate in estimates if estimate.high > 0]
+    values = [estimate.value for estimate in estimates if estimate.value > 0]
+    return max(min(highs, default=1e-3) / 10, min(values, default=0.0))
