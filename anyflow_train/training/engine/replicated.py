@@ -99,9 +99,11 @@ class ReplicatedEngine:
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of at most `BUCKET` numbers together; a larger gradient is alone."""
     bucket: list[Tensor] = []
+    filled = 0
     for gradient in gradients:
-        if bucket and sum(one.numel() for one in bucket) + gradient.numel() > BUCKET:
+        if bucket and filled + gradient.numel() > BUCKET:
             yield bucket
-            bucket = []
+            bucket, filled = [], 0
         bucket.append(gradient)
+        filled += gradient.numel()
     yield bucket
