@@ -42,7 +42,11 @@ def main() -> int:
     while sum(done.values()) < options.kills:
         starts += 1
         whom, in_save = dice.choice(["process 0", "process 1", "launcher", "all"]), bool(starts % 2)
-        hit = disturb(start(options, folder, "killed"), folder / "killed", whom, in_save, dice, options)
+        # So that all kills together about fill the run, and none is left over: a save may be some steps away.
+        left = options.steps - last_step(folder / "killed")
+        most = 2 * left // (options.kills - sum(done.values()) + 1) - SAVE_EVERY
+        steps = dice.randint(1, max(most, 1))
+        hit = disturb(start(options, folder, "killed"), folder / "killed", whom, in_save, steps, dice, options.patience)
         if hit is None:
             break  # it was faster
         done[hit] += 1
@@ -80,12 +84,11 @@ def start(options: argparse.Namespace, folder: Path, name: str) -> Launch:
 
 
 def disturb(
-    launch: Launch, run: Path, whom: str, in_save: bool, dice: random.Random, options: argparse.Namespace
+    launch: Launch, run: Path, whom: str, in_save: bool, steps: int, dice: random.Random, patience: float
 ) -> str | None:
-    """Kill, at a random moment. Returns what was done, None if the run had ended before."""
+    """Kill, at a random moment after so many new steps. Returns what was done, None if the run had ended before."""
     workers: dict[int, int] = {}
-    deadline = time.monotonic() + options.patience
-    steps = dice.randint(1, 2 * options.steps // options.kills)  # so that all kills together about fill the run
+    deadline = time.monotonic() + patience
     while sum(line.startswith("step ") for line in launch.text().splitlines()) < steps:
         assert time.monotonic() < deadline, launch.text()
         if launch.process.poll() is not None:
