@@ -92,16 +92,16 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, floor: float | None) -> N
     values, lows, highs = (
         [max(bound, getattr(estimate, end)) for estimate in curve.estimates] for end in ("value", "low", "high")
     )
-    again, place = divmod(max(number - 1, 0), len(COLOURS) - 1)
-    place = place + 1 if number else 0
-    colour, marker, dashes = COLOURS[place], MARKERS[place], "--" if again else "-"
+    students = len(COLOURS) - 1
+    place = (number - 1) % students + 1 if number else 0
+    colour = COLOURS[place]
     axes.fill_between(curve.steps, lows, highs, color=colour, alpha=0.16, linewidth=0)
     axes.plot(
         curve.steps,
         values,
         color=colour,
-        marker=marker,
-        linestyle=dashes,
+        marker=MARKERS[place],
+        linestyle="-" if number <= students else "--",
         markersize=4.5,
         linewidth=1.6,
         label=curve.label,
