@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.errors import LostProcess, SharedErrors, UserError, UserErrors
-from anyflow_train.training import launched
+from anyflow_train.training.processes import launched
 
 LOST_PROCESS = 1
 USER_ERROR = 2
@@ -37,7 +37,7 @@ class Command:
 COMMANDS = {
     "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.commands.clips:run"),
     "codec": Command("train the embedded VAE (rebuilds a part of assets/tiny-wan)", "anyflow_train.commands.codec:run"),
-    "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare:run"),
+    "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
     ),
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a reader that has gone is no error, not at the interpreter's exit
-        return launched.leave(code, everywhere=True)
+        return launched.record_exit_code(code, everywhere=True)
     except UserErrors as errors:
         return _report(errors.errors, everywhere=isinstance(errors, SharedErrors))
     except UserError as error:
@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:  # a bug: its traceback goes where this process's output goes, which may be a file nobody reads
-        launched.tell_apart("error: stopped by a failure, see its log in the run's directory")
+        launched.print_to_terminal("error: stopped by a failure, see its log in the run's directory")
         raise
 
 
 def script() -> NoReturn:
     """`main` as a process."""
-    launched.end(main())
+    launched.exit_process(main())
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -111,7 +111,7 @@ def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
         return _load(command.target)(overrides, config_dir)
     from anyflow_train.config.compose import compose
 
-    launched.begin()
+    launched.register_with_launcher()
     config = compose(name, overrides, config_dir)
     if name == "train":
         launched.send_output_to(Path(config.out).expanduser() / config.name / "logs")
@@ -190,12 +190,12 @@ def _overview() -> str:
 
 def _report(errors: Sequence[UserError], everywhere: bool) -> int:
     for error in errors:
-        if launched.speaks_here():
+        if launched.owns_terminal():
             print(f"error: {error}", file=sys.stderr)
         if not everywhere:
-            launched.tell_apart(f"error: {error}")
+            launched.print_to_terminal(f"error: {error}")
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return launched.leave(USER_ERROR, everywhere or alone)
+    return launched.record_exit_code(USER_ERROR, everywhere or alone)
 
 
 if __name__ == "__main__":

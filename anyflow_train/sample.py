@@ -14,8 +14,8 @@ from torch import Tensor
 from anyflow_train.config.commands import SampleConfig
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, Size, Wanted, clip_shape, encode_texts
+from anyflow_train.evaluation.conditioning_frames import Source, given_latents
 from anyflow_train.evaluation.device import autocast_dtype, pick_device
-from anyflow_train.evaluation.given import Source, given_latents
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.load import Model, load_model, on_device
 from anyflow_train.evaluation.prompts import distinct, read_lines, slug
@@ -67,7 +67,7 @@ def run(config: SampleConfig) -> list[Entry]:
     texts = encode_texts(source, [*prompts, config.negative_prompt], config.text_length, device, dtype)
     negative = padded_condition(texts[-1:], config.text_length, device)
     flow_map = guided(on_device(model.network, device, dtype), negative, config.guidance_scale)
-    sampler = partial(replace(model.sampler, chunks=shape.chunks), given=given)
+    sampler = partial(replace(model.sampler, chunks=shape.chunks), conditioning=given)
     maker = ClipMaker(flow_map, sampler, codec, config.text_length, config.shift)
 
     out = Path(config.out).expanduser()
@@ -111,7 +111,7 @@ def _source(config: SampleConfig, model: Model) -> Source | None:
     path = getattr(config, key)
     if path is None:
         return None
-    if not model.sees_given_frames:
+    if not model.sees_conditioning_frames:
         problem = f"'{path}', but {model.name} never saw given frames (it was trained with context.i2v_probability=0)"
         raise UserError(key, problem)
     if not Path(path).expanduser().is_file():

@@ -33,13 +33,13 @@ from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.training import saving
+from anyflow_train.training.checkpoints import saving
+from anyflow_train.training.checkpoints.saving import Saver
+from anyflow_train.training.checkpoints.state import TrainState
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.saving import Saver
-from anyflow_train.training.state import TrainState
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 FREE_MEMORY = {"waiting": lambda: 0, "beside": saving.free_memory}
 CONFIG = {

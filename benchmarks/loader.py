@@ -38,8 +38,8 @@ from webdataset.compat import WebDataset
 
 from anyflow_train.config.commands import PlanOptions
 from anyflow_train.config.compose import compose
+from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import micro_slots
 from anyflow_train.data.loader import Loader, pad_text
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.plan.gpus import GPUS
@@ -120,8 +120,8 @@ def measure(side: Side, folder: Path, options: argparse.Namespace) -> dict[str, 
 def our_batches(config: RunConfig, folder: str, passes: int, workers: int, processes: int) -> Iterator[int]:
     """Samples per step of one process's loader, for as many samples as the passes have."""
     shards, engine = ShardSet.open(folder), config.engine
-    slots = micro_slots(engine.global_batch, engine.micro_batch, processes, 0)
-    with Loader(shards, 0, engine.global_batch, slots, config.data.text_lengths, workers) as loader:
+    positions = local_positions(engine.global_batch, engine.micro_batch, processes, 0)
+    with Loader(shards, 0, engine.global_batch, positions, config.data.text_lengths, workers) as loader:
         for batches in islice(loader, passes * len(shards) * processes // engine.global_batch):
             yield sum(len(batch.latents) for batch in batches)
 

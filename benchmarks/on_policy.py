@@ -26,9 +26,9 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, direction
+from anyflow_train.training.processes.world import start_world
 from anyflow_train.training.recipe import Recipe, build_recipe
 from anyflow_train.training.updates import Term, make_update
-from anyflow_train.training.world import start_world
 
 MIB = 2**20
 
@@ -72,7 +72,7 @@ def main() -> None:
     for step in range(options.steps + 1):
         if step == 1:  # the first one only warms up
             meter = Meter(CLOCKS[options.clock], world.device)
-        one_step(recipe, batch_of(config, world.device, step), Draw(0, step, slots(config), world.device), meter)
+        one_step(recipe, batch_of(config, world.device, step), Draw(0, step, positions(config), world.device), meter)
     samples = f"{config.engine.micro_batch} samples"
     print(heading(world.device, options.experiment, samples, config.engine.precision, f"{options.clock} seconds"))
     print(f"{'part':38s}{'s/step':>9s}{'share':>8s}{'held for backward':>20s}")
@@ -99,7 +99,7 @@ def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
     with meter.part("rollout, with its graph"):
         made = objective.rollouts(roles.student, batch.condition, scoped)
     if objective.endpoints is not None:
-        objective.endpoints.keep(scoped, made)
+        objective.endpoints.put(scoped, made)
     with meter.part("scores of teacher and fake score"):
         found = direction(roles.teacher, roles.fake_score, made.x.detach(), batch.condition, scoped, objective.times)
     with meter.part("back through the rollout"):
@@ -124,19 +124,19 @@ def beside_it(recipe: Recipe, term: Term, batch: Batch, draw: Draw, meter: Meter
         recipe.trainables["student"].engine.backward(loss)
 
 
-def slots(config: RunConfig) -> tuple[int, ...]:
+def positions(config: RunConfig) -> tuple[int, ...]:
     """All of a step's samples in one micro-batch."""
     return tuple(range(config.engine.global_batch))
 
 
 def batch_of(config: RunConfig, device: torch.device, step: int) -> Batch:
     """Random samples of the run's size."""
-    draw = Draw(1, step, slots(config), torch.device("cpu"))
+    draw = Draw(1, step, positions(config), torch.device("cpu"))
     length, width = min(config.data.text_lengths), config.student.architecture.text_dim
     latents = draw.normal("data", latent_shape(config.data, config.student.architecture.in_channels))
-    keys = tuple(str(slot) for slot in draw.slots)
+    keys = tuple(str(position) for position in draw.positions)
     text, negative = Condition(draw.normal("text", (length, width))), Condition(torch.zeros(1, length, width))
-    return Batch(latents, text, negative, keys, draw.slots).to(device)
+    return Batch(latents, text, negative, keys, draw.positions).to(device)
 
 
 def parse() -> argparse.Namespace:

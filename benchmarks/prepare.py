@@ -36,12 +36,12 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.config.compose import compose
-from anyflow_train.data import prepare
-from anyflow_train.data.prepare_texts import encode_texts
+from anyflow_train.data.prepare import command as prepare
+from anyflow_train.data.prepare.sources import Clip, list_clips
+from anyflow_train.data.prepare.texts import encode_texts
+from anyflow_train.data.prepare.video import read_clip
+from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample, ShardSet
-from anyflow_train.data.sources import Clip, list_clips
-from anyflow_train.data.video import read_clip
-from anyflow_train.data.writing import write_shard
 from anyflow_train.models.codec import Codec, clean_prompt
 from anyflow_train.tiny.clips import write_clips
 

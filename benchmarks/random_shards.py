@@ -19,8 +19,8 @@ from anyflow_train.data.manifest import (
     write_manifest,
     write_prompt_texts,
 )
+from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
-from anyflow_train.data.writing import write_shard
 
 PROMPTS = ("one", "two", "three", "four")  # runs show videos of them, so the VAE is loaded before the first step
 SHORTEST_TEXT, LONGEST_TEXT = 60, 200  # tokens of usual captions, where the run has room for them

@@ -35,9 +35,9 @@ from anyflow_train.config.run import Engine, Optimizer
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import build_engine
-from anyflow_train.training.launched import end
 from anyflow_train.training.networks import start_student
-from anyflow_train.training.world import World, start_world
+from anyflow_train.training.processes.launched import exit_process
+from anyflow_train.training.processes.world import World, start_world
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -63,7 +63,7 @@ class Peak:
 def main() -> None:
     options = parse()
     if options.measure:
-        end(measure(options.measure))
+        exit_process(measure(options.measure))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {"small": SIZES["tiny"], "large": SIZES[options.size]}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

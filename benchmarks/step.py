@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from anyflow_train.config.network import Architecture, FullTraining
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.objective import Times
+from anyflow_train.config.positions import branch_counts, local_positions
 from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer
-from anyflow_train.config.slots import branch_counts, micro_slots
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
@@ -51,8 +51,8 @@ from anyflow_train.plan.work import TERA
 from anyflow_train.training.attention import KERNELS, attention_by
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
+from anyflow_train.training.processes.world import World
 from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport, make_update
-from anyflow_train.training.world import World
 
 FIRST_MOMENT = 0.9
 REFERENCE = "reference way, diffusers' network"
@@ -129,7 +129,7 @@ class Side:
 @contextmanager
 def derivative_everywhere() -> Iterator[None]:
     """The reference's way: difference forwards of all samples, r = t or not."""
-    with patch("anyflow_train.objectives.flow_map.derivative_rows", lambda counts, slots, world: len(slots)):
+    with patch("anyflow_train.objectives.flow_map.derivative_rows", lambda counts, positions, world: len(positions)):
         yield
 
 
@@ -281,13 +281,13 @@ def make_step(size: Size, device: torch.device) -> Step:
     objective = FlowMapObjective(FlowMapConfig(kind="flow_map"), times, counts)
     update = Update("student", (Term("flow_map", objective, 1.0, "weighted", counts.diffusion),))
     batches, draws = [], []
-    for slots in micro_slots(size.batch, size.micro, 1, 0):
-        draw = Draw(0, 0, slots, torch.device("cpu"))
+    for positions in local_positions(size.batch, size.micro, 1, 0):
+        draw = Draw(0, 0, positions, torch.device("cpu"))
         text, negative = draw.normal("text", (size.text, size.text_dim)), torch.zeros(1, size.text, size.text_dim)
         latents = draw.normal("data", size.latents)
-        keys = tuple(str(slot) for slot in slots)
-        batches.append(Batch(latents, Condition(text), Condition(negative), keys, slots).to(device))
-        draws.append(Draw(0, 0, slots, device))
+        keys = tuple(str(position) for position in positions)
+        batches.append(Batch(latents, Condition(text), Condition(negative), keys, positions).to(device))
+        draws.append(Draw(0, 0, positions, device))
     return update, batches, draws
 
 

@@ -60,7 +60,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 16 ? 16
 # A mistake in the config is told here, once, and not below the launcher's own lines.
 WORLD_SIZE=$world python -m anyflow_train check "$@" >/dev/null || exit $?
 
-# The processes leave their numbers and exit codes here: see anyflow_train/training/launched.py.
+# The processes leave their numbers and exit codes here: see anyflow_train/training/processes/launched.py.
 ANYFLOW_LAUNCH=$(mktemp -d) || exit 1
 export ANYFLOW_LAUNCH
 trap 'rm -rf "$ANYFLOW_LAUNCH"' EXIT

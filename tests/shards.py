@@ -15,8 +15,8 @@ from anyflow_train.data.manifest import (
     write_manifest,
     write_prompt_texts,
 )
+from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
-from anyflow_train.data.writing import write_shard
 
 
 def describe(shape: tuple[int, int, int, int], text_dim: int, longest_text: int) -> Manifest:

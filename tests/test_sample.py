@@ -12,7 +12,7 @@ from PIL import Image
 
 from anyflow_train import export, sample
 from anyflow_train.config.commands import ExportConfig, SampleConfig
-from anyflow_train.data.video import read_clip
+from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.load import load_model
 from anyflow_train.evaluation.video import to_frames, write_mp4
@@ -122,7 +122,7 @@ def test_a_causal_model_goes_on_from_what_it_is_given(tmp_path: Path, key: str, 
     assert seen[0].shape[1] == 3
 
 
-def test_a_student_that_has_seen_given_frames_goes_on_from_an_image(tmp_path: Path):
+def test_a_student_that_has_seen_conditioning_frames_goes_on_from_an_image(tmp_path: Path):
     trained = make_run(tmp_path, FULL, i2v_probability=0.2)
     clip = write_clip(tmp_path / "clip.mp4", 5)
     assert len(sample.run(config(trained, tmp_path / "out", steps=(1,), video=str(clip)))) == 1

@@ -19,8 +19,8 @@ from anyflow_train.objectives.context import in_chunks
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
 from anyflow_train.training.engine import autocast_dtype
 from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.processes.world import World, start_world
 from anyflow_train.training.recipe import build_loader
-from anyflow_train.training.world import World, start_world
 
 
 def measure(config: RunConfig, options: CheckOptions) -> str:
@@ -57,8 +57,8 @@ def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batc
             for batch in batches:
                 if count <= 0:
                     return
-                count -= len(batch.slots)
-                draw = Draw(config.seed, step, batch.slots, world.device)
+                count -= len(batch.positions)
+                draw = Draw(config.seed, step, batch.positions, world.device)
                 batch = batch.to(world.device)
                 chunks = Chunks.of(config.student.architecture)
                 yield in_chunks(batch, draw, chunks, config.context.long_share) if chunks else batch, draw

@@ -94,8 +94,8 @@ def _check_directories(plan: Plan) -> None:
         UserErrors: a key changed that a run cannot change on the way.
     """
     # Imported here, because it imports torch, and errors of the configs are to come without that.
-    from anyflow_train.training.resume import check_unchanged
-    from anyflow_train.training.run_directory import RunDirectory
+    from anyflow_train.training.checkpoints.resume import check_unchanged
+    from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
     errors: list[UserError] = []
     for combination in plan.combinations:
@@ -114,7 +114,7 @@ def _check_directories(plan: Plan) -> None:
 
 def _outcome(combination: Combination, otherwise: str) -> Outcome:
     """What the run directory says; `otherwise` is its state unless it is finished."""
-    from anyflow_train.training.run_directory import RunDirectory
+    from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
     done = RunDirectory(combination.folder).read_done()
     common = (combination.label, combination.values)

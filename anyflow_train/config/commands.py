@@ -206,7 +206,7 @@ class EvaluateConfig(Model):
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
-    given_frames: latent frames that students are given of held-out clips, others than samples are compared with.
+    conditioning_frames: latent frames that students are given of held-out clips, others than samples are compared with.
     training_shards: what the models were trained on; how near samples come to it is then measured too.
     """
 
@@ -228,7 +228,7 @@ class EvaluateConfig(Model):
     shift: PositiveFloat = 5.0
     oracle: Literal["none", "stripes"] = "none"
     oracle_samples: PositiveInt = 512
-    given_frames: NonNegativeInt = 0
+    conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000
     batch: PositiveInt = 32
     seed: NonNegativeInt = 0

@@ -10,10 +10,10 @@ from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import count_parameters, count_trainable
+from anyflow_train.config.positions import BranchCounts, branch_counts
 from anyflow_train.config.rollouts import RolloutCalls, rollout_calls, student_turns
 from anyflow_train.config.rows import ChunkRows
 from anyflow_train.config.run import Data, RunConfig
-from anyflow_train.config.slots import BranchCounts, branch_counts
 from anyflow_train.errors import UserError
 
 # Wan2.1's VAE: 8x in height and width, 4x in time after the first frame, 16 channels.

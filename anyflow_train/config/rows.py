@@ -16,12 +16,12 @@ from anyflow_train.config.chunks import Chunks, Sequence
 class Rectangle:
     """One dense call of self-attention: so many queries that all see the same keys.
 
-    joined: whether the keys lie in two places, and are copied to lie together.
+    join_workers: whether the keys lie in two places, and are copied to lie together.
     """
 
     queries: int
     keys: int
-    joined: bool = False
+    join_workers: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ class Batch:
         condition: text (B, L, D) padded with zeros to the step's length.
         negative: the negative prompt's condition, text (1, L, D), same padding.
         keys: the samples' names in the shards.
-        slots: the samples' places in the step's global batch (see `flow.draw`).
+        positions: the samples' places in the step's global batch (see `flow.draw`).
     """
 
     latents: Tensor
     condition: Condition
     negative: Condition
     keys: tuple[str, ...]
-    slots: tuple[int, ...]
+    positions: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; copies from pinned memory do not wait."""
@@ -36,4 +36,4 @@ class Batch:
             return Condition(condition.text.to(device, non_blocking=True), image)
 
         latents = self.latents.to(device, dtype=torch.float32, non_blocking=True)
-        return Batch(latents, move(self.condition), move(self.negative), self.keys, self.slots)
+        return Batch(latents, move(self.condition), move(self.negative), self.keys, self.positions)

@@ -35,7 +35,7 @@ class Request:
     """One micro-batch to fetch."""
 
     step: int
-    slots: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Loader:
         shards: ShardSet,
         seed: int,
         global_batch: int,
-        micro_slots: Sequence[tuple[int, ...]],
+        local_positions: Sequence[tuple[int, ...]],
         text_lengths: Sequence[int],
         workers: int = 2,
         start_step: int = 0,
@@ -75,7 +75,7 @@ class Loader:
         """Args:
         seed: of the run.
         global_batch: samples per step, over all ranks and micro-steps.
-        micro_slots: the slots of this rank, per micro-step.
+        local_positions: the positions of this rank, per micro-step.
         text_lengths: each step pads to one of these.
         workers: threads that fetch ahead; 0 fetches when asked.
         start_step: the first step to yield.
@@ -83,15 +83,15 @@ class Loader:
         shuffle_shards: see `SampleOrder`.
         device: where the batches will go: for a GPU they are made in pinned memory.
         """
-        if any(slot >= global_batch for slots in micro_slots for slot in slots):
-            raise ValueError(f"micro_slots {list(micro_slots)} go over the global batch of {global_batch}")
+        if any(position >= global_batch for positions in local_positions for position in positions):
+            raise ValueError(f"micro_slots {list(local_positions)} go over the global batch of {global_batch}")
         self.bad_reads = 0
         self.reads = 0
         self.bad: dict[str, str] = {}
         self._shards = shards
         self._seed = seed
         self._global_batch = global_batch
-        self._micro_slots = tuple(micro_slots)
+        self._micro_slots = tuple(local_positions)
         self._text_lengths = tuple(text_lengths)
         self._start_step = start_step
         self._max_bad_share = max_bad_share
@@ -106,7 +106,7 @@ class Loader:
         return self._shards.manifest
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        requests = (Request(step, slots) for step in count(self._start_step) for slots in self._micro_slots)
+        requests = (Request(step, positions) for step in count(self._start_step) for positions in self._micro_slots)
         fetched = self._fetched(requests)
         while True:
             micro_batches = []
@@ -134,13 +134,13 @@ class Loader:
     def fetch(self, request: Request) -> Fetched:
         """Read one micro-batch. Raises UserError if there is no end of bad samples."""
         bad: list[BadSampleError] = []
-        samples = [self._read(request.step * self._global_batch + slot, bad) for slot in request.slots]
+        samples = [self._read(request.step * self._global_batch + position, bad) for position in request.positions]
         length = step_text_length(self._seed, request.step, self._text_lengths)
         text = torch.stack([pad_text(sample.text, length) for sample in samples])
         negative = pad_text(self._shards.texts.negative, length)[None]
         latents = torch.stack([_latents(sample) for sample in samples])
         keys = tuple(sample.key for sample in samples)
-        batch = Batch(latents, Condition(text), Condition(negative), keys, request.slots)
+        batch = Batch(latents, Condition(text), Condition(negative), keys, request.positions)
         return Fetched(_pinned(batch) if self._pin else batch, tuple(bad))
 
     def _read(self, position: int, bad: list[BadSampleError]) -> Sample:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from anyflow_train.evaluation.intervals import EnergyReference, Estimate, Resampling, percentile
-from anyflow_train.evaluation.measure import Sampled
+from anyflow_train.evaluation.measure import SampleSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 
 
@@ -35,7 +35,7 @@ def measure_chunks(
     partition: tuple[int, ...],
     reference: Tensor,
     reference_resampling: Resampling,
-    sets: Mapping[str, Mapping[int, Sampled]],
+    sets: Mapping[str, Mapping[int, SampleSet]],
     resampling: Resampling,
 ) -> tuple[ChunkCell, ...]:
     """All chunks of all models.

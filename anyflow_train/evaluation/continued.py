@@ -15,7 +15,7 @@ def held_out_and_begun(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOu
     These are others then: a sample that begins as one of the clips which it is compared with would be too near to them.
     """
     count = config.held_out_samples
-    if config.given_frames == 0:
+    if config.conditioning_frames == 0:
         held_out = load_samples(shards, count)
         return held_out, held_out
     loaded = load_samples(shards, count + config.samples)
@@ -29,7 +29,7 @@ def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) 
         UserError: the chunks do not make up the clips, given frames end inside of one or leave none to generate, or
             there are too few clips.
     """
-    shape, count = shards.manifest.latent_shape, config.given_frames
+    shape, count = shards.manifest.latent_shape, config.conditioning_frames
     if shape is None:
         return
     for model in models:
@@ -40,17 +40,17 @@ def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) 
     if count == 0:
         return
     if count >= shape[0]:
-        raise UserError("given_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
+        raise UserError("conditioning_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
     for model in models:
         try:
             if model.chunks is not None:
                 model.chunks.whole(count)
         except ValueError as error:
-            raise UserError("given_frames", f"{model.name}: {error}") from None
+            raise UserError("conditioning_frames", f"{model.name}: {error}") from None
     needed = config.held_out_samples + config.samples
     if len(shards) < needed:
         problem = f"{count} of {config.samples} clips, others than the {config.held_out_samples} that are compared with"
-        raise UserError("given_frames", f"{problem}, need {needed}; {config.held_out} holds {len(shards)}")
+        raise UserError("conditioning_frames", f"{problem}, need {needed}; {config.held_out} holds {len(shards)}")
 
 
 def _check_chunks(model: Model, shape: tuple[int, ...]) -> None:

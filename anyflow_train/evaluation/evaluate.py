@@ -21,7 +21,7 @@ from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
 from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
-from anyflow_train.evaluation.measure import Cell, Ruler, Sampled
+from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
 from anyflow_train.evaluation.report import TEACHER, Report, write_report
@@ -45,9 +45,9 @@ class Setting:
     held_out: HeldOut
     captions: list[str]
     inputs: Inputs
-    given: Tensor | None
-    ruler: Ruler
-    judge: Callable[[Tensor], Recognition] | None
+    conditioning: Tensor | None
+    ruler: SampleEvaluator
+    class_oracle: Callable[[Tensor], Recognition] | None
     say: Callable[[str], None]
 
 
@@ -80,11 +80,11 @@ def run(config: EvaluateConfig) -> Report:
     setting, fine = prepare(config, shards, teacher, codec, device, say)
     teacher_sets = {steps: best_shift(setting, teacher, steps) for steps in config.steps}
     cells = [_teacher_cell(setting, steps, samples) for steps, samples in teacher_sets.items()]
-    student_sets: dict[str, dict[int, Sampled]] = {}
+    student_sets: dict[str, dict[int, SampleSet]] = {}
     for name, model in zip(_student_names(models), models, strict=True):
         student_sets[name] = sample_student(setting, model, device, dtype)
         cells += _student_cells(setting, name, student_sets[name], teacher_sets)
-    cells.append(setting.ruler.cell(TEACHER, config.fine_steps, fine, None, setting.judge))
+    cells.append(setting.ruler.cell(TEACHER, config.fine_steps, fine, None, setting.class_oracle))
     sets = {TEACHER: teacher_sets, **student_sets}
     trained_on = None
     if training is not None:
@@ -109,7 +109,7 @@ def prepare(
     codec: Codec,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Setting, Sampled]:
+) -> tuple[Setting, SampleSet]:
     """What all models share, and the teacher's fine solution.
 
     Captions are the held-out samples' own, every caption about equally often.
@@ -120,18 +120,18 @@ def prepare(
     shape = tuple(held_out.latents.shape[1:])
     noise = draw_noise(config.samples, shape, config.seed, "evaluation")
     inputs = Inputs(noise, [begun.texts[row] for row in rows], config.text_length, config.batch, device)
-    given = begun.latents[rows][:, : config.given_frames] if config.given_frames else None
+    conditioning = begun.latents[rows][:, : config.conditioning_frames] if config.conditioning_frames else None
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
-    ruler = Ruler(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
+    ruler = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
-    judge = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
-    setting = Setting(config, held_out, captions, inputs, given, ruler, judge, say)
+    class_oracle = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
+    setting = Setting(config, held_out, captions, inputs, conditioning, ruler, class_oracle, say)
     return setting, ruler.sampled(fine, config.shift)
 
 
-def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
+def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> SampleSet:
     """The teacher's samples at the shift that suits it best. One step goes from 1 to 0 whatever the shift."""
     shifts = setting.config.shifts if steps > 1 else setting.config.shifts[:1]
     found = []
@@ -144,10 +144,10 @@ def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> Sampled:
 
 def sample_student(
     setting: Setting, model: Model, device: torch.device, dtype: torch.dtype | None
-) -> dict[int, Sampled]:
+) -> dict[int, SampleSet]:
     """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
     flow_map = on_device(model.network, device, dtype)
-    inputs, sets = replace(setting.inputs, given=setting.given), {}
+    inputs, sets = replace(setting.inputs, conditioning=setting.conditioning), {}
     for steps in setting.config.steps:
         latents = sample_all(model.sampler, flow_map, inputs, steps, setting.config.shift)
         sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
@@ -156,8 +156,8 @@ def sample_student(
 
 
 def with_nearest(
-    setting: Setting, training: ShardSet, cells: list[Cell], samples: list[Sampled]
-) -> tuple[list[Cell], TrainingSet]:
+    setting: Setting, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
+) -> tuple[list[ResultRow], TrainingSet]:
     """The cells of these samples with their distances to the training clips, and those of the held-out clips."""
     setting.say(f"looking for the nearest of {len(training)} training clips")
     ruler = setting.ruler
@@ -174,17 +174,18 @@ def _student_names(models: list[Model]) -> list[str]:
     return [f"{name} (student)" if name == TEACHER else name for name in unique_names(models)]
 
 
-def _teacher_cell(setting: Setting, steps: int, samples: Sampled) -> Cell:
+def _teacher_cell(setting: Setting, steps: int, samples: SampleSet) -> ResultRow:
     setting.say(f"measuring the teacher at {steps} calls")
-    return setting.ruler.cell(TEACHER, steps, samples, None, setting.judge)
+    return setting.ruler.cell(TEACHER, steps, samples, None, setting.class_oracle)
 
 
 def _student_cells(
-    setting: Setting, name: str, sets: dict[int, Sampled], teacher_sets: dict[int, Sampled]
-) -> list[Cell]:
+    setting: Setting, name: str, sets: dict[int, SampleSet], teacher_sets: dict[int, SampleSet]
+) -> list[ResultRow]:
     setting.say(f"measuring {name}")
     return [
-        setting.ruler.cell(name, steps, samples, teacher_sets[steps], setting.judge) for steps, samples in sets.items()
+        setting.ruler.cell(name, steps, samples, teacher_sets[steps], setting.class_oracle)
+        for steps, samples in sets.items()
     ]
 
 
@@ -202,7 +203,7 @@ def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
     return codec.decode_video(latents.to(device))
 
 
-def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, Sampled]], fps: float, out: Path) -> None:
+def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path) -> None:
     """Videos of the first prompts: the teacher's columns, then the first student's, up to `GRID_CALLS` calls."""
     count = min(setting.config.videos, len(setting.captions))
     if count == 0:

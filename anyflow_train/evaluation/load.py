@@ -24,7 +24,7 @@ from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.source import locate
 from anyflow_train.models.wan import load_network
-from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
+from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint
 from anyflow_train.training.networks import load_trained_network
 
 
@@ -61,7 +61,7 @@ class Model:
         return clip_sampler(self.chunks, marked if self.trained is None else self.trained.objective.kind)
 
     @property
-    def sees_given_frames(self) -> bool:
+    def sees_conditioning_frames(self) -> bool:
         """Whether it can have learned to go on from frames; what nobody knows is taken to be so."""
         if self.chunks is not None:
             return True

@@ -24,7 +24,7 @@ from anyflow_train.evaluation.oracle import Recognition
 
 
 @dataclass(frozen=True)
-class Cell:
+class ResultRow:
     """One model at one number of calls.
 
     Attributes:
@@ -51,7 +51,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampleSet:
     """A set of samples with the bootstrap replicates of its energy distance.
 
     Attributes:
@@ -65,7 +65,7 @@ class Sampled:
     energy: Tensor
 
 
-class Ruler:
+class SampleEvaluator:
     """Measures sets of samples that were made from the same inputs.
 
     Args:
@@ -91,21 +91,21 @@ class Ruler:
         self._energy = EnergyReference(reference, self.reference_resampling)
         self._sliced = SlicedReference(reference, self.reference_resampling)
 
-    def sampled(self, latents: Tensor, shift: float) -> Sampled:
+    def sampled(self, latents: Tensor, shift: float) -> SampleSet:
         """The samples with what is needed to rank them."""
-        return Sampled(latents, shift, self._energy.replicates(latents, self.resampling))
+        return SampleSet(latents, shift, self._energy.replicates(latents, self.resampling))
 
     def cell(
         self,
         model: str,
         steps: int,
-        samples: Sampled,
-        teacher: Sampled | None,
-        judge: Callable[[Tensor], Recognition] | None,
-    ) -> Cell:
+        samples: SampleSet,
+        teacher: SampleSet | None,
+        class_oracle: Callable[[Tensor], Recognition] | None,
+    ) -> ResultRow:
         """All measures of a set; `teacher` is the teacher's set at as many calls, for the ratio."""
         errors = weighted_means(squared_errors(samples.latents, self._fine), self.resampling)
-        return Cell(
+        return ResultRow(
             model,
             steps,
             samples.shift,
@@ -113,5 +113,5 @@ class Ruler:
             reflected(self._sliced.replicates(samples.latents, self.resampling)),
             percentile(errors.sqrt()),
             None if teacher is None else ratio(samples.energy, teacher.energy),
-            None if judge is None else judge(samples.latents),
+            None if class_oracle is None else class_oracle(samples.latents),
         )

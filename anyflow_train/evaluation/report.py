@@ -11,7 +11,7 @@ from anyflow_train import __version__
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.evaluation.by_chunk import ChunkCell, write_chunk_plot
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.evaluation.measure import Cell
+from anyflow_train.evaluation.measure import ResultRow
 from anyflow_train.evaluation.nearest import Nearest, TrainingSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 from anyflow_train.files import atomic_file, write_json
@@ -32,7 +32,7 @@ class Report:
     """
 
     config: EvaluateConfig
-    cells: tuple[Cell, ...]
+    cells: tuple[ResultRow, ...]
     seconds: float
     training: TrainingSet | None = None
     chunks: tuple[ChunkCell, ...] = ()
@@ -116,7 +116,7 @@ def _curves(report: Report, measure: Any) -> tuple[Curve, ...]:
     return tuple(curve for curve in curves if curve.steps)
 
 
-def _row(cell: Cell, oracle: bool) -> list[str]:
+def _row(cell: ResultRow, oracle: bool) -> list[str]:
     row = [cell.model, str(cell.steps), f"{cell.shift:g}", _interval(cell.energy_distance)]
     row += [_interval(cell.energy_ratio), _interval(cell.sliced_wasserstein), _interval(cell.trajectory_error)]
     if oracle:
@@ -148,9 +148,9 @@ def _caption(report: Report) -> str:
     ]
     if config.oracle != "none":
         sentences.append(f"Class accuracy is that of {min(config.samples, config.oracle_samples)} decoded samples.")
-    if config.given_frames:
+    if config.conditioning_frames:
         sentences.append(
-            f"Students continue {config.given_frames} latent frames of held-out clips, not so the teacher."
+            f"Students continue {config.conditioning_frames} latent frames of held-out clips, not so the teacher."
         )
     if report.training:
         sentences.append(

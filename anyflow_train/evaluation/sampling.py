@@ -35,7 +35,7 @@ class Inputs:
         text_length: tokens to which the texts are padded with zeros, as Wan2.1 does.
         batch: samples per network call.
         device: where the networks are.
-        given: (n, P, C, H, W) float32, clean first frames; None: all are generated.
+        conditioning: (n, P, C, H, W) float32, clean first frames; None: all are generated.
     """
 
     noise: Tensor
@@ -43,7 +43,7 @@ class Inputs:
     text_length: int
     batch: int
     device: torch.device
-    given: Tensor | None = None
+    conditioning: Tensor | None = None
 
     def condition(self, rows: slice) -> Condition:
         """Padded texts of some of the samples, on the device."""
@@ -70,6 +70,6 @@ def sample_all(sampler: ClipSampler, flow_map: FlowMap, inputs: Inputs, steps: i
     for start in range(0, len(inputs.noise), inputs.batch):
         rows = slice(start, start + inputs.batch)
         noise = inputs.noise[rows].to(inputs.device)
-        given = None if inputs.given is None else inputs.given[rows].to(inputs.device)
-        parts.append(sampler(flow_map, noise, inputs.condition(rows), steps, shift, given).float().cpu())
+        conditioning = None if inputs.conditioning is None else inputs.conditioning[rows].to(inputs.device)
+        parts.append(sampler(flow_map, noise, inputs.condition(rows), steps, shift, conditioning).float().cpu())
     return torch.cat(parts)

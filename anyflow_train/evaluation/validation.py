@@ -27,8 +27,8 @@ from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.tiny.world import accuracy, label_of
+from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
-from anyflow_train.training.world import World, collect_rows, shared_rows
 
 # Enough for distances whose noise is the samples', not the held-out set's.
 MOST_HELD_OUT = 2048

@@ -9,7 +9,7 @@ from anyflow_train.export.card import model_card
 from anyflow_train.export.folder import check_writable, new_folder, write_marker
 from anyflow_train.export.formats import FORMATS, Job
 from anyflow_train.export.provenance import Provenance, public_name
-from anyflow_train.training.checkpoint import read_info, resolve_checkpoint
+from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.starts import base_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
-from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap, Prefix, Remembered
+from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, FlowMap, Prefix
 
 Generate = Callable[[Tensor, Condition], Tensor]
 """Noise of some frames and their condition -> those frames."""
@@ -22,7 +22,7 @@ def chunk_by_chunk(
     condition: Condition,
     chunks: Chunks,
     generate: Generate,
-    given: Tensor | None = None,
+    conditioning: Tensor | None = None,
 ) -> Tensor:
     """A clip (B, F, C, H, W) from noise z of that shape.
 
@@ -30,19 +30,19 @@ def chunk_by_chunk(
 
     Args:
         generate: makes a chunk.
-        given: (B, P, C, H, W) the clip's first frames, clean: whole chunks.
+        conditioning: (B, P, C, H, W) the clip's first frames, clean: whole chunks.
 
     Raises:
         ValueError: the frames of z are not those of the chunks, or the given ones no whole chunks.
     """
     if z.shape[1] != sum(chunks.partition):
         raise ValueError(f"{z.shape[1]} latent frames are not those of the chunks {list(chunks.partition)}")
-    known = 0 if given is None else chunks.whole(given.shape[1])
-    x = z[:, :0] if given is None else given
+    known = 0 if conditioning is None else chunks.whole(conditioning.shape[1])
+    x = z[:, :0] if conditioning is None else conditioning
     for seen in list(chunks.growing())[known:]:
-        memory = None if len(seen) == 1 else flow_map.remember(x.detach(), seen[:-1], condition)
+        memory = None if len(seen) == 1 else flow_map.encode_context(x.detach(), seen[:-1], condition)
         noise = z[:, sum(seen[:-1]) : sum(seen)]
-        x = torch.cat((x, generate(noise, condition.after(Remembered(seen, memory)))), dim=1)
+        x = torch.cat((x, generate(noise, condition.after(CachedContext(seen, memory)))), dim=1)
     return x
 
 
@@ -64,9 +64,15 @@ class ClipSampler:
 
     @torch.no_grad()
     def __call__(
-        self, flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float, given: Tensor | None = None
+        self,
+        flow_map: FlowMap,
+        z: Tensor,
+        condition: Condition,
+        steps: int,
+        shift: float,
+        conditioning: Tensor | None = None,
     ) -> Tensor:
-        """A clip (B, F, C, H, W) from noise z of that shape, the first frames being `given` (B, P, C, H, W).
+        """A clip (B, F, C, H, W) from noise z of that shape, the first frames being `conditioning` (B, P, C, H, W).
 
         Raises:
             ValueError: as `chunk_by_chunk` and `after_prefix`.
@@ -76,22 +82,24 @@ class ClipSampler:
             return self.sampler(flow_map, noise, condition, steps, shift)
 
         if self.chunks is None:
-            return after_prefix(z, condition, generate, given)
-        return chunk_by_chunk(cast(CausalFlowMap, flow_map), z, condition, self.chunks, generate, given)
+            return after_prefix(z, condition, generate, conditioning)
+        return chunk_by_chunk(cast(CausalFlowMap, flow_map), z, condition, self.chunks, generate, conditioning)
 
 
-def after_prefix(z: Tensor, condition: Condition, generate: Generate, given: Tensor | None) -> Tensor:
+def after_prefix(z: Tensor, condition: Condition, generate: Generate, conditioning: Tensor | None) -> Tensor:
     """A clip whose frames after the given ones are generated all together.
 
     Args:
         z: (B, F, C, H, W) noise.
-        given: (B, P, C, H, W) the clip's first frames, clean; None: there are none.
+        conditioning: (B, P, C, H, W) the clip's first frames, clean; None: there are none.
 
     Raises:
         ValueError: nothing is left to generate.
     """
-    if given is None:
+    if conditioning is None:
         return generate(z, condition)
-    if given.shape[1] >= z.shape[1]:
-        raise ValueError(f"{given.shape[1]} latent frames are given of {z.shape[1]}: none is left to generate")
-    return torch.cat((given, generate(z[:, given.shape[1] :], condition.after(Prefix(given)))), dim=1)
+    if conditioning.shape[1] >= z.shape[1]:
+        raise ValueError(f"{conditioning.shape[1]} latent frames are given of {z.shape[1]}: none is left to generate")
+    return torch.cat(
+        (conditioning, generate(z[:, conditioning.shape[1] :], condition.after(Prefix(conditioning)))), dim=1
+    )

@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw depends on (seed, step, global slot, purpose) and on nothing else."""
+"""Randomness as a function: every draw depends on (seed, step, global position, purpose) and on nothing else."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def draw_key(*parts: int | str) -> int:
 class Draw:
     """The random numbers of one micro-batch.
 
-    A slot is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or
+    A position is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or
     workers.
 
     Attributes:
         seed, step: of the run.
-        slots: global slot of each of the B samples.
+        positions: global position of each of the B samples.
         device: where the numbers are made; CPU and GPU generators differ.
         scope: put before every purpose, so that two users of a step may name theirs alike.
     """
 
     seed: int
     step: int
-    slots: tuple[int, ...]
+    positions: tuple[int, ...]
     device: torch.device
     scope: str = ""
 
@@ -57,5 +57,5 @@ class Draw:
         return tuple(replace(self, device=torch.device("cpu")).uniform(purpose, 1).flatten().tolist())
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        keys = [draw_key(self.seed, self.step, slot, self.scope + purpose) for slot in self.slots]
+        keys = [draw_key(self.seed, self.step, position, self.scope + purpose) for position in self.positions]
         return [torch.Generator(self.device).manual_seed(key) for key in keys]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.flow.times import sampling_grid
-from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap, Remembered
+from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, FlowMap
 
 
 def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition) -> Tensor:
@@ -62,16 +62,16 @@ class _Guided:
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         with_text, without = condition, condition.with_text(self.negative.text)
-        if isinstance(condition.past, Remembered) and isinstance(condition.past.memory, _BothPasts):
-            memory, chunks = condition.past.memory, condition.past.chunks
-            with_text = with_text.after(Remembered(chunks, memory.with_text))
-            without = without.after(Remembered(chunks, memory.without))
+        if isinstance(condition.past, CachedContext) and isinstance(condition.past.kv_cache, _BothPasts):
+            memory, chunks = condition.past.kv_cache, condition.past.chunks
+            with_text = with_text.after(CachedContext(chunks, memory.with_text))
+            without = without.after(CachedContext(chunks, memory.without))
         return torch.lerp(self.flow_map(x, t, r, without), self.flow_map(x, t, r, with_text), self.scale)
 
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         flow_map = cast(CausalFlowMap, self.flow_map)
         without = condition.with_text(self.negative.text)
-        return _BothPasts(flow_map.remember(x, chunks, condition), flow_map.remember(x, chunks, without))
+        return _BothPasts(flow_map.encode_context(x, chunks, condition), flow_map.encode_context(x, chunks, without))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from anyflow_train.config.slots import Branch, BranchCounts
+from anyflow_train.config.positions import Branch, BranchCounts
 from anyflow_train.flow.draw import Draw
 
 TimePrecision = Literal["fp32", "bf16"]
@@ -53,9 +53,9 @@ def round_time(t: Tensor, precision: TimePrecision) -> Tensor:
 
 
 def draw_interval(draw: Draw, counts: BranchCounts, shift: float, precision: TimePrecision) -> Interval:
-    """Two uniforms per sample, t the larger; r = t, r = 0 or the smaller, by the slot's branch; then both shifted."""
+    """Draw two uniforms per sample: t the larger; r is t, 0 or the smaller, by the position's branch. Shift both."""
     # Pageable host memory is staged before the call returns, so this copy waits for nothing on the device.
-    branch = torch.tensor([counts.branch(slot) for slot in draw.slots]).to(draw.device, non_blocking=True)
+    branch = torch.tensor([counts.branch(position) for position in draw.positions]).to(draw.device, non_blocking=True)
     pair = draw.uniform("interval", 2)
     t, smaller = pair.amax(dim=1), pair.amin(dim=1)
     r = torch.where(branch == Branch.DIFFUSION, t, smaller)

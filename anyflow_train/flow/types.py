@@ -51,19 +51,19 @@ class TeacherForced:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class CachedContext:
     """The chunks before the one that is generated, as a causal network keeps them for all of its calls.
 
     Attributes:
         chunks: frames of each, the new one included.
-        memory: what the network's flow map made of them (`CausalFlowMap.remember`); None: there are none.
+        kv_cache: what the network's flow map made of them (`CausalFlowMap.encode_context`); None: there are none.
     """
 
     chunks: tuple[int, ...]
-    memory: object | None
+    kv_cache: object | None
 
 
-Past = Prefix | TeacherForced | Remembered
+Past = Prefix | TeacherForced | CachedContext
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Condition:
 
     def __getitem__(self, rows: Rows) -> Condition:
         """The same condition for some of the samples. Raises ValueError for a network's memory, which has no rows."""
-        if isinstance(self.past, Remembered):
+        if isinstance(self.past, CachedContext):
             raise ValueError("what a causal network remembers cannot be taken apart by samples")
         past = None if self.past is None else self.past[rows]
         return Condition(take(self.text, rows), None if self.image is None else take(self.image, rows), past)
@@ -109,6 +109,6 @@ class FlowMap(Protocol):
 class CausalFlowMap(FlowMap, Protocol):
     """A flow map that also generates a clip chunk by chunk."""
 
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         """What the network keeps of the clean frames x (B, F, C, H, W) of these chunks; without gradient."""
         ...

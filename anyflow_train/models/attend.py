@@ -11,7 +11,7 @@ _FEW_KEYS = 32
 """Up to here plain products train a third faster on a CPU than torch's attention kernel (on a short text)."""
 
 
-class View(Protocol):
+class AttentionPattern(Protocol):
     """Which tokens attend to which, where it is not simply all to all."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

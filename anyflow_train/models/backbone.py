@@ -15,11 +15,11 @@ from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from anyflow_train.models.attend import View
+from anyflow_train.models.attend import AttentionPattern
 from anyflow_train.models.blocks import AnyFlowTransformerBlock
 from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
 from anyflow_train.models.fused import modulated_layer_norm, wide
-from anyflow_train.models.kv_cache import LastKeys
+from anyflow_train.models.kv_cache import StopAfterKV
 
 
 class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
@@ -89,7 +89,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         context: Tensor,
         modulation: Tensor,
         rotation: Tensor,
-        views: Sequence[View | LastKeys | None],
+        views: Sequence[AttentionPattern | StopAfterKV | None],
     ) -> Tensor:
         """All blocks, one after the other, each checkpointed if that is on.
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anyflow_train.models.attend import View, attend
+from anyflow_train.models.attend import AttentionPattern, attend
 from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
-from anyflow_train.models.kv_cache import LastKeys
+from anyflow_train.models.kv_cache import StopAfterKV
 from anyflow_train.models.rotary import rotate
 
 
@@ -28,7 +28,12 @@ class AnyFlowTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Tensor, view: View | LastKeys | None = None
+        self,
+        x: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        rotation: Tensor,
+        view: AttentionPattern | StopAfterKV | None = None,
     ) -> Tensor:
         """
         Args:
@@ -36,17 +41,17 @@ class AnyFlowTransformerBlock(nn.Module):
             text: (B, L, D) tokens to attend to.
             modulation: (B or 1, F or 1, 6, D) float32.
             rotation: (S, head_dim / 2, 2) float32, of `rotary`.
-            view: what the tokens attend to, in self-attention; None: all to all. `LastKeys`: only the keys and values
-                are wanted.
+            view: what the tokens attend to in self-attention; None: all to all. `StopAfterKV`: stop after the keys and
+                values are recorded.
 
         Returns:
-            (B, S, D) in the dtype of x; with `LastKeys` x itself.
+            (B, S, D) in the dtype of x; with `StopAfterKV` x itself.
         """
         modulation = modulation + wide(self.scale_shift_table)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
-        if isinstance(view, LastKeys):
+        if isinstance(view, StopAfterKV):
             view.keep(*self.attn1.keys_and_values(normed, rotation))
             return x
         x = add_gated(x, self.attn1(normed, normed, rotation, view), gate_attn)
@@ -77,7 +82,9 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None, view: View | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, rotation: Tensor | None = None, view: AttentionPattern | None = None
+    ) -> Tensor:
         """
         Args:
             x: (B, S, D).

@@ -20,7 +20,7 @@ from anyflow_train.models.backbone import Backbone, frame_times
 from anyflow_train.models.chunk_layout import ChunkLayout, check_chunks
 from anyflow_train.models.clean_copies import CleanCopies
 from anyflow_train.models.embeddings import PatchEmbedding, patch_tokens
-from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, Keeping, KVCache, LastKeys
+from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, KVCache, RecordKV, StopAfterKV
 from anyflow_train.models.rotary import RotaryGrid, Stretch
 
 Times = tuple[Tensor, Tensor]
@@ -194,9 +194,9 @@ class AnyFlowFARTransformer3DModel(Backbone):
         kept: list[tuple[Tensor, Tensor]] = []
         _, modulation = self.condition_embedder(*times)
         rotation = self.rope.stretches(layout.stretches(), latents.device)
-        views = [Keeping(layout.attention(), kept)] * (len(self.blocks) - 1)
+        views = [RecordKV(layout.attention(), kept)] * (len(self.blocks) - 1)
         x = self._tokens(latents, layout, None)
-        self._run_blocks(x, text, layout.rows(modulation), rotation, [*views, LastKeys(kept)])
+        self._run_blocks(x, text, layout.rows(modulation), rotation, [*views, StopAfterKV(kept)])
         keys, values = zip(*kept, strict=True)
         return KVCache(keys, values, (*layout.context, *layout.full), layout.grid)
 

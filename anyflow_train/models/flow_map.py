@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_train.flow.types import Condition, Prefix, Remembered, TeacherForced
+from anyflow_train.flow.types import CachedContext, Condition, Prefix, TeacherForced
 from anyflow_train.models.backbone import Backbone
 
 TIME_SCALE = 1000.0
@@ -44,7 +44,7 @@ class NetworkFlowMap:
         """
         # Not its config: of that name a DeepSpeed engine has one of its own.
         past, causal = condition.past, hasattr(self.network, "far_patch_embedding")
-        if isinstance(past, TeacherForced | Remembered) and not causal:
+        if isinstance(past, TeacherForced | CachedContext) and not causal:
             raise ValueError("chunks are given to a network that generates all frames together")
         if isinstance(past, Prefix):
             velocity = self._called(*_after(past.frames, x, t, r), condition, _one_chunk(past.frames, x, causal))
@@ -54,12 +54,12 @@ class NetworkFlowMap:
             clean = past.clean.to(self._dtype) if len(past.chunks) > 1 else None
             chunks = {"chunk_partition": past.chunks, "clean_hidden_states": clean}
             return self._called(*_after(past.context, x, t, r), condition, chunks)
-        if isinstance(past, Remembered):
-            return self._called(x, t, r, condition, {"chunk_partition": past.chunks, "kv_cache": past.memory})
+        if isinstance(past, CachedContext):
+            return self._called(x, t, r, condition, {"chunk_partition": past.chunks, "kv_cache": past.kv_cache})
         return self._called(x, t, r, condition, _one_chunk(None, x, causal))
 
     @torch.no_grad()
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         """Keys and values of the clean frames x (B, F, C, H, W) of these chunks: see `flow.types.CausalFlowMap`."""
         now = x.new_zeros(x.shape[0], dtype=torch.float32)
         # Plain tensors, whatever the engine wraps: a module's outputs that are no tensors pass it untouched.

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
-from anyflow_train.models.attend import View, attend
+from anyflow_train.models.attend import AttentionPattern, attend
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class KVCache:
             names = "blocks, samples and tokens"
             raise ValueError(f"kv_cache is of {found} {names}, but the new chunk needs {(blocks, batch, tokens)}")
 
-    def views(self) -> list[View]:
+    def views(self) -> list[AttentionPattern]:
         """For each block, what a new chunk attends to; nothing for an empty cache."""
-        return [AfterCached(key, value) for key, value in zip(self.keys, self.values, strict=True)]
+        return [AttendWithCache(key, value) for key, value in zip(self.keys, self.values, strict=True)]
 
 
 @dataclass
@@ -69,7 +69,7 @@ class AnyFlowFARTransformerOutput(BaseOutput):
 
 
 @dataclass(frozen=True)
-class AfterCached:
+class AttendWithCache:
     """A new chunk's tokens see those of the cache and each other."""
 
     keys: Tensor
@@ -81,10 +81,10 @@ class AfterCached:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RecordKV:
     """Attention as in `view`, with the keys and values put into `kept`, block after block."""
 
-    view: View
+    view: AttentionPattern
     kept: list[tuple[Tensor, Tensor]]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class LastKeys:
+class StopAfterKV:
     """Of the last block only the keys and values, put into `kept`: nobody reads what else it would compute."""
 
     kept: list[tuple[Tensor, Tensor]]

@@ -174,9 +174,9 @@ class RoleFlowMap:
         with self.shared.as_role(self.role):
             return self.flow_map(x, t, r, condition)
 
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         with self.shared.as_role(self.role):
-            return cast(CausalFlowMap, self.flow_map).remember(x, chunks, condition)
+            return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)
 
 
 class _Switch:

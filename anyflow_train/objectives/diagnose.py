@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from anyflow_train.config.slots import BranchCounts
+from anyflow_train.config.positions import BranchCounts
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import Ends, central_difference, exact_derivative
 from anyflow_train.flow.draw import Draw
@@ -57,7 +57,7 @@ def derivative_errors(
         raise ValueError("the derivative is measured on at least one batch")
     sums = {(name, epsilon): _Sums() for name in networks for epsilon in epsilons}
     for batch, draw in samples:
-        free = BranchCounts(diffusion=0, consistency=0, free=max(draw.slots) + 1)
+        free = BranchCounts(diffusion=0, consistency=0, free=max(draw.positions) + 1)
         interval = draw_interval(draw, free, shift, "fp32")
         point = noised(batch, draw, interval.t, interval.r, text_dropout=0.0)
         exact = exact_derivative(reference, point.x, point.t, point.r, point.condition, point.velocity)

@@ -17,7 +17,7 @@ from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.times import draw_diffusion_time
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.objectives.guidance import square_error
-from anyflow_train.objectives.rollouts import Endpoints, Rollout, Rollouts
+from anyflow_train.objectives.rollouts import Rollout, RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Loss, Roles
 
 # A rollout that is what the teacher predicts has no distance to divide by.
@@ -51,7 +51,7 @@ class DistributionMatchingObjective:
     rollouts: Rollouts
     times: ScoreTimes
     guidance_scale: float
-    endpoints: Endpoints | None = None
+    endpoints: RolloutBuffer | None = None
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         """Gradient flows into the student alone. Raises ValueError without a teacher or a fake score."""
@@ -60,7 +60,7 @@ class DistributionMatchingObjective:
         draw = draw.scoped("distribution matching")
         made = self.rollouts(roles.student, batch.condition, draw)
         if self.endpoints is not None:
-            self.endpoints.keep(draw, made)
+            self.endpoints.put(draw, made)
         teacher = guided(roles.teacher, batch.negative, self.guidance_scale)
         found = direction(teacher, roles.fake_score, made.x.detach(), batch.condition, draw, self.times)
         per_sample = square_error(made.x, (made.x - found.gradient).detach(), torch.ones_like(found.distance))
@@ -79,7 +79,7 @@ class FakeScoreObjective:
 
     rollouts: Rollouts
     times: ScoreTimes
-    endpoints: Endpoints | None = None
+    endpoints: RolloutBuffer | None = None
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         """Gradient flows into the fake score alone. Raises ValueError without one."""
@@ -95,7 +95,7 @@ class FakeScoreObjective:
 
     @torch.no_grad()
     def _samples(self, student: FlowMap, condition: Condition, draw: Draw) -> Tensor:
-        made = None if self.endpoints is None else self.endpoints.take(draw)
+        made = None if self.endpoints is None else self.endpoints.pop(draw)
         made = made or self.rollouts(student, condition, draw.scoped("fake score"))
         return made.x
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config import objective as options
-from anyflow_train.config.slots import BranchCounts, derivative_rows
+from anyflow_train.config.positions import BranchCounts, derivative_rows
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import central_difference
 from anyflow_train.flow.draw import Draw
@@ -48,7 +48,7 @@ class FlowMapObjective:
         interval = draw_interval(draw, self.counts, shift, self.times.precision)
         sample = noised(batch, draw, interval.t, interval.r, config.text_dropout)
         start = regression(roles, sample, config.guidance, config.guidance_scale, config.velocity)
-        rows = derivative_rows(self.counts, draw.slots, self.world)
+        rows = derivative_rows(self.counts, draw.positions, self.world)
         goal = start.velocity if rows == 0 else self._corrected(roles.derivative, sample, start, rows)
         u = roles.student(sample.x, sample.t, sample.r, sample.condition)
         weight = beta08(sample.t, shift) if config.weight == "beta08" else uniform(sample.t)

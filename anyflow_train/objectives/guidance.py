@@ -78,8 +78,8 @@ class Regression:
 
 def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) -> Noised:
     """Draw the noise and the dropped texts of a batch; nothing here waits for the device."""
-    if batch.slots != draw.slots:
-        raise ValueError(f"the batch holds slots {batch.slots}, the random numbers are for {draw.slots}")
+    if batch.positions != draw.positions:
+        raise ValueError(f"the batch holds slots {batch.positions}, the random numbers are for {draw.positions}")
     x0 = at_least_float32(batch.latents)
     z = draw.normal("noise", tuple(x0.shape[1:])).to(x0.dtype)
     t, r = t.to(x0.dtype), r.to(x0.dtype)

@@ -57,16 +57,16 @@ class Rollouts:
         return Rollout(chunk_by_chunk(cast(CausalFlowMap, student), z, condition, self.chunks, generate), steps)
 
 
-class Endpoints:
+class RolloutBuffer:
     """The rollouts of the student's update, for a fake score that learns from the same ones in the same step."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, tuple[int, ...]], Rollout] = {}
 
-    def keep(self, draw: Draw, made: Rollout) -> None:
+    def put(self, draw: Draw, made: Rollout) -> None:
         """Remember a micro-batch's samples, without their graph."""
-        self._kept[draw.step, draw.slots] = Rollout(made.x.detach(), made.steps)
+        self._kept[draw.step, draw.positions] = Rollout(made.x.detach(), made.steps)
 
-    def take(self, draw: Draw) -> Rollout | None:
+    def pop(self, draw: Draw) -> Rollout | None:
         """The samples of a micro-batch, once; None in a step without an update of the student."""
-        return self._kept.pop((draw.step, draw.slots), None)
+        return self._kept.pop((draw.step, draw.positions), None)

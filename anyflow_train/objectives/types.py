@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from anyflow_train.config.slots import Branch
+from anyflow_train.config.positions import Branch
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import FlowMap

@@ -89,9 +89,9 @@ class Activations:
         Both are where they lie in two places. Autocast rounds the keys, which the norm leaves float32, for each anew.
         """
         rows = self.rows
-        joined = sum(each.keys for each in rows.seen if each.joined)
-        keys = sum(each.keys for each in rows.seen) - rows.tokens if self.half else joined
-        return self._on_process(joined + keys)
+        join_workers = sum(each.keys for each in rows.seen if each.join_workers)
+        keys = sum(each.keys for each in rows.seen) - rows.tokens if self.half else join_workers
+        return self._on_process(join_workers + keys)
 
     @property
     def _gated(self) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from anyflow_train.config.derived import derive
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.positions import BranchCounts, branch_counts, derivative_rows, local_positions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import BranchCounts, branch_counts, derivative_rows, micro_slots
 from anyflow_train.plan.forwards import bidirectional_share, trained_on
 from anyflow_train.plan.gpus import Gpu
 from anyflow_train.plan.networks import the_student, the_teacher
@@ -107,5 +107,5 @@ def _guidance(config: RunConfig, name: str, cost: float) -> Iterator[Part]:
 
 def _derivative_samples(counts: BranchCounts, config: RunConfig, shares: int) -> int:
     """For how many samples of the global batch the time derivative is taken."""
-    micro_steps = micro_slots(counts.global_batch, config.engine.micro_batch, shares, 0)
-    return shares * sum(derivative_rows(counts, slots, shares) for slots in micro_steps)
+    micro_steps = local_positions(counts.global_batch, config.engine.micro_batch, shares, 0)
+    return shares * sum(derivative_rows(counts, positions, shares) for positions in micro_steps)

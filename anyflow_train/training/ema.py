@@ -69,6 +69,6 @@ class AveragedFlowMap:
         with torch.no_grad(), self.ema.applied():
             return self.live(x, t, r, condition)
 
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         with self.ema.applied():
-            return cast(CausalFlowMap, self.live).remember(x, chunks, condition)
+            return cast(CausalFlowMap, self.live).encode_context(x, chunks, condition)

@@ -18,11 +18,11 @@ from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.shared_base import SharedBase
 from anyflow_train.models.source import network_class
 from anyflow_train.models.wan import build_network
-from anyflow_train.training.checkpoint import read_info, resolve_checkpoint, restore_tensors
+from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint, restore_tensors
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.starts import Start, TrainedPart, open_source, open_student_start, raise_all
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
+from anyflow_train.training.starts import Start, TrainedWeights, open_source, open_student_start, raise_all
 
 Read = Callable[[str], Tensor]
 # In what networks must agree that are called with the same latents and texts.
@@ -194,7 +194,7 @@ def _adapted(network: Backbone, config: Student, seed: int, start: Start) -> Bac
 
 
 @torch.no_grad()
-def _hand_on(part: TrainedPart, parameters: Mapping[str, Parameter]) -> None:
+def _hand_on(part: TrainedWeights, parameters: Mapping[str, Parameter]) -> None:
     """Put what a run trained into parameters of the same names."""
     for name, parameter in parameters.items():
         if name not in part.files:

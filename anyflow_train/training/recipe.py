@@ -11,8 +11,8 @@ from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.objective import FlowMatching, Objective
 from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.positions import branch_counts, local_positions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import branch_counts, micro_slots
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
@@ -22,14 +22,14 @@ from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, Whole
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.flow_matching import FlowMatchingObjective
-from anyflow_train.objectives.rollouts import Endpoints, Rollouts
+from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.ema import AveragedFlowMap, Ema
 from anyflow_train.training.engine import autocast_dtype, build_engine
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.players import Player, start_players
+from anyflow_train.training.processes.world import World
+from anyflow_train.training.roles import RoleNetwork, build_roles
 from anyflow_train.training.updates import Term, Trainable, Update
-from anyflow_train.training.world import World
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    players = start_players(config, world)
+    players = build_roles(config, world)
     dtype = autocast_dtype(config.engine.precision)
     engine = build_engine(world, players.student.network, players.student.parameters, config.optimizer)
     ema = Ema(engine.shards(), config.optimizer.ema)
@@ -96,7 +96,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         shards,
         config.seed,
         engine.global_batch,
-        micro_slots(engine.global_batch, engine.micro_batch, world.data_size, world.data_rank),
+        local_positions(engine.global_batch, engine.micro_batch, world.data_size, world.data_rank),
         data.text_lengths,
         workers=data.workers,
         start_step=start_step,
@@ -106,7 +106,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
     )
 
 
-def _derivative_role(config: RunConfig, student: Player, called: Any, ema: Ema) -> FlowMap:
+def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: Ema) -> FlowMap:
     """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
     if not isinstance(config.objective, FlowMapConfig):
         return student.flow_map(called, autocast_dtype(config.engine.precision))
@@ -114,7 +114,7 @@ def _derivative_role(config: RunConfig, student: Player, called: Any, ema: Ema) 
     return AveragedFlowMap(flow_map, ema) if config.objective.derivative_network == "ema" else flow_map
 
 
-def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: Player, world: World) -> Trainable:
+def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: RoleNetwork, world: World) -> Trainable:
     """Without averages: it is only a means."""
     optimizer = config.optimizer.model_copy(update={"lr": on_policy.fake_score.lr})
     engine = build_engine(world, player.network, player.parameters, optimizer)
@@ -126,7 +126,7 @@ def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, stude
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     chunks = Chunks.of(config.student.architecture)
     rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
-    endpoints = Endpoints() if on_policy.fake_score.rollout == "student" else None
+    endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
     beside = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
     terms = (Term("distribution_matching", matching, on_policy.weight, "none", 0), *beside)

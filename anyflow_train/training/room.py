@@ -10,7 +10,7 @@ import torch
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.room import Room, shortage
 from anyflow_train.training.engine import engine_name
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 
 def check_room(config: RunConfig, world: World) -> None:

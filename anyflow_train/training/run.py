@@ -15,24 +15,24 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.training.attention import attention_by, choose_kernel
-from anyflow_train.training.checkpoint import restore_tensors
+from anyflow_train.training.checkpoints.reading import restore_tensors
+from anyflow_train.training.checkpoints.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.engine import set_adam_steps
-from anyflow_train.training.heartbeat import Heartbeat
-from anyflow_train.training.launched import PREEMPTED
-from anyflow_train.training.profile import Profile
-from anyflow_train.training.progress import Progress
+from anyflow_train.training.processes.heartbeat import Heartbeat
+from anyflow_train.training.processes.launched import PREEMPTED
+from anyflow_train.training.processes.signals import stop_requests
+from anyflow_train.training.processes.world import World, check_agreement, start_world
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
-from anyflow_train.training.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.reporting.profile import Profile
+from anyflow_train.training.reporting.progress import Progress
+from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.room import check_room
-from anyflow_train.training.run_directory import RunDirectory
-from anyflow_train.training.signals import stop_requests
 from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
-from anyflow_train.training.starts import pinned
-from anyflow_train.training.state import TrainState
-from anyflow_train.training.tracking import Trackers
+from anyflow_train.training.starts import resolve_init_checkpoint
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
-from anyflow_train.training.world import World, check_agreement, start_world
 
 BuildValidator = Callable[[RunConfig, World], Validator]
 
@@ -58,7 +58,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         check_agreement(world, run_facts(config))
         start = world.on_main(lambda: stack.enter_context(directory.locked()))
         world.together(lambda: None if world.is_main else directory.check_shared(start))
-        config = world.on_main(lambda: pinned(config, directory))
+        config = world.on_main(lambda: resolve_init_checkpoint(config, directory))
         finished = world.on_main(lambda: check_finished(directory, config))
         if finished:
             print(finished)

@@ -13,7 +13,7 @@ from anyflow_train.config.run import Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from anyflow_train.training.checkpoint import DamagedCheckpoint, read_info, resolve_checkpoint
+from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_info, resolve_checkpoint
 from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.starts import TIMES, is_run, mismatches, raise_all

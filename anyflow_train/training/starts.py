@@ -14,15 +14,15 @@ from anyflow_train.config.network import Architecture, Causal, Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.stored import StoredNetwork, open_network
-from anyflow_train.training.checkpoint import DamagedCheckpoint, open_tensors, read_info, resolve_checkpoint
-from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, open_tensors, read_info, resolve_checkpoint
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 TIMES = ("gate_value", "deltatime_type")
 LAYOUT = ("full_chunk_limit", "compressed_patch_size")
 
 
 @dataclass(frozen=True)
-class TrainedPart:
+class TrainedWeights:
     """What a run trained: its averaged weights, by model name. Nothing has been read yet.
 
     Attributes:
@@ -67,8 +67,8 @@ class Start:
 
     source: str
     root: StoredNetwork
-    parts: tuple[TrainedPart, ...] = ()
-    adapter: TrainedPart | None = None
+    parts: tuple[TrainedWeights, ...] = ()
+    adapter: TrainedWeights | None = None
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -144,7 +144,7 @@ def base_of(student: Student) -> str | None:
     return str(start.parts[-1].path) if start.parts else start.source
 
 
-def pinned(config: RunConfig, directory: RunDirectory) -> RunConfig:
+def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """The config with one checkpoint for its start, where it names a run directory, whose best may change; also for a
     teacher of the same name.
 
@@ -156,13 +156,13 @@ def pinned(config: RunConfig, directory: RunDirectory) -> RunConfig:
     init = config.student.init
     if init is None or not (Path(init).expanduser() / "checkpoints").is_dir():
         return config
-    chosen = str(_begun_with(directory, Path(init).expanduser()) or resolve_checkpoint(init))
+    chosen = str(_init_of_first_start(directory, Path(init).expanduser()) or resolve_checkpoint(init))
     student = config.student.model_copy(update={"init": chosen})
     teacher = config.teacher.model_copy(update={"source": chosen} if config.teacher.source == init else {})
     return config.model_copy(update={"student": student, "teacher": teacher})
 
 
-def _begun_with(directory: RunDirectory, init: Path) -> Path | None:
+def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         begun = Path(directory.read_config()["student"]["init"])
         if begun.parent == init / "checkpoints":
@@ -214,13 +214,13 @@ def _below(student: Student, seen: tuple[Path, ...]) -> Start:
         raise
 
 
-def _trained(source: str, seen: tuple[Path, ...]) -> TrainedPart:
+def _trained(source: str, seen: tuple[Path, ...]) -> TrainedWeights:
     """Raises UserError: the checkpoint is damaged, or stands for itself."""
     path = resolve_checkpoint(source).resolve()
     if path in seen:
         raise UserError(str(path), f"is a start of itself: {' <- '.join(map(str, (*seen, path)))}")
     try:
-        return TrainedPart(path, RunConfig.model_validate(read_info(path).config), open_tensors(path, "ema"))
+        return TrainedWeights(path, RunConfig.model_validate(read_info(path).config), open_tensors(path, "ema"))
     except DamagedCheckpoint as damage:
         raise UserError(str(path), f"is damaged: {damage}") from damage
 

@@ -19,15 +19,15 @@ from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
 from anyflow_train.plan.gpus import known_gpu
 from anyflow_train.plan.work import step_parts, utilisation
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.saving import Saver
+from anyflow_train.training.checkpoints.state import Best, TrainState
 from anyflow_train.training.engine import adam_steps
-from anyflow_train.training.progress import Pace, Progress, peak_memory_gib
+from anyflow_train.training.processes.signals import StopRequest
 from anyflow_train.training.recipe import Recipe
-from anyflow_train.training.run_directory import RunDirectory
-from anyflow_train.training.saving import Saver
+from anyflow_train.training.reporting.progress import Pace, Progress, peak_memory_gib
+from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.schedule import learning_rate
-from anyflow_train.training.signals import StopRequest
-from anyflow_train.training.state import Best, TrainState
-from anyflow_train.training.tracking import Trackers
 from anyflow_train.training.updates import make_update
 from anyflow_train.training.validation import Validator
 
@@ -53,7 +53,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._pace = Pace()
-        self._pulse = self.recipe.world.pulse
+        self._activity = self.recipe.world.activity
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._window: list[dict[str, float]] = []
@@ -71,9 +71,9 @@ class Trainer:
         self._validate_if_due()
         while self.state.step < self.config.steps and not self._asked_to_stop():
             self._pace.begin()
-            self._pulse.at("loading data", self.state.step)
+            self._activity.begin("loading data", self.state.step)
             batches = next(steps)
-            self._pulse.at("training", self.state.step)
+            self._activity.begin("training", self.state.step)
             self._step(batches)
             self._pace.end()
             self._log_if_due()
@@ -81,7 +81,7 @@ class Trainer:
             self._save_if_due()
         self._save()
         self._saver.wait()
-        self._pulse.take_time("ending")
+        self._activity.begin_untimed("ending")
         if self.state.step < self.config.steps:
             self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to go on")
         else:
@@ -90,8 +90,8 @@ class Trainer:
     def _step(self, batches: Sequence[Batch]) -> None:
         config, step, device = self.config, self.state.step, self.recipe.world.device
         batches = [batch.to(device) for batch in batches]
-        draws = [Draw(config.seed, step, batch.slots, device) for batch in batches]
-        values, suspects = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
+        draws = [Draw(config.seed, step, batch.positions, device) for batch in batches]
+        values, nonfinite_samples = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
         for update in self.recipe.updates:
             if step % update.every:
                 continue
@@ -102,10 +102,10 @@ class Trainer:
             if report.applied and trainable.ema is not None:
                 trainable.ema.update(step)
             values |= report.values
-            suspects += report.suspects
-        self._advance(values, suspects)
+            nonfinite_samples += report.nonfinite_samples
+        self._advance(values, nonfinite_samples)
 
-    def _advance(self, values: dict[str, float], suspects: tuple[str, ...]) -> None:
+    def _advance(self, values: dict[str, float], nonfinite_samples: tuple[str, ...]) -> None:
         """Count the step. A skipped one moves on in the data, but its numbers stay out of the means."""
         state, size = self.state, self.config.engine.global_batch
         self.state = dataclasses.replace(
@@ -113,14 +113,16 @@ class Trainer:
             step=state.step + 1,
             samples_seen=state.samples_seen + size,
             data_position=state.data_position + size,
-            skipped=state.skipped + bool(suspects),
-            skipped_in_row=state.skipped_in_row + 1 if suspects else 0,
+            skipped=state.skipped + bool(nonfinite_samples),
+            skipped_in_row=state.skipped_in_row + 1 if nonfinite_samples else 0,
         )
         self.progress.advance()
-        if not suspects:
+        if not nonfinite_samples:
             self._window.append(values)
             return
-        names = ", ".join(suspects[:8]) + (f" and {len(suspects) - 8} more" if len(suspects) > 8 else "")
+        names = ", ".join(nonfinite_samples[:8]) + (
+            f" and {len(nonfinite_samples) - 8} more" if len(nonfinite_samples) > 8 else ""
+        )
         problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
         if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
             self._give_up(f"{self.state.skipped_in_row} such steps in a row: {problem}")
@@ -155,7 +157,7 @@ class Trainer:
             return
         student = self.recipe.averaged
         folder = self.directory.validation(self.state.step)
-        with self._pulse.at_length("validating"):
+        with self._activity.untimed("validating"):
             validation = self.validator(student, folder, self._asked_to_stop)
         if validation is None:
             return

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anyflow_train.config.positions import Branch
 from anyflow_train.config.run import Optimizer as OptimizerConfig
-from anyflow_train.config.slots import Branch
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.objectives.rebalance import Rebalance, balance_value, rebalanced
 from anyflow_train.objectives.types import Loss, Objective, Roles
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import Engine
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,20 @@ class UpdateReport:
     Attributes:
         applied: False if a loss or the gradient was not finite: nothing was changed.
         values: name -> number, to log.
-        suspects: if not applied, keys of the samples with a non-finite loss, or of all where only the gradient was so.
+        nonfinite_samples: if not applied, keys of the samples with a non-finite loss, or of all samples if only the
+            gradient was not finite.
     """
 
     applied: bool
     values: dict[str, float]
-    suspects: tuple[str, ...]
+    nonfinite_samples: tuple[str, ...]
 
 
 class DiffusionMean:
     """A term's mean loss over the global batch's diffusion samples, all-reduced once a step.
 
-    Slots are in branch order, so the mean is complete in the first micro-step (of all processes together) that holds a
-    sample of another branch: before its loss is back-propagated, and before any sample needs it.
+    Positions are in branch order, so the mean is complete in the first micro-step (of all processes together) that
+    holds a sample of another branch: before its loss is back-propagated, and before any sample needs it.
     """
 
     def __init__(self, term: Term, world: World) -> None:
@@ -103,7 +104,7 @@ class DiffusionMean:
         self._sum = torch.zeros((), device=world.device)
         self._mean: Tensor | None = None
 
-    def after(self, loss: Loss, slots: tuple[int, ...]) -> Tensor:
+    def after(self, loss: Loss, positions: tuple[int, ...]) -> Tensor:
         """The mean, () float32, as of this micro-batch. Before it is complete, no sample needs it."""
         if loss.branch is None:  # and so no sample to scale
             return self._sum
@@ -111,15 +112,15 @@ class DiffusionMean:
             return self._mean
         values = balance_value(loss, self._term.rebalance)
         self._sum += torch.where(loss.branch == Branch.DIFFUSION, values, 0).sum()
-        width = len(slots) * self._world.data_size
-        end = (slots[0] // width + 1) * width
+        width = len(positions) * self._world.data_size
+        end = (positions[0] // width + 1) * width
         if end <= self._term.diffusion:
             return self._sum
         self._mean = self._world.all_reduce_sum(self._sum) / max(self._term.diffusion, 1)
         return self._mean
 
 
-class Watch:
+class StepStatistics:
     """Sums over this process's samples, kept on the device until the step's one synchronisation."""
 
     def __init__(self) -> None:
@@ -158,7 +159,7 @@ class Watch:
         hidden = set(self._counts.values())
         return {name: value / counts[name] for name, value in named.items() if name not in hidden and counts[name]}
 
-    def suspects(self, world: World) -> tuple[str, ...]:
+    def nonfinite_samples(self, world: World) -> tuple[str, ...]:
         """Keys of all processes' samples whose loss is not finite, or of all. Waits: only for skipped steps."""
         own = [
             (key, fine)
@@ -185,22 +186,22 @@ def make_update(
     """Accumulate the gradient of all terms over a step's micro-batches, then step the optimizer once.
 
     Args:
-        batches, draws: this process's micro-batches in slot order, and their random numbers.
+        batches, draws: this process's micro-batches in position order, and their random numbers.
         prefix: of the names in the report.
     """
-    engine, watch = trainable.engine, Watch()
-    global_batch = sum(len(batch.slots) for batch in batches) * engine.world.data_size
+    engine, statistics = trainable.engine, StepStatistics()
+    global_batch = sum(len(batch.positions) for batch in batches) * engine.world.data_size
     means = {term.name: DiffusionMean(term, engine.world) for term in update.terms}
     for batch, draw in zip(batches, draws, strict=True):
         for term in update.terms:
             if not term.due(draw):
                 continue
             loss = term.objective(roles, batch, draw)
-            mean = means[term.name].after(loss, batch.slots)
+            mean = means[term.name].after(loss, batch.positions)
             total = term.weight * rebalanced(loss, mean, term.rebalance, term.smallest_mean).sum()
             engine.backward(total / global_batch)
-            watch.see(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
-    outcome = engine.step(learning_rate, watch.sums())
-    values = {**watch.means(outcome.values, global_batch), "gradient_norm": outcome.gradient_norm}
-    suspects = () if outcome.applied else watch.suspects(engine.world)
-    return UpdateReport(outcome.applied, {prefix + name: value for name, value in values.items()}, suspects)
+            statistics.see(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
+    outcome = engine.step(learning_rate, statistics.sums())
+    values = {**statistics.means(outcome.values, global_batch), "gradient_norm": outcome.gradient_norm}
+    nonfinite_samples = () if outcome.applied else statistics.nonfinite_samples(engine.world)
+    return UpdateReport(outcome.applied, {prefix + name: value for name, value in values.items()}, nonfinite_samples)

@@ -17,7 +17,7 @@ from anyflow_train.commands.sweep_plan import Combination, make_plan
 from anyflow_train.commands.sweep_table import Outcome, markdown
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from tests.commands.runs import SHORT
 from tests.training.helpers import write_latents
 

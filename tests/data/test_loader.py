@@ -24,13 +24,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet.open(str(make_shards(tmp_path_factory.mktemp("shards"), [10, 0, 7, 4])))
 
 
-def loader(shards: ShardSet, micro_slots=((0, 1, 2, 3, 4, 5, 6, 7),), workers: int = 0, start: int = 0) -> Loader:
-    return Loader(shards, 5, GLOBAL, micro_slots, (4, 8), workers, start)
+def loader(shards: ShardSet, local_positions=((0, 1, 2, 3, 4, 5, 6, 7),), workers: int = 0, start: int = 0) -> Loader:
+    return Loader(shards, 5, GLOBAL, local_positions, (4, 8), workers, start)
 
 
 def equal(a: Batch, b: Batch) -> bool:
     tensors = ((a.latents, b.latents), (a.condition.text, b.condition.text), (a.negative.text, b.negative.text))
-    return a.keys == b.keys and a.slots == b.slots and all(torch.equal(x, y) for x, y in tensors)
+    return a.keys == b.keys and a.positions == b.positions and all(torch.equal(x, y) for x, y in tensors)
 
 
 def test_slots_follow_the_stream_over_epoch_ends(shards: ShardSet) -> None:
@@ -53,16 +53,18 @@ def test_without_shards_the_stream_is_position_to_index(tmp_path: Path) -> None:
 def test_any_world_sees_the_same_samples(shards: ShardSet, world: int, micro_batch: int, workers: int) -> None:
     reference = take(iter(loader(shards)), 4)
     for step in range(4):
-        by_slot = {}
+        by_position = {}
         for rank in range(world):
             starts = range(0, GLOBAL, world * micro_batch)
-            slots = [tuple(start + rank + world * i for i in range(micro_batch)) for start in starts]
-            with loader(shards, slots, workers, step) as rank_loader:
+            positions = [tuple(start + rank + world * i for i in range(micro_batch)) for start in starts]
+            with loader(shards, positions, workers, step) as rank_loader:
                 for batch in next(iter(rank_loader)):
-                    by_slot |= dict(zip(batch.slots, zip(batch.keys, batch.condition.text, strict=True), strict=True))
+                    by_position |= dict(
+                        zip(batch.positions, zip(batch.keys, batch.condition.text, strict=True), strict=True)
+                    )
         (whole,) = reference[step]
-        assert tuple(by_slot[slot][0] for slot in range(GLOBAL)) == whole.keys
-        assert torch.equal(torch.stack([by_slot[slot][1] for slot in range(GLOBAL)]), whole.condition.text)
+        assert tuple(by_position[position][0] for position in range(GLOBAL)) == whole.keys
+        assert torch.equal(torch.stack([by_position[position][1] for position in range(GLOBAL)]), whole.condition.text)
 
 
 @pytest.mark.parametrize(("workers", "start"), list(itertools.product([0, 1, 4], [0, 2, 3, 17])))
@@ -122,9 +124,9 @@ def test_bad_samples_are_named_counted_and_replaced_the_same_way(tmp_path: Path,
 def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path: Path, workers: int) -> None:
     folder = make_shards(tmp_path, [10, 10])
     truncate(folder, "shard-000001.tar")
-    slots = [tuple(range(GLOBAL))]
+    positions = [tuple(range(GLOBAL))]
     message = r"data.max_bad_share: 1\d of \d+ reads .* shard-000001.tar: clip-01"
-    with Loader(ShardSet.open(str(folder)), 5, GLOBAL, slots, (8,), workers, max_bad_share=0.01) as source:
+    with Loader(ShardSet.open(str(folder)), 5, GLOBAL, positions, (8,), workers, max_bad_share=0.01) as source:
         steps = iter(source)
         take(steps, 2)  # a few bad samples are no reason to stop
         with pytest.raises(UserError, match=message) as caught:

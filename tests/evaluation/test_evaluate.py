@@ -127,7 +127,7 @@ def test_results_do_not_depend_on_the_batch(folder: Path):
         assert left.energy_distance.value == pytest.approx(right.energy_distance.value, abs=1e-4)
 
 
-def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_given_frames(tmp_path: Path):
+def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_conditioning_frames(tmp_path: Path):
     make_run(tmp_path, FULL, causal=CHUNKS)
     held_out = ShardSet.open(str(write_held_out(tmp_path / "held_out", 24, frames=3)))
     report = run(tmp_path, "free", videos=0)
@@ -149,7 +149,7 @@ def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_given_frames
             return latents
 
         patch.setattr(evaluate, "sample_all", watched)
-        run(tmp_path, "given", videos=0, given_frames=2, held_out_samples=14)
+        run(tmp_path, "given", videos=0, conditioning_frames=2, held_out_samples=14)
     begun = load_samples(held_out, 24).part(slice(14, None))  # not those that samples are compared with
     rows = cycle(balanced_order(begun.captions), 10)
     assert len(seen) == 2
@@ -158,10 +158,10 @@ def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_given_frames
 
 
 def test_frames_that_leave_none_to_generate_are_refused(folder: Path):
-    with pytest.raises(UserError, match="given_frames: 2 of the clips' 2 latent frames leave none"):
-        run(folder, "all", given_frames=2)
-    with pytest.raises(UserError, match=r"given_frames: 1 of 10 clips.* need 34; .* holds 24"):
-        run(folder, "few", given_frames=1)
+    with pytest.raises(UserError, match="conditioning_frames: 2 of the clips' 2 latent frames leave none"):
+        run(folder, "all", conditioning_frames=2)
+    with pytest.raises(UserError, match=r"conditioning_frames: 1 of 10 clips.* need 34; .* holds 24"):
+        run(folder, "few", conditioning_frames=1)
 
 
 def test_a_causal_teacher_is_refused(tmp_path: Path):
@@ -171,13 +171,15 @@ def test_a_causal_teacher_is_refused(tmp_path: Path):
         run(tmp_path, "taught", teacher=str(tmp_path / "run"))
 
 
-def test_given_frames_that_end_inside_of_a_chunk_are_refused_before_anything_is_sampled(tmp_path: Path):
+def test_conditioning_frames_that_end_inside_of_a_chunk_are_refused_before_anything_is_sampled(tmp_path: Path):
     make_run(tmp_path, FULL, causal={"chunk_partition": [1, 2], "full_chunk_limit": 2})
     write_held_out(tmp_path / "held_out", 24, frames=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "sample_all", None)
-        with pytest.raises(UserError, match=r"given_frames: run: 2 latent frames are no whole chunks of \[1, 2\]"):
-            run(tmp_path, "inside", given_frames=2)
+        with pytest.raises(
+            UserError, match=r"conditioning_frames: run: 2 latent frames are no whole chunks of \[1, 2\]"
+        ):
+            run(tmp_path, "inside", conditioning_frames=2)
 
 
 def test_chunks_of_other_clips_are_refused(tmp_path: Path):

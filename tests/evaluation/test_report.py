@@ -5,7 +5,7 @@ from pathlib import Path
 
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.evaluation.measure import Cell
+from anyflow_train.evaluation.measure import ResultRow
 from anyflow_train.evaluation.oracle import Recognition
 from anyflow_train.evaluation.report import Report, panels, table_lines, write_report
 
@@ -18,11 +18,11 @@ def make_report() -> Report:
     config = EvaluateConfig(out="out", models=("runs/a",), teacher="t", held_out="h", steps=(1, 2), samples=8)
     seen = Recognition(Estimate(1.0, 0.9, 1.0), 0.8)
     cells = [
-        Cell("teacher", 1, 1.0, estimate(5), estimate(1), estimate(0.9), None, seen),
-        Cell("teacher", 2, 3.0, estimate(2), estimate(1), estimate(0.5), None, seen),
-        Cell("a", 1, 5.0, estimate(1), estimate(1), estimate(0.4), estimate(0.2), seen),
-        Cell("a", 2, 5.0, estimate(0.5), estimate(1), estimate(0.3), None, seen),
-        Cell("teacher", 128, 5.0, estimate(0), estimate(0), estimate(0), None, seen),
+        ResultRow("teacher", 1, 1.0, estimate(5), estimate(1), estimate(0.9), None, seen),
+        ResultRow("teacher", 2, 3.0, estimate(2), estimate(1), estimate(0.5), None, seen),
+        ResultRow("a", 1, 5.0, estimate(1), estimate(1), estimate(0.4), estimate(0.2), seen),
+        ResultRow("a", 2, 5.0, estimate(0.5), estimate(1), estimate(0.3), None, seen),
+        ResultRow("teacher", 128, 5.0, estimate(0), estimate(0), estimate(0), None, seen),
     ]
     return Report(config, tuple(cells), seconds=1.5)
 

@@ -17,7 +17,7 @@ from anyflow_train.evaluation.metrics import energy_distance
 from anyflow_train.evaluation.validation import InRunValidator, build_validator
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.codec import Codec
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 from tests.training.helpers import SHAPE, settings, write_latents
 
 EVALUATION = {"every": 1, "steps": [1, 2], "samples": 6, "batch": 4, "videos": 0}

@@ -11,9 +11,9 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import trainable_parameters
-from anyflow_train.training.checkpoint_writer import save_checkpoint
+from anyflow_train.training.checkpoints.state import TrainState
+from anyflow_train.training.checkpoints.writing import save_checkpoint
 from anyflow_train.training.networks import build_student
-from anyflow_train.training.state import TrainState
 
 TINY_WAN = Path(__file__).parents[2] / "assets" / "tiny-wan"
 LORA = {"kind": "lora", "rank": 3, "alpha": 6.0}

@@ -88,10 +88,10 @@ class BulkDraw(Draw):
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(len(self.slots), *shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(len(self.positions), *shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, purpose: str, columns: int) -> Tensor:
-        return torch.rand(len(self.slots), columns, generator=self.generator, dtype=torch.float64)
+        return torch.rand(len(self.positions), columns, generator=self.generator, dtype=torch.float64)
 
 
 def bulk_draw(batch: int, seed: int) -> BulkDraw:

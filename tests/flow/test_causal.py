@@ -13,7 +13,7 @@ from anyflow_train.config.chunks import Chunks, Sequence
 from anyflow_train.flow.causal import ClipSampler, chunk_by_chunk
 from anyflow_train.flow.rollout import rollout
 from anyflow_train.flow.sampler import guided, sample
-from anyflow_train.flow.types import Condition, Prefix, Remembered, TeacherForced
+from anyflow_train.flow.types import CachedContext, Condition, Prefix, TeacherForced
 from tests.flow.oracles import NO_TEXT, GaussianData
 
 CHUNKS = Chunks((1, 2, 2), 2)
@@ -28,15 +28,15 @@ class Oracle:
     asked: list[tuple[int, ...]] = field(default_factory=list)
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        assert isinstance(condition.past, Remembered)
-        memory = condition.past.memory
+        assert isinstance(condition.past, CachedContext)
+        memory = condition.past.kv_cache
         mean = x.new_tensor(MEAN) if memory is None else memory
         assert isinstance(mean, Tensor)
         centred = GaussianData(mean=0.0, std=STD)
         span = (1 - t).reshape(-1, 1, 1, 1, 1)
         return centred.average_velocity(x - span * mean, t, r) - mean
 
-    def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> Tensor:
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> Tensor:
         self.asked.append(chunks)
         return FOLLOW * x[:, -chunks[-1] :].mean(dim=(1, 2, 3, 4), keepdim=True)
 
@@ -101,8 +101,8 @@ def test_guidance_remembers_both_texts() -> None:
 
     @dataclass
     class ByText(Oracle):
-        def remember(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> Tensor:
-            return super().remember(x, chunks, condition) + condition.text.mean()
+        def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> Tensor:
+            return super().encode_context(x, chunks, condition) + condition.text.mean()
 
     text, negative = Condition(torch.ones(3, 1, 1)), Condition(torch.zeros(1, 1, 1))
     z = noise()
@@ -138,7 +138,7 @@ def test_rows_of_a_condition() -> None:
     assert past.clean.flatten().tolist() == [2, 3]
     assert isinstance(condition.with_text(torch.ones(1, 1, 1)).past, TeacherForced)
     with pytest.raises(ValueError, match="cannot be taken apart"):
-        condition.after(Remembered((1,), None))[1:]
+        condition.after(CachedContext((1,), None))[1:]
 
 
 def test_drawn_sequences() -> None:

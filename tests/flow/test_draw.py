@@ -1,4 +1,4 @@
-"""Randomness is a function of (seed, step, slot, purpose)."""
+"""Randomness is a function of (seed, step, position, purpose)."""
 
 from __future__ import annotations
 

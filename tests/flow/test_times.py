@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyflow_train.config.slots import Branch, branch_counts, micro_slots
+from anyflow_train.config.positions import Branch, branch_counts, local_positions
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.times import (
     TimeDistribution,
@@ -63,9 +63,9 @@ def test_times_do_not_depend_on_how_slots_are_spread() -> None:
     counts = branch_counts(8, 0.5, 0.25)
     whole = draw_interval(Draw(3, 7, tuple(range(8)), CPU), counts, 5.0, "fp32")
     for rank in range(2):
-        for slots in micro_slots(8, 2, 2, rank):
-            part = draw_interval(Draw(3, 7, slots, CPU), counts, 5.0, "fp32")
-            index = torch.tensor(slots)
+        for positions in local_positions(8, 2, 2, rank):
+            part = draw_interval(Draw(3, 7, positions, CPU), counts, 5.0, "fp32")
+            index = torch.tensor(positions)
             assert torch.equal(part.t, whole.t[index])
             assert torch.equal(part.r, whole.r[index])
             assert torch.equal(part.branch, whole.branch[index])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.models.kv_cache import KVCache, LastKeys
+from anyflow_train.models.kv_cache import KVCache, StopAfterKV
 from tests.models.networks import small_far, stock_far_twin
 
 PARTITION = (1, 2, 1, 2)
@@ -127,7 +127,7 @@ def test_autocast_keeps_a_cache_in_half_precision():
 
 def test_keys_that_a_norm_left_in_float32_are_kept_as_the_values_are():
     kept = []
-    LastKeys(kept).keep(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bfloat16))
+    StopAfterKV(kept).keep(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bfloat16))
     assert kept[0][0].dtype == torch.bfloat16
 
 

@@ -27,14 +27,14 @@ class Seen:
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         self.batches.append(batch)
         self.draws.append(draw)
-        zeros = torch.zeros(len(batch.slots))
+        zeros = torch.zeros(len(batch.positions))
         return Loss(zeros, zeros, None, {})
 
 
-def clips(slots: tuple[int, ...]) -> Batch:
-    batch = batch_of(slots)
-    frames = torch.arange(5.0).reshape(1, 5, 1, 1, 1).expand(len(slots), 5, 2, 2, 2)
-    return Batch(frames, batch.condition, batch.negative, batch.keys, slots)
+def clips(positions: tuple[int, ...]) -> Batch:
+    batch = batch_of(positions)
+    frames = torch.arange(5.0).reshape(1, 5, 1, 1, 1).expand(len(positions), 5, 2, 2, 2)
+    return Batch(frames, batch.condition, batch.negative, batch.keys, positions)
 
 
 ROLES = one_network(SmallNetwork())
@@ -62,8 +62,8 @@ def test_chunks_are_split_into_context_and_what_is_asked() -> None:
 def test_all_processes_of_a_step_draw_the_same_chunks() -> None:
     seen = Seen()
     for step in range(10):
-        for slots in ((0, 1), (2, 3)):
-            ChunksGiven(seen, CHUNKS, 0.5)(ROLES, clips(slots), draw_of(slots, step))
+        for positions in ((0, 1), (2, 3)):
+            ChunksGiven(seen, CHUNKS, 0.5)(ROLES, clips(positions), draw_of(positions, step))
     pasts = [batch.condition.past for batch in seen.batches]
     chunks = [past.chunks for past in pasts if isinstance(past, TeacherForced)]
     assert chunks[::2] == chunks[1::2]

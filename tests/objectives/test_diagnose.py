@@ -13,7 +13,7 @@ from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
 from tests.objectives.toys import SmallNetwork, batch_of, draw_of
 
-SAMPLES = [(batch_of(slots), draw_of(slots)) for slots in ((0, 1, 2, 3), (4, 5, 6, 7))]
+SAMPLES = [(batch_of(positions), draw_of(positions)) for positions in ((0, 1, 2, 3), (4, 5, 6, 7))]
 
 
 def test_a_sine_in_time_loses_what_the_low_pass_says() -> None:

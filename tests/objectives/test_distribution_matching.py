@@ -17,7 +17,7 @@ from anyflow_train.objectives.distribution_matching import (
     direction,
     draw_score_time,
 )
-from anyflow_train.objectives.rollouts import Endpoints, Rollouts
+from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles
 from tests.flow.oracles import NO_TEXT, GaussianData, bulk_draw
 from tests.objectives.toys import SHAPE, Recorded, SmallNetwork, batch_of, draw_of
@@ -31,7 +31,7 @@ def rollouts(steps: tuple[int, ...] = (2, 4, 8)) -> Rollouts:
     return Rollouts(SHAPE, steps, 5.0, "gradient")
 
 
-def matching(scale: float = 1.0, endpoints: Endpoints | None = None) -> DistributionMatchingObjective:
+def matching(scale: float = 1.0, endpoints: RolloutBuffer | None = None) -> DistributionMatchingObjective:
     return DistributionMatchingObjective(rollouts(), TIMES, scale, endpoints)
 
 
@@ -123,7 +123,7 @@ def test_each_loss_reaches_its_own_network_only() -> None:
 @pytest.mark.parametrize("reuse", [True, False])
 def test_the_fake_score_sees_noised_clean_endpoints(reuse: bool) -> None:
     """Its points are `(1 - t) x + t z` with x a finished rollout: the student's own, or a fresh one."""
-    endpoints = Endpoints() if reuse else None
+    endpoints = RolloutBuffer() if reuse else None
     student, fake = Recorded(REAL.average_velocity), Recorded(FAKE.average_velocity)
     roles = Roles(student, student, FAKE.average_velocity, fake)
     batch, draw = batch_of(SLOTS), draw_of(SLOTS)
@@ -150,7 +150,7 @@ def test_the_fake_score_settles_at_the_velocity_of_the_student_s_samples() -> No
     draw = bulk_draw(count, 0)
     text = torch.zeros(count, 1, 1, dtype=torch.float64)
     batch = Batch(
-        torch.zeros(count, 1, 1, 1, 4).double(), Condition(text), Condition(text[:1]), ("",) * count, draw.slots
+        torch.zeros(count, 1, 1, 1, 4).double(), Condition(text), Condition(text[:1]), ("",) * count, draw.positions
     )
     slopes = {}
     for name, data in (("own", REAL), ("another", FAKE)):
@@ -170,11 +170,11 @@ def test_the_fake_score_settles_at_the_velocity_of_the_student_s_samples() -> No
 
 
 def test_times_stay_in_their_range() -> None:
-    slots = tuple(range(400))
-    t = draw_score_time(draw_of(slots), ScoreTimes(low=0.1, high=0.9))
+    positions = tuple(range(400))
+    t = draw_score_time(draw_of(positions), ScoreTimes(low=0.1, high=0.9))
     assert t.min() == 0.1
     assert t.max() == 0.9
-    free = draw_score_time(draw_of(slots), ScoreTimes(shift=1.0))
+    free = draw_score_time(draw_of(positions), ScoreTimes(shift=1.0))
     assert 0 < free.min() < 0.02
     assert 0.98 < free.max() < 1
 

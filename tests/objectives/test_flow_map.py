@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.objective import FlowMap, Times
-from anyflow_train.config.slots import branch_counts, micro_slots
+from anyflow_train.config.positions import branch_counts, local_positions
 from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.rebalance import balance_value, rebalanced
@@ -24,8 +24,8 @@ TARGET = FlowMap(kind="flow_map", guidance="target", guidance_scale=3.0, text_dr
 
 def micro_losses(objective: FlowMapObjective, roles: Roles, micro_batch: int, world: int) -> list[Loss]:
     """Every process's losses of one step of 12 samples."""
-    held = [micro_slots(12, micro_batch, world, rank) for rank in range(world)]
-    return [objective(roles, batch_of(slots), draw_of(slots)) for slots in itertools.chain(*held)]
+    held = [local_positions(12, micro_batch, world, rank) for rank in range(world)]
+    return [objective(roles, batch_of(positions), draw_of(positions)) for positions in itertools.chain(*held)]
 
 
 def step_gradient(config: FlowMap, micro_batch: int, world: int) -> list[Tensor]:
@@ -54,9 +54,9 @@ def test_the_derivative_runs_for_samples_with_r_below_t_only() -> None:
     network = SmallNetwork()
     derivative = Recorded(network)
     objective = FlowMapObjective(PLAIN, Times(), COUNTS, world=1)
-    for slots, rows in zip(micro_slots(12, 4, 1, 0), (0, 2, 4), strict=True):
+    for positions, rows in zip(local_positions(12, 4, 1, 0), (0, 2, 4), strict=True):
         derivative.calls.clear()
-        loss = objective(Roles(network, derivative), batch_of(slots), draw_of(slots))
+        loss = objective(Roles(network, derivative), batch_of(positions), draw_of(positions))
         assert [len(call[0]) for call in derivative.calls] == ([rows, rows] if rows else [])
         assert (loss.branch != Branch.DIFFUSION).sum() == rows
 
@@ -68,9 +68,9 @@ def test_all_processes_run_equally_many_forwards(micro_batch: int, world: int) -
     for step in range(12 // (micro_batch * world)):
         counts = set()
         for rank in range(world):
-            slots = micro_slots(12, micro_batch, world, rank)[step]
+            positions = local_positions(12, micro_batch, world, rank)[step]
             student, derivative = Recorded(network), Recorded(network)
-            objective(Roles(student, derivative), batch_of(slots), draw_of(slots))
+            objective(Roles(student, derivative), batch_of(positions), draw_of(positions))
             counts.add((len(student.calls), tuple(len(call[0]) for call in derivative.calls)))
         assert len(counts) == 1
 
@@ -90,10 +90,12 @@ def test_a_bfloat16_network_receives_float32_points_and_times(ends: str) -> None
         return network(x.bfloat16(), t.bfloat16(), r.bfloat16(), Condition(condition.text.bfloat16())).float()
 
     seen = Recorded(flow_map)
-    slots = tuple(range(12))
+    positions = tuple(range(12))
     config = PREDICTION.model_copy(update={"derivative_ends": ends})
     for dtype in (torch.bfloat16, torch.float32):
-        loss = FlowMapObjective(config, Times(), COUNTS)(one_network(seen), batch_of(slots, dtype), draw_of(slots))
+        loss = FlowMapObjective(config, Times(), COUNTS)(
+            one_network(seen), batch_of(positions, dtype), draw_of(positions)
+        )
         assert loss.per_sample.dtype == loss.weight.dtype == torch.float32
     assert {a.dtype for call in seen.calls for a in call[:3]} == {torch.float32}
     if ends == "clamped":
@@ -102,10 +104,10 @@ def test_a_bfloat16_network_receives_float32_points_and_times(ends: str) -> None
 
 def test_the_derivative_uses_its_own_network_and_only_the_student_gets_gradients() -> None:
     student, ema = SmallNetwork(seed=0), SmallNetwork(seed=1)
-    slots = tuple(range(12))
+    positions = tuple(range(12))
     objective = FlowMapObjective(TARGET, Times(), COUNTS)
-    with_ema = objective(Roles(student, ema), batch_of(slots), draw_of(slots)).per_sample
-    with_own = objective(Roles(student, student), batch_of(slots), draw_of(slots)).per_sample
+    with_ema = objective(Roles(student, ema), batch_of(positions), draw_of(positions)).per_sample
+    with_own = objective(Roles(student, student), batch_of(positions), draw_of(positions)).per_sample
     assert torch.equal(with_ema[:6], with_own[:6])
     assert not torch.isclose(with_ema[6:], with_own[6:]).any()
     with_ema.sum().backward()
@@ -114,8 +116,8 @@ def test_the_derivative_uses_its_own_network_and_only_the_student_gets_gradients
 
 
 def test_weights_follow_the_option() -> None:
-    slots, network = tuple(range(12)), SmallNetwork()
-    batch, draw = batch_of(slots), draw_of(slots)
+    positions, network = tuple(range(12)), SmallNetwork()
+    batch, draw = batch_of(positions), draw_of(positions)
     uniform = PLAIN.model_copy(update={"weight": "uniform"})
     assert (FlowMapObjective(uniform, Times(), COUNTS)(one_network(network), batch, draw).weight == 1).all()
     assert (FlowMapObjective(PLAIN, Times(), COUNTS)(one_network(network), batch, draw).weight != 1).all()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.objective import FlowMap, Times
-from anyflow_train.config.slots import BranchCounts
+from anyflow_train.config.positions import BranchCounts
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.types import Condition
@@ -114,7 +114,7 @@ def residuals(objective: Guidance, at: Guidance, text_dropout: float) -> Residua
     latents = data.mean + data.std * torch.randn(shape, generator=generator, dtype=torch.float64)
     text = Condition(torch.ones(SAMPLES, 1, 1, dtype=torch.float64))
     negative = Condition(torch.zeros(1, 1, 1, dtype=torch.float64))
-    batch = Batch(latents, text, negative, ("",) * SAMPLES, draw.slots)
+    batch = Batch(latents, text, negative, ("",) * SAMPLES, draw.positions)
     fixed = linear_map(at)
     free = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     seen = Recorded(lambda x, t, r, condition: fixed(x, t, r, condition) + (free if torch.is_grad_enabled() else 0))
@@ -161,8 +161,8 @@ def test_each_objective_is_stationary_at_its_own_fixed_point_only(guidance: Guid
 
 
 def test_target_takes_the_scale_off_text_dropped_samples_and_prediction_does_not() -> None:
-    slots = tuple(range(12))
-    batch, draw, network = batch_of(slots), draw_of(slots), SmallNetwork()
+    positions = tuple(range(12))
+    batch, draw, network = batch_of(positions), draw_of(positions), SmallNetwork()
     t = draw.uniform("t", 1).squeeze(1)
     point = noised(batch, draw, t, t / 2, text_dropout=0.5)
     assert 0 < sum(point.dropped) < 12
@@ -183,8 +183,8 @@ def test_target_takes_the_scale_off_text_dropped_samples_and_prediction_does_not
 
 @pytest.mark.parametrize("guidance", ["target", "prediction"])
 def test_no_forward_for_the_negative_prompt_where_the_text_is_the_negative_prompt(guidance: Guidance) -> None:
-    slots = tuple(range(12))
-    batch, draw, network = batch_of(slots), draw_of(slots), SmallNetwork()
+    positions = tuple(range(12))
+    batch, draw, network = batch_of(positions), draw_of(positions), SmallNetwork()
     t = draw.uniform("t", 1).squeeze(1)
     whole = noised(batch, draw, t, t / 2, text_dropout=0.5)
     student = Recorded(network)
@@ -211,8 +211,8 @@ def test_a_sample_without_text_still_makes_the_call_that_other_processes_make() 
 
 
 def test_the_teacher_s_velocity_replaces_the_data_s() -> None:
-    slots = tuple(range(12))
-    batch, draw = batch_of(slots), draw_of(slots)
+    positions = tuple(range(12))
+    batch, draw = batch_of(positions), draw_of(positions)
     student, teacher = Recorded(SmallNetwork(seed=0)), Recorded(SmallNetwork(seed=1))
     t = draw.uniform("t", 1).squeeze(1)
     point = noised(batch, draw, t, t / 2, text_dropout=0.0)
@@ -231,8 +231,8 @@ def test_the_teacher_s_velocity_replaces_the_data_s() -> None:
 
 
 def test_scale_one_is_no_guidance() -> None:
-    slots = tuple(range(12))
-    batch, draw, network = batch_of(slots), draw_of(slots), SmallNetwork()
+    positions = tuple(range(12))
+    batch, draw, network = batch_of(positions), draw_of(positions), SmallNetwork()
     counts = BranchCounts(6, 3, 3)
     options: tuple[Guidance, ...] = ("none", "prediction", "target")
     losses = [

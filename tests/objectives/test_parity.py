@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.objective import FlowMap, FlowMatching, Times
-from anyflow_train.config.slots import branch_counts
+from anyflow_train.config.positions import branch_counts
 from anyflow_train.flow.times import TimePrecision
 from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.flow_map import FlowMapObjective

@@ -7,7 +7,7 @@ import torch
 
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.rollout import FirstJump, rollout, rollout_jumps
-from anyflow_train.objectives.rollouts import Endpoints, Rollout, Rollouts
+from anyflow_train.objectives.rollouts import Rollout, RolloutBuffer, Rollouts
 from tests.flow.oracles import NO_TEXT, GaussianData
 from tests.objectives.toys import SHAPE, DoubleDraw, Recorded, draw_of
 
@@ -19,9 +19,9 @@ def rollouts(steps: tuple[int, ...] = STEPS) -> Rollouts:
     return Rollouts(SHAPE, steps, 5.0, "gradient")
 
 
-def made(slots: tuple[int, ...], step: int) -> tuple[Rollout, Recorded]:
+def made(positions: tuple[int, ...], step: int) -> tuple[Rollout, Recorded]:
     student = Recorded(DATA.average_velocity)
-    return rollouts()(student, NO_TEXT, draw_of(slots, step)), student
+    return rollouts()(student, NO_TEXT, draw_of(positions, step)), student
 
 
 def test_processes_share_the_sampler_and_nothing_else() -> None:
@@ -88,16 +88,16 @@ def test_the_choice_of_jumps_reaches_the_rollout() -> None:
 
 
 def test_endpoints_are_those_of_this_step_and_used_once() -> None:
-    endpoints = Endpoints()
+    endpoints = RolloutBuffer()
     x = torch.ones(1, *SHAPE, requires_grad=True) * 2
-    endpoints.keep(draw_of((0,), step=4), Rollout(x, 8))
-    assert endpoints.take(draw_of((0,), step=5)) is None
-    assert endpoints.take(draw_of((1,), step=4)) is None
-    kept = endpoints.take(DoubleDraw(5, 4, (0,), torch.device("cpu"), "another user: "))
+    endpoints.put(draw_of((0,), step=4), Rollout(x, 8))
+    assert endpoints.pop(draw_of((0,), step=5)) is None
+    assert endpoints.pop(draw_of((1,), step=4)) is None
+    kept = endpoints.pop(DoubleDraw(5, 4, (0,), torch.device("cpu"), "another user: "))
     assert kept is not None
     assert torch.equal(kept.x, x)
     assert not kept.x.requires_grad
-    assert endpoints.take(draw_of((0,), step=4)) is None
+    assert endpoints.pop(draw_of((0,), step=4)) is None
 
 
 def test_shared_numbers_and_scopes() -> None:

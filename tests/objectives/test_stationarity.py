@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.objective import FlowMap, Times
-from anyflow_train.config.slots import branch_counts
+from anyflow_train.config.positions import branch_counts
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.types import Condition
 from anyflow_train.objectives.flow_map import FlowMapObjective
@@ -50,7 +50,7 @@ def additive_gradient(data: GaussianData | TwoModes, mode: Rebalance, seed: int)
 
     draw = bulk_draw(SAMPLES, seed)
     text = torch.zeros(SAMPLES, 1, 1, dtype=torch.float64)
-    batch = Batch(latents, Condition(text), Condition(text[:1]), ("",) * SAMPLES, draw.slots)
+    batch = Batch(latents, Condition(text), Condition(text[:1]), ("",) * SAMPLES, draw.positions)
     # A small epsilon: the oracle is smooth, and the bias, epsilon^2, stays far below the Monte-Carlo error.
     objective = FlowMapObjective(FlowMap(kind="flow_map", epsilon=1e-3), Times(), COUNTS)
     loss = objective(Roles(student=student, derivative=data.average_velocity), batch, draw)
@@ -85,7 +85,7 @@ def test_with_the_teachers_velocity_every_sample_s_loss_vanishes_there() -> None
     draw, generator = bulk_draw(SAMPLES, 4), torch.Generator().manual_seed(4)
     latents = TWO_MODES.draw((SAMPLES, 1, 1, 1, ELEMENTS), generator)
     text = torch.zeros(SAMPLES, 1, 1, dtype=torch.float64)
-    batch = Batch(latents, Condition(text), Condition(text[:1]), ("",) * SAMPLES, draw.slots)
+    batch = Batch(latents, Condition(text), Condition(text[:1]), ("",) * SAMPLES, draw.positions)
 
     def teacher(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         return TWO_MODES.velocity(x, t)

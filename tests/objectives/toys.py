@@ -55,18 +55,18 @@ class Recorded:
         return self.flow_map(x, t, r, condition)
 
 
-def batch_of(slots: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Batch:
+def batch_of(positions: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Batch:
     """Samples that depend on their slot alone."""
-    draw = Draw(11, 0, slots, torch.device("cpu"))
+    draw = Draw(11, 0, positions, torch.device("cpu"))
     latents, text = draw.normal("latents", SHAPE).to(dtype), draw.normal("text", TEXT).to(dtype)
     negative = Draw(12, 0, (0,), torch.device("cpu")).normal("text", TEXT).to(dtype)
-    keys = tuple(f"sample-{slot}" for slot in slots)
-    return Batch(latents, Condition(text), Condition(negative), keys, slots)
+    keys = tuple(f"sample-{position}" for position in positions)
+    return Batch(latents, Condition(text), Condition(negative), keys, positions)
 
 
-def draw_of(slots: tuple[int, ...], step: int = 3) -> DoubleDraw:
+def draw_of(positions: tuple[int, ...], step: int = 3) -> DoubleDraw:
     """Random numbers of some slots of one step."""
-    return DoubleDraw(5, step, slots, torch.device("cpu"))
+    return DoubleDraw(5, step, positions, torch.device("cpu"))
 
 
 def one_network(network: FlowMap, teacher: FlowMap | None = None) -> Roles:

@@ -11,15 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import micro_slots
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.updates import make_update
-from anyflow_train.training.world import ALONE
 
 
 def counted(config: RunConfig, steps: Sequence[int]) -> int:
@@ -79,10 +79,12 @@ def peak_bytes(call: Callable[[], None]) -> int:
 def step_of(config: RunConfig, step: int) -> tuple[list[Batch], list[Draw]]:
     """Random data of a step's micro-batches, with the longest text, and their random numbers."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
-    slots = micro_slots(config.engine.global_batch, config.engine.micro_batch, 1, 0)
+    positions = local_positions(config.engine.global_batch, config.engine.micro_batch, 1, 0)
 
     def text(rows: int) -> Condition:
         return Condition(torch.randn(rows, max(config.data.text_lengths), config.student.architecture.text_dim))
 
-    batches = [Batch(torch.randn(len(own), *latent), text(len(own)), text(1), ("",) * len(own), own) for own in slots]
-    return batches, [Draw(config.seed, step, own, torch.device("cpu")) for own in slots]
+    batches = [
+        Batch(torch.randn(len(own), *latent), text(len(own)), text(1), ("",) * len(own), own) for own in positions
+    ]
+    return batches, [Draw(config.seed, step, own, torch.device("cpu")) for own in positions]

@@ -17,7 +17,7 @@ from anyflow_train.config.network import LORA_TARGETS, Architecture, Causal, Ful
 from anyflow_train.config.rows import ChunkRows
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.draw import Draw
-from anyflow_train.flow.types import Condition, Remembered, TeacherForced
+from anyflow_train.flow.types import CachedContext, Condition, TeacherForced
 from anyflow_train.models.adapters import add_lora
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.flow_map import NetworkFlowMap
@@ -76,10 +76,10 @@ def test_a_chunk_of_a_rollout_costs_what_torch_counts(name: str, count: int, unf
     flow_map, memory = NetworkFlowMap(network, None), None
     if count:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            memory = flow_map.remember(clips(sum(chunks[:-1])), chunks[:-1], Condition(torch.randn(1, TEXT, 20)))
+            memory = flow_map.encode_context(clips(sum(chunks[:-1])), chunks[:-1], Condition(torch.randn(1, TEXT, 20)))
         assert counter.get_total_flops() == forward_products(ARCHITECTURE, adapter, ROWS.encoding(count), TEXT).forward
     latents = clips(chunks[-1]).requires_grad_()
-    forward, backward = passes(lambda: called(network, latents, Remembered(chunks, memory)))
+    forward, backward = passes(lambda: called(network, latents, CachedContext(chunks, memory)))
     rows = ROWS.next_chunk(count)
     planned = forward_products(ARCHITECTURE, adapter, rows, TEXT, latents_need_gradient=True)
     assert forward == planned.forward
@@ -151,7 +151,7 @@ def clips(frames: int) -> Tensor:
     return torch.randn(1, frames, 16, 8, 8)
 
 
-def called(network: AnyFlowFARTransformer3DModel, x: Tensor, past: TeacherForced | Remembered) -> Tensor:
+def called(network: AnyFlowFARTransformer3DModel, x: Tensor, past: TeacherForced | CachedContext) -> Tensor:
     return NetworkFlowMap(network, None)(
         x, torch.rand(1), torch.zeros(1), Condition(torch.randn(1, TEXT, 20), past=past)
     )

@@ -13,8 +13,8 @@ from anyflow_train.errors import UserError
 from anyflow_train.plan.fit import ENGINES
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.room import Room, shortage
+from anyflow_train.training.processes.world import World
 from anyflow_train.training.room import check_room
-from anyflow_train.training.world import World
 
 WORLD = 8
 

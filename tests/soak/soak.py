@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from tests.training.helpers import final_tensors, write_latents
 from tests.training.launched import Launch, train_case
 

@@ -18,9 +18,9 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
 from anyflow_train.models.wan import build_network
-from anyflow_train.training import checkpoint_writer
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import checkpoint_name, list_checkpoints, read_info
+from anyflow_train.training.checkpoints import writing as checkpoint_writer
+from anyflow_train.training.checkpoints.reading import checkpoint_name, list_checkpoints, read_info
 from anyflow_train.training.engine import ReplicatedEngine
 from tests.shards import describe, write_shards
 

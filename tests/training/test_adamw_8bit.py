@@ -16,8 +16,8 @@ from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.wan import build_network
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training.engine import ReplicatedEngine
+from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.start_checks import check_moments
-from anyflow_train.training.world import ALONE
 from tests.training.helpers import (
     assert_equal_runs,
     final_tensors,

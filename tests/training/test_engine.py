@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from anyflow_train.config.run import Optimizer
+from anyflow_train.training.checkpoints.tensor_handle import read_entries
 from anyflow_train.training.engine import ReplicatedEngine, adam_steps, set_adam_steps
-from anyflow_train.training.entry import read_entries
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 CPU = World(torch.device("cpu"))
 NOTHING = torch.zeros(0)

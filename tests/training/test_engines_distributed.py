@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from anyflow_train.config.compose import compose
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import list_checkpoints
+from anyflow_train.training.checkpoints.reading import list_checkpoints
 from tests.conftest import BITSANDBYTES
 from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
 from tests.training.launched import Launch

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from tests.training.helpers import assert_equal_runs, final_tensors, write_latents
 from tests.training.launched import PATIENCE, Launch, train_case
 from tests.training.words import ROOT, words

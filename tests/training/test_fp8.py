@@ -15,9 +15,9 @@ from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.fp8 import Fp8Linear, StoredFp8Linear
 from anyflow_train.models.wan import build_network
 from anyflow_train.training.networks import load_trained_network
+from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.start_checks import check_fp8
-from anyflow_train.training.world import ALONE
 from tests.training.helpers import SHAPE, TEXT_DIM, assert_equal_runs, settings, train, write_latents
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 4.0}

@@ -21,11 +21,11 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.models.wan import build_network
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from anyflow_train.training.networks import load_trained_network
+from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.updates import make_update
-from anyflow_train.training.world import ALONE
 from tests.training.helpers import (
     SHAPE,
     TEXT_DIM,
@@ -155,7 +155,7 @@ def step_once(recipe: Recipe, folder: Path) -> None:
     loader = build_loader(config, ALONE, 0)
     batches = next(iter(loader))
     loader.close()
-    draws = [Draw(0, 0, batch.slots, ALONE.device) for batch in batches]
+    draws = [Draw(0, 0, batch.positions, ALONE.device) for batch in batches]
     for update in recipe.updates:
         report = make_update(update, recipe.trainables[update.role], recipe.roles, batches, draws, 1e-3, "")
         assert report.applied

@@ -17,8 +17,8 @@ from anyflow_train.models.shared_base import RoleFlowMap
 from anyflow_train.models.wan import build_network
 from anyflow_train.training.ema import AveragedFlowMap
 from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.processes.world import World
 from anyflow_train.training.recipe import build_loader, build_recipe
-from anyflow_train.training.world import World
 from tests.training.helpers import final_tensors, settings, train, write_latents
 
 CPU = World(torch.device("cpu"))

@@ -14,7 +14,9 @@ from anyflow_train.config.network import Student
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.adapters import merge_lora, trainable_parameters
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.state import Best
 from anyflow_train.training.networks import (
     build_base,
     build_student,
@@ -23,11 +25,9 @@ from anyflow_train.training.networks import (
     start_shared,
     start_teacher,
 )
-from anyflow_train.training.run_directory import RunDirectory
+from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.start_checks import check_start
-from anyflow_train.training.starts import base_of, pinned
-from anyflow_train.training.state import Best
-from anyflow_train.training.world import ALONE
+from anyflow_train.training.starts import base_of, resolve_init_checkpoint
 from tests.training.helpers import write_latents
 from tests.training.started import config, network, trained
 
@@ -155,16 +155,20 @@ def test_a_run_directory_is_pinned_to_the_checkpoint_that_it_began_with(tmp_path
     new = config(tmp_path, "new", first, LORA)
     directory = RunDirectory.of(new)
     checkpoint = first / "checkpoints" / "step_00000001"
-    assert pinned(new, directory).student.init == str(checkpoint)
+    assert resolve_init_checkpoint(new, directory).student.init == str(checkpoint)
     directory.path.mkdir()
-    directory.begin(pinned(new, directory))
+    directory.begin(resolve_init_checkpoint(new, directory))
     trained(tmp_path, "first", network(tmp_path), FULL, step=2)
-    assert pinned(new, directory).student.init == str(checkpoint)
-    assert pinned(new, RunDirectory(tmp_path / "another")).student.init == str(checkpoint.with_name("step_00000002"))
+    assert resolve_init_checkpoint(new, directory).student.init == str(checkpoint)
+    assert resolve_init_checkpoint(new, RunDirectory(tmp_path / "another")).student.init == str(
+        checkpoint.with_name("step_00000002")
+    )
     both = new.model_copy(update={"teacher": new.teacher.model_copy(update={"source": str(first)})})
-    assert pinned(both, directory).teacher.source == str(checkpoint)  # else two names would stand for one network
+    assert resolve_init_checkpoint(both, directory).teacher.source == str(
+        checkpoint
+    )  # else two names would stand for one network
     plain = config(tmp_path, "new", network(tmp_path), LORA)
-    assert pinned(plain, directory) is plain
+    assert resolve_init_checkpoint(plain, directory) is plain
 
 
 def test_a_run_trains_on_from_another_and_is_resumed(tmp_path: Path) -> None:

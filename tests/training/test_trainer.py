@@ -21,7 +21,7 @@ from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training import run as training
-from anyflow_train.training.checkpoint import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.validation import Validation
 from tests.training.helpers import (

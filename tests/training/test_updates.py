@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_train.config.objective import FlowMap, Times
+from anyflow_train.config.positions import Branch, BranchCounts, local_positions
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer
-from anyflow_train.config.slots import Branch, BranchCounts, micro_slots
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
@@ -19,8 +19,8 @@ from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Loss, Roles
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine, adam_steps
+from anyflow_train.training.processes.world import World
 from anyflow_train.training.updates import DiffusionMean, Term, Trainable, Update, make_update
-from anyflow_train.training.world import World
 
 CPU = World(torch.device("cpu"))
 COUNTS = BranchCounts(3, 2, 3)  # three diffusion slots: with micro-batches of 2 the boundary lies inside of one
@@ -46,18 +46,18 @@ def batches(micro_batch: int) -> list[Batch]:
     text = torch.zeros(SIZE, 2, 3)
     return [
         Batch(
-            latents[list(slots)],
-            Condition(text[list(slots)]),
+            latents[list(positions)],
+            Condition(text[list(positions)]),
             Condition(text[:1]),
-            tuple(KEYS[slot] for slot in slots),
-            slots,
+            tuple(KEYS[position] for position in positions),
+            positions,
         )
-        for slots in micro_slots(SIZE, micro_batch, 1, 0)
+        for positions in local_positions(SIZE, micro_batch, 1, 0)
     ]
 
 
 def draws(given: Sequence[Batch]) -> list[Draw]:
-    return [Draw(0, 4, batch.slots, CPU.device) for batch in given]
+    return [Draw(0, 4, batch.positions, CPU.device) for batch in given]
 
 
 def trainable_of(toy: Toy) -> Trainable:
@@ -121,7 +121,7 @@ def test_a_poisoned_sample_is_named_and_nothing_changes() -> None:
     before = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
     report = make_update(flow_map_update("weighted"), trainable, Roles(toy, toy), given, draws(given), 0.1, "")
     assert not report.applied
-    assert report.suspects == (KEYS[3],)
+    assert report.nonfinite_samples == (KEYS[3],)
     assert all(torch.equal(before[name], parameter) for name, parameter in toy.named_parameters())
     assert adam_steps(trainable.engine.optimizer) == 0
 
@@ -130,7 +130,7 @@ def test_a_gradient_alone_that_is_not_finite_names_all_samples() -> None:
     toy, given = Toy(), batches(SIZE)
     toy.layers[2].weight.register_hook(lambda gradient: gradient * float("nan"))
     report = make_update(flow_map_update("none"), trainable_of(toy), Roles(toy, toy), given, draws(given), 0.1, "")
-    assert report.suspects == KEYS
+    assert report.nonfinite_samples == KEYS
 
 
 class OneOf(World):

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from anyflow_train import __main__ as command_line
-from anyflow_train.training import launched
+from anyflow_train.training.processes import launched
 from tests.training.words import LAYERS, ROOT, words
 
 RANK = int(os.environ["RANK"])
@@ -192,4 +192,4 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
         as_on_a_gpu()
-    launched.end(main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    launched.exit_process(main(json.loads(sys.argv[1]), Path(sys.argv[2])))

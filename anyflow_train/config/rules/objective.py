@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.objective import FlowMap, FlowMatching
+from anyflow_train.config.positions import branch_counts
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import branch_counts
 
 
 def shares(config: RunConfig) -> Iterator[Finding]:

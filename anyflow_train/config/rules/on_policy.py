@@ -63,7 +63,7 @@ def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Fin
         )
 
 
-def doubts(config: RunConfig) -> Iterator[Finding]:
+def warnings(config: RunConfig) -> Iterator[Finding]:
     """What is probably not meant: a student that stage 1 has not seen, a run that ends between two of its turns."""
     settings = config.on_policy
     if not isinstance(settings, DistributionMatching):

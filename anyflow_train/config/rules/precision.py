@@ -43,7 +43,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
     yield from _sizes(config)
 
 
-def doubts(config: RunConfig) -> Iterator[Finding]:
+def warnings(config: RunConfig) -> Iterator[Finding]:
     """Distribution matching lives on the difference of two scores, most of which 8 bits round away."""
     if config.engine.fp8 == "frozen" and isinstance(config.on_policy, DistributionMatching):
         yield Finding(

@@ -33,8 +33,8 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     """What is probably not meant, in a config without errors."""
     return [
         *warnings.schedule(config),
-        *on_policy.doubts(config),
-        *precision.doubts(config),
+        *on_policy.warnings(config),
+        *precision.warnings(config),
         *warnings.derivative(config),
         *warnings.balance(config, world),
         *warnings.validation(config),

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.positions import branch_counts, derivative_rows, even_accumulation, local_positions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.slots import branch_counts, derivative_rows, even_accumulation, micro_slots
 
 
 def schedule(config: RunConfig) -> Iterator[Finding]:
@@ -81,8 +81,8 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
         return
     counts = branch_counts(engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
     rows = [
-        derivative_rows(counts, slots, world) * world
-        for slots in micro_slots(engine.global_batch, engine.micro_batch, world, 0)
+        derivative_rows(counts, positions, world) * world
+        for positions in local_positions(engine.global_batch, engine.micro_batch, world, 0)
     ]
     needless = sum(rows) - (engine.global_batch - counts.diffusion)
     accumulation = even_accumulation(engine.micro_batch, world, config.times.diffusion_share)

@@ -17,7 +17,7 @@ from anyflow_train.training.engine.adamw import adam_steps, set_adam_steps
 from anyflow_train.training.engine.replicated import ReplicatedEngine
 from anyflow_train.training.engine.types import Engine, Outcome
 from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, engine_name, shard_frozen, zero_stage
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 __all__ = [
     "Engine",

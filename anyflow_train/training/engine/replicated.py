@@ -12,11 +12,11 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine.adamw import MOMENTS, adamw, set_rate, start_moments
 from anyflow_train.training.engine.adamw_8bit import STATE, adamw_8bit
 from anyflow_train.training.engine.types import Outcome
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 BUCKET = 1 << 24
 
@@ -87,7 +87,7 @@ class ReplicatedEngine:
     def _add_up(self, gradients: list[Tensor]) -> None:
         if self.world.size == 1:
             return
-        self.world.pulse.move()  # who hangs before this is behind those who wait here
+        self.world.activity.touch()  # who hangs before this is behind those who wait here
         for bucket in _buckets(gradients):
             message = bucket[0] if len(bucket) == 1 else torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(message)

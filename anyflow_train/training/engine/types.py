@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.world import World
+from anyflow_train.training.checkpoints.tensor_handle import Entry
+from anyflow_train.training.processes.world import World
 
 
 @dataclass(frozen=True)

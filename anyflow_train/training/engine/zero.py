@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.errors import UserError
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine.adamw import MOMENTS, adamw, set_rate, start_moments
 from anyflow_train.training.engine.types import Outcome
-from anyflow_train.training.entry import Entry
-from anyflow_train.training.world import World
+from anyflow_train.training.processes.world import World
 
 Network = TypeVar("Network", bound=nn.Module)
 

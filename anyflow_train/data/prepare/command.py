@@ -1,0 +1,213 @@
+"""`anyflow prepare`: clips and captions -> shards of latents and text embeddings.
+
+Two passes, so that the text encoder (11 GiB for Wan2.1) and the VAE are never in memory together: first the texts of
+every unfinished shard, each into a file of its own, then the videos, decoded in the background while the VAE encodes.
+A shard appears whole, and what is in it depends on the list of clips alone: a job that was killed continues where the
+last whole shard ended, and any number of processes share the shards of a job (`accelerate launch`): the folder is the
+same, byte for byte, where they compute on the same kind of device with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.fingerprint import component_fingerprint
+from anyflow_train.data.index import Skipped
+from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
+from anyflow_train.data.prepare.job import Plan, make_plan, read_all_skipped
+from anyflow_train.data.prepare.output_lock import WorkShare, lock_output, wait_until_all_are_there
+from anyflow_train.data.prepare.progress import Progress
+from anyflow_train.data.prepare.sources import validation_prompts
+from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
+from anyflow_train.data.prepare.videos import VideoShape, write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.workers import Workers, join_workers
+from anyflow_train.errors import UserError
+from anyflow_train.files import atomic_file
+from anyflow_train.models.codec import Codec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SKIPPED = "skipped.jsonl"
+
+
+def run(config: PrepareConfig) -> None:
+    """Write what is missing of the shards, and the manifest when all are there.
+
+    Raises:
+        UserError: there is no clip, the folder was begun with other settings, or no clip at all was usable.
+        KeyboardInterrupt: after saying how to continue.
+        SystemExit: on processes other than 0, where it is process 0 that says why.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with join_workers() as team:
+        plan = make_plan(config)
+        with lock_output(plan, team) as share:
+            _prepare(Job(config, plan, team, share, _device(config, team)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process has to do, and by what."""
+
+    config: PrepareConfig
+    plan: Plan
+    team: Workers
+    share: WorkShare
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards go."""
+        return self.plan.folder
+
+    def codec(self, precision: str) -> Codec:
+        """Loaded anew at each call, so that the VAE does not wait in memory beside the text encoder."""
+        return Codec.load(self.config.codec, self.device, DTYPES[precision])
+
+
+def _prepare(job: Job) -> None:
+    plan, start = job.plan, time.monotonic()
+    complete = (plan.folder / MANIFEST).exists() and not job.share.clips
+    try:
+        if not complete:
+            _encode_texts(job)
+        with Progress("prompts" if job.config.prompts else "clips", job.share.clips, job.team) as progress:
+            _write_shards(job, progress)
+            progress.finish()
+    except KeyboardInterrupt:
+        if job.team.is_main:
+            done = len(plan.shards) - len(plan.unfinished())
+            print(f"stopped: {done} of {len(plan.shards)} shards are written; the same command continues", flush=True)
+        raise
+    if not job.team.is_main:
+        return
+    if complete:
+        print(f"{plan.folder} is complete: {_summary(plan)}")
+        return
+    wait_until_all_are_there(plan)
+    _finish(job)
+    rate = job.share.clips / (time.monotonic() - start)
+    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s with all start-up")
+
+
+def _encode_texts(job: Job) -> None:
+    config, folder = job.config, job.folder
+    prompts_missing = job.team.is_main and not (folder / TEXT).exists()
+    if not job.share.texts and not prompts_missing:
+        return
+    codec = job.codec(config.precision)
+    if prompts_missing:
+        prompts = validation_prompts(config.validation_prompts)
+        encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
+    with Progress("texts", job.share.text_clips, job.team) as progress:
+        encode_shard_texts(codec, folder, job.share.texts, config.max_text_length, progress)
+
+
+def _write_shards(job: Job, progress: Progress) -> None:
+    config, shards = job.config, job.share.shards
+    if not shards:
+        return
+    if config.prompts is not None:
+        write_prompt_shards(job.folder, shards, progress)
+        return
+    codec = job.codec(config.vae_precision)
+    shape = VideoShape(config.frames, config.height, config.width, config.fps)
+    dtype = DTYPES[config.latent_dtype]
+    write_video_shards(codec.encode_video, job.folder, shards, shape, config.batch, dtype, progress)
+
+
+def _finish(job: Job) -> None:
+    """Name what was skipped, and write the manifest, which makes the folder usable."""
+    plan = job.plan
+    for shard in plan.shards:
+        (plan.folder / shard.text_name).unlink(missing_ok=True)  # where a job was killed just before it did
+    skipped = read_all_skipped(plan)
+    with atomic_file(plan.folder / SKIPPED) as file:
+        for entry in skipped:
+            file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
+    manifest = _manifest(job.config, plan)
+    if manifest.samples == 0:
+        raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} names them")
+    if job.config.prompts is None:
+        manifest = _with_video(manifest, job.config, job.codec(job.config.vae_precision))
+    write_manifest(plan.folder, manifest)
+
+
+def _manifest(config: PrepareConfig, plan: Plan) -> Manifest:
+    """The manifest of shards without video."""
+    indices = [plan.index(shard) for shard in plan.shards]
+    shards = tuple(
+        ShardInfo(name=shard.name, samples=len(index.entries), bytes=(plan.folder / shard.name).stat().st_size)
+        for shard, index in zip(plan.shards, indices, strict=True)
+    )
+    with safe_open(plan.folder / TEXT, "pt") as texts:
+        text_dim = texts.get_slice("negative").get_shape()[1]
+    return Manifest(
+        format=FORMAT,
+        kind="prompts",
+        shards=shards,
+        text_dim=text_dim,
+        max_text_length=config.max_text_length,
+        longest_text=max(index.longest_text or 0 for index in indices),
+        codec=CodecInfo(source=config.codec, text_encoder=component_fingerprint(config.codec, "text_encoder")),
+        negative_prompt=config.negative_prompt,
+        validation_prompts=validation_prompts(config.validation_prompts),
+        clips=len(plan.source.clips),
+        skipped=sum(len(index.skipped) for index in indices) + len(plan.source.problems),
+    )
+
+
+def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
+    """The manifest of shards with video, from that of their texts."""
+    frames = (config.frames - 1) // codec.temporal_factor + 1
+    height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
+    normalisation = {
+        "vae": component_fingerprint(config.codec, "vae"),
+        "latents_mean": codec.latents_mean,
+        "latents_std": codec.latents_std,
+    }
+    facts = {
+        "kind": "video",
+        "latent_shape": (frames, len(codec.latents_mean), height, width),
+        "latent_dtype": config.latent_dtype,
+        "frames": config.frames,
+        "height": config.height,
+        "width": config.width,
+        "fps": config.fps,
+        "codec": manifest.codec.model_copy(update=normalisation),
+    }
+    return manifest.model_copy(update=facts)
+
+
+def _summary(plan: Plan) -> str:
+    skipped = read_all_skipped(plan)
+    samples = sum(len(plan.index(shard).entries) for shard in plan.shards)
+    text = f"{samples} samples in {len(plan.shards)} shards from {len(plan.source.clips)} clips"
+    if skipped:
+        text += f"; {len(skipped)} skipped ({_reasons(skipped)}), named in {plan.folder / SKIPPED}"
+    return text
+
+
+def _reasons(skipped: list[Skipped]) -> str:
+    """How many were skipped for which reason, without the details of each."""
+    counts = Counter(entry.reason.partition(":")[0] for entry in skipped)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def _device(config: PrepareConfig, team: Workers) -> torch.device:
+    """Each process of a node has a GPU of its own, where there are any."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if team.local_rank >= torch.cuda.device_count():
+        problem = f"is {team.local_rank}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
+        raise UserError("LOCAL_RANK", problem)
+    torch.cuda.set_device(team.local_rank)
+    return torch.device("cuda", team.local_rank)

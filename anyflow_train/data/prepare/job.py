@@ -1,0 +1,84 @@
+"""What `anyflow prepare` is going to write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.fingerprint import component_fingerprint
+from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
+from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts, validation_prompts
+
+# These change neither what is written nor (but for rounding, `batch`) its numbers; the others name what they change.
+FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: a fixed run of the source's clips, whichever of them turn out to be usable."""
+
+    name: str
+    clips: tuple[Clip, ...]
+
+    @property
+    def text_name(self) -> str:
+        """File of the shard's text embeddings, until the shard itself holds them."""
+        return "." + self.name.removesuffix(".tar") + ".text.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job.
+
+    Attributes:
+        folder: where the shards go.
+        source: all clips.
+        shards: all shards, in order; nothing in them depends on who writes them.
+        settings: what the shards are made with, as written to `prepare.json`.
+    """
+
+    folder: Path
+    source: Source
+    shards: tuple[ShardPlan, ...]
+    settings: dict[str, object]
+
+    def index(self, shard: ShardPlan) -> ShardIndex:
+        """The index of a finished shard."""
+        return parse_index((self.folder / index_name(shard.name)).read_bytes())
+
+    def unfinished(self) -> list[ShardPlan]:
+        """The shards still to write: the index is written last, so a shard that has one is whole."""
+        present = {entry.name for entry in self.folder.iterdir()}
+        return [shard for shard in self.shards if not {shard.name, index_name(shard.name)} <= present]
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """List the clips and deal them into shards. Raises UserError where there is nothing to prepare."""
+    source = list_prompts(config.prompts) if config.prompts is not None else list_clips(config.source or "")
+    size = config.samples_per_shard
+    runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
+    shards = tuple(ShardPlan(f"shard-{number:06d}.tar", run) for number, run in enumerate(runs))
+    settings: dict[str, object] = {
+        key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS
+    }
+    settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
+    settings["source"] = _listing_digest(source)
+    settings["codec"] = {part: component_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
+    return Plan(Path(config.out), source, shards, settings)
+
+
+def _listing_digest(source: Source) -> str:
+    digest = hashlib.sha256()
+    for clip in source.clips:
+        caption = clip.caption if isinstance(clip.caption, str) else ""
+        digest.update(json.dumps([clip.key, clip.video is not None, caption]).encode())
+    digest.update(json.dumps([[problem.key, problem.reason] for problem in source.problems]).encode())
+    return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
+
+
+def read_all_skipped(plan: Plan) -> list[Skipped]:
+    """Everything that the shards, all finished, left out, and what could not be listed."""
+    return [*plan.source.problems, *(entry for shard in plan.shards for entry in plan.index(shard).skipped)]

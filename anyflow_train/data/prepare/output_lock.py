@@ -1,0 +1,153 @@
+"""The output folder of `anyflow prepare`: who may write to it, whether it can be continued, and who does what of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from anyflow_train.data.prepare.job import Plan, ShardPlan
+from anyflow_train.data.prepare.workers import Workers
+from anyflow_train.errors import UserError
+from anyflow_train.files import TEMPORARY, write_json
+
+SETTINGS = "prepare.json"
+LOCK = ".lock"
+# A network file system may show a new file to other nodes this much later.
+VISIBLE_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class WorkShare:
+    """What one process is to do.
+
+    Attributes:
+        shards: to write.
+        texts: those of them whose texts are not encoded yet.
+        clips, text_clips: how many clips all processes have to do, in both passes.
+    """
+
+    shards: list[ShardPlan]
+    texts: list[ShardPlan]
+    clips: int
+    text_clips: int
+
+
+@contextmanager
+def lock_output(plan: Plan, team: Workers) -> Iterator[WorkShare]:
+    """Hold the output folder, and take this process's share of what is left to do in it.
+
+    Process 0 looks at what a job before has left, and deals it out whole shard by whole shard: no process looks for
+    itself, while others are already writing.
+
+    Raises:
+        UserError: another job holds the folder, it was begun with other settings (the first such key is named), it
+            holds something else, or this process sees another folder than process 0.
+    """
+    if team.is_main:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with open(plan.folder / LOCK, "a+") as lock:
+            _take(lock, fcntl.LOCK_EX, plan.folder)
+            check_settings(plan)
+            for left_over in plan.folder.glob(f"{TEMPORARY}*"):
+                left_over.unlink()
+            if team.size > 1:
+                # All processes of a job share the lock: where process 0 alone has died, the others still keep a new job
+                # from writing the same files.
+                _take(lock, fcntl.LOCK_SH, plan.folder)
+            yield _share(plan, team, team.share(_job(plan)))
+        return
+    job = team.share({})
+    _check_same(plan, team, job["settings"])
+    with open(plan.folder / LOCK, "a+") as lock:
+        _take(lock, fcntl.LOCK_SH, plan.folder)
+        yield _share(plan, team, job)
+
+
+def check_settings(plan: Plan) -> None:
+    """Continue only what was begun with the same settings; note them in a new folder. Raises UserError."""
+    path = plan.folder / SETTINGS
+    if not path.exists():
+        others = sorted(entry.name for entry in plan.folder.iterdir() if not entry.name.startswith("."))
+        if others:
+            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); give a new folder")
+        write_json(path, plan.settings)
+        return
+    begun = json.loads(path.read_text())
+    for key, before, now in _differences(begun, plan.settings):
+        change = {
+            "source": "the list of clips has changed since",
+            "codec": "its files have changed since",
+        }.get(key, f"{now!r} now, but {before!r} then")
+        raise UserError(key, f"{change} {plan.folder} was begun; go back to that, or give another `out`")
+
+
+def wait_until_all_are_there(plan: Plan) -> None:
+    """Wait until process 0 sees what the others wrote. Raises UserError if it never does."""
+    if not _appears(lambda: not plan.unfinished()):
+        missing = plan.unfinished()[0].name
+        raise UserError("out", f"{plan.folder} lacks {missing}, which another process wrote; all nodes must share it")
+
+
+def _job(plan: Plan) -> dict[str, Any]:
+    shards = plan.unfinished()
+    present = {entry.name for entry in plan.folder.iterdir()}
+    texts = [shard.name for shard in shards if shard.text_name not in present]
+    return {"settings": plan.settings, "shards": [shard.name for shard in shards], "texts": texts}
+
+
+def _share(plan: Plan, team: Workers, job: dict[str, Any]) -> WorkShare:
+    by_name = {shard.name: shard for shard in plan.shards}
+    clips = {name: len(by_name[name].clips) for name in job["shards"]}
+    mine = [by_name[name] for name in job["shards"][team.rank :: team.size]]
+    without_texts = set(job["texts"])
+    texts = [shard for shard in mine if shard.name in without_texts]
+    return WorkShare(mine, texts, sum(clips.values()), sum(clips[name] for name in without_texts))
+
+
+def _check_same(plan: Plan, team: Workers, wanted: dict[str, Any]) -> None:
+    here = f"on process {team.rank} ({socket.gethostname()})"
+    for key, main, own in _differences(wanted, json.loads(json.dumps(plan.settings))):
+        raise UserError(key, f"is {own!r} {here}, but {main!r} on process 0; give all nodes the same files")
+    if not _appears(lambda: _read_settings(plan.folder) == wanted):
+        raise UserError("out", f"{plan.folder} {here} is not process 0's; all nodes must share it")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        return json.loads((folder / SETTINGS).read_text())
+    return None
+
+
+def _appears(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _take(lock: TextIO, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError("out", f"another `anyflow prepare` is writing to {folder}") from None
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"warning: the file system of {folder} knows no locks; do not start two jobs on it", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""How far a long job is: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from anyflow_train.data.prepare.workers import Workers
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Counts clips, with rate and remaining time, on stderr: those of all processes, shown by process 0."""
+
+    def __init__(self, task: str, total: int, team: Workers) -> None:
+        self._task = task
+        self._total = total
+        self._team = team
+        self._mine = self._done = 0
+        self._start = self._last_line = time.monotonic()
+        visible = team.is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=task, unit="clip") if visible else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done and self._team.is_main:
+            self._print_line()
+
+    def advance(self, count: int) -> None:
+        """Note that this process has done `count` more clips."""
+        self._mine += count
+        self._show(self._team.count(self._task, self._mine))
+
+    def finish(self) -> None:
+        """This process has done its share; process 0 waits here for the others."""
+        self._team.finish(self._task, self._show)
+
+    def _show(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+        self._done = done
+        late = time.monotonic() - self._last_line > LINE_SECONDS
+        if self._bar is None and late and self._team.is_main:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        rate = self._done / max(self._last_line - self._start, 1e-6)
+        left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-6))
+        line = f"{self._task}: {self._done}/{self._total} clips, {rate:.1f} clips/s, {left} left"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,182 @@
+"""Reading checkpoints: one safetensors entry per parameter under its model name, and JSON, for any engine and reader.
+
+A folder `step_00000123` holds `config.json`, `state.json` and, for each group of tensors (`weights`, `ema`, `exp_avg`,
+`exp_avg_sq`; of moments in 8 bits the codes, and `exp_avg_scale`, `exp_avg_sq_scale`), files
+`<group>-00001.safetensors` ... It appears whole, by a rename, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from anyflow_train.errors import UserError
+from anyflow_train.files import file_sha256, to_json
+from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.tensor_handle import Entry
+from anyflow_train.training.processes.world import ALONE, World
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is not what was written: a file is missing, cut off or changed."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        config: the run's resolved config, undecoded.
+        state: the run's state.
+        adam_steps: Adam's step count of every trainable role.
+        files: sha256 of every other file of the folder.
+    """
+
+    config: dict[str, Any]
+    state: TrainState
+    adam_steps: dict[str, int]
+    files: dict[str, str]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_info(checkpoint: Path) -> CheckpointInfo:
+    """Read the JSON part of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
+        UserError: it was written in a format that this version does not know.
+    """
+    try:
+        content = json.loads((checkpoint / "state.json").read_text())
+        checksum = content.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} cannot be read ({error})") from error
+    if checksum != content_checksum(content):
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} does not match its checksum")
+    if content["format"] != FORMAT:
+        raise UserError(str(checkpoint), f"has format {content['format']}; this version reads format {FORMAT}")
+    _verify(checkpoint, {"config.json": content["files"]["config.json"]})
+    state = dict(content["state"])
+    best = None if state["best"] is None else Best(**state["best"])
+    config = json.loads((checkpoint / "config.json").read_text())
+    return CheckpointInfo(config, TrainState(**{**state, "best": best}), content["adam_steps"], content["files"])
+
+
+def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
+    """Read the JSON part and compare every file with its checksum.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or changed; the message names it.
+    """
+    info = read_info(checkpoint)
+    _verify(checkpoint, info.files)
+    return info
+
+
+def read_tensors(checkpoint: Path, group: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one group by model name, on the CPU, one at a time.
+
+    Raises:
+        DamagedCheckpoint: there is no such group.
+    """
+    for name, file in open_tensors(checkpoint, group).items():
+        yield name, file.get_tensor(name)
+
+
+@torch.no_grad()
+def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], world: World = ALONE) -> None:
+    """Put a group's tensors in their places; names and shapes must agree exactly. Rank 0 alone reads.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
+    """
+    world.on_main(lambda: _check_names(checkpoint, group, entries))
+    stored = open_tensors(checkpoint, group) if world.is_main else {}
+    for name, entry in entries.items():
+        whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape, dtype=entry.dtype)
+        entry.write(world.broadcast_tensor(whole.to(world.device)))
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a run directory (its best, else its latest) or a checkpoint folder stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path).expanduser()
+    if (path / "state.json").is_file():
+        return path
+    folder = path / "checkpoints"
+    found = list_checkpoints(folder)
+    if not found:
+        raise UserError(str(path), "is neither a checkpoint nor a run directory that holds one")
+    try:
+        best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return found[-1]
+    return best if best in found else found[-1]
+
+
+def content_checksum(content: dict[str, Any]) -> str:
+    """Checksum of `state.json`'s own content, kept in it beside the rest."""
+    return hashlib.sha256(to_json(content)).hexdigest()
+
+
+def _check_names(checkpoint: Path, group: str, entries: Mapping[str, Entry]) -> None:
+    stored = open_tensors(checkpoint, group)
+    for name, file in stored.items():
+        if name not in entries:
+            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which the configured student does not train")
+        shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(entries[name].shape)
+        if shape != wanted:
+            raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shape}, but the student's has {wanted}")
+    missing = entries.keys() - stored.keys()
+    if missing:
+        raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which the configured student trains")
+
+
+def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
+    """The open file of every tensor of a group, by its name; nothing is read yet.
+
+    Raises:
+        DamagedCheckpoint: there is no such group.
+    """
+    paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+    if not paths:
+        raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")
+    files = [safe_open(path, framework="pt") for path in paths]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def _verify(checkpoint: Path, files: Mapping[str, str]) -> None:
+    for name, checksum in files.items():
+        try:
+            actual = file_sha256(checkpoint / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error.strerror})") from error
+        if actual != checksum:
+            raise DamagedCheckpoint(f"{checkpoint / name} does not match its checksum")

@@ -1,0 +1,145 @@
+"""What a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.training.checkpoints.reading import (
+    CheckpointInfo,
+    DamagedCheckpoint,
+    list_checkpoints,
+    verify_checkpoint,
+)
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
+
+# What may change between two starts of a run: none of it changes what is trained on what. The micro-batch changes only
+# how a step is cut, and the order of its sums.
+FREE_KEYS = (
+    "name",
+    "out",
+    "steps",
+    "log_every",
+    "max_nonfinite_steps",
+    "profile",
+    "checkpoint.",
+    "tracker.",
+    "evaluation.every",
+    "evaluation.videos",
+    "evaluation.batch",
+    "data.workers",
+    "data.max_bad_share",
+    "data.cache",
+    "data.cache_gib",
+    "engine.device",
+    "engine.threads",
+    "engine.micro_batch",
+    "engine.attention",
+    "engine.compile",
+    "engine.sequence_parallel",
+    "engine.timeout_seconds",
+    "student.gradient_checkpointing",
+    "teacher.codec",
+)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A verified checkpoint."""
+
+    path: Path
+    info: CheckpointInfo
+
+
+def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
+    """What to say if the run has already done all its steps; None if there is something left to do.
+
+    Raises:
+        UserErrors: it is finished, but with another config.
+    """
+    done = directory.read_done()
+    if done is None or done["step"] < config.steps:
+        return None
+    check_unchanged(directory.read_config(), config)
+    return f"{directory.path} is finished: {done['step']} steps; raise steps to go on, or choose another name"
+
+
+def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
+    """The newest checkpoint that is whole; None where the run has none. Damaged ones are set aside, with a warning.
+
+    Raises:
+        UserError: checkpoints exist but `checkpoint.resume` is `never`, or all of them are damaged, or the config
+            changed in a way that makes going on meaningless.
+    """
+    found = list_checkpoints(folder)
+    if found and config.checkpoint.resume == "never":
+        problem = f"is 'never', but {folder} holds {found[-1].name}; use 'auto' or another name"
+        raise UserError("checkpoint.resume", problem)
+    damaged: dict[Path, DamagedCheckpoint] = {}
+    for path in reversed(found):
+        try:
+            info = verify_checkpoint(path)
+        except DamagedCheckpoint as damage:
+            damaged[path] = damage
+            continue
+        check_unchanged(info.config, config)
+        for bad, damage in damaged.items():
+            _set_aside(bad, damage, instead=path.name)
+        return ResumePoint(path, info)
+    if damaged:
+        problem = f"every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); delete the run or rename it"
+        raise UserError(str(folder), problem)
+    return None
+
+
+def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
+    """Compare a saved config with the present one.
+
+    Raises:
+        UserErrors: one line for every changed key that is not free to change.
+    """
+    try:
+        before = flatten(RunConfig.model_validate(saved).model_dump(mode="json"))
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(key, "in the checkpoint's config is unknown to this version; choose another name") from None
+    now = flatten(config.model_dump(mode="json"))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    errors = [
+        UserError(
+            key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; set it back or choose another name"
+        )
+        for key in changed
+        if not _is_free(key)
+    ]
+    if errors:
+        raise UserErrors(errors)
+
+
+def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_KEYS)
+
+
+def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
+    """Rename a damaged checkpoint, so that it is neither read again nor written over."""
+    aside = path.with_name(f"damaged_{path.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}_{number}")
+    path.rename(aside)
+    print(f"warning: {damage}; moved to {aside.name}, going on from {instead}", file=sys.stderr)

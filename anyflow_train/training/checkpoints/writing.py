@@ -1,0 +1,131 @@
+"""Writing checkpoints: atomically, streamed, and no more of them than wanted. The format is `checkpoint`'s."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_train import __version__
+from anyflow_train.config.run import RunConfig
+from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
+from anyflow_train.training.checkpoints.reading import FORMAT, checkpoint_name, content_checksum, list_checkpoints
+from anyflow_train.training.checkpoints.state import Best, TrainState
+
+SHARD_BYTES = 1 << 30
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+
+
+def save_checkpoint(
+    folder: Path,
+    config: RunConfig,
+    state: TrainState,
+    adam_steps: Mapping[str, int],
+    groups: Mapping[str, Iterable[tuple[str, Tensor]]],
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `folder/step_...` atomically. Tensors are streamed: at most one shard of a group is in memory.
+
+    Args:
+        folder: the run's `checkpoints`.
+        adam_steps: Adam's step count of every trainable role.
+        groups: group name -> (model name, tensor) pairs, produced one at a time.
+        shard_bytes: size at which a new file begins.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / checkpoint_name(state.step)
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    files = {"config.json": write_synced(temporary / "config.json", to_json(config.model_dump(mode="json")))}
+    for group, tensors in groups.items():
+        for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+            name = f"{group}-{number:05d}.safetensors"
+            files[name] = write_synced(temporary / name, *_safetensors(shard))
+    content = {
+        "format": FORMAT,
+        "package_version": __version__,
+        "state": dataclasses.asdict(state),
+        "adam_steps": dict(adam_steps),
+        "files": files,
+    }
+    write_synced(temporary / "state.json", to_json({**content, "checksum": content_checksum(content)}))
+    sync_folder(temporary)
+    _replace_folder(temporary, final)
+    return final
+
+
+def mark_best(folder: Path, best: Best | None) -> None:
+    """Name the best checkpoint in the file `best`, for readers without the run's state."""
+    if best is not None:
+        replace_file(folder / "best", to_json(dataclasses.asdict(best)))
+
+
+def prune_checkpoints(folder: Path, keep: int, best: Best | None) -> None:
+    """Delete all checkpoints but the last `keep` and the best, and what a killed save left behind."""
+    kept = {path.name for path in list_checkpoints(folder)[-keep:]}
+    if best is not None:
+        kept.add(checkpoint_name(best.step))
+    for path in list_checkpoints(folder):
+        if path.name not in kept:
+            _delete_folder(path)
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: length of the header, header, the tensors' own memory.
+
+    The library's `save` copies everything twice, and holds the interpreter, and with it the training, all the time.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    """Rename into place. A folder of that name is moved aside first: it is equal, or damaged."""
+    if final.exists():
+        _delete_folder(final)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+
+
+def _delete_folder(path: Path) -> None:
+    """Hide, then delete: a reader never sees a half-deleted checkpoint."""
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,146 @@
+"""A sign of life of every process, beside the training and not in its way.
+
+Two threads a process: one exchanges reports through a small store that process 0 hosts, the other judges them. So a
+process notices even that the store itself has stopped. The training's own communication is not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
+
+from anyflow_train.training.processes.hang_detector import HangDetector, Report, Verdict
+from anyflow_train.training.processes.launched import log_file, tell_terminal
+from anyflow_train.training.processes.world import World
+
+LONGEST_INTERVAL = 5.0
+LEAVING_SECONDS = 10.0
+HUNG = 1
+
+
+class Heartbeat:
+    """Speaks for this process while the block runs, and ends the process if the run cannot go on.
+
+    Args:
+        seconds: within which a hanging process is reported.
+        logs: folder in which the processes that noticed it leave the report and where they stood.
+    """
+
+    def __init__(self, world: World, seconds: float, logs: Path) -> None:
+        self._world, self._logs = world, logs
+        self._interval = min(seconds / 10, LONGEST_INTERVAL)
+        # two intervals pass until the last report is out and read
+        self._hang_detector = HangDetector(seconds - 2 * self._interval)
+        self._own = Report(world.rank, socket.gethostname(), os.getpid(), os.getppid())
+        self._leaving = threading.Event()
+        self._lost_since: float | None = None
+        self._left_since: float | None = None
+
+    def __enter__(self) -> Heartbeat:
+        if self._world.size > 1:
+            self._store = _open_store(self._world)
+            self._say(exited=False)
+            self._reports = self._world.gather(self._own)
+            self._heard = time.monotonic()
+            self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._world.size == 1:
+            return
+        if isinstance(error, RuntimeError):
+            # Another process may have ended on a verdict that this one is about to reach, and should be told here.
+            time.sleep(3 * self._interval)
+        self._leaving.set()
+        if error is None:
+            self._world.gather(None)  # process 0 holds the store until all have come this far
+        self._threads[0].join(self._interval)  # or its last word could come after this one
+        with suppress(RuntimeError):
+            self._say(exited=True)
+
+    def _exchange(self) -> None:
+        """Speak and listen until the block ends, or the store does."""
+        keys = [str(rank) for rank in range(self._world.size)]
+        beats = 0
+        with suppress(RuntimeError):  # the store has gone with process 0
+            while not self._leaving.is_set():
+                beats += 1
+                self._own = dataclasses.replace(self._own, beats=beats)
+                self._say(exited=False)
+                self._reports = [Report(**json.loads(text)) for text in self._store.multi_get(keys)]
+                self._heard = time.monotonic()
+                self._leaving.wait(self._interval)
+        self._lost_since = time.monotonic()
+
+    def _say(self, exited: bool) -> None:
+        activity = dataclasses.asdict(self._world.activity)
+        report = dataclasses.replace(self._own, exited=exited, **activity)
+        self._store.set(str(self._world.rank), json.dumps(dataclasses.asdict(report)))
+
+    def _guard(self) -> None:
+        before = time.monotonic()
+        while not self._leaving.wait(self._interval):
+            now = time.monotonic()
+            if now - before > 5 * self._interval:
+                self._hang_detector.forget()  # this process itself was stopped meanwhile
+                self._heard = now
+            before = now
+            verdict = self._verdict(now)
+            if verdict is not None and not self._leaving.is_set():
+                self._end(verdict)
+
+    def _verdict(self, now: float) -> Verdict | None:
+        first = self._reports[0]
+        if self._lost_since is not None:
+            text = f"lost contact with {first}"
+            return Verdict(text) if now - self._lost_since > LEAVING_SECONDS else None
+        exited = [report for report in self._reports if report.exited]
+        if exited:  # not in order, or this process would be leaving too
+            self._left_since = self._left_since or now
+            text = f"{'; '.join(map(str, exited))}, has ended, and its own output says why"
+            return Verdict(text) if now - self._left_since > LEAVING_SECONDS else None
+        if now - self._heard >= self._hang_detector.seconds:  # the store hangs, and process 0 with it
+            return Verdict(f"no sign of life for {self._hang_detector.seconds:.0f} s from {first}", (first,))
+        return self._hang_detector.judge(self._reports, now)
+
+    def _end(self, verdict: Verdict) -> None:
+        """Say why, kill what cannot end itself, and end."""
+        activity, rank = self._world.activity, self._world.rank
+        waits = f"process {rank} is at step {activity.step + 1}, {activity.doing}"
+        text = f"error: {verdict.text}; {waits}; the run ends, start it again to go on from the last checkpoint"
+        silent = {report.rank for report in verdict.silent}
+        present = [report.rank for report in self._reports if not report.exited and report.rank not in silent]
+        if self._world.rank == min(present, default=self._world.rank):
+            tell_terminal(f"\n{text}")
+        with suppress(OSError), log_file(self._logs, self._world.rank).open("a") as file:
+            file.write(f"{text}\nWhere process {self._world.rank} stands:\n")
+            faulthandler.dump_traceback(file)
+        for report in verdict.silent:
+            if (report.host, report.launcher) == (self._own.host, self._own.launcher):
+                with suppress(OSError):
+                    os.kill(report.pid, signal.SIGKILL)
+        os._exit(HUNG)
+
+
+def _open_store(world: World) -> TCPStore:
+    """A store of our own, on a free port of process 0's node."""
+    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if world.is_main else None
+    port = world.broadcast(store.port if store else None)
+    return store or TCPStore(host, port or 0, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -1,0 +1,123 @@
+"""The networks of all roles of a run before they have engines: each with one of its own, or all on one frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
+from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.run import RunConfig
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.models.adapters import trainable_parameters
+from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.fp8 import multiply_in_fp8, store_in_fp8
+from anyflow_train.models.recompute import RECOMPUTE
+from anyflow_train.training.networks import (
+    share_frozen,
+    start_fake_score,
+    start_shared,
+    start_student,
+    start_teacher,
+)
+from anyflow_train.training.processes.world import World
+
+MOST_COMPILATIONS = 256
+MakeFlowMap = Callable[[Any, torch.dtype | None], FlowMap]
+
+
+@dataclass(frozen=True)
+class RoleNetwork:
+    """A role that is trained.
+
+    Attributes:
+        network: what its engine is made of.
+        parameters: those that it trains, by the names of checkpoints.
+        flow_map: its flow map, from the engine's network and the half precision of its products.
+    """
+
+    network: Backbone
+    parameters: Mapping[str, Parameter]
+    flow_map: MakeFlowMap
+
+
+@dataclass(frozen=True)
+class RoleNetworks:
+    """All roles. The teacher is called through the student's engine where it shares its network."""
+
+    student: RoleNetwork
+    teacher: MakeFlowMap | None
+    fake_score: RoleNetwork | None
+
+
+def build_roles(config: RunConfig, world: World) -> RoleNetworks:
+    """The networks of a run, on their device.
+
+    Raises:
+        UserError: one cannot be loaded, is not what the config says, or cannot share the base.
+    """
+    settings, shape = config.on_policy, config.student.architecture
+    if shares_base(config):
+        return _on_one_base(config, world)
+    student = _own(start_student(config.student, config.seed, world), config, world)
+    if not needs_teacher(config):
+        return RoleNetworks(student, None, None)
+    frozen = start_teacher(config.teacher.source, shape, world)
+    if config.engine.fp8 == "frozen":
+        store_in_fp8(frozen)
+    fake_score = None
+    if isinstance(settings, DistributionMatching):
+        fake_score = _own(start_fake_score(settings.fake_score.init, shape, world), config, world)
+    return RoleNetworks(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
+
+
+def _own(network: Backbone, config: RunConfig, world: World) -> RoleNetwork:
+    if config.engine.fp8 == "frozen":
+        multiply_in_fp8(network)
+    return RoleNetwork(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
+
+
+def _on_one_base(config: RunConfig, world: World) -> RoleNetworks:
+    """Student, and fake score where there is one, as adapters on the teacher's frozen network."""
+    shared = start_shared(config.student, config.seed, world)
+    shared.compiled = config.engine.compile
+    network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
+    if fake_adapter is not None:
+        # Another seed than the student's: equal random halves would couple the two.
+        shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
+    teacher = world.together(
+        lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source")
+    )
+
+    def as_role(role: str | None) -> MakeFlowMap:
+        return lambda called, dtype: shared.flow_map(role, NetworkFlowMap(called, dtype))
+
+    def player(role: str) -> RoleNetwork:
+        return RoleNetwork(network, shared.parameters(role), as_role(role))
+
+    if config.engine.fp8 == "frozen":
+        multiply_in_fp8(network)
+    return RoleNetworks(player("student"), as_role(teacher), None if fake_adapter is None else player("fake_score"))
+
+
+def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
+    """A network that is trained, as the config has them computed."""
+    if world.sequence_group is not None:
+        network.split_sequence(world.sequence_group)
+    recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
+    if config.engine.compile:
+        # Block by block: all blocks are one function to the compiler, which sees with it what is computed again. It is
+        # compiled for every role, sequence of chunks, number of samples and length of text, with and without gradient:
+        # dozens of times, where torch would give up after 8.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
+        network.compile_repeated_blocks(fullgraph=True)
+        recompute = recompute and torch.compile(recompute, fullgraph=True)
+    if recompute is not None:
+        network.enable_gradient_checkpointing(recompute)
+    return network
