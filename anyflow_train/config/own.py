@@ -1,6 +1,6 @@
 """A user's own objective: found by the name that the user wrote, and imported for no other reason.
 
-A name is `my_package.my_module:MyObjective`, found among the installed packages, on PYTHONPATH or in the current folder;
+A name is `my_package.my_module:MyObjective`, found in installed packages, on PYTHONPATH or in the current folder;
 or the name of an entry point in the group `anyflow_train.objectives`. Configs that are read from runs, checkpoints and
 exports never come here: they hold a `SavedObjective`.
 """
