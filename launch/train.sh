@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this node, or of several nodes: launch/train.sh <strategy> experiment=... key=value
-#   strategy: a file of this folder without .yaml, for example ddp or zero2. It only decides how tensors are distributed.
+#   strategy: a file of this folder without .yaml, for example zero2. It only decides how tensors are distributed.
 #   NPROC: number of processes on this node (default: its GPUs, or 1 if it has none).
 #   Several nodes: start the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT.
 # Exit codes: 0; 2 (user mistake, reported before the launch if possible); 75 (stopped by SIGUSR1: start it again).
-# SIGTERM and Ctrl-C save and stop with 0. Uses the active environment if it has anyflow_train, otherwise creates .venv.
+# SIGTERM and Ctrl-C save and stop with 0. Uses the active environment if it has anyflow_train, or creates .venv.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/environment.sh
@@ -83,8 +83,8 @@ for signal in TERM INT USR1; do
   trap "pass_on $signal" "$signal"
 done
 
-# Start the launcher in a separate session, so that Ctrl-C reaches this script first. The timeout gives the processes time
-# to save if a signal reaches the launcher anyway.
+# Start the launcher in a separate session, so that Ctrl-C reaches this script first. The timeout gives the
+# processes time to save if a signal reaches the launcher anyway.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 setsid python -m accelerate.commands.launch --config_file "$root/launch/$engine.yaml" \
