@@ -104,7 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
     if wants_help:
         from anyflow_train.config.help import command_help
 
-        print(command_help(name, COMMANDS[name].summary, config_dir))
+        print(command_help(name, COMMANDS[name].summary, config_dir, overrides))
         return 0
     return _run(name, overrides, config_dir)
 

@@ -54,10 +54,18 @@ class Rebalancing:
 
 @dataclass(frozen=True)
 class Derivative:
-    """How an objective calls the role `derivative`: which weights, in which precision, and how a difference ends."""
+    """How an objective calls the role `derivative`, which has no gradient.
+
+    Attributes:
+        network: the weights: the student's, or their average.
+        precision: of its products; None for that of the run.
+        precision_key: the dotted key that sets the precision; None for an objective without one.
+        ends: how a central difference ends at the borders of [0, 1].
+    """
 
     network: Literal["student", "ema"] = "student"
-    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    precision_key: str | None = None
     ends: Literal["clamped", "free"] = "clamped"
 
 
@@ -87,7 +95,7 @@ class ObjectiveConfig(Model):
 
     @property
     def derivative(self) -> Derivative | None:
-        """How the role `derivative` is called; None for an objective that takes no time derivative of the network."""
+        """How the role `derivative` is called, such as for a time derivative; None for an objective that does not."""
         return None
 
     @property
@@ -179,7 +187,8 @@ class FlowMap(ObjectiveConfig):
 
     @property
     def derivative(self) -> Derivative:
-        return Derivative(self.derivative_network, self.derivative_precision, self.derivative_ends)
+        key = "objective.derivative_precision"
+        return Derivative(self.derivative_network, self.derivative_precision, key, self.derivative_ends)
 
     @property
     def holds_guidance(self) -> bool:

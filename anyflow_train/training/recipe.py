@@ -110,7 +110,7 @@ def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: 
     derivative = config.objective.derivative
     if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
-    flow_map = student.flow_map(called, autocast_dtype(derivative.precision))
+    flow_map = student.flow_map(called, autocast_dtype(derivative.precision or config.engine.precision))
     return AveragedFlowMap(flow_map, ema) if derivative.network == "ema" else flow_map
 
 

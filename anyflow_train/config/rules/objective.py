@@ -80,8 +80,8 @@ def velocity(config: RunConfig) -> Iterator[Finding]:
     if config.objective.follows_teacher and config.teacher.source is None:
         yield Finding(
             ("teacher.source", "objective.velocity"),
-            "null, but the objective follows the teacher; give a pipeline folder or hub id, or set "
-            "objective.velocity=data",
+            f"null, but objective.kind={config.objective.kind} calls the teacher here; give a pipeline folder or hub "
+            "id (flow_map calls none with objective.velocity=data)",
         )
 
 

@@ -34,7 +34,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
     derivative = config.objective.derivative
     if adapted and derivative is not None and derivative.precision == "bf16":
         yield Finding(
-            ("objective.derivative_precision", KEY),
+            (derivative.precision_key or "objective.kind", KEY),
             f"bf16 with {KEY}=frozen would take the time derivative in 8 bits, a third of which is then noise; set it "
             "to fp16 or fp32",
         )

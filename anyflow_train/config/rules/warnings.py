@@ -31,10 +31,10 @@ def schedule(config: RunConfig) -> Iterator[Finding]:
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """A derivative that is less precise than the network, or takes most of a step."""
-    settings, key = config.objective.derivative, "objective.derivative_precision"
-    if settings is None:
+    settings = config.objective.derivative
+    if settings is None or settings.precision_key is None:
         return
-    half, precision = config.engine.precision == "bf16", settings.precision
+    key, precision, half = settings.precision_key, settings.precision, config.engine.precision == "bf16"
     if precision != "fp32" and not half:
         yield Finding(
             (key,),
