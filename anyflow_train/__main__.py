@@ -36,7 +36,6 @@ class Command:
 
 COMMANDS = {
     "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.commands.clips:run"),
-    "codec": Command("train the embedded VAE (rebuilds a part of assets/tiny-wan)", "anyflow_train.commands.codec:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False

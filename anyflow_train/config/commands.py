@@ -1,4 +1,4 @@
-"""Config of the commands beside training: clips, codec, prepare, sample, export, evaluate."""
+"""Config of the commands beside training: clips, prepare, sample, export, evaluate."""
 
 from __future__ import annotations
 
@@ -73,42 +73,6 @@ class ClipsConfig(Model):
     out: str
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
-
-
-class CodecPhase(Model):
-    """One optimisation of the embedded VAE."""
-
-    steps: PositiveInt
-    batch: PositiveInt
-    learning_rate: PositiveFloat
-
-
-class CodecConfig(Model):
-    """`anyflow codec`: train the embedded VAE, and write it with text encoder, tokenizer and scheduler.
-
-    joint: encoder and decoder together, on small crops; decoder: the decoder alone on frozen latents.
-    crop: side of the small crops, pixels; joint_frames: their length.
-    latent_noise: in units of a channel's spread.
-    statistics_clips: clips that the latents' mean and spread are taken over.
-    flow_shift: of the pipeline's scheduler.
-    report_every: steps between progress lines; judged_clips: held-out clips behind each.
-    """
-
-    out: str
-    seed: NonNegativeInt = 0
-    joint: CodecPhase = CodecPhase(steps=600, batch=6, learning_rate=3e-3)
-    decoder: CodecPhase = CodecPhase(steps=450, batch=4, learning_rate=3e-3)
-    crop: PositiveInt = 32
-    joint_frames: PositiveInt = 9
-    latent_noise: NonNegativeFloat = 0.1
-    kl_weight: NonNegativeFloat = 1e-4
-    moment_weight: NonNegativeFloat = 0.05
-    first_frame_weight: PositiveFloat = 3.0
-    statistics_clips: PositiveInt = 256
-    flow_shift: PositiveFloat = 5.0
-    report_every: PositiveInt = 50
-    judged_clips: PositiveInt = 12
-    threads: NonNegativeInt = 0
 
 
 class PrepareConfig(Model):

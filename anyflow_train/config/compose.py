@@ -17,7 +17,6 @@ from yaml import YAMLError
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
     ClipsConfig,
-    CodecConfig,
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
@@ -38,7 +37,6 @@ MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
     "prepare": PrepareConfig,
     "clips": ClipsConfig,
-    "codec": CodecConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -108,7 +106,6 @@ def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]
     if command == "train":
         return partial(run_errors, world=world_size() if world is None else world)
     return {
-        "codec": command_rules.codec,
         "prepare": command_rules.prepare,
         "sample": command_rules.sample,
         "evaluate": command_rules.evaluate,

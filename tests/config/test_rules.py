@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import CodecConfig, EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.compose import compose
 from anyflow_train.config.decode import decode
 from anyflow_train.config.findings import Finding
@@ -235,8 +235,6 @@ def test_even_splits_do_not_warn() -> None:
 
 VBENCH = {"metric": "vbench", "out": "x", "models": ["m"], "teacher": "t"}
 COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[str, Any], str, str]] = [
-    (CodecConfig, commands.codec, {"out": "x", "joint_frames": 8}, "joint_frames", "nearest are 5 and 9"),
-    (CodecConfig, commands.codec, {"out": "x", "crop": 20}, "crop", "multiple of 8"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c"}, "source", "prompts=FILE"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "prompts": "p"}, "prompts", "give one"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "frames": 80}, "frames", "77 and 81"),

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyflow_train.config.commands import CodecConfig, EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import WAN_PATCH, frame_count, side_length
 from anyflow_train.config.vbench import OF_THE_SUITE, VBenchOptions
-
-
-def codec(config: CodecConfig) -> Iterator[Finding]:
-    """Crops that the VAE can encode."""
-    yield from frame_count("joint_frames", config.joint_frames)
-    yield from side_length("crop", config.crop, 1)
 
 
 def prepare(config: PrepareConfig) -> Iterator[Finding]:
