@@ -43,7 +43,7 @@ COMMANDS = {
     "plan": Command("say what a run needs: memory, time, cost", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
-    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.commands.evaluate:run"),
+    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.sample:run"),
     "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
@@ -91,7 +91,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(_overview())
         return 0 if arguments else USER_ERROR
     name, *rest = arguments
-    if name not in COMMANDS:
+    command = COMMANDS.get(name) or _extensions().get(name)
+    if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"; nearest is {near[0]!r}" if near else ""
         raise UserError(name, f"is not a command{hint} (valid: {', '.join(COMMANDS)})")
@@ -99,13 +100,19 @@ def _dispatch(arguments: list[str]) -> int:
     if wants_help:
         from anyflow_train.config.help import command_help
 
-        print(command_help(name, COMMANDS[name].summary, config_dir))
+        print(command_help(name, command.summary, config_dir))
         return 0
-    return _run(name, overrides, config_dir)
+    return _run(name, command, overrides, config_dir)
 
 
-def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
-    command = COMMANDS[name]
+def _extensions() -> dict[str, Command]:
+    """Commands of other packages; looked for only where they are needed, because it takes as long as an import."""
+    from anyflow_train.config.extensions import find_extensions
+
+    return {name: Command(extension.summary, extension.target) for name, extension in find_extensions().items()}
+
+
+def _run(name: str, command: Command, overrides: list[str], config_dir: Path | None) -> int:
     if not command.decoded:
         return _load(command.target)(overrides, config_dir)
     from anyflow_train.config.compose import compose
@@ -179,7 +186,7 @@ def _overview() -> str:
         "",
         "usage: anyflow <command> [group=choice ...] [key=value ...] [--config-dir FOLDER]",
         "",
-        *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
+        *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
         "`anyflow <command> --help` lists its groups, experiments and keys.",
         "Start with `anyflow check experiment=tiny`.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import CheckOptions, PlanOptions
 from anyflow_train.config.compose import MODELS, config_folders
+from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
 
@@ -21,13 +22,15 @@ OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
 def command_help(command: str, title: str, config_dir: Path | None) -> str:
     """Help of one command, with the choices that the config folders offer now."""
     base = "train" if command in OF_A_RUN else command
-    groups = groups_of(base, find_groups(config_folders(config_dir)))
+    extension = None if base in MODELS else find_extension(base)
+    model = extension.model if extension else MODELS[base]
+    groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
         lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base)]
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_section(model, "", None)]
     return "\n".join(lines)
 
 
@@ -49,10 +52,6 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     for group in named:
         yield f"  {group + '=...':<22}{', '.join(groups[group])}"
     yield ""
-
-
-def _keys(command: str) -> Iterator[str]:
-    yield from _section(MODELS[command], "", None)
 
 
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:

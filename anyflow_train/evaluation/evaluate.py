@@ -61,7 +61,6 @@ def run(config: EvaluateConfig) -> Report:
     """
     start = time.monotonic()
     say = partial(_say, start)
-    assert config.held_out is not None, "the config sees to it"
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
     shards = ShardSet.open(config.held_out)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.vbench import Dimension
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.vbench.prompts import Prompt
 from anyflow_train.files import TEMPORARY, to_json, write_json
 from anyflow_train.models.backbone import Backbone
+from anyflow_vbench.config import Dimension
+from anyflow_vbench.prompts import Prompt
 
 MADE = "videos.json"
 LOCK = ".lock"
@@ -82,7 +82,7 @@ class Folder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError("out", f"another `anyflow evaluate` is writing to {self.path}") from None
+                    raise UserError("out", f"another `anyflow vbench` is writing to {self.path}") from None
                 print(f"warning: the file system of {self.path} knows no locks; do not start twice", file=sys.stderr)
             for left_over in self.videos.glob(f"{TEMPORARY}*"):
                 left_over.unlink()

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
-from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.config.vbench import Dimension
 from anyflow_train.evaluation.report import aligned
-from anyflow_train.evaluation.vbench.program import Result, overall
 from anyflow_train.files import replace_file, write_json
+from anyflow_vbench.config import Dimension, VBenchConfig
+from anyflow_vbench.program import Result, overall
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,14 @@ class Column:
     results: dict[Dimension, Result]
 
 
-def write_table(config: EvaluateConfig, columns: list[Column]) -> None:
+def write_table(config: VBenchConfig, columns: list[Column]) -> None:
     """A row for each dimension; VBench's overall scores, where its own prompts were used."""
     totals = [
-        overall({name: result.score for name, result in column.results.items()}) if not config.vbench.prompts else {}
+        overall({name: result.score for name, result in column.results.items()}) if not config.prompts else {}
         for column in columns
     ]
     rows = [["dimension", *(label(column.model, column.calls) for column in columns)]]
-    for name in config.vbench.chosen:
+    for name in config.chosen:
         scores = [column.results.get(name) for column in columns]
         rows.append([name, *("" if found is None else f"{found.score:.4f}" for found in scores)])
     for name in ("quality", "semantic", "total"):
@@ -44,18 +43,17 @@ def write_table(config: EvaluateConfig, columns: list[Column]) -> None:
         print(f"{table}\nwrote {out}/vbench.md and vbench.json")
 
 
-def _caption(config: EvaluateConfig) -> str:
-    options = config.vbench
-    prompts = "VBench's prompts" if options.prompts is None else options.prompts
-    given = "" if options.texts is None else f", given as in {options.texts}"
-    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in options.chosen)
+def _caption(config: VBenchConfig) -> str:
+    prompts = "VBench's prompts" if config.prompts is None else config.prompts
+    given = "" if config.texts is None else f", given as in {config.texts}"
+    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in config.chosen)
     return (
-        f"VBench's scores of {options.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
+        f"VBench's scores of {config.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
         f"scale {config.guidance_scale:g}.{static}"
     )
 
 
-def _to_json(config: EvaluateConfig, columns: list[Column], totals: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _to_json(config: VBenchConfig, columns: list[Column], totals: Sequence[dict[str, float]]) -> dict[str, Any]:
     found = [
         {
             "model": column.model,
