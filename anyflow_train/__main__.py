@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib
 import os
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.errors import LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
 LOST_PROCESS = 1
@@ -93,9 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
     name, *rest = arguments
     command = COMMANDS.get(name) or _extensions().get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"; nearest is {near[0]!r}" if near else ""
-        raise UserError(name, f"is not a command{hint} (valid: {', '.join(COMMANDS)})")
+        raise UserError(name, f"is not a command{nearest_hint(name, COMMANDS)} (valid: {', '.join(COMMANDS)})")
     overrides, config_dir, wants_help = _options(rest)
     if wants_help:
         from anyflow_train.config.help import command_help

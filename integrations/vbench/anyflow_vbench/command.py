@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.evaluation.clip_maker import ClipMaker, Shape, Wanted, clip_shape, encode_texts
-from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import write_mp4
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
+from anyflow_train.text import timed_printer
 from anyflow_vbench.config import Dimension, VBenchConfig
 from anyflow_vbench.folder import Folder, digest
 from anyflow_vbench.program import Result, VBench, find_vbench, read_result, score
@@ -50,7 +51,7 @@ def run(config: VBenchConfig) -> list[Column]:
         UserError: VBench, a file or a model is missing, or the folder holds videos that were made otherwise.
         UserErrors: VBench failed at some dimensions; the table has the others.
     """
-    say = _since(time.monotonic())
+    say = timed_printer()
     device = pick_device(config.device, config.threads)
     vbench = find_vbench(config)
     prompts = read_prompts(config, vbench.info)
@@ -187,10 +188,3 @@ def _score(
                     errors.append(error)
         columns.append(Column(folder.model, folder.calls, results))
     return columns, errors, commands
-
-
-def _since(start: float) -> Callable[[str], None]:
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
-
-    return say

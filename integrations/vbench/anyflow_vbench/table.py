@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
-from anyflow_train.evaluation.report import aligned
 from anyflow_train.files import replace_file, write_json
+from anyflow_train.text import calls, markdown_table
 from anyflow_vbench.config import Dimension, VBenchConfig
 from anyflow_vbench.program import Result, overall
 
@@ -36,7 +36,7 @@ def write_table(config: VBenchConfig, columns: list[Column]) -> None:
     for name in ("quality", "semantic", "total"):
         if any(name in total for total in totals):
             rows.append([name, *(f"{total[name]:.4f}" if name in total else "" for total in totals)])
-    table, out = "\n".join(aligned(rows)), Path(config.out).expanduser()
+    table, out = "\n".join(markdown_table(rows)), Path(config.out).expanduser()
     replace_file(out / "vbench.md", f"{table}\n\n{_caption(config)}\n".encode())
     write_json(out / "vbench.json", _to_json(config, columns, totals))
     if any(column.results for column in columns):
@@ -71,6 +71,6 @@ def _to_json(config: VBenchConfig, columns: list[Column], totals: Sequence[dict[
     }
 
 
-def label(model: str, calls: int) -> str:
+def label(model: str, count: int) -> str:
     """Head of a column."""
-    return f"{model}, {calls} call{'s' * (calls > 1)}"
+    return f"{model}, {calls(count)}"
