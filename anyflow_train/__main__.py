@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib
 import os
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
 LOST_PROCESS = 1
@@ -38,7 +38,6 @@ class Command:
 
 COMMANDS = {
     "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.commands.clips:run"),
-    "codec": Command("train the embedded VAE (rebuilds a part of assets/tiny-wan)", "anyflow_train.commands.codec:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
@@ -46,7 +45,7 @@ COMMANDS = {
     "plan": Command("say what a run needs: memory, time, cost", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
-    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.commands.evaluate:run"),
+    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.sample:run"),
     "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
@@ -96,21 +95,26 @@ def _dispatch(arguments: list[str]) -> int:
         print(_overview())
         return 0 if arguments else USER_ERROR
     name, *rest = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-        hint = f"; nearest is {near[0]!r}" if near else ""
-        raise UserError(name, f"is not a command{hint} (valid: {', '.join(COMMANDS)})")
+    command = COMMANDS.get(name) or _extensions().get(name)
+    if command is None:
+        raise UserError(name, f"is not a command{nearest_hint(name, COMMANDS)} (valid: {', '.join(COMMANDS)})")
     overrides, config_dir, wants_help = _options(rest)
     if wants_help:
         from anyflow_train.config.help import command_help
 
-        print(command_help(name, COMMANDS[name].summary, config_dir, overrides))
+        print(command_help(name, command.summary, config_dir, overrides))
         return 0
-    return _run(name, overrides, config_dir)
+    return _run(name, command, overrides, config_dir)
 
 
-def _run(name: str, overrides: list[str], config_dir: Path | None) -> int:
-    command = COMMANDS[name]
+def _extensions() -> dict[str, Command]:
+    """Commands of other packages; looked for only where they are needed, because it takes as long as an import."""
+    from anyflow_train.config.extensions import find_extensions
+
+    return {name: Command(extension.summary, extension.target) for name, extension in find_extensions().items()}
+
+
+def _run(name: str, command: Command, overrides: list[str], config_dir: Path | None) -> int:
     if not command.decoded:
         return _load(command.target)(overrides, config_dir)
     from anyflow_train.config.compose import compose
@@ -192,7 +196,7 @@ def _overview() -> str:
         "",
         "usage: anyflow <command> [group=choice ...] [key=value ...] [--config-dir FOLDER]",
         "",
-        *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
+        *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
         "`anyflow <command> --help` lists its groups, experiments and keys.",
         "Start with `anyflow check experiment=tiny`.",

@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all, whatever dies in between."""
+"""Files that appear whole or not at all, whatever dies in between; and locks of folders."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +71,30 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, folder: Path) -> bool:
+    """Lock an open file of a folder, without waiting. The lock goes with the process, also where that is killed.
+
+    A file system without locks gives a warning, and counts as locked.
+
+    Args:
+        lock: `fcntl.flock`, whose lock belongs to the open file and is inherited by forked processes, or
+            `fcntl.lockf`, whose lock belongs to this process.
+        kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
+
+    Returns:
+        Whether it is locked; False where another process holds it.
+    """
+    try:
+        lock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"warning: the file system of {folder} has no locks; do not start this twice", file=sys.stderr)
+    return True
 
 
 def file_sha256(path: Path) -> str:

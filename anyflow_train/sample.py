@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
+from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, Size, Wanted, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import Source, given_latents
-from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
 from anyflow_train.evaluation.prompts import distinct, read_lines, slug
@@ -24,6 +24,7 @@ from anyflow_train.evaluation.video import Frames, write_mp4
 from anyflow_train.files import write_json
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
+from anyflow_train.text import calls
 
 GRID_ROWS = 8
 # What `index.json` says of how the videos were made.
@@ -81,7 +82,7 @@ def run(config: SampleConfig) -> list[Entry]:
                 write_mp4(out / entries[-1].file, frames, config.fps)
             if len(rows) < GRID_ROWS:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
-    columns = [f"{steps} call{'s' * (steps > 1)}" for steps in config.steps]
+    columns = [calls(steps) for steps in config.steps]
     write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), out / "grid.mp4", out / "grid.gif")
     _write_index(config, model, size, entries, out)
     print(f"wrote {len(entries)} videos, grid.mp4, grid.gif and index.json to {out}")

@@ -1,11 +1,14 @@
 """Files are whole or absent."""
 
+import errno
+import fcntl
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from anyflow_train.files import atomic_file, file_sha256, replace_file, to_json, write_json, write_synced
+from anyflow_train.files import atomic_file, file_sha256, replace_file, take_lock, to_json, write_json, write_synced
 
 
 def test_a_file_takes_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -40,3 +43,24 @@ def test_json_depends_on_the_value_alone_and_keeps_its_letters(tmp_path: Path) -
     assert to_json({"b": 1, "a": "é"}) == to_json({"a": "é", "b": 1}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
     write_json(tmp_path / "a.json", [1, 2])
     assert (tmp_path / "a.json").read_bytes() == to_json([1, 2])
+
+
+def test_a_lock_has_one_holder_and_many_who_share_it(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "a+") as one, open(tmp_path / "lock", "a+") as two:
+        assert take_lock(fcntl.flock, one.fileno(), fcntl.LOCK_EX, tmp_path)
+        assert not take_lock(fcntl.flock, two.fileno(), fcntl.LOCK_SH, tmp_path)
+        assert take_lock(fcntl.flock, one.fileno(), fcntl.LOCK_SH, tmp_path)
+        assert take_lock(fcntl.flock, two.fileno(), fcntl.LOCK_SH, tmp_path)
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(number: int) -> Callable[[int, int], None]:
+        def lock(descriptor: int, kind: int) -> None:
+            raise OSError(number, "refused")
+
+        return lock
+
+    assert take_lock(refuse(errno.ENOLCK), 0, fcntl.LOCK_EX, tmp_path)
+    assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().err
+    with pytest.raises(OSError, match="refused"):
+        take_lock(refuse(errno.EIO), 0, fcntl.LOCK_EX, tmp_path)

@@ -12,12 +12,12 @@ from anyflow_train.config.commands import CheckOptions
 from anyflow_train.config.objective import Derivative
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
+from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.draw import Draw
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.objectives.context import in_chunks
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
-from anyflow_train.training.engine import autocast_dtype
 from anyflow_train.training.networks import build_student, load_trained_network
 from anyflow_train.training.processes.world import World, start_world
 from anyflow_train.training.recipe import build_loader

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anyflow_train.commands.sweep_plan import Plan
+from anyflow_train.text import markdown_table
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,7 @@ def markdown(outcomes: Sequence[Outcome], best_metric: str) -> str:
                 "" if outcome.seconds is None else f"{outcome.seconds:.0f} s",
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+    return "\n".join(markdown_table(rows)) + "\n"
 
 
 def write(plan: Plan, outcomes: Sequence[Outcome], table: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Config of the commands beside training: clips, codec, prepare, sample, export, evaluate."""
+"""Config of the commands beside training: clips, prepare, sample, export, evaluate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
-    field_validator,
 )
-from pydantic_core import PydanticKnownError
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.vbench import VBenchOptions
 
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
@@ -73,42 +69,6 @@ class ClipsConfig(Model):
     out: str
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
-
-
-class CodecPhase(Model):
-    """One optimisation of the embedded VAE."""
-
-    steps: PositiveInt
-    batch: PositiveInt
-    learning_rate: PositiveFloat
-
-
-class CodecConfig(Model):
-    """`anyflow codec`: train the embedded VAE, and write it with text encoder, tokenizer and scheduler.
-
-    joint: encoder and decoder together, on small crops; decoder: the decoder alone on frozen latents.
-    crop: side of the small crops, pixels; joint_frames: their length.
-    latent_noise: in units of a channel's spread.
-    statistics_clips: clips that the latents' mean and spread are taken over.
-    flow_shift: of the pipeline's scheduler.
-    report_every: steps between progress lines; judged_clips: held-out clips behind each.
-    """
-
-    out: str
-    seed: NonNegativeInt = 0
-    joint: CodecPhase = CodecPhase(steps=600, batch=6, learning_rate=3e-3)
-    decoder: CodecPhase = CodecPhase(steps=450, batch=4, learning_rate=3e-3)
-    crop: PositiveInt = 32
-    joint_frames: PositiveInt = 9
-    latent_noise: NonNegativeFloat = 0.1
-    kl_weight: NonNegativeFloat = 1e-4
-    moment_weight: NonNegativeFloat = 0.05
-    first_frame_weight: PositiveFloat = 3.0
-    statistics_clips: PositiveInt = 256
-    flow_shift: PositiveFloat = 5.0
-    report_every: PositiveInt = 50
-    judged_clips: PositiveInt = 12
-    threads: NonNegativeInt = 0
 
 
 class PrepareConfig(Model):
@@ -198,10 +158,8 @@ class ExportConfig(Model):
 class EvaluateConfig(Model):
     """`anyflow evaluate`: teacher and students at a list of step counts, same noise.
 
-    metric: any_step (teacher and students against held-out latents), or vbench (VBench's scores of the models' videos,
-        for which models, weights, codec, steps, shift, guidance_scale, seed, text_length and `vbench` count).
     models: runs, checkpoints or exported folders of students; none, and the teacher is measured alone.
-    held_out: shards that samples are compared with; any_step needs them.
+    held_out: shards that samples are compared with.
     reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
     fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
     oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
@@ -210,12 +168,11 @@ class EvaluateConfig(Model):
     training_shards: what the models were trained on; how near samples come to it is then measured too.
     """
 
-    metric: Literal["any_step", "vbench"] = "any_step"
     out: str
     models: tuple[str, ...]
+    held_out: str
     teacher: str
     codec: str | None = None
-    held_out: Annotated[str | None, Field(validate_default=True)] = None
     training_shards: str | None = None
     reference: Literal["data", "guided_teacher"] = "data"
     guidance_scale: PositiveFloat = 1.0
@@ -237,12 +194,3 @@ class EvaluateConfig(Model):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: NonNegativeInt = 0
-    vbench: VBenchOptions = VBenchOptions()
-
-    @field_validator("held_out")
-    @classmethod
-    def _needed(cls, held_out: str | None, info: ValidationInfo) -> str | None:
-        """Here and not among the rules, which wait until every key has a value."""
-        if held_out is None and info.data.get("metric") == "any_step":
-            raise PydanticKnownError("missing")
-        return held_out

@@ -18,7 +18,6 @@ from yaml import YAMLError
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
     ClipsConfig,
-    CodecConfig,
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
@@ -26,6 +25,7 @@ from anyflow_train.config.commands import (
 )
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
+from anyflow_train.config.extensions import Extension, find_extension
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.foreign_keys import drop_foreign_keys
 from anyflow_train.config.groups import find_groups, groups_of
@@ -41,7 +41,6 @@ MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
     "prepare": PrepareConfig,
     "clips": ClipsConfig,
-    "codec": CodecConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -54,7 +53,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     """The decoded config of a command.
 
     Args:
-        command: one of `MODELS`.
+        command: one of `MODELS`, or one of another package.
         overrides: `group=choice` and `key=value`, as written after the command.
         config_dir: a folder of further config files, laid out as `configs/` is.
         world: processes that a run is checked for; None: those of the launcher.
@@ -66,7 +65,9 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         UserErrors: every error of the overrides, with dotted keys.
         UserError: a config file that Hydra cannot compose, or an impossible WORLD_SIZE.
     """
-    folders = config_folders(config_dir)
+    extension = None if command in MODELS else find_extension(command)
+    model = extension.model if extension else MODELS[command]
+    folders = config_folders(config_dir, extension)
     settings, syntax_errors = parse(overrides)
     every_group = find_groups(folders)
     groups = groups_of(command, every_group)
@@ -79,7 +80,9 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     for setting in plain:
         OmegaConf.update(composed, setting.key, setting.value, force_add=True)
     values, known = _plain(composed)
-    model, kind_errors = _model(command, values)
+    kind_errors: list[UserError] = []
+    if command == "train":
+        model, kind_errors = _run_model(values)
     dropped = list(drop_foreign_keys(model, values, [setting.key for setting in accepted]))
     if choice_errors:
         # Without its groups the config is not what was meant: only the keys that were written can be judged.
@@ -93,7 +96,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         def unchanged() -> dict[str, Any]:
             return _plain(_compose_files(command, to_hydra(choices, groups), folders))[0]
 
-        config, field_errors = decode(model, values, _rules(command, world), known, unchanged)
+        rules = extension.rules if extension else _rules(command, world)
+        config, field_errors = decode(model, values, rules, known, unchanged)
     better = {error.where for error in kind_errors}
     field_errors = [*kind_errors, *(error for error in field_errors if error.where not in better)]
     if errors := [*syntax_errors, *choice_errors, *field_errors]:
@@ -103,10 +107,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     return as_run(config) if isinstance(config, RunConfig) else config
 
 
-def _model(command: str, values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
-    """What decodes the values: for a run, as its `objective.kind` says; and what is wrong with that."""
-    if command != "train":
-        return MODELS[command], []
+def _run_model(values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
+    """The model of a run's values, as their `objective.kind` says, and what is wrong with that kind."""
     objective = values.get("objective")
     try:
         return run_model(objective.get("kind") if isinstance(objective, dict) else None), []
@@ -114,24 +116,25 @@ def _model(command: str, values: dict[str, Any]) -> tuple[type[Model], list[User
         return run_model(None), [error]
 
 
-def config_folders(config_dir: Path | None) -> list[Path]:
-    """The shipped folder, and the user's own.
+def config_folders(config_dir: Path | None, extension: Extension | None = None) -> list[Path]:
+    """The folder of another package's command, the shipped one, and the user's own.
 
     Raises:
         UserError: the user's folder does not exist.
     """
+    # Hydra looks for the file that it starts from in the first one only.
+    folders = [*([extension.configs] if extension else []), resource("configs")]
     if config_dir is None:
-        return [resource("configs")]
+        return folders
     if not config_dir.is_dir():
         raise UserError("--config-dir", f"{str(config_dir)!r} is not a folder")
-    return [resource("configs"), config_dir.resolve()]
+    return [*folders, config_dir.resolve()]
 
 
 def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]]:
     if command == "train":
         return partial(run_errors, world=world_size() if world is None else world)
     return {
-        "codec": command_rules.codec,
         "prepare": command_rules.prepare,
         "sample": command_rules.sample,
         "evaluate": command_rules.evaluate,
@@ -139,11 +142,11 @@ def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]
 
 
 def _compose_files(command: str, overrides: list[str], folders: list[Path]) -> DictConfig:
-    shipped, *others = folders
+    first, *others = folders
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"] if others else []
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     try:
-        with initialize_config_dir(config_dir=str(shipped), job_name="anyflow", version_base="1.3"):
+        with initialize_config_dir(config_dir=str(first), job_name="anyflow", version_base="1.3"):
             return hydra_compose(command, overrides=[*overrides, *search])
     except MissingConfigException as error:
         raise _missing_file(error) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from anyflow_train.config.base import Model
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.keys import nearest_key, walk
 from anyflow_train.errors import UserError
+from anyflow_train.text import nearest_hint
 
 M = TypeVar("M", bound=Model)
 
@@ -148,8 +148,7 @@ def _wrong_kind(detail: ErrorDetails) -> str:
 def _wrong_choice(detail: ErrorDetails) -> str:
     value, expected = detail["input"], str(detail.get("ctx", {}).get("expected", ""))
     options = [part.strip("'") for part in expected.replace(" or ", ", ").split(", ")]
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
-    return f"{_show(value)} is wrong: valid are {', '.join(options)}{f'; nearest is {near[0]!r}' if near else ''}"
+    return f"{_show(value)} is wrong: valid are {', '.join(options)}{nearest_hint(str(value), options)}"
 
 
 def _show(value: Any) -> str:

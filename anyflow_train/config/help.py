@@ -9,6 +9,7 @@ from pathlib import Path
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import CheckOptions, PlanOptions
 from anyflow_train.config.compose import MODELS, config_folders
+from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
 from anyflow_train.config.overrides import parse
@@ -27,13 +28,15 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
         UserError: `objective.kind` names none.
     """
     base = "train" if command in OF_A_RUN else command
-    groups = groups_of(base, find_groups(config_folders(config_dir)))
+    extension = None if base in MODELS else find_extension(base)
+    model = extension.model if extension else MODELS[base]
+    groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
         lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, overrides)]
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, model, overrides)]
     return "\n".join(lines)
 
 
@@ -57,8 +60,7 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     yield ""
 
 
-def _keys(command: str, overrides: Sequence[str]) -> Iterator[str]:
-    model = MODELS[command]
+def _keys(command: str, model: type[Model], overrides: Sequence[str]) -> Iterator[str]:
     if command == "train":
         typed = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
         model = run_model(typed[-1] if typed else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import types
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from anyflow_train.config.base import Model
+from anyflow_train.text import nearest
 
 _ENTRY = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
@@ -102,14 +102,13 @@ def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
     parent, _, last = wrong.rpartition(".")
     same_name = [key for key in known if key.rpartition(".")[2] == last]
     if same_name:
-        return difflib.get_close_matches(wrong, same_name, n=1, cutoff=0.0)[0]
+        return nearest(wrong, same_name, 0.0)
     siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}
     anywhere = {key.rpartition(".")[2]: key for key in known}
     for candidates, cutoff in ((siblings, 0.5), (anywhere, 0.6)):
-        if close := difflib.get_close_matches(last, candidates, n=1, cutoff=cutoff):
-            return candidates[close[0]]
-    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.8)
-    return close[0] if close else None
+        if close := nearest(last, candidates, cutoff):
+            return candidates[close]
+    return nearest(wrong, known, 0.8)
 
 
 def _type_name(annotation: Any) -> str:

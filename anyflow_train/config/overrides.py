@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from hydra.errors import HydraException
 
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
 from anyflow_train.errors import UserError
+from anyflow_train.text import nearest_hint
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,5 @@ def _check_choice(command: str, item: Setting, choices: dict[str, Choice]) -> It
 
 def nearest_of(wrong: str, valid: Sequence[str] | dict[str, Choice]) -> str:
     """`; nearest is 'x' (valid: ...)`, or only the valid ones where none is near."""
-    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
-    listed = ", ".join(valid)
-    return f"; nearest is {near[0]!r} (valid: {listed})" if near else f"; valid are {listed or 'none'}"
+    hint, listed = nearest_hint(wrong, valid), ", ".join(valid)
+    return f"{hint} (valid: {listed})" if hint else f"; valid are {listed or 'none'}"

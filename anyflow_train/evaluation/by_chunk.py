@@ -12,6 +12,7 @@ from torch import Tensor
 from anyflow_train.evaluation.intervals import EnergyReference, Estimate, Resampling, percentile
 from anyflow_train.evaluation.measure import SampleSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
+from anyflow_train.text import calls
 
 
 @dataclass(frozen=True)
@@ -63,5 +64,5 @@ def write_chunk_plot(path: Path, cells: tuple[ChunkCell, ...]) -> None:
         for model in dict.fromkeys(cell.model for cell in cells):
             own = [cell for cell in cells if (cell.model, cell.steps) == (model, steps)]
             curves.append(Curve(model, tuple(cell.chunk for cell in own), tuple(cell.energy_distance for cell in own)))
-        panels.append(Panel(f"energy distance, {steps} call{'s' * (steps > 1)}", "log", tuple(curves), "chunk"))
+        panels.append(Panel(f"energy distance, {calls(steps)}", "log", tuple(curves), "chunk"))
     write_plot(path, panels)

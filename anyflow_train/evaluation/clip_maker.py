@@ -25,18 +25,12 @@ class Wanted:
     Attributes:
         frames, height, width: in pixels.
         chunk_partition: latent frames of a causal model's chunks.
-        prefix: what stands before the names of these keys, for errors.
     """
 
     frames: int | None
     height: int | None
     width: int | None
     chunk_partition: tuple[int, ...] | None
-    prefix: str = ""
-
-    def error(self, name: str, problem: str) -> UserError:
-        """A mistake in one of these keys."""
-        return UserError(self.prefix + name, problem)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def clip_shape(wanted: Wanted, model: LoadedNetwork, codec: Codec) -> Shape:
     size = _size(wanted, model)
     frames = (size.frames - 1) // codec.temporal_factor + 1
     chunks = _chunks(wanted, model, size, frames)
-    _check_size(wanted, size, codec, model, chunks)
+    _check_size(size, codec, model, chunks)
     sides = (size.height // codec.spatial_factor, size.width // codec.spatial_factor)
     return Shape(size, (frames, model.network.config["in_channels"], *sides), chunks)
 
@@ -133,9 +127,7 @@ def _size(wanted: Wanted, model: LoadedNetwork) -> Size:
     sides = _trained_size(model) | {name: value for name, value in given.items() if value is not None}
     missing = [name for name in given if name not in sides]
     if missing:
-        raise UserErrors(
-            [wanted.error(name, f"is not set, and {model.name} does not say it; set it") for name in missing]
-        )
+        raise UserErrors([UserError(name, f"is not set, and {model.name} does not say it; set it") for name in missing])
     return Size(**sides)
 
 
@@ -151,25 +143,25 @@ def _chunks(wanted: Wanted, model: LoadedNetwork, size: Size, frames: int) -> Ch
     if model.chunks is None:
         if partition is not None:
             problem = f"{list(partition)}, but {model.name} generates all frames together; leave it out"
-            raise wanted.error("chunk_partition", problem)
+            raise UserError("chunk_partition", problem)
         return None
     chunks = replace(model.chunks, partition=partition or model.chunks.partition)
     if sum(chunks.partition) != frames:
         problem = f"{list(chunks.partition)} sums to {sum(chunks.partition)}, but frames={size.frames} gives {frames}"
-        raise wanted.error("chunk_partition", f"{problem} latent frames; give one that sums to {frames}")
+        raise UserError("chunk_partition", f"{problem} latent frames; give one that sums to {frames}")
     return chunks
 
 
-def _check_size(wanted: Wanted, size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks | None) -> None:
+def _check_size(size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks | None) -> None:
     errors = []
     factor = codec.temporal_factor
     if size.frames % factor != 1:
         nearest = max(0, round((size.frames - 1) / factor)) * factor + 1
-        errors.append(wanted.error("frames", f"{size.frames} is not {factor}n + 1; {nearest} is"))
+        errors.append(UserError("frames", f"{size.frames} is not {factor}n + 1; {nearest} is"))
     compressed = chunks is not None and len(chunks.partition) > chunks.full_limit
     patch = model.network.config["compressed_patch_size" if compressed else "patch_size"]
     for name, side, tokens in (("height", size.height, patch[1]), ("width", size.width, patch[2])):
         if side % (codec.spatial_factor * tokens):
-            errors.append(wanted.error(name, f"{side} is no multiple of {codec.spatial_factor * tokens}"))
+            errors.append(UserError(name, f"{side} is no multiple of {codec.spatial_factor * tokens}"))
     if errors:
         raise UserErrors(errors)

@@ -14,10 +14,10 @@ from torch import Tensor
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.data.held_out import HeldOut
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
 from anyflow_train.evaluation.continued import check_frames, held_out_and_begun
-from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
@@ -31,6 +31,7 @@ from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
+from anyflow_train.text import calls, timed_printer
 
 EULER = ClipSampler(sample_euler)
 GRID_CALLS = 8
@@ -60,8 +61,7 @@ def run(config: EvaluateConfig) -> Report:
         UserError: a model, the shards or the codec cannot be loaded.
     """
     start = time.monotonic()
-    say = partial(_say, start)
-    assert config.held_out is not None, "the config sees to it"
+    say = timed_printer()
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
     shards = ShardSet.open(config.held_out)
@@ -213,10 +213,6 @@ def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, Sample
         for steps in sorted(steps for steps in by_steps if steps <= GRID_CALLS):
             decoded = _decode(codec, setting.inputs.device, by_steps[steps].latents[:count])
             videos.append([to_frames(video) for video in decoded])
-            columns.append(f"{name}\n{steps} call{'s' * (steps > 1)}")
+            columns.append(f"{name}\n{calls(steps)}")
     by_prompt = list(zip(*videos, strict=True))
     write_grid(Grid(setting.captions[:count], columns, by_prompt, fps), out / "grid.mp4", out / "grid.gif")
-
-
-def _say(start: float, text: str) -> None:
-    print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)

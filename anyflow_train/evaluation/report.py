@@ -15,6 +15,7 @@ from anyflow_train.evaluation.measure import ResultRow
 from anyflow_train.evaluation.nearest import Nearest, TrainingSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 from anyflow_train.files import atomic_file, write_json
+from anyflow_train.text import markdown_table
 
 TEACHER = "teacher"
 
@@ -72,7 +73,7 @@ def table_lines(report: Report) -> list[str]:
     if report.training:
         near = _nearest(report.training.held_out)
         rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
-    return aligned(rows)
+    return markdown_table(rows)
 
 
 def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
@@ -82,16 +83,7 @@ def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
     for model, steps in dict.fromkeys((cell.model, cell.steps) for cell in chunks):
         own = [cell for cell in chunks if (cell.model, cell.steps) == (model, steps)]
         rows.append([model, str(steps), *(_interval(cell.energy_distance) for cell in own)])
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a markdown table that also reads on a terminal; the first row is the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    return markdown_table(rows)
 
 
 def panels(report: Report) -> list[Panel]:

@@ -8,8 +8,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
-from anyflow_train.export.weights import DTYPES, Precision, stock_class
+from anyflow_train.export.weights import Precision, stock_class
 from anyflow_train.models.adapters import lora_state_dict
 from anyflow_train.models.backbone import Backbone
 

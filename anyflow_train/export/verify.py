@@ -30,6 +30,7 @@ from anyflow_train.config.chunks import Chunks
 from anyflow_train.export.weights import Precision
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import sample
+from anyflow_train.flow.times import TIME_SCALE
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
@@ -98,7 +99,7 @@ def velocity_outputs(network: Backbone, probe: Probe) -> Tensor:
 @torch.inference_mode()
 def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
     """The same of a Wan transformer, which has one time and puts channels before frames."""
-    times = 1000 * torch.tensor([t for t, _ in TIMES])
+    times = TIME_SCALE * torch.tensor([t for t, _ in TIMES])
     hidden = probe.latents.permute(0, 2, 1, 3, 4)
     output = network(hidden, times, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[0]
     return output.permute(0, 2, 1, 3, 4)
@@ -182,7 +183,7 @@ _Forward = Callable[..., tuple[Tensor, ...]]
 
 def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
     frames = probe.latents.shape[1]
-    t, r = (1000 * times[:, column, None].expand(-1, frames) for column in (0, 1))
+    t, r = (TIME_SCALE * times[:, column, None].expand(-1, frames) for column in (0, 1))
     more = {"encoder_hidden_states_image": probe.image, "return_dict": False}
     if probe.chunks is None:
         return network(probe.latents, t, r, probe.text, **more)[0].float()

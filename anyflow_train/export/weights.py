@@ -13,12 +13,12 @@ from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTran
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
+from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.pretrained import DELTA, SHARED_CONFIG
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Stock diffusers computes these in float32 whatever dtype is asked for, so they are stored in float32. Its own list
 # lacks `delta_embedder`, the twin of `time_embedder`: it is exact at least for those who load in float32.

@@ -15,7 +15,7 @@ TimePrecision = Literal["fp32", "bf16"]
 TimeDistribution = Literal["uniform", "logit_normal"]
 Time = TypeVar("Time", float, Tensor)
 
-TIME_SCALE = 1000.0  # the published code holds times in 0..1000, which is where its bfloat16 grid is defined
+TIME_SCALE = 1000.0  # networks and the published code take times in 0..1000; its bfloat16 grid is defined there
 
 
 @dataclass(frozen=True)

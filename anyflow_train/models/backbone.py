@@ -15,10 +15,11 @@ from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from anyflow_train.flow.path import at_least_float32
 from anyflow_train.models.attend import AttentionPattern
 from anyflow_train.models.blocks import AnyFlowTransformerBlock
 from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
-from anyflow_train.models.fused import modulated_layer_norm, wide
+from anyflow_train.models.fused import modulated_layer_norm
 from anyflow_train.models.kv_cache import StopAfterKV
 
 
@@ -106,7 +107,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Tokens to patches of the output: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
         config: Any = self.config
-        shift, scale = (wide(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
+        shift, scale = (at_least_float32(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
         return self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
 
     def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anyflow_train.flow.path import at_least_float32
 from anyflow_train.models.attend import AttentionPattern, attend
-from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm, wide
+from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm
 from anyflow_train.models.kv_cache import StopAfterKV
 from anyflow_train.models.rotary import rotate
 
@@ -47,7 +48,7 @@ class AnyFlowTransformerBlock(nn.Module):
         Returns:
             (B, S, D) in the dtype of x; with `StopAfterKV` x itself.
         """
-        modulation = modulation + wide(self.scale_shift_table)
+        modulation = modulation + at_least_float32(self.scale_shift_table)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
@@ -66,7 +67,11 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
     """
     frames = (gate.shape[1], -1)
-    return torch.addcmul(wide(x).unflatten(1, frames), update.unflatten(1, frames), gate).view(x.shape).to(x.dtype)
+    return (
+        torch.addcmul(at_least_float32(x).unflatten(1, frames), update.unflatten(1, frames), gate)
+        .view(x.shape)
+        .to(x.dtype)
+    )
 
 
 class Attention(nn.Module):
@@ -123,8 +128,8 @@ class WideLayerNorm(nn.LayerNorm):
     """Layer norm computed in float32 at least, in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = wide(self.weight), wide(self.bias)
-        return F.layer_norm(wide(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class FeedForward(nn.Module):

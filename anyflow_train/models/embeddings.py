@@ -10,8 +10,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anyflow_train.flow.path import at_least_float32
 from anyflow_train.models.blocks import WideLayerNorm
-from anyflow_train.models.fused import gelu_tanh, wide
+from anyflow_train.models.fused import gelu_tanh
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -34,7 +35,7 @@ class PatchEmbedding(nn.Conv3d):
 def resized_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
     """The weight of a `PatchEmbedding` for patches of another size: (D, C, 1, p, p) -> (D, C, *size), by trilinear
     interpolation in float32 at least (FAR, 2503.19325)."""
-    resized = F.interpolate(wide(weight), size=tuple(size), mode="trilinear", align_corners=False)
+    resized = F.interpolate(at_least_float32(weight), size=tuple(size), mode="trilinear", align_corners=False)
     return resized.to(weight.dtype)
 
 
@@ -84,14 +85,16 @@ class ConditionEmbedder(nn.Module):
         # A handful of rows, whose small differences the derivative in time lives on: never in half precision.
         with torch.autocast(t.device.type, enabled=False):
             embedding = torch.lerp(
-                self._embed(self.time_embedder, t), self._embed(self.delta_embedder, delta), wide(self.delta_emb_gate)
+                self._embed(self.time_embedder, t),
+                self._embed(self.delta_embedder, delta),
+                at_least_float32(self.delta_emb_gate),
             )
             modulation = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
-        return embedding, wide(modulation).unflatten(-1, (6, -1))
+        return embedding, at_least_float32(modulation).unflatten(-1, (6, -1))
 
     def _embed(self, embedder: TimestepEmbedding, times: Tensor) -> Tensor:
         features = self.timesteps_proj(times.flatten()).to(embedder.linear_1.weight.dtype)
-        return wide(embedder(features)).unflatten(0, times.shape)
+        return at_least_float32(embedder(features)).unflatten(0, times.shape)
 
     def context(self, text: Tensor, image: Tensor | None) -> Tensor:
         """(B, L, text_dim) and (B, I, image_dim) or None -> (B, I + L, D), the image tokens first."""

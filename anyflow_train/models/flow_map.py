@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow_train.flow.times import TIME_SCALE
 from anyflow_train.flow.types import CachedContext, Condition, Prefix, TeacherForced
 from anyflow_train.models.backbone import Backbone
-
-TIME_SCALE = 1000.0
 
 
 @dataclass(frozen=True)

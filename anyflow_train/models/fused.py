@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from anyflow_train.flow.path import at_least_float32
+
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
@@ -46,14 +48,9 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     all tokens of a frame. Returns (B, S, D) in the dtype of x.
     """
     if _transformed():
-        normed = F.layer_norm(wide(x), x.shape[-1:], None, None, eps)
+        normed = F.layer_norm(at_least_float32(x), x.shape[-1:], None, None, eps)
         return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the precision to compute in: float32, or its own float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _transformed() -> bool:
@@ -123,7 +120,7 @@ class _ModulatedLayerNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        normed, mean, inverse = _normalise(wide(x), eps)
+        normed, mean, inverse = _normalise(at_least_float32(x), eps)
         ctx.save_for_backward(x, shift, scale, mean, inverse)
         normed = _by_frame(normed, scale)
         return torch.addcmul(shift, normed, 1 + scale, out=normed).view(x.shape).to(x.dtype)
@@ -132,8 +129,8 @@ class _ModulatedLayerNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, shift, scale, mean, inverse = ctx.saved_tensors
-        full = wide(x)
-        grad = _by_frame(wide(grad), scale)
+        full = at_least_float32(x)
+        grad = _by_frame(at_least_float32(grad), scale)
         grad_x = grad_shift = grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_shift = grad.sum_to_size(shift.shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyflow_train.models.fused import wide
+from anyflow_train.flow.path import at_least_float32
 
 _THETA = 10000.0
 _KEPT_GRIDS = 64  # one for every chunk of a clip, and one for every sequence of them
@@ -102,7 +102,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     x: (B, S, H, head_dim); table: (S, head_dim / 2, 2) float32. Returns the shape and dtype of x,
     computed in float32 at least.
     """
-    pairs = wide(x).unflatten(-1, (-1, 2))
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2))
     table = table.unsqueeze(1)
     if torch.compiler.is_compiling():
         cos, sin = table.unbind(-1)

@@ -16,6 +16,7 @@ from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
@@ -24,7 +25,7 @@ from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles, Setting
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import autocast_dtype, build_engine
+from anyflow_train.training.engine import build_engine
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.roles import RoleNetwork, build_roles
 from anyflow_train.training.updates import Term, Trainable, Update

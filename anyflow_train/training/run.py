@@ -26,7 +26,7 @@ from anyflow_train.training.processes.signals import stop_requests
 from anyflow_train.training.processes.world import World, check_agreement, start_world
 from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
-from anyflow_train.training.reporting.progress import Progress
+from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.room import check_room
 from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
@@ -76,7 +76,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         loader = stack.enter_context(closing(world.together(lambda: build_loader(config, world, state.step))))
         check_agreement(world, data_facts(loader.manifest))
         world.on_main(lambda: directory.begin(config))
-        progress = stack.enter_context(closing(Progress(config.steps, state.step)))
+        progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:
             progress.say(f"going on from {point.path}")

@@ -25,7 +25,7 @@ from anyflow_train.training.checkpoints.state import Best, TrainState
 from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.processes.signals import StopRequest
 from anyflow_train.training.recipe import Recipe
-from anyflow_train.training.reporting.progress import Pace, Progress, peak_memory_gib
+from anyflow_train.training.reporting.progress import Pace, StepProgress, peak_memory_gib
 from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.schedule import learning_rate
 from anyflow_train.training.updates import make_update
@@ -46,7 +46,7 @@ class Trainer:
     directory: RunDirectory
     recipe: Recipe
     state: TrainState
-    progress: Progress
+    progress: StepProgress
     trackers: Trackers
     validator: Validator | None
     stop: StopRequest

@@ -149,7 +149,7 @@ def test_an_unknown_experiment_names_the_nearest_and_judges_only_what_was_writte
 
 
 def test_an_experiment_of_another_command_says_whose_it_is() -> None:
-    assert "is for `anyflow codec`, not for `anyflow train`" in errors("experiment=tiny_vae")["experiment"]
+    assert "is for `anyflow prepare`, not for `anyflow train`" in errors("experiment=tiny_prepare")["experiment"]
 
 
 def test_own_config_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import CodecConfig, EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.compose import compose
 from anyflow_train.config.decode import decode
 from anyflow_train.config.findings import Finding
@@ -233,10 +233,7 @@ def test_even_splits_do_not_warn() -> None:
     assert run_warnings(config, 3) == []
 
 
-VBENCH = {"metric": "vbench", "out": "x", "models": ["m"], "teacher": "t"}
 COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[str, Any], str, str]] = [
-    (CodecConfig, commands.codec, {"out": "x", "joint_frames": 8}, "joint_frames", "nearest are 5 and 9"),
-    (CodecConfig, commands.codec, {"out": "x", "crop": 20}, "crop", "multiple of 8"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c"}, "source", "prompts=FILE"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "prompts": "p"}, "prompts", "give one"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "frames": 80}, "frames", "77 and 81"),
@@ -265,34 +262,7 @@ COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[
         "training_shards",
         "is both",
     ),
-    (
-        EvaluateConfig,
-        commands.evaluate,
-        {"out": "x", "models": ["m"], "teacher": "t", "held_out": "h", "vbench": {"videos": 1}},
-        "metric",
-        "set metric=vbench",
-    ),
-    (EvaluateConfig, commands.evaluate, {**VBENCH, "models": []}, "models", "at least one model"),
-    (EvaluateConfig, commands.evaluate, {**VBENCH, "metric": "any_step"}, "held_out", "give held_out="),
-    *(
-        (EvaluateConfig, commands.evaluate, {**VBENCH, "vbench": values}, key, words)
-        for values, key, words in (
-            ({"dimensions": []}, "vbench.dimensions", "vbench.score=false writes the videos"),
-            ({"dimensions": ["scenes"]}, "vbench.dimensions.0", "nearest is 'scene'"),
-            ({"frames": 80}, "vbench.frames", "77 and 81"),
-            ({"width": 100}, "vbench.width", "96 and 112"),
-            ({"prompts": "p", "info": "i"}, "vbench.info", "goes with VBench's own prompts"),
-            ({"prompts": "p", "texts": "t"}, "vbench.texts", "goes with VBench's own prompts"),
-            ({"prompts": "p", "dimensions": ["color", "human_action"]}, "vbench.dimensions", "color, human_action:"),
-            ({"videos": 6}, "vbench.videos", "less than or equal to 5"),
-        )
-    ),
 ]
-
-
-def test_vbench_needs_no_shards_and_takes_guided_models() -> None:
-    own = {**VBENCH, "guidance_scale": 5.0, "vbench": {"prompts": "p"}}
-    assert found(EvaluateConfig, own, commands.evaluate) == {}
 
 
 @pytest.mark.parametrize(("model", "rules", "values", "key", "words"), COMMAND_CASES)

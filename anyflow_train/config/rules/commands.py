@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyflow_train.config.commands import CodecConfig, EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import WAN_PATCH, frame_count, side_length
-from anyflow_train.config.vbench import OF_THE_SUITE, VBenchOptions
-
-
-def codec(config: CodecConfig) -> Iterator[Finding]:
-    """Crops that the VAE can encode."""
-    yield from frame_count("joint_frames", config.joint_frames)
-    yield from side_length("crop", config.crop, 1)
 
 
 def prepare(config: PrepareConfig) -> Iterator[Finding]:
@@ -53,16 +46,6 @@ def sample(config: SampleConfig) -> Iterator[Finding]:
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
-    """What the metric needs."""
-    if config.metric == "any_step":
-        yield from _any_step(config)
-        if config.vbench != VBenchOptions():
-            yield Finding(("metric", "vbench"), "any_step, but keys of vbench are set; set metric=vbench")
-    else:
-        yield from _vbench(config)
-
-
-def _any_step(config: EvaluateConfig) -> Iterator[Finding]:
     """A guided reference needs guidance, the data has none; held-out clips are not those of the training."""
     if config.training_shards == config.held_out:
         yield Finding(
@@ -81,33 +64,4 @@ def _any_step(config: EvaluateConfig) -> Iterator[Finding]:
             ("reference", "guidance_scale"),
             f"data is compared with unguided samples, but guidance_scale={config.guidance_scale:g}; "
             "set reference=guided_teacher, or guidance_scale=1",
-        )
-
-
-def _vbench(config: EvaluateConfig) -> Iterator[Finding]:
-    """Models, VBench's prompts or others, dimensions that can be measured on them, at possible sizes."""
-    options = config.vbench
-    if not config.models:
-        yield Finding(("models", "metric"), "is empty; VBench needs at least one model")
-    if options.dimensions == ():
-        yield Finding(("vbench.dimensions",), "is empty; vbench.score=false writes the videos without measuring them")
-    sides = {"height": options.height, "width": options.width}
-    if options.frames is not None:
-        yield from frame_count("vbench.frames", options.frames)
-    for key, pixels in sides.items():
-        if pixels is not None:
-            yield from side_length(f"vbench.{key}", pixels, WAN_PATCH)
-    if options.prompts is None:
-        return
-    for key in ("info", "texts"):
-        if getattr(options, key) is not None:
-            yield Finding(
-                (f"vbench.{key}", "vbench.prompts"),
-                f"{getattr(options, key)!r} goes with VBench's own prompts, but vbench.prompts={options.prompts}; "
-                "leave out one of them",
-            )
-    if refused := sorted(OF_THE_SUITE & set(options.chosen)):
-        yield Finding(
-            ("vbench.dimensions", "vbench.prompts"),
-            f"{', '.join(refused)}: measured on VBench's own prompts only; leave out vbench.prompts",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, token_grid
@@ -10,6 +9,7 @@ from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import Lora
 from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_shapes
 from anyflow_train.config.run import RunConfig
+from anyflow_train.text import nearest_hint
 
 # Wan2.1's patch in height and width; where the network is known, its own patch is used instead.
 WAN_PATCH = 2
@@ -139,5 +139,4 @@ def _parents(name: str) -> list[str]:
 
 
 def _nearest(wrong: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(wrong, valid, n=1, cutoff=0.5)
-    return f"; nearest is {near[0]!r}" if near else f"; valid are {', '.join(valid)}"
+    return nearest_hint(wrong, valid) or f"; valid are {', '.join(valid)}"

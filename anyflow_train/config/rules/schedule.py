@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.run import Evaluation, RunConfig
+from anyflow_train.text import nearest
 
 # What validation measures at each step count, lower is better; the values say what it needs.
 DISTANCES = ("energy_distance", "sliced_wasserstein")
@@ -74,9 +74,9 @@ def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
     valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
     if evaluation.best_metric in valid:
         return
-    near = difflib.get_close_matches(evaluation.best_metric, valid, n=1, cutoff=0.0)
+    near = nearest(evaluation.best_metric, valid, 0.0)
     yield Finding(
         ("evaluation.best_metric", "evaluation.steps", "evaluation.oracle"),
-        f"{evaluation.best_metric!r} is not measured; nearest is {near[0]!r} (metrics {', '.join(metrics)}, each at "
+        f"{evaluation.best_metric!r} is not measured; nearest is {near!r} (metrics {', '.join(metrics)}, each at "
         f"evaluation.steps={list(evaluation.steps)})",
     )

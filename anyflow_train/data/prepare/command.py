@@ -24,16 +24,16 @@ from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
 from anyflow_train.data.prepare.job import Plan, make_plan, read_all_skipped
 from anyflow_train.data.prepare.output_lock import WorkShare, lock_output, wait_until_all_are_there
-from anyflow_train.data.prepare.progress import Progress
+from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import validation_prompts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.videos import VideoShape, write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.workers import Workers, join_workers
+from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SKIPPED = "skipped.jsonl"
 
 
@@ -45,12 +45,11 @@ def run(config: PrepareConfig) -> None:
         KeyboardInterrupt: after saying how to continue.
         SystemExit: on processes other than 0, where it is process 0 that says why.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     with join_workers() as team:
         plan = make_plan(config)
         with lock_output(plan, team) as share:
-            _prepare(Job(config, plan, team, share, _device(config, team)))
+            device = pick_device(config.device, config.threads, local_rank=team.local_rank)
+            _prepare(Job(config, plan, team, share, device))
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _prepare(job: Job) -> None:
     try:
         if not complete:
             _encode_texts(job)
-        with Progress("prompts" if job.config.prompts else "clips", job.share.clips, job.team) as progress:
+        with ClipProgress("prompts" if job.config.prompts else "clips", job.share.clips, job.team) as progress:
             _write_shards(job, progress)
             progress.finish()
     except KeyboardInterrupt:
@@ -107,11 +106,11 @@ def _encode_texts(job: Job) -> None:
     if prompts_missing:
         prompts = validation_prompts(config.validation_prompts)
         encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
-    with Progress("texts", job.share.text_clips, job.team) as progress:
+    with ClipProgress("texts", job.share.text_clips, job.team) as progress:
         encode_shard_texts(codec, folder, job.share.texts, config.max_text_length, progress)
 
 
-def _write_shards(job: Job, progress: Progress) -> None:
+def _write_shards(job: Job, progress: ClipProgress) -> None:
     config, shards = job.config, job.share.shards
     if not shards:
         return
@@ -200,14 +199,3 @@ def _reasons(skipped: list[Skipped]) -> str:
     """How many were skipped for which reason, without the details of each."""
     counts = Counter(entry.reason.partition(":")[0] for entry in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-
-
-def _device(config: PrepareConfig, team: Workers) -> torch.device:
-    """Each process of a node has a GPU of its own, where there are any."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if team.local_rank >= torch.cuda.device_count():
-        problem = f"is {team.local_rank}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
-        raise UserError("LOCAL_RANK", problem)
-    torch.cuda.set_device(team.local_rank)
-    return torch.device("cuda", team.local_rank)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +15,7 @@ from typing import Any, TextIO
 from anyflow_train.data.prepare.job import Plan, ShardPlan
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
-from anyflow_train.files import TEMPORARY, write_json
+from anyflow_train.files import TEMPORARY, take_lock, write_json
 
 SETTINGS = "prepare.json"
 LOCK = ".lock"
@@ -142,12 +140,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
             yield key, before.get(key), now.get(key)
 
 
-def _take(lock: TextIO, kind: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError("out", f"another `anyflow prepare` is writing to {folder}") from None
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        print(f"warning: the file system of {folder} knows no locks; do not start two jobs on it", file=sys.stderr)
+def _take(file: TextIO, kind: int, folder: Path) -> None:
+    if not take_lock(fcntl.flock, file.fileno(), kind, folder):
+        raise UserError("out", f"another `anyflow prepare` is writing to {folder}")

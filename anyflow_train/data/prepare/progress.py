@@ -13,7 +13,7 @@ from anyflow_train.data.prepare.workers import Workers
 LINE_SECONDS = 10.0
 
 
-class Progress:
+class ClipProgress:
     """Counts clips, with rate and remaining time, on stderr: those of all processes, shown by process 0."""
 
     def __init__(self, task: str, total: int, team: Workers) -> None:
@@ -25,7 +25,7 @@ class Progress:
         visible = team.is_main and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=task, unit="clip") if visible else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ClipProgress:
         return self
 
     def __exit__(

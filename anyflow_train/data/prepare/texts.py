@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyflow_train.data.manifest import TEXT, PromptTexts, write_prompt_texts
 from anyflow_train.data.prepare.job import ShardPlan
-from anyflow_train.data.prepare.progress import Progress
+from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import Clip
 from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
@@ -29,7 +29,7 @@ class ShardTexts:
 
 
 def encode_shard_texts(
-    codec: Codec, folder: Path, shards: list[ShardPlan], max_length: int, progress: Progress
+    codec: Codec, folder: Path, shards: list[ShardPlan], max_length: int, progress: ClipProgress
 ) -> None:
     """Encode the captions of each shard into a file of its own, each different caption once."""
     for shard in shards:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.prepare.job import ShardPlan
-from anyflow_train.data.prepare.progress import Progress
+from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import Clip
 from anyflow_train.data.prepare.texts import ShardTexts, read_shard_texts
 from anyflow_train.data.prepare.video import ClipError, read_clip
@@ -43,7 +43,7 @@ class Captioned:
     text: Tensor | None
 
 
-def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: Progress) -> None:
+def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
     """Write shards without video."""
     for shard in shards:
         items = _captioned(shard, read_shard_texts(folder / shard.text_name))
@@ -57,7 +57,7 @@ def write_video_shards(
     shape: VideoShape,
     batch: int,
     dtype: torch.dtype,
-    progress: Progress,
+    progress: ClipProgress,
 ) -> None:
     """Write shards; clips of the next ones are decoded while the VAE works.
 
@@ -77,12 +77,12 @@ def write_video_shards(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write(folder: Path, shard: ShardPlan, outcomes: Iterable[Sample | Skipped], progress: Progress) -> None:
+def _write(folder: Path, shard: ShardPlan, outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> None:
     write_shard(folder, shard.name, _counted(outcomes, progress))
     (folder / shard.text_name).unlink()
 
 
-def _counted(outcomes: Iterable[Sample | Skipped], progress: Progress) -> Iterator[Sample | Skipped]:
+def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> Iterator[Sample | Skipped]:
     for outcome in outcomes:
         yield outcome
         progress.advance(1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +16,7 @@ from typing import Any
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import replace_file, to_json
+from anyflow_train.files import replace_file, take_lock, to_json
 from anyflow_train.training.checkpoints.config_file import saved_config
 
 SHARED_SECONDS = 30.0
@@ -119,16 +117,9 @@ class RunDirectory:
         raise UserError(str(self.path), problem)
 
     def _take(self, descriptor: int) -> None:
-        try:
-            # A record lock, not flock(2): forked data workers would inherit the latter and hold it after a killed run.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                problem = f"is in use by {self._holder()}; wait for it or choose another name"
-                raise UserError(str(self.path), problem) from None
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            print(f"warning: the file system of {self.path} knows no locks; do not start a run twice", file=sys.stderr)
+        # A record lock, not flock(2): forked data workers would inherit the latter and hold it after a killed run.
+        if not take_lock(fcntl.lockf, descriptor, fcntl.LOCK_EX, self.path):
+            raise UserError(str(self.path), f"is in use by {self._holder()}; wait for it or choose another name")
 
     def _holder(self) -> str:
         with suppress(OSError, ValueError, KeyError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -25,7 +24,6 @@ __all__ = [
     "ReplicatedEngine",
     "ZeroEngine",
     "adam_steps",
-    "autocast_dtype",
     "build_engine",
     "build_sharded",
     "engine_name",
@@ -33,11 +31,6 @@ __all__ = [
     "shard_frozen",
     "zero_stage",
 ]
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The type in which matrix products run, over float32 masters; None for float32 throughout."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
 def build_engine(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.run import Engine as EngineConfig
+from anyflow_train.devices import pick_device
 from anyflow_train.errors import SharedErrors, UserError, UserErrors
 from anyflow_train.training.processes.activity import Activity
 from anyflow_train.training.processes.launched import local_rank
@@ -151,9 +152,7 @@ def start_world(config: EngineConfig) -> World:
     Raises:
         UserError: the processes do not fit the config, or each other.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = _device(config)
+    device = pick_device(config.device, config.threads, "engine.device", local_rank())
     size = world_size()
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         if size > 1:
@@ -206,19 +205,6 @@ def _difference(everywhere: list[dict[str, str]], name: str) -> str | None:
         if value != first:
             return f"is {first} on process 0, but {value} on process {rank}; give all processes the same"
     return None
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device", "is 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = local_rank()
-    if local >= torch.cuda.device_count():
-        problem = f"is {local}, but this node has {torch.cuda.device_count()} GPUs; start one process per GPU"
-        raise UserError("LOCAL_RANK", problem)
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
 
 
 def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:

@@ -52,7 +52,7 @@ class Pace:
         return mean
 
 
-class Progress:
+class StepProgress:
     """Shows the numbers of logged steps.
 
     Args:

@@ -1,4 +1,4 @@
-"""Trains the tiny causal video autoencoder of the stripes world, an `AutoencoderKLWan` of 668 thousand parameters.
+"""Train the tiny causal video autoencoder of the stripes world, an `AutoencoderKLWan` of 668 thousand parameters.
 
 Two phases. First encoder and decoder together on short small crops, which is cheap and enough to teach the causal
 recurrence over frames. Then the decoder alone on frozen latents, half of the time on whole clips, which is where the
@@ -22,7 +22,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 from anyflow_train.tiny import world
-from anyflow_train.tiny.initialise import initialise
+from data_scaled_start import initialise
 
 
 @dataclass(frozen=True)

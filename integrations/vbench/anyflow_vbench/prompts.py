@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow_train.config.vbench import Dimension, VBenchOptions
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.prompts import distinct, read_lines, slug
+from anyflow_vbench.config import Dimension, VBenchConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Prompt:
         return int(hashlib.sha256(f"{seed} {index} {self.prompt}".encode()).hexdigest()[:8], 16)
 
 
-def read_prompts(options: VBenchOptions, info: Path | None) -> list[Prompt]:
+def read_prompts(config: VBenchConfig, info: Path | None) -> list[Prompt]:
     """The prompts of the chosen dimensions.
 
     Args:
@@ -50,26 +50,26 @@ def read_prompts(options: VBenchOptions, info: Path | None) -> list[Prompt]:
     Raises:
         UserError: a file cannot be read, is empty or of another form, or no prompt is for these dimensions.
     """
-    chosen = frozenset(options.chosen)
-    if options.prompts is not None:
-        lines = distinct(read_lines(options.prompts, "vbench.prompts"))
+    chosen = frozenset(config.chosen)
+    if config.prompts is not None:
+        lines = distinct(read_lines(config.prompts, "prompts"))
         if not lines:
-            raise UserError("vbench.prompts", f"'{options.prompts}' holds no prompt; write one a line")
+            raise UserError("prompts", f"'{config.prompts}' holds no prompt; write one a line")
         return [Prompt(slug(number, line), line, line, chosen) for number, line in enumerate(lines)]
     assert info is not None
-    prompts = [prompt for prompt in _suite(info, options.texts) if prompt.dimensions & chosen]
+    prompts = [prompt for prompt in _suite(info, config.texts) if prompt.dimensions & chosen]
     if not prompts:
-        raise UserError("vbench.dimensions", f"no prompt of '{info}' is for {', '.join(options.chosen)}")
+        raise UserError("dimensions", f"no prompt of '{info}' is for {', '.join(config.chosen)}")
     return prompts
 
 
 def _suite(info: Path, texts: str | None) -> list[Prompt]:
     """All of VBench's prompts; those that it lists twice, once, with the first text."""
     entries = list(_entries(info))
-    given = [prompt for prompt, _ in entries] if texts is None else read_lines(texts, "vbench.texts")
+    given = [prompt for prompt, _ in entries] if texts is None else read_lines(texts, "texts")
     if len(given) != len(entries):
         problem = f"'{texts}' has {len(given)} lines, but '{info}' has {len(entries)} prompts; give one line for each"
-        raise UserError("vbench.texts", problem)
+        raise UserError("texts", problem)
     merged: dict[str, Prompt] = {}
     for (prompt, dimensions), text in zip(entries, given, strict=True):
         first = merged.get(prompt, Prompt(prompt, prompt, text, frozenset()))
@@ -86,7 +86,7 @@ def _entries(info: Path) -> Iterator[tuple[str, frozenset[Dimension]]]:
                 raise ValueError(f"{name!r} cannot be the name of a file")
             yield name, frozenset(entry["dimension"])
     except OSError as error:
-        raise UserError("vbench.info", f"'{info}' cannot be read: {error.strerror}") from None
+        raise UserError("info", f"'{info}' cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         problem = f"'{info}' is not VBench's VBench_full_info.json: {type(error).__name__}: {error}"
-        raise UserError("vbench.info", problem) from None
+        raise UserError("info", problem) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from anyflow_train.evaluation.load import load_model
-from anyflow_train.evaluation.vbench.folder import digest
+from anyflow_vbench.folder import digest
 from tests.export.runs import FULL, make_run
 
 

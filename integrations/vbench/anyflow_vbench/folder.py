@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.vbench import Dimension
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.vbench.prompts import Prompt
-from anyflow_train.files import TEMPORARY, to_json, write_json
+from anyflow_train.files import TEMPORARY, take_lock, to_json, write_json
 from anyflow_train.models.backbone import Backbone
+from anyflow_vbench.config import Dimension
+from anyflow_vbench.prompts import Prompt
 
 MADE = "videos.json"
 LOCK = ".lock"
@@ -78,12 +76,8 @@ class Folder:
         """
         self.videos.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError("out", f"another `anyflow evaluate` is writing to {self.path}") from None
-                print(f"warning: the file system of {self.path} knows no locks; do not start twice", file=sys.stderr)
+            if not take_lock(fcntl.flock, lock.fileno(), fcntl.LOCK_EX, self.path):
+                raise UserError("out", f"another `anyflow vbench` is writing to {self.path}")
             for left_over in self.videos.glob(f"{TEMPORARY}*"):
                 left_over.unlink()
             self._note()

@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow_train.config.vbench import DIMENSIONS, Dimension, VBenchOptions
 from anyflow_train.errors import UserError
+from anyflow_vbench.config import DIMENSIONS, Dimension, VBenchConfig
 
 INSTALL = (
     "python3.10 -m venv vbench-env && "
     "vbench-env/bin/pip install 'torch<2.6' torchvision --index-url https://download.pytorch.org/whl/cu118 && "
     "vbench-env/bin/pip install vbench 'setuptools<70'"
 )
-ALONE = "vbench.score=false writes the videos alone"
+ALONE = "score=false writes the videos alone"
 PROBE = """
 import json, pathlib, vbench.launch.evaluate, torch
 info = pathlib.Path(vbench.__file__).with_name("VBench_full_info.json")
@@ -81,35 +81,35 @@ class VBench:
         return [self.python, *launcher, "-m", "vbench.launch.evaluate", *wanted, *suite]
 
 
-def find_vbench(options: VBenchOptions) -> VBench:
+def find_vbench(config: VBenchConfig) -> VBench:
     """The installation that the config names. What it is not needed for, it is not asked.
 
     Raises:
         UserError: it is needed, and not there; it sees no GPU to score on.
     """
-    python = sys.executable if options.python is None else str(Path(options.python).expanduser())
-    info = None if options.info is None else Path(options.info).expanduser().absolute()
-    needs_info = options.prompts is None and info is None
-    if options.score or needs_info:
+    python = sys.executable if config.python is None else str(Path(config.python).expanduser())
+    info = None if config.info is None else Path(config.info).expanduser().absolute()
+    needs_info = config.prompts is None and info is None
+    if config.score or needs_info:
         found = _probe(python)
-        if options.score and found["gpus"] < options.gpus:
-            problem = f"{options.gpus}, but torch of {python} sees {found['gpus']}, and VBench scores on GPUs only"
-            raise UserError("vbench.gpus", f"{problem}; {ALONE}")
+        if config.score and found["gpus"] < config.gpus:
+            problem = f"{config.gpus}, but torch of {python} sees {found['gpus']}, and VBench scores on GPUs only"
+            raise UserError("gpus", f"{problem}; {ALONE}")
         info = Path(found["info"]) if needs_info else info
-    return VBench(python, info, options.gpus)
+    return VBench(python, info, config.gpus)
 
 
 def _probe(python: str) -> dict:
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise UserError("vbench.python", f"'{python}' cannot be started: {error.strerror}; {ALONE}") from None
+        raise UserError("python", f"'{python}' cannot be started: {error.strerror}; {ALONE}") from None
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise UserError(
-            "vbench.python",
+            "python",
             f"{python} has no VBench ({reason[0]}). It needs an environment of its own: `{INSTALL}`; then set "
-            f"vbench.python=vbench-env/bin/python. Without it, {ALONE}, of the prompts in vbench.info=FILE",
+            f"python=vbench-env/bin/python. Without it, {ALONE}, of the prompts in info=FILE",
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -139,7 +139,7 @@ def score(command: list[str], dimension: Dimension, out: Path) -> Result:
     result = read_result(out, dimension)
     if code or result is None:
         reason = _reason(out / LOG) or (f"exit code {code}" if code else "no score")
-        raise UserError("vbench.dimensions", f"VBench failed at {dimension}: {reason}; its output is in {out / LOG}")
+        raise UserError("dimensions", f"VBench failed at {dimension}: {reason}; its output is in {out / LOG}")
     return result
 
 

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
-from anyflow_train.config.vbench import DIMENSIONS, OF_THE_SUITE, VBenchOptions
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.vbench.prompts import Prompt, read_prompts
+from anyflow_vbench.config import DIMENSIONS, OF_THE_SUITE, VBenchConfig
+from anyflow_vbench.prompts import Prompt, read_prompts
+
+
+def options(**keys: Any) -> VBenchConfig:
+    """A config with some keys of its own."""
+    return VBenchConfig(out="out", models=("model",), **keys)
+
 
 # As in VBench's list: a prompt may stand in it twice, and auxiliary_info tells a detector what to look for.
 INFO = [
@@ -27,10 +33,6 @@ def info(tmp_path: Path) -> Path:
     path = tmp_path / "VBench_full_info.json"
     path.write_text(json.dumps(INFO))
     return path
-
-
-def options(**values: Any) -> VBenchOptions:
-    return VBenchOptions(**values)
 
 
 def test_prompts_are_those_of_the_dimensions_each_once(info: Path):
@@ -52,7 +54,7 @@ def test_a_model_is_given_other_texts_under_the_same_names(info: Path, tmp_path:
         ("a bird and a cat", "A small bird, long"),
     ]
     texts.write_text("one\ntwo\n")
-    with pytest.raises(UserError, match=r"vbench\.texts: .* has 2 lines, but .* has 3 prompts"):
+    with pytest.raises(UserError, match=r"texts: .* has 2 lines, but .* has 3 prompts"):
         read_prompts(options(texts=str(texts)), info)
 
 
@@ -88,15 +90,15 @@ def test_every_video_has_a_seed_of_its_own_that_nothing_else_changes():
 )
 def test_another_list_is_refused(tmp_path: Path, content: str, message: str):
     (tmp_path / "info.json").write_text(content)
-    with pytest.raises(UserError, match=rf"vbench\.info: .*{message}"):
+    with pytest.raises(UserError, match=rf"info: .*{message}"):
         read_prompts(options(), tmp_path / "info.json")
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path, info: Path):
-    with pytest.raises(UserError, match=r"vbench\.info: .*absent\.json' cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"info: .*absent\.json' cannot be read: No such file"):
         read_prompts(options(), tmp_path / "absent.json")
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError, match=r"vbench\.prompts: .*empty\.txt' holds no prompt"):
+    with pytest.raises(UserError, match=r"prompts: .*empty\.txt' holds no prompt"):
         read_prompts(options(prompts=str(tmp_path / "empty.txt")), None)
-    with pytest.raises(UserError, match=r"vbench\.dimensions: no prompt of .* is for color"):
+    with pytest.raises(UserError, match=r"dimensions: no prompt of .* is for color"):
         read_prompts(options(dimensions=("color",)), info)

@@ -1,4 +1,4 @@
-"""`anyflow evaluate metric=vbench`: videos in the layout of VBench, and its scores at every number of calls."""
+"""`anyflow vbench`: videos in the layout of VBench, and its scores at every number of calls."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.config.vbench import Dimension
+from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.evaluation.clip_maker import ClipMaker, Shape, Wanted, clip_shape, encode_texts
-from anyflow_train.evaluation.device import autocast_dtype, pick_device
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.sampling import padded_condition
-from anyflow_train.evaluation.vbench.folder import Folder, digest
-from anyflow_train.evaluation.vbench.program import Result, VBench, find_vbench, read_result, score
-from anyflow_train.evaluation.vbench.prompts import Prompt, read_prompts
-from anyflow_train.evaluation.vbench.table import Column, label, write_table
 from anyflow_train.evaluation.video import write_mp4
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
+from anyflow_train.text import timed_printer
+from anyflow_vbench.config import Dimension, VBenchConfig
+from anyflow_vbench.folder import Folder, digest
+from anyflow_vbench.program import Result, VBench, find_vbench, read_result, score
+from anyflow_vbench.prompts import Prompt, read_prompts
+from anyflow_vbench.table import Column, label, write_table
 
 SAY_SECONDS = 30.0
 
@@ -42,7 +42,7 @@ class Candidate:
     folders: list[Folder]
 
 
-def run(config: EvaluateConfig) -> list[Column]:
+def run(config: VBenchConfig) -> list[Column]:
     """Write `<out>/<model>/<calls>/videos/{prompt}-{index}.mp4`, score them, write `vbench.json` and `vbench.md`.
 
     Videos and scores that are there already are kept.
@@ -51,10 +51,10 @@ def run(config: EvaluateConfig) -> list[Column]:
         UserError: VBench, a file or a model is missing, or the folder holds videos that were made otherwise.
         UserErrors: VBench failed at some dimensions; the table has the others.
     """
-    say, options = _since(time.monotonic()), config.vbench
+    say = timed_printer()
     device = pick_device(config.device, config.threads)
-    vbench = find_vbench(options)
-    prompts = read_prompts(options, vbench.info)
+    vbench = find_vbench(config)
+    prompts = read_prompts(config, vbench.info)
     candidates = _candidates(config, prompts, device)
     folders = [folder for candidate in candidates for folder in candidate.folders]
     with ExitStack() as held:
@@ -74,9 +74,9 @@ def run(config: EvaluateConfig) -> list[Column]:
     return columns
 
 
-def _candidates(config: EvaluateConfig, prompts: list[Prompt], device: torch.device) -> list[Candidate]:
-    options, out = config.vbench, Path(config.out).expanduser().absolute()
-    wanted = Wanted(options.frames, options.height, options.width, options.chunk_partition, "vbench.")
+def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.device) -> list[Candidate]:
+    out = Path(config.out).expanduser().absolute()
+    wanted = Wanted(config.frames, config.height, config.width, config.chunk_partition)
     models = [load_model(source, config.weights) for source in config.models]
     found = []
     for name, model in zip(unique_names(models), models, strict=True):
@@ -90,9 +90,9 @@ def _candidates(config: EvaluateConfig, prompts: list[Prompt], device: torch.dev
                 calls,
                 _settings(config, model, shape, calls),
                 prompts,
-                options.videos,
+                config.videos,
                 config.seed,
-                closed=options.prompts is not None,
+                closed=config.prompts is not None,
             )
             for calls in dict.fromkeys(config.steps)
         ]
@@ -100,7 +100,7 @@ def _candidates(config: EvaluateConfig, prompts: list[Prompt], device: torch.dev
     return found
 
 
-def _settings(config: EvaluateConfig, model: LoadedNetwork, shape: Shape, calls: int) -> dict[str, Any]:
+def _settings(config: VBenchConfig, model: LoadedNetwork, shape: Shape, calls: int) -> dict[str, Any]:
     """What the videos depend on, beside prompt and seed."""
     names = ("weights", "shift", "guidance_scale", "text_length", "precision")
     return {
@@ -110,14 +110,14 @@ def _settings(config: EvaluateConfig, model: LoadedNetwork, shape: Shape, calls:
         "calls": calls,
         **asdict(shape.size),
         "chunk_partition": None if shape.chunks is None else shape.chunks.partition,
-        "fps": config.vbench.fps,
-        "negative_prompt": config.vbench.negative_prompt,
+        "fps": config.fps,
+        "negative_prompt": config.negative_prompt,
         **{name: getattr(config, name) for name in names},
     }
 
 
 def _make_videos(
-    config: EvaluateConfig,
+    config: VBenchConfig,
     candidate: Candidate,
     prompts: list[Prompt],
     device: torch.device,
@@ -133,13 +133,13 @@ def _make_videos(
     needed = sorted({prompt.text for videos in missing.values() for prompt, _ in videos})
     maker, texts = _maker(config, candidate, needed, device)
     for prompt in prompts:
-        for index in range(config.vbench.videos):
+        for index in range(config.videos):
             noise = candidate.shape.noise(prompt.seed(config.seed, index))
             for folder in candidate.folders:
                 if (prompt, index) not in missing[folder.calls]:
                     continue
                 frames = maker.make(texts[prompt.text], noise, folder.calls)
-                write_mp4(folder.videos / prompt.file(index), frames, config.vbench.fps)
+                write_mp4(folder.videos / prompt.file(index), frames, config.fps)
                 done += 1
                 if time.monotonic() - said > SAY_SECONDS:
                     say(f"{name}: {done} of {total} videos")
@@ -148,11 +148,11 @@ def _make_videos(
 
 
 def _maker(
-    config: EvaluateConfig, candidate: Candidate, texts: list[str], device: torch.device
+    config: VBenchConfig, candidate: Candidate, texts: list[str], device: torch.device
 ) -> tuple[ClipMaker, dict[str, torch.Tensor]]:
     """The model on its device, and the embeddings of the texts."""
     dtype, model = autocast_dtype(config.precision), candidate.model
-    every = [*texts, config.vbench.negative_prompt]
+    every = [*texts, config.negative_prompt]
     *encoded, negative = encode_texts(candidate.source, every, config.text_length, device, dtype)
     condition = padded_condition([negative], config.text_length, device)
     flow_map = guided(on_device(model.network, device, dtype), condition, config.guidance_scale)
@@ -162,7 +162,7 @@ def _maker(
 
 
 def _score(
-    config: EvaluateConfig, vbench: VBench, folders: list[Folder], say: Callable[[str], None]
+    config: VBenchConfig, vbench: VBench, folders: list[Folder], say: Callable[[str], None]
 ) -> tuple[list[Column], list[UserError], list[str]]:
     """One process of VBench for each folder and dimension, so that a failure costs one dimension only.
 
@@ -172,13 +172,13 @@ def _score(
     columns, errors, commands = [], [], []
     for folder in folders:
         results: dict[Dimension, Result] = {}
-        for dimension in config.vbench.chosen:
+        for dimension in config.chosen:
             out = folder.scores(dimension)
             known = read_result(out, dimension)
             command = vbench.command(folder.videos, folder.path / "prompts.json", dimension, out)
             if known is not None and known.files >= folder.files(dimension):
                 results[dimension] = known
-            elif not config.vbench.score:
+            elif not config.score:
                 commands.append(shlex.join(command))
             else:
                 say(f"{label(folder.model, folder.calls)}: {dimension}")
@@ -188,10 +188,3 @@ def _score(
                     errors.append(error)
         columns.append(Column(folder.model, folder.calls, results))
     return columns, errors, commands
-
-
-def _since(start: float) -> Callable[[str], None]:
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {text}", flush=True)
-
-    return say

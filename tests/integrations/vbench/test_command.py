@@ -8,6 +8,7 @@ import fcntl
 import json
 import stat
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import pytest
 
 from anyflow_train import sample
 from anyflow_train.__main__ import main
-from anyflow_train.config.commands import EvaluateConfig, SampleConfig
-from anyflow_train.config.vbench import VBenchOptions
+from anyflow_train.config.commands import SampleConfig
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.evaluation.vbench import command
-from anyflow_train.evaluation.vbench.table import Column
+from anyflow_vbench import command
+from anyflow_vbench.config import VBenchConfig
+from anyflow_vbench.table import Column
 from tests.export.runs import CHUNKS, FULL, make_run
 
 RED, BLUE = "wide red stripes, drifting left", "narrow blue stripes"
@@ -59,6 +60,24 @@ with open(os.path.join(args.output_path, "results_2026-11-23-04:41:43_eval_resul
 """
 
 Run = Callable[..., list[Column]]
+PROJECT = Path(__file__).resolve().parents[3] / "integrations" / "vbench" / "pyproject.toml"
+
+
+def install(folder: Path, commands: dict[str, str], patch: pytest.MonkeyPatch) -> None:
+    """What pip leaves of a package's entry points, on the path."""
+    info = folder / "anyflow_vbench-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: anyflow_vbench\nVersion: 0\n")
+    lines = [f"{name} = {target}" for name, target in commands.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[anyflow_train.commands]", *lines]) + "\n")
+    patch.syspath_prepend(folder)
+
+
+@pytest.fixture
+def installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, with the entry points of its own project file."""
+    points = tomllib.loads(PROJECT.read_text())["project"]["entry-points"]["anyflow_train.commands"]
+    install(tmp_path_factory.mktemp("site"), points, monkeypatch)
 
 
 @pytest.fixture
@@ -78,16 +97,14 @@ def run(root: Path) -> Run:
 
     def evaluated(vbench: dict[str, Any], **options: Any) -> list[Column]:
         settings = {
-            "metric": "vbench",
             "models": (str(root / "run"),),
-            "teacher": "unused",
             "steps": (1, 2),
             "text_length": 16,
             "device": "cpu",
             "precision": "fp32",
         }
         chosen = {"dimensions": ("temporal_flickering", "color"), "videos": 2, "python": str(root / "python"), **vbench}
-        config = EvaluateConfig(out=str(root / "out"), vbench=VBenchOptions(**chosen), **{**settings, **options})
+        config = VBenchConfig(out=str(root / "out"), **{**settings, **chosen, **options})
         return command.run(config)
 
     return evaluated
@@ -202,15 +219,15 @@ def test_a_causal_student_makes_its_clips_chunk_by_chunk(root: Path, run: Run):
     assert (made["settings"]["chunk_partition"], made["settings"]["frames"]) == ([1, 1, 1], 9)
     name = f"{RED}-0.mp4"
     assert sampled(root, causal / "run", made["videos"][name], 1) == written(root)[f"1/videos/{name}"]
-    with pytest.raises(UserError, match=r"vbench\.chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"):
+    with pytest.raises(UserError, match=r"chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"):
         run({"frames": 5}, models=(str(causal / "run"),))
 
 
 def test_mistakes_are_told_before_anything_is_made(root: Path, run: Run):
     mistakes: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"gpus": 2}, {}, r"vbench\.gpus: 2, but torch of .* sees 1, and VBench scores on GPUs only"),
-        ({"info": str(root / "absent.json")}, {}, r"vbench\.info: .* cannot be read"),
-        ({"height": 40}, {}, r"vbench\.height: 40 is no multiple of 16"),
+        ({"gpus": 2}, {}, r"gpus: 2, but torch of .* sees 1, and VBench scores on GPUs only"),
+        ({"info": str(root / "absent.json")}, {}, r"info: .* cannot be read"),
+        ({"height": 40}, {}, r"height: 40 is no multiple of 16"),
         ({}, {"models": (str(root / "absent"),)}, "absent"),
     ]
     for vbench, options, message in mistakes:
@@ -234,17 +251,42 @@ def test_videos_that_were_made_otherwise_are_not_mixed_in(root: Path, run: Run):
         run({}, models=(str(root / "later" / "run"),))
     with open(root / "out" / "run" / "1" / ".lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another `anyflow evaluate` is writing"):
+        with pytest.raises(UserError, match="another `anyflow vbench` is writing"):
             run({})
     assert written(root) == before
 
 
-def test_the_command_line_takes_the_metric(root: Path, capfd: pytest.CaptureFixture[str]):
-    arguments = ["metric=vbench", f"models=[{root}/run]", f"out={root}/out", "device=cpu"]
-    assert main(["evaluate", *arguments, "vbench.dimensions=[colour]"]) == 2
+def test_the_core_works_without_the_package(capsys: pytest.CaptureFixture[str]):
+    assert main(["vbench"]) == 2
+    assert "vbench: is not a command" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "vbench" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_installed_package_adds_its_command_and_its_help(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    assert "  vbench    measure videos of models with VBench" in capsys.readouterr().out
+    assert main(["vbench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "dimensions: list of" in shown
+    assert "models: list of str (must be given)" in shown
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.MonkeyPatch.context() as patch:
+        install(tmp_path, {"broken": "no_such_package:COMMAND"}, patch)
+        assert main(["broken"]) == 2
+    assert "broken: cannot be loaded from no_such_package:COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_command_line_takes_its_keys(root: Path, capfd: pytest.CaptureFixture[str]):
+    arguments = [f"models=[{root}/run]", f"out={root}/out", "device=cpu"]
+    assert main(["vbench", *arguments, "dimensions=[colour]"]) == 2
     assert "nearest is 'color'" in capfd.readouterr().err
-    assert main(["evaluate", *arguments]) == 2
+    assert main(["vbench", *arguments]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith(f"error: vbench.python: {sys.executable} has no VBench (ModuleNotFoundError")
+    assert error.startswith(f"error: python: {sys.executable} has no VBench (ModuleNotFoundError")
     assert not (root / "out").exists()

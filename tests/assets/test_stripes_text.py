@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from anyflow_train.tiny import world
-from anyflow_train.tiny.text import build_text_encoder, build_tokenizer
+from stripes_text import build_text_encoder, build_tokenizer
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
-from anyflow_train.config.commands import EvaluateConfig
-from anyflow_train.config.vbench import Dimension
-from anyflow_train.evaluation.report import aligned
-from anyflow_train.evaluation.vbench.program import Result, overall
 from anyflow_train.files import replace_file, write_json
+from anyflow_train.text import calls, markdown_table
+from anyflow_vbench.config import Dimension, VBenchConfig
+from anyflow_vbench.program import Result, overall
 
 
 @dataclass(frozen=True)
@@ -24,38 +23,37 @@ class Column:
     results: dict[Dimension, Result]
 
 
-def write_table(config: EvaluateConfig, columns: list[Column]) -> None:
+def write_table(config: VBenchConfig, columns: list[Column]) -> None:
     """A row for each dimension; VBench's overall scores, where its own prompts were used."""
     totals = [
-        overall({name: result.score for name, result in column.results.items()}) if not config.vbench.prompts else {}
+        overall({name: result.score for name, result in column.results.items()}) if not config.prompts else {}
         for column in columns
     ]
     rows = [["dimension", *(label(column.model, column.calls) for column in columns)]]
-    for name in config.vbench.chosen:
+    for name in config.chosen:
         scores = [column.results.get(name) for column in columns]
         rows.append([name, *("" if found is None else f"{found.score:.4f}" for found in scores)])
     for name in ("quality", "semantic", "total"):
         if any(name in total for total in totals):
             rows.append([name, *(f"{total[name]:.4f}" if name in total else "" for total in totals)])
-    table, out = "\n".join(aligned(rows)), Path(config.out).expanduser()
+    table, out = "\n".join(markdown_table(rows)), Path(config.out).expanduser()
     replace_file(out / "vbench.md", f"{table}\n\n{_caption(config)}\n".encode())
     write_json(out / "vbench.json", _to_json(config, columns, totals))
     if any(column.results for column in columns):
         print(f"{table}\nwrote {out}/vbench.md and vbench.json")
 
 
-def _caption(config: EvaluateConfig) -> str:
-    options = config.vbench
-    prompts = "VBench's prompts" if options.prompts is None else options.prompts
-    given = "" if options.texts is None else f", given as in {options.texts}"
-    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in options.chosen)
+def _caption(config: VBenchConfig) -> str:
+    prompts = "VBench's prompts" if config.prompts is None else config.prompts
+    given = "" if config.texts is None else f", given as in {config.texts}"
+    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in config.chosen)
     return (
-        f"VBench's scores of {options.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
+        f"VBench's scores of {config.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
         f"scale {config.guidance_scale:g}.{static}"
     )
 
 
-def _to_json(config: EvaluateConfig, columns: list[Column], totals: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _to_json(config: VBenchConfig, columns: list[Column], totals: Sequence[dict[str, float]]) -> dict[str, Any]:
     found = [
         {
             "model": column.model,
@@ -73,6 +71,6 @@ def _to_json(config: EvaluateConfig, columns: list[Column], totals: Sequence[dic
     }
 
 
-def label(model: str, calls: int) -> str:
+def label(model: str, count: int) -> str:
     """Head of a column."""
-    return f"{model}, {calls} call{'s' * (calls > 1)}"
+    return f"{model}, {calls(count)}"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from anyflow_train.tiny import vae, world
-from anyflow_train.tiny.initialise import initialise
+import stripes_vae as vae
+from anyflow_train.tiny import world
+from data_scaled_start import initialise
 
 ASSET = Path(__file__).parents[2] / "assets" / "tiny-wan"
 SHORT = vae.CodecSettings(

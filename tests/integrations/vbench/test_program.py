@@ -3,12 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from anyflow_train.config.vbench import DIMENSIONS, VBenchOptions
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.vbench.program import VBench, find_vbench, overall, read_result, score
+from anyflow_vbench.config import DIMENSIONS, VBenchConfig
+from anyflow_vbench.program import VBench, find_vbench, overall, read_result, score
 
 # VideoCrafter-2.0 on VBench's leaderboard, in percent: the dimensions in the order of DIMENSIONS.
 PUBLISHED = (
@@ -16,6 +17,11 @@ PUBLISHED = (
     92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23,
 )  # fmt: skip
 PUBLISHED_OVERALL = {"quality": 82.20, "semantic": 73.42, "total": 80.44}
+
+
+def options(**keys: Any) -> VBenchConfig:
+    """A config with some keys of its own."""
+    return VBenchConfig(out="out", models=("model",), **keys)
 
 
 def test_the_overall_scores_are_those_of_the_leaderboard():
@@ -95,17 +101,17 @@ def test_a_failure_says_why(tmp_path: Path, program: str, reason: str):
 def test_where_vbench_is_missing_the_message_says_how_to_install_it():
     """Of the interpreter that runs the tests, for which VBench cannot be installed: it pins older packages."""
     with pytest.raises(UserError) as caught:
-        find_vbench(VBenchOptions())
-    assert caught.value.where == "vbench.python"
-    for words in (sys.executable, "No module named 'vbench'", "pip install vbench", "vbench.python=", "vbench.score="):
+        find_vbench(options())
+    assert caught.value.where == "python"
+    for words in (sys.executable, "No module named 'vbench'", "pip install vbench", "python=", "score="):
         assert words in caught.value.problem
-    with pytest.raises(UserError, match=r"vbench\.python: '/no/python' cannot be started: No such file"):
-        find_vbench(VBenchOptions(python="/no/python"))
+    with pytest.raises(UserError, match=r"python: '/no/python' cannot be started: No such file"):
+        find_vbench(options(python="/no/python"))
 
 
 def test_videos_alone_need_no_vbench_but_its_list_of_prompts(tmp_path: Path):
     info = tmp_path / "info.json"
-    assert find_vbench(VBenchOptions(score=False, info=str(info))).info == info
-    assert find_vbench(VBenchOptions(score=False, prompts="mine.txt")).info is None
+    assert find_vbench(options(score=False, info=str(info))).info == info
+    assert find_vbench(options(score=False, prompts="mine.txt")).info is None
     with pytest.raises(UserError, match="no VBench"):
-        find_vbench(VBenchOptions(score=False))
+        find_vbench(options(score=False))

@@ -1,0 +1,42 @@
+"""Where a command computes, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from anyflow_train.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions of the config."""
+
+
+def pick_device(name: str, threads: int, key: str = "device", local_rank: int | None = None) -> torch.device:
+    """Set the number of CPU threads, and choose the device; `auto` is a GPU if there is one.
+
+    Args:
+        name: auto, cpu or cuda.
+        threads: 0 leaves torch's choice.
+        key: config key of `name`, for errors.
+        local_rank: number of this process on its node, and of its GPU; None takes torch's current GPU.
+
+    Raises:
+        UserError: there is no GPU, or none of that number.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(key, "is 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
+    if local_rank is None:
+        return torch.device("cuda")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError("LOCAL_RANK", f"is {local_rank}, but this node has {count} GPUs; start one process per GPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The type of matrix products, over float32 weights; None computes in float32."""
+    return None if precision == "fp32" else DTYPES[precision]

@@ -1,1 +1,0 @@
-"""VBench: videos in its layout, its scores, and one table of them."""
