@@ -40,10 +40,10 @@ from anyflow_train.config.run import Optimizer
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
+from anyflow_train.models.build import build_network
 from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
 from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import build_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.plan.products import forward_products

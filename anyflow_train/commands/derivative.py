@@ -47,7 +47,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
 def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
     if options.derivative_weights is None:
         return build_student(config.student, config.seed)
-    return load_trained_network(options.derivative_weights)[0]
+    return load_trained_network(options.derivative_weights)
 
 
 def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batch, Draw]]:
