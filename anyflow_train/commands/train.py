@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,23 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def train(config: RunConfig) -> Path:
+    """Train, or continue, a run from Python: `train(compose("train", ["experiment=tiny"]))`.
+
+    Returns:
+        The run's directory. A run that a signal stopped early goes on when this is called again.
+
+    Raises:
+        UserError: the run cannot start, continue, or go on.
+        LostProcess: another process of the run is gone.
+    """
+    run(config)
+    return RunDirectory.of(config).path
 
 
 def run(config: RunConfig) -> int:

@@ -35,6 +35,7 @@ from anyflow_train.config.paths import asset, resource
 from anyflow_train.config.rules import commands as command_rules
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.stages import name_experiment
 from anyflow_train.errors import ConfigWarning, UserError, UserErrors
 
 MODELS: dict[str, type[Model]] = {
@@ -71,7 +72,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     settings, syntax_errors = parse(overrides)
     every_group = find_groups(folders)
     groups = groups_of(command, every_group)
-    choice_errors = list(check(settings, command, groups))
+    settings, stage_errors = name_experiment(settings, groups)
+    choice_errors = [*stage_errors, *check(settings, command, groups)]
     refused = {error.where for error in choice_errors}
     accepted = [setting for setting in settings if setting.key not in refused]
     # Hydra sees a group wherever there is a folder of that name.

@@ -14,6 +14,7 @@ from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_gr
 from anyflow_train.config.keys import summary, type_name, variants, walk
 from anyflow_train.config.overrides import parse
 from anyflow_train.config.own import run_model
+from anyflow_train.config.stages import MODEL, RECIPE, STAGE
 
 WIDTH = 110
 # Commands that take the keys of a run.
@@ -47,11 +48,13 @@ def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator
     yield f"{EXPERIMENT}=..."
     width = max(map(len, choices)) + 2
     yield from (f"  {name:<{width}}{choice.title}" for name, choice in choices.items())
+    if STAGE in groups:
+        yield f"{EXPERIMENT}=STAGE {MODEL}=... {RECIPE}=...: STAGE is {', '.join(groups[STAGE])}"
     yield ""
 
 
 def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
-    named = sorted(set(groups) - {EXPERIMENT})
+    named = sorted(set(groups) - {EXPERIMENT, STAGE})
     if not named:
         return
     yield "groups:"

@@ -38,7 +38,7 @@ def variants(annotation: Any) -> list[type[Model]]:
 def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
     """Those of `models` whose `kind` is the one that `value` names, else those of any kind; all without a `kind`."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind is None:
+    if kind is None or not all("kind" in model.model_fields for model in models):
         return models
     kinds = [(model, typing.get_args(model.model_fields["kind"].annotation)) for model in models]
     named = [model for model, known in kinds if kind in known]

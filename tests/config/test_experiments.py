@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from anyflow_train.config.base import Model
 from anyflow_train.config.compose import MODELS, compose, config_folders
-from anyflow_train.config.derived import derive
+from anyflow_train.config.derived import derive, shares_base
 from anyflow_train.config.groups import EXPERIMENT, find_groups
+from anyflow_train.config.keys import chosen, variants
 from anyflow_train.config.network import LORA_TARGETS, Lora
 from anyflow_train.config.objective import FlowMap, FlowMatching
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserErrors
 
 GROUPS = find_groups(config_folders(None))
 EXPERIMENTS = GROUPS[EXPERIMENT]
@@ -116,7 +122,8 @@ def test_reference_twins_differ_only_where_the_published_recipe_does(name: str) 
 
 def test_every_choice_of_every_group_is_valid() -> None:
     """A choice that no experiment uses would otherwise rot: the i-th choices of all free groups together."""
-    free = {group: list(GROUPS[group]) for group in sorted(set(GROUPS) - {EXPERIMENT, "objective", "times", "teacher"})}
+    not_free = {EXPERIMENT, "objective", "times", "teacher", "model", "stage", "recipe"}
+    free = {group: list(GROUPS[group]) for group in sorted(set(GROUPS) - not_free)}
     for turn in range(max(map(len, free.values()))):
         chosen = {group: names[turn % len(names)] for group, names in free.items()}
         if "causal" in chosen["student"]:  # its chunks are those of certain clips
@@ -124,6 +131,10 @@ def test_every_choice_of_every_group_is_valid() -> None:
         elif "causal" in chosen["student/adapter"]:
             chosen["student"], chosen["data"] = "tiny_causal", "tiny"
         chosen["objective.velocity"] = "data"  # which every student can have
+        if chosen["on_policy"].endswith("two_sizes"):
+            chosen["on_policy.fake_score.init"] = "network"
+        if chosen["student"].startswith("wan"):
+            chosen["student.init"] = "network"  # not the tiny teacher
         config = compose("train", ["experiment=tiny", *(f"{group}={name}" for group, name in chosen.items())])
         assert config.name == "tiny"
 
@@ -133,3 +144,95 @@ def test_every_file_explains_itself() -> None:
     for path in folder.rglob("*.yaml"):
         if path.parent != folder:
             assert re.match(r"# \S", path.read_text(encoding="utf-8")), path
+
+
+STAGES = ("teacher", "forward", "on_policy", "causal", "causal_on_policy")
+
+
+@pytest.mark.parametrize("recipe", ["default", "reference"])
+@pytest.mark.parametrize("model", ["wan1_3b", "wan14b"])
+def test_stage_model_and_recipe_name_an_experiment(model: str, recipe: str) -> None:
+    for stage in STAGES[1:] if recipe == "reference" else STAGES:
+        name = f"{model}_{stage}" + ("" if recipe == "default" else "_reference")
+        composed = compose("train", [f"experiment={stage}", f"model={model}", f"recipe={recipe}"])
+        assert composed == compose("train", [f"experiment={name}"])
+    assert compose("train", ["experiment=forward", "steps=7"]).name == "wan1_3b_forward"
+
+
+def test_tiny_has_the_names_of_its_stages_too() -> None:
+    for stage, name in (
+        ("forward", "tiny"),
+        ("on_policy", "tiny_on_policy"),
+        ("causal_teacher", "tiny_causal_teacher"),
+    ):
+        composed = compose("train", [f"experiment={stage}", "model=tiny"])
+        assert composed.model_copy(update={"name": name}) == compose("train", [f"experiment={name}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["experiment=teacher", "model=tiny", "recipe=reference"], "experiment", "there are model=tiny, model=wan14b"),
+        (["experiment=forward", "model=tinny"], "experiment", "no experiment with model=tinny"),
+        (["experiment=tiny", "model=wan14b"], "model", "experiment=tiny is not a stage"),
+        (["recipe=reference", "steps=1", "name=a"], "recipe", "there is no experiment"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_one_error(overrides: list[str], key: str, words: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        compose("train", overrides)
+    assert [error.where for error in caught.value.errors] == [key]
+    assert words in str(caught.value)
+
+
+def test_a_14b_teacher_has_a_student_of_1_3b() -> None:
+    for stage in ("forward", "on_policy"):
+        config: RunConfig = compose("train", [f"experiment={stage}", "model=wan14b_to_wan1_3b"])
+        assert config.teacher.source == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+        assert config.student.architecture.num_layers == 30
+        assert not shares_base(config)
+
+
+def test_a_published_network_of_another_shape_is_no_start() -> None:
+    with pytest.raises(UserErrors) as caught:
+        compose("train", ["experiment=wan1_3b_forward", "teacher=wan14b"])
+    (error,) = caught.value.errors
+    assert error.where == "student.init"
+    assert "(the teacher) has num_layers=40" in error.problem
+    assert "give student.init=Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in error.problem
+    local = ["experiment=wan1_3b_forward", "teacher.source=/models/Wan2.1-T2V-14B-Diffusers"]
+    with pytest.raises(UserErrors, match=r"student\.init"):
+        compose("train", local)
+    compose("train", ["experiment=wan1_3b_forward", "teacher=wan14b", "student.init=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
+    lora = ["experiment=on_policy", "model=wan14b_to_wan1_3b", "on_policy.fake_score.adapter.kind=lora"]
+    with pytest.raises(UserErrors, match=r"on_policy\.fake_score\.adapter: lora shares one base"):
+        compose("train", [*lora, "on_policy.fake_score.init=${teacher.source}"])
+
+
+def test_a_group_file_holds_only_what_differs_from_the_defaults() -> None:
+    """A default that stands twice is changed in one place only, sooner or later."""
+    repeated = []
+    for group in ("objective", "times", "on_policy", "optimizer", "data", "engine", "evaluation", "tracker", "student"):
+        for path in sorted((config_folders(None)[0] / group).rglob("*.yaml")):
+            values = OmegaConf.to_container(OmegaConf.load(path)) or {}
+            parts = path.parent.relative_to(config_folders(None)[0]).parts
+            model: type[Model] = RunConfig
+            assert isinstance(values, dict)
+            for part in parts:
+                kinds = variants(model.model_fields[part].annotation)
+                model = chosen(kinds, values if part == parts[-1] else {})[0]
+            repeated += [f"{path.name}: {key}" for key in _repeated(model, values)]
+    assert repeated == []
+
+
+def _repeated(model: type[Model], values: dict[Any, Any], own: Model | None = None) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if name not in values or name == "kind":
+            continue
+        default = field.get_default(call_default_factory=True) if own is None else getattr(own, name)
+        nested, value = variants(field.annotation), values[name]
+        if nested and isinstance(value, dict):
+            inner = chosen(nested, value)[0]
+            yield from _repeated(inner, value, default if isinstance(default, inner) else None)
+        elif value == (list(default) if isinstance(default, tuple) else default):
+            yield name

@@ -88,7 +88,8 @@ def test_every_page_is_in_the_navigation_once() -> None:
 @pages
 def test_every_command_and_experiment_exists(page: Path) -> None:
     """`launch/train.sh` takes a strategy where `anyflow` takes a command; both are followed by the same overrides."""
-    experiments = {path.stem for path in (ROOT / "configs/experiment").rglob("*.yaml")}
+    folders = ("experiment", "stage")
+    experiments = {path.stem for folder in folders for path in (ROOT / "configs" / folder).rglob("*.yaml")}
     strategies = {path.stem for path in (ROOT / "launch").glob("*.yaml")}
     for command, arguments in runs(text_of(page)):
         assert command in COMMANDS or command in strategies, f"there is no command {command!r}"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, token_grid
+from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_shapes
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
 # Wan2.1's patch in height and width; where the network is known, its own patch is used instead.
 WAN_PATCH = 2
+# The published networks by the last part of their hub id, which is also the usual name of a local copy.
+PUBLISHED = {
+    "Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "Wan2.1-T2V-14B-Diffusers": Architecture(),
+}
+SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "in_channels")
 
 
 def frame_count(key: str, frames: int) -> Iterator[Finding]:
@@ -95,6 +101,36 @@ def student_start(config: RunConfig) -> Iterator[Finding]:
             f"{student.time_frequency_limit} is only for random weights, and student.init={student.init} gives "
             "trained ones; set student.time_frequency_limit=null",
         )
+
+
+def known_shapes(config: RunConfig) -> Iterator[Finding]:
+    """A published network that the student starts from, or shares with the teacher, has the student's shape.
+
+    Other networks are compared where their weights are opened.
+    """
+    init, teacher = config.student.init, config.teacher.source
+    if difference := _difference(config, init):
+        ours = [name for name, shape in PUBLISHED.items() if _fits(config, shape)]
+        advice = f"give student.init=Wan-AI/{ours[0]}" if ours else "give a network of the student's shape"
+        whose = " (the teacher)" if init == teacher else ""
+        yield Finding(("student.init", "student.architecture"), f"{init}{whose} {difference}; {advice}")
+    elif shares_base(config) and (difference := _difference(config, teacher)):
+        key = "on_policy.fake_score.adapter"
+        yield Finding((key, "teacher.source"), f"lora shares one base, but {teacher} {difference}; set {key}.kind=full")
+
+
+def _difference(config: RunConfig, source: str | None) -> str | None:
+    """The first size in which a published network differs from the student; None where none does, or none is known."""
+    shape = PUBLISHED.get(source.rstrip("/").rpartition("/")[2]) if source else None
+    ours = config.student.architecture
+    for name in SIZES if shape is not None else ():
+        if getattr(shape, name) != getattr(ours, name):
+            return f"has {name}={getattr(shape, name)}, but student.architecture.{name}={getattr(ours, name)}"
+    return None
+
+
+def _fits(config: RunConfig, shape: Architecture) -> bool:
+    return all(getattr(shape, name) == getattr(config.student.architecture, name) for name in SIZES)
 
 
 def adapter_targets(config: RunConfig) -> Iterator[Finding]:

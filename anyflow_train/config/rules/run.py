@@ -12,6 +12,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
     return [
         *geometry.network_shape(config),
         *geometry.student_start(config),
+        *geometry.known_shapes(config),
         *geometry.adapter_targets(config),
         *objective.own(config),
         *objective.velocity(config),

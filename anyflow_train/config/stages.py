@@ -1,0 +1,50 @@
+"""`experiment=STAGE model=MODEL recipe=RECIPE`: the shipped experiment that is made of these three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from anyflow_train.config.groups import EXPERIMENT, Choice
+from anyflow_train.config.overrides import Setting, parse
+from anyflow_train.errors import UserError
+
+STAGE, MODEL, RECIPE = "stage", "model", "recipe"
+DEFAULTS = {MODEL: "wan1_3b", RECIPE: "default"}
+
+
+def name_experiment(
+    settings: Sequence[Setting], groups: dict[str, dict[str, Choice]]
+) -> tuple[list[Setting], list[UserError]]:
+    """Put the experiment's own name in the place of its stage, model and recipe.
+
+    Returns:
+        The settings, without `model` and `recipe`; and what is wrong with those.
+    """
+    stages = groups.get(STAGE, {})
+    chosen = {item.key: item.text for item in settings if item.key in (EXPERIMENT, MODEL, RECIPE)}
+    if not stages or (chosen.get(EXPERIMENT) not in stages and not chosen.keys() & {MODEL, RECIPE}):
+        return list(settings), []
+    kept = [item for item in settings if item.key not in (EXPERIMENT, MODEL, RECIPE)]
+    stage = chosen.get(EXPERIMENT)
+    if stage not in stages:
+        which = MODEL if MODEL in chosen else RECIPE
+        said = "there is no experiment" if stage is None else f"experiment={stage} is not a stage"
+        problem = f"{chosen[which]!r} goes with experiment={'|'.join(stages)}, but {said}"
+        return [item for item in settings if item.key not in (MODEL, RECIPE)], [UserError(which, problem)]
+    model, recipe = (chosen.get(key, default) for key, default in DEFAULTS.items())
+    suffix = "" if recipe == DEFAULTS[RECIPE] else f"_{recipe}"
+    name = f"{model}_{stage}{suffix}"
+    if name in groups[EXPERIMENT]:
+        return [*parse([f"{EXPERIMENT}={name}"])[0], *kept], []
+    problem = f"{stage!r} has no experiment with model={model} recipe={recipe}; there are {_possible(stage, groups)}"
+    return kept, [UserError(EXPERIMENT, problem)]
+
+
+def _possible(stage: str, groups: dict[str, dict[str, Choice]]) -> str:
+    """The models and recipes that a stage has an experiment for."""
+    found = []
+    for model in groups.get(MODEL, {}):
+        for suffix, recipe in (("", ""), ("_reference", " recipe=reference")):
+            if f"{model}_{stage}{suffix}" in groups[EXPERIMENT]:
+                found.append(f"model={model}{recipe}")
+    return ", ".join(found) or "none"
