@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,29 @@ class _Spread(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return file if file.endswith(TOGETHER) else nodeid
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the nightly tests out, unless -m speaks of them."""
+    chosen = config.option.markexpr
+    if "nightly" not in chosen:
+        config.option.markexpr = f"({chosen}) and not nightly" if chosen else "not nightly"
+
+
+def with_nightly(names: Iterable[str], nightly: Iterable[str]) -> list[Any]:
+    """Return parameters for a test: all names, of which some have the mark `nightly`."""
+    return [pytest.param(name, marks=pytest.mark.nightly) if name in nightly else name for name in names]
+
+
+def asked_for(request: pytest.FixtureRequest, parameter: str, names: Iterable[str]) -> list[str]:
+    """Return those names with which this session's tests of the fixture's module are parametrized.
+
+    A fixture that prepares a case for every name so leaves out the cases of tests that were not selected.
+    """
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    of_module = [item.callspec.params for item in items if item.path == request.path and hasattr(item, "callspec")]
+    found = {params.get(parameter) for params in of_module}
+    return [name for name in names if name in found]
 
 
 # Its own way, a mark for groups, does nothing under pytest 9.2 with xdist 3.8.
