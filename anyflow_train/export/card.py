@@ -90,7 +90,7 @@ def model_card(provenance: Provenance) -> str:
         f"Trained by anyflow_train {provenance.version}: run `{provenance.config.name}`, step {provenance.step}, "
         f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
         f"Started from: {provenance.base or 'random weights'}.",
-        f"Objective: {objective.kind}, guidance {objective.guidance} (scale {objective.guidance_scale:g}).",
+        f"Objective: {objective.summary}.",
         f"Trained on {data.frames} frames of {data.width}x{data.height}, global batch "
         f"{provenance.config.engine.global_batch}.",
         f"On these files, stock diffusers differed from the trained model by {provenance.difference:.1e} "
