@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadFileScheduling
 
-# Their tests share launches of several processes, or runs of minutes, which every worker would make for itself. Or they
-# are long, and not to be left for the end, when only one worker has any.
-TOGETHER = (
-    "models/test_sequence_parallel.py",
+# In this order: what takes longest must not be left for the end, when only one worker has any.
+FIRST = (
     "training/test_any_step.py",
-    "training/test_causal_distributed.py",
     "training/test_engines_distributed.py",
     "training/test_faults.py",
-    "training/test_hangs.py",
     "training/test_on_policy_distributed.py",
+    "training/test_causal_distributed.py",
+    "training/processes/test_hangs.py",
+    "training/test_compiled.py",
+    "data/prepare/test_workers.py",
+    "training/test_host_synchronisation.py",
+    "training/test_trainer.py",
+    "commands/test_sweep.py",
 )
 
 
-class _Spread(LoadScopeScheduling):
-    """Test by test, but for the files that stay with one worker. Those come first."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of the longest files to the front."""
+    root = Path(__file__).parent
+    places = {root / file: place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return file if file.endswith(TOGETHER) else nodeid
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Give every file to one worker, which makes its fixtures once. xdist would begin with the files of most tests."""
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
-# Its own way, a mark for groups, does nothing under pytest 9.2 with xdist 3.8.
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Spread:
-    """Called by xdist where there are several workers."""
-    return _Spread(config, log)
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the nightly tests out, unless -m speaks of them."""
+    chosen = config.option.markexpr
+    if "nightly" not in chosen:
+        config.option.markexpr = f"({chosen}) and not nightly" if chosen else "not nightly"
+
+
+def with_nightly(names: Iterable[str], nightly: Iterable[str]) -> list[Any]:
+    """Return parameters for a test: all names, of which some have the mark `nightly`."""
+    return [pytest.param(name, marks=pytest.mark.nightly) if name in nightly else name for name in names]
+
+
+def asked_for(request: pytest.FixtureRequest, parameter: str, names: Iterable[str]) -> list[str]:
+    """Return those names with which this session's tests of the fixture's module are parametrized.
+
+    A fixture that prepares a case for every name so leaves out the cases of tests that were not selected.
+    """
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    of_module = [item.callspec.params for item in items if item.path == request.path and hasattr(item, "callspec")]
+    found = {params.get(parameter) for params in of_module}
+    return [name for name in names if name in found]
 
 
 BITSANDBYTES = Path(sys.prefix) / "bitsandbytes"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from tests.training.helpers import final_tensors, write_latents
-from tests.training.launched import Launch, train_case
+from tests.training.launched import Launch, accelerate, train_case
 
 SAVE_EVERY = 5
 
@@ -80,7 +80,7 @@ def start(options: argparse.Namespace, folder: Path, name: str) -> Launch:
     place = folder / f"{name}-launch"
     place.mkdir(exist_ok=True)
     case = train_case(folder, name=name, steps=options.steps, checkpoint__every=SAVE_EVERY, log_every=1)
-    return Launch(options.engine, [case], place)
+    return Launch(accelerate, options.engine, [case], place)
 
 
 def disturb(
@@ -91,18 +91,18 @@ def disturb(
     deadline = time.monotonic() + patience
     while sum(line.startswith("step ") for line in launch.text().splitlines()) < steps:
         assert time.monotonic() < deadline, launch.text()
-        if launch.process.poll() is not None:
+        if not launch.process.is_alive():
             return None
         workers |= launch.workers()
         time.sleep(0.02)
     time.sleep(dice.uniform(0.0, 0.1))  # anywhere in a step
     moment = "between"
-    while in_save and launch.process.poll() is None and time.monotonic() < deadline:
+    while in_save and launch.process.is_alive() and time.monotonic() < deadline:
         if list((run / "checkpoints").glob(".step_*.tmp")):
             moment = "in a save"
             break
         time.sleep(0.001)
-    if launch.process.poll() is not None:
+    if not launch.process.is_alive():
         return None
     strike(launch, workers, whom)
     launch.ended(60.0)

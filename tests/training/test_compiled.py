@@ -16,11 +16,19 @@ from anyflow_train.training.trainer import Trainer
 from tests.training.helpers import causal, final_tensors, settings, train, write_latents, write_networks
 
 
+def both_backends(step: int) -> list[Any]:
+    """Return parameters of `settles`. That captured graphs have right backwards, test_recompute tests every day."""
+    return [(step, "eager"), pytest.param((step, "aot_eager"), marks=pytest.mark.nightly)]
+
+
 @pytest.fixture
 def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """From some step on, a compilation is an error. No code is generated, which takes a CPU minutes."""
-    original, settled = Trainer._step, request.param
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """From some step on, a compilation is an error. No code is generated, which takes a CPU minutes.
+
+    The backend "eager" only captures graphs; "aot_eager" also derives their backward, at three times the cost.
+    """
+    original, (settled, backend) = Trainer._step, request.param
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
     def step(trainer: Trainer, batches: Any) -> None:
         stance = "fail_on_recompile" if trainer.state.step >= settled else "default"
@@ -35,7 +43,7 @@ def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # By then a run has met both text lengths and every mix of branches in a micro-batch.
-@pytest.mark.parametrize("settles", [4], indirect=True)
+@pytest.mark.parametrize("settles", [(4, "aot_eager")], indirect=True)
 def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -> None:
     """With accumulation: micro-batches of other branches have other numbers of difference forwards, and those of other
     texts other numbers of forwards for the negative prompt."""
@@ -45,7 +53,7 @@ def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -
     assert_same_training(settings(tmp_path, **options))
 
 
-@pytest.mark.parametrize("settles", [6], indirect=True)
+@pytest.mark.parametrize("settles", both_backends(6), indirect=True)
 def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: Path, settles: None) -> None:
     """Of three chunks with a limit of two: of one, of two, or of two after a context; and whole clips."""
     write_latents(tmp_path / "shards", frames=3)
@@ -57,7 +65,7 @@ def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: P
     assert_same_training(config)
 
 
-@pytest.mark.parametrize("settles", [4], indirect=True)
+@pytest.mark.parametrize("settles", both_backends(4), indirect=True)
 def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None) -> None:
     """Which of them a block computes as is part of what is compiled; rollouts have two jumps in every step."""
     write_latents(tmp_path / "shards")

@@ -15,7 +15,7 @@ import pytest
 
 from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from tests.training.helpers import assert_equal_runs, final_tensors, write_latents
-from tests.training.launched import PATIENCE, Launch, train_case
+from tests.training.launched import PATIENCE, Launch, Start, accelerate, fork, train_case
 from tests.training.words import ROOT, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -47,7 +47,7 @@ def launch(folder: Path, request: pytest.FixtureRequest) -> Launch:
         case(folder, place, "poisoned", steps=5, data__shards=str(folder / "poisoned")),
         case(folder, place, "bf16", steps=5, data__shards=str(folder / "poisoned"), engine__precision="bf16"),
     ]
-    launch = Launch(request.param, cases, place)
+    launch = Launch(fork, request.param, cases, place)
     assert launch.ended() == 0, launch.text()
     assert read_info(list_checkpoints(place / "whole" / "checkpoints")[-1]).state.step == STEPS  # others equal it
     return launch
@@ -108,7 +108,7 @@ def refused(folder: Path) -> Launch:
         case(folder, place, "stopped", [0, "signal", 4, "itself", signal.SIGTERM]),
         case(folder, place, "stopped", [0, "flip", str(place / "stopped"), "exp_avg-00001.safetensors"]),
     ]
-    launch = Launch("ddp", cases, place)
+    launch = Launch(fork, "ddp", cases, place)
     assert launch.ended() == 0, launch.text()
     return launch
 
@@ -139,9 +139,9 @@ def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch,
     assert_equal_runs(run, launch.folder / "whole")
 
 
-def killed(engine: str, folder: Path, place: Path, *fault: Any) -> Launch:
+def killed(start: Start, engine: str, folder: Path, place: Path, *fault: Any) -> Launch:
     """The run of this module's `whole` with a fault in it."""
-    launch = Launch(engine, [case(folder, place, "killed", *([list(fault)] if fault else []))], place)
+    launch = Launch(start, engine, [case(folder, place, "killed", *([list(fault)] if fault else []))], place)
     workers: dict[int, int] = {}
     launch.wait_for(lambda: workers.update(launch.workers()) or len(workers) == 2)
     code = launch.ended()
@@ -158,9 +158,9 @@ def killed(engine: str, folder: Path, place: Path, *fault: Any) -> Launch:
 def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch) -> None:
     place = folder / "one killed"
     place.mkdir()
-    one = killed("zero2", folder, place, 1, "signal", 5, "itself", signal.SIGKILL)
+    one = killed(fork, "zero2", folder, place, 1, "signal", 5, "itself", signal.SIGKILL)
     assert "lost contact with another process; start again" in one.text()
-    assert "going on from" in killed("zero2", folder, place).text()
+    assert "going on from" in killed(fork, "zero2", folder, place).text()
     assert_equal_runs(place / "killed", launch.folder / "whole")
 
 
@@ -168,9 +168,11 @@ def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch
 def test_a_killed_launch_ends_bit_equal(folder: Path, launch: Launch) -> None:
     place = folder / "all killed"
     place.mkdir()
-    killed("ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
-    killed("ddp", folder, place, 1, "signal", 8, "all", signal.SIGKILL)
-    stopped = killed("ddp", folder, place, 0, "signal", 9, "launcher", signal.SIGTERM)  # it makes every code a 1
+    killed(accelerate, "ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
+    killed(fork, "ddp", folder, place, 1, "signal", 8, "all", signal.SIGKILL)
+    stopped = killed(
+        accelerate, "ddp", folder, place, 0, "signal", 9, "launcher", signal.SIGTERM
+    )  # it makes every code a 1
     assert "going on from" in stopped.text()
     assert "stopped after step 10 of 12" in stopped.text()
     assert_equal_runs(place / "killed", launch.folder / "whole", step=10)

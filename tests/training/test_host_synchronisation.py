@@ -93,7 +93,7 @@ def test_a_step_waits_once_for_each_update(
     kind: str, precision: str, updates: int, tmp_path: Path, counted: list[tuple[Counter[str], int]]
 ) -> None:
     write_latents(tmp_path / "shards", frames=3 if kind == "causal" else 2)
-    options = {"steps": 2, "engine__micro_batch": 2, "engine__precision": precision, "checkpoint__every": 100}
+    options = {"steps": 2, "engine__micro_batch": 4, "engine__precision": precision, "checkpoint__every": 100}
     options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.5}
     config = on_policy(tmp_path, **options) if kind == "stage 2" else settings(tmp_path, **options)
     train(causal(config) if kind == "causal" else config)

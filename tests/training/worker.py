@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -185,11 +185,23 @@ def main(cases: list[dict[str, Any]], results: Path) -> int:
     return code
 
 
-if __name__ == "__main__":
+def work(cases: str, results: str, pids: str) -> NoReturn:
+    """Do the cases and leave the process.
+
+    Args:
+        cases: a JSON list.
+        results, pids: files to add to.
+    """
+    with Path(pids).open("a") as file:
+        file.write(f"{RANK} {os.getpid()}\n")
     command_line._import("anyflow_train.training.run")  # without the garbage collector, as the command does
     signal.signal(signal.SIGINT, signal.default_int_handler)
     small_messages()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         no_compilation()
         as_on_a_gpu()
-    launched.exit_process(main(json.loads(sys.argv[1]), Path(sys.argv[2])))
+    launched.exit_process(main(json.loads(cases), Path(results)))
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

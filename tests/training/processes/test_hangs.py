@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.training.helpers import write_latents
-from tests.training.launched import Launch, train_case
+from tests.training.launched import Launch, fork, train_case
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -21,13 +20,26 @@ HANGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
+    """All of them at the same time: most of it is waiting."""
+    folder = tmp_path_factory.mktemp("hangs")
+    write_latents(folder / "shards")
+    found = {}
+    for hang, (fault, _, _) in HANGS.items():
+        place = folder / hang.replace(" ", "-")
+        place.mkdir()
+        changes = {"name": "run", "data__shards": str(folder / "shards"), "engine__timeout_seconds": TIMEOUT}
+        found[hang] = Launch(fork, "ddp", [train_case(place, fault, **changes)], place)
+    return found
+
+
 @pytest.mark.parametrize("hang", HANGS)
-def test_a_process_that_hangs_is_named_in_time(tmp_path: Path, hang: str) -> None:
-    fault, words, rank = HANGS[hang]
-    write_latents(tmp_path / "shards")
-    launch = Launch("ddp", [train_case(tmp_path, fault, name="run", engine__timeout_seconds=TIMEOUT)], tmp_path)
-    launch.wait_for(lambda: "step 3/" in launch.text())
+def test_a_process_that_hangs_is_named_in_time(launches: dict[str, Launch], hang: str) -> None:
+    _, words, rank = HANGS[hang]
+    launch = launches[hang]
     assert launch.ended() == 1  # torch's own timeout would take far longer, and say something else
+    assert "step 3/" in launch.text()
     line = next(line for line in launch.text().splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: {words} for ")
     assert f" process {rank} (" in line
@@ -35,6 +47,6 @@ def test_a_process_that_hangs_is_named_in_time(tmp_path: Path, hang: str) -> Non
     # the one that waits says at which step; of the other the last sign of life is known, or where it hangs
     assert "step 4, " in line
     assert launch.text().count("error: ") == 1
-    noticed = [path for path in (tmp_path / "run" / "logs").iterdir() if "Where process" in path.read_text()]
+    noticed = [path for path in (launch.folder / "run" / "logs").iterdir() if "Where process" in path.read_text()]
     assert all(f"error: {words}" in path.read_text() for path in noticed)
     assert noticed
