@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from anyflow_train import sample
 from anyflow_train.__main__ import main
+from anyflow_train.commands import sample
 from anyflow_train.config.commands import EvaluateConfig, SampleConfig
 from anyflow_train.config.vbench import VBenchOptions
 from anyflow_train.errors import UserError, UserErrors
