@@ -9,7 +9,7 @@ from torch import nn
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.commands import CheckOptions
-from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.objective import Derivative
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
@@ -39,7 +39,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
         list(_samples(config, world, options.derivative_samples)),
         options.derivative_epsilons,
         config.times.shift,
-        config.objective.derivative_ends if isinstance(config.objective, FlowMap) else "clamped",
+        (config.objective.derivative or Derivative()).ends,
     )
     return derivative_table(rows)
 

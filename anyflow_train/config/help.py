@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anyflow_train.config.base import Model
@@ -11,6 +11,8 @@ from anyflow_train.config.commands import CheckOptions, PlanOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
+from anyflow_train.config.overrides import parse
+from anyflow_train.config.own import run_model
 
 WIDTH = 110
 # Commands that take the keys of a run.
@@ -18,8 +20,12 @@ OF_A_RUN = ("check", "plan", "sweep")
 OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
 
 
-def command_help(command: str, title: str, config_dir: Path | None) -> str:
-    """Help of one command, with the choices that the config folders offer now."""
+def command_help(command: str, title: str, config_dir: Path | None, overrides: Sequence[str] = ()) -> str:
+    """Help of one command, with the choices that the config folders offer now, and the keys of a typed objective.
+
+    Raises:
+        UserError: `objective.kind` names none.
+    """
     base = "train" if command in OF_A_RUN else command
     groups = groups_of(base, find_groups(config_folders(config_dir)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
@@ -27,7 +33,7 @@ def command_help(command: str, title: str, config_dir: Path | None) -> str:
         lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base)]
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, overrides)]
     return "\n".join(lines)
 
 
@@ -51,8 +57,12 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     yield ""
 
 
-def _keys(command: str) -> Iterator[str]:
-    yield from _section(MODELS[command], "", None)
+def _keys(command: str, overrides: Sequence[str]) -> Iterator[str]:
+    model = MODELS[command]
+    if command == "train":
+        typed = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
+        model = run_model(typed[-1] if typed else None)
+    yield from _section(model, "", None)
 
 
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:

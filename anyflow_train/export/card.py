@@ -90,7 +90,7 @@ def model_card(provenance: Provenance) -> str:
         f"Trained by anyflow_train {provenance.version}: run `{network.run}`, step {provenance.step}, "
         f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
         f"Started from: {provenance.base or 'random weights'}.",
-        f"Objective: {training.objective}, guidance {training.guidance} (scale {training.guidance_scale:g}).",
+        f"Objective: {training.objective}.",
         f"Trained on {size.frames} frames of {size.width}x{size.height}, global batch {training.global_batch}.",
         f"On these files, stock diffusers differed from the trained model by {provenance.difference:.1e} "
         "(relative root mean square).",

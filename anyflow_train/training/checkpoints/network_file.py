@@ -70,11 +70,9 @@ class Sampling(_Stored):
 
 
 class Training(_Stored):
-    """What a model card says of the training: the `kind` of the objective, its guidance, samples per step."""
+    """What a model card says about the training: a few words on the objective, samples per step."""
 
     objective: str = "unknown"
-    guidance: str = "none"
-    guidance_scale: float = 1.0
     global_batch: int = 0
 
 
@@ -119,8 +117,11 @@ class NetworkFile(_Stored):
 
     @classmethod
     def of_run(cls, config: RunConfig) -> NetworkFile:
-        """What a run writes beside the weights of its student."""
-        return cls.of_saved(config.model_dump(mode="json"), config.name)
+        """The file that a run writes beside the weights of its student."""
+        saved = cls.of_saved(config.model_dump(mode="json"), config.name)
+        sampling = saved.sampling.model_copy(update={"any_step": config.objective.any_step})
+        training = saved.training.model_copy(update={"objective": config.objective.summary})
+        return saved.model_copy(update={"sampling": sampling, "training": training})
 
     @classmethod
     def of_saved(cls, config: Mapping[str, Any], where: str) -> NetworkFile:
@@ -143,9 +144,8 @@ class NetworkFile(_Stored):
             "shards": _part(config, "data").get("shards"),
             "sampling": Sampling.of(config),
             "training": {
-                "objective": objective.get("kind", "unknown"),
-                "guidance": objective.get("guidance", "none"),
-                "guidance_scale": objective.get("guidance_scale", 1.0),
+                "objective": f"{objective.get('kind', 'unknown')}, guidance {objective.get('guidance', 'none')} "
+                f"(scale {objective.get('guidance_scale', 1.0):g})",
                 "global_batch": _part(config, "engine").get("global_batch", 0),
             },
         }
