@@ -159,7 +159,7 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     return InRunValidator(
         config=evaluation,
         world=world,
-        sampler=clip_sampler(Chunks.of(config.student.architecture), config.objective.kind != "flow_matching"),
+        sampler=clip_sampler(Chunks.of(config.student.architecture), config.objective.any_step),
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,
         compared=compared,
