@@ -1,3 +1,34 @@
-"""Distil a video diffusion teacher into an any-step student (AnyFlow, arXiv 2605.13724)."""
+"""Distil a video diffusion teacher into an any-step student (AnyFlow, arXiv 2605.13724).
+
+The names in `_EXPORTS` are the public ones. They are imported when they are first used: importing this package imports
+no torch, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Name -> module that defines it.
+_EXPORTS = {
+    "AnyFlowFARTransformer3DModel": "anyflow_train.models.far_transformer",
+    "AnyFlowTransformer3DModel": "anyflow_train.models.transformer",
+    "Codec": "anyflow_train.models.codec",
+    "Condition": "anyflow_train.flow.types",
+    "LoadedNetwork": "anyflow_train.evaluation.load",
+    "load_student": "anyflow_train.evaluation.load",
+    "load_teacher": "anyflow_train.evaluation.load",
+    "sample": "anyflow_train.flow.sampler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_EXPORTS]

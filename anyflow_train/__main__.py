@@ -46,7 +46,7 @@ COMMANDS = {
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
-    "sample": Command("make videos from prompts", "anyflow_train.sample:run"),
+    "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
     "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
 

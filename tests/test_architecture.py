@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "anyflow_train"
-# Room -> the rooms that it may import. What is not listed here (sample, export, __main__) is on top of all.
+# Room -> the rooms that it may import. What is not listed here (commands, export, __main__) is on top of all.
 ALLOWED = {
     "errors": set(),
     "text": set(),

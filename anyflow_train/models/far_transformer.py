@@ -122,7 +122,7 @@ class AnyFlowFARTransformer3DModel(Backbone):
             clean_hidden_states: (B, F_noisy, C, H, W), only in the first way. The newest chunk's copy is not read.
             clean_timestep: of the copies, in 0..1000, of shape (), (B,) or (B, F_noisy); their target time is the same.
                 None: 0.
-            attention_kwargs: {"scale": s} scales the LoRA adapters, if any.
+            attention_kwargs: {"scale": s} scales LoRA adapters that were loaded from a file.
             return_dict: False returns a tuple: (sample,) in the first way, else (sample, kv_cache).
 
         Raises:

@@ -6,7 +6,7 @@ Student, fake score and teacher then take the memory of one network and their ad
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,19 +17,15 @@ from torch.nn import Parameter
 
 from anyflow_train.config.network import Lora
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
-from anyflow_train.models.adapters import check_adapter, is_in, is_target
+from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter, is_in
 from anyflow_train.models.backbone import Backbone
-
-Read = Callable[[str], Tensor]
+from anyflow_train.models.build import Read
 
 
 class SharedBase:
     """One network that is a different one for every role, and the bare base for none.
 
     Nothing but the active role's adapters takes part in a forward, so no role's gradient or training reaches another.
-    peft could hold the adapters too, but each change of the active one would walk over all layers and change what
-    requires a gradient, and it cannot copy whole modules that are in shards.
-
     Args:
         network: without adapters; it is frozen, and its layers are wrapped in place. Call it within `as_role`.
         read: gives the base's weights by model name, where the network holds only shards of them.
@@ -43,7 +39,7 @@ class SharedBase:
         self._plain = dict(network.named_modules())
         weights = dict(network.named_parameters())
         self._read: Read = read or (lambda name: weights[name].detach())
-        self._switch = _Switch()
+        self._switch = Switch()
         self.compiled = False
         self._roles: dict[str, tuple[str, ...]] = {}
 
@@ -66,15 +62,11 @@ class SharedBase:
         if role in self._roles:
             raise ValueError(f"the role {role!r} is there already")
         check_adapter(self._plain, settings, where or f"{role}.adapter")
-        targets = [path for path in self._plain if is_target(path, settings)]
         wholes = _outermost(path for path in self._plain if is_in(path, settings.full_modules))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for path in targets:
-                self._shared(path).give(role, _low_rank(self._plain[path], settings))
+        targets = add_low_rank(self._plain, settings, seed, role, self._switch)
         twin = self._twin() if wholes else None
         for path in wholes:
-            self._shared(path).give(role, self._copied(twin, path))
+            adapted(self._plain, path, self._switch).give(role, self._copied(twin, path))
         own = {*targets, *wholes}
         self._roles[role] = tuple(path for path in self._plain if path in own)
 
@@ -88,7 +80,7 @@ class SharedBase:
             raise ValueError(f"there is no role {role!r}; there are {', '.join(self._roles) or 'none'}")
         found = {}
         for path in self._roles[role]:
-            own = self._shared(path).own[role]
+            own = adapted(self._plain, path, self._switch).own[role]
             found |= {f"{path}.{name}": parameter for name, parameter in own.named_parameters()}
         return found
 
@@ -133,14 +125,6 @@ class SharedBase:
 
         return self._recompute(run, *inputs)
 
-    def _shared(self, path: str) -> _Shared:
-        """The wrapper in a module's place, which is put there first if need be."""
-        parent, _, name = path.rpartition(".")
-        children = self._plain[parent]._modules
-        if not isinstance(children[name], _Shared):
-            children[name] = _Shared(self._plain[path], self._switch)
-        return children[name]  # pyright: ignore[reportReturnType]
-
     def _twin(self) -> nn.Module:
         """A network of the same shape, without weights."""
         with torch.device("meta"):
@@ -177,66 +161,6 @@ class RoleFlowMap:
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         with self.shared.as_role(self.role):
             return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)
-
-
-class _Switch:
-    """Which role is active. One plain attribute, not one per thread: a GPU's backward recomputes on another thread."""
-
-    active: str | None = None
-
-
-class _LowRank(nn.Module):
-    """`scale * B A x`; the names are those of checkpoints."""
-
-    def __init__(self, lora_A: nn.Linear, lora_B: nn.Linear, scale: float) -> None:
-        super().__init__()
-        self.lora_A, self.lora_B, self.scale = lora_A, lora_B, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lora_B(self.lora_A(x)) * self.scale
-
-
-class _Shared(nn.Module):
-    """A module of the base and, for some roles, an addition to it or another in its place."""
-
-    def __init__(self, base: nn.Module, switch: _Switch) -> None:
-        super().__init__()
-        self.base, self.own, self._switch = base, nn.ModuleDict(), switch
-        self.train(base.training)
-
-    def give(self, role: str, module: nn.Module) -> None:
-        self.own[role] = module
-
-    def forward(self, *inputs: Any) -> Any:
-        active = self._active()
-        if isinstance(active, _LowRank):
-            result = self.base(*inputs)
-            return (result + active(*inputs)).to(result.dtype)
-        return active(*inputs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Weights and parts too are those of the module that computes, for who asks for their dtype."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            active = self._active()
-            module = self.base if isinstance(active, _LowRank) else active
-            if name in module._parameters or name in module._modules:  # nothing else: engines hang marks on modules
-                return getattr(module, name)
-            raise
-
-    def _active(self) -> nn.Module:
-        role = self._switch.active
-        return self.own[role] if role is not None and role in self.own else self.base
-
-
-def _low_rank(layer: Any, settings: Lora) -> _LowRank:
-    """A first factor of random numbers and a second of zeros, drawn as peft does."""
-    first = nn.Linear(layer.in_features, settings.rank, bias=False)
-    second = nn.Linear(settings.rank, layer.out_features, bias=False)
-    nn.init.kaiming_uniform_(first.weight, a=5**0.5)
-    nn.init.zeros_(second.weight)
-    return _LowRank(first, second, settings.alpha / settings.rank).to(layer.weight.device)
 
 
 def _outermost(paths: Any) -> list[str]:

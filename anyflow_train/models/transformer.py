@@ -113,7 +113,7 @@ class AnyFlowTransformer3DModel(Backbone):
             timestep, r_timestep: source and target time in 0..1000, each of shape (), (B,) or (B, F).
             encoder_hidden_states: (B, L, text_dim) text embeddings.
             encoder_hidden_states_image: (B, I, image_dim) image embeddings, where the network has `image_dim`.
-            attention_kwargs: {"scale": s} scales the LoRA adapters, if any.
+            attention_kwargs: {"scale": s} scales LoRA adapters that were loaded from a file.
             return_dict: False returns a tuple.
 
         Returns:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Size, Tensor
+from torch import Size, Tensor, device
 
 from anyflow_train.config.network import Architecture, Causal, Lora, Student
 from anyflow_train.config.run import RunConfig
@@ -262,7 +262,8 @@ def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
     """Of everything that a run trains, by model name."""
     built = build_empty(network.arguments)
     if network.adapter is not None:
-        add_lora(built, network.adapter, 0)
+        with device("meta"):
+            add_lora(built, network.adapter, 0)
     return {name: parameter.shape for name, parameter in trainable_parameters(built).items()}
 
 

@@ -6,6 +6,7 @@ from anyflow_train.config.network import Lora
 from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, lora_state_dict, merge_lora, trainable_parameters
 from tests.models.networks import inputs, small, stock_twin
+from tests.models.peft_oracle import add_peft, peft_merged, peft_parameters
 
 TIME_LAYERS = tuple(f"{name}_embedder.linear_{n}" for name in ("time", "delta") for n in (1, 2))
 
@@ -29,6 +30,30 @@ def trained(**changes):
         for parameter in trainable_parameters(network).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
     return network
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"targets": ("attn1.to_q",), "full_modules": ("delta_embedder",)}])
+def test_they_start_compute_and_learn_as_those_of_peft(changes, autocast):
+    """Bit for bit: a run that began with peft's is resumed with ours."""
+    network, oracle = adapted(**changes), small()
+    add_peft(oracle, settings(**changes), seed=4)
+    ours, theirs = trainable_parameters(network), peft_parameters(oracle)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+            theirs[name].copy_(parameter)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = network(**inputs()).sample, oracle(**inputs()).sample
+    assert torch.equal(found, expected)
+    for output in (found, expected):
+        output.float().square().sum().backward()
+    assert [name for name in ours if not torch.equal(ours[name].grad, theirs[name].grad)] == []
+    merged = peft_merged(oracle)
+    assert all(torch.equal(weight, merged[name]) for name, weight in merge_lora(network).state_dict().items())
 
 
 def test_adapters_start_at_zero_and_are_all_that_is_trained():
@@ -110,9 +135,10 @@ def test_merging_a_network_without_adapters_copies_it():
 def test_the_merge_is_rounded_once():
     network = trained().to(torch.bfloat16)
     layer = network.blocks[0].attn1.to_q
-    product = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * 2
+    own = layer.own["adapter"]
+    product = own.lora_B.weight.float() @ own.lora_A.weight.float() * 2
     merged = merge_lora(network).blocks[0].attn1.to_q.weight
-    assert torch.equal(merged, (layer.base_layer.weight.float() + product).to(torch.bfloat16))
+    assert torch.equal(merged, (layer.base.weight.float() + product).to(torch.bfloat16))
 
 
 def test_stock_diffusers_reads_the_lora_file():
@@ -125,9 +151,11 @@ def test_stock_diffusers_reads_the_lora_file():
     torch.testing.assert_close(stock(**inputs()).sample, expected, rtol=1e-5, atol=1e-5)
     half = stock(**inputs(), attention_kwargs={"scale": 0.5}).sample
     assert (half - expected).abs().max() > 0.01
-    # `scale` means the same to ours, and leaves no trace.
-    torch.testing.assert_close(network(**inputs(), attention_kwargs={"scale": 0.5}).sample, half, rtol=1e-5, atol=1e-5)
-    assert torch.equal(network(**inputs()).sample, expected)
+    # With a LoRA file ours is stock diffusers' network too: `scale` means the same, and leaves no trace.
+    ours = small()
+    ours.load_lora_adapter({name: factor.clone() for name, factor in lora_state_dict(network).items()})
+    torch.testing.assert_close(ours(**inputs(), attention_kwargs={"scale": 0.5}).sample, half, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(**inputs()).sample, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lora_file_is_refused_where_it_would_lose_something():

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from anyflow_train import sample
 from anyflow_train.__main__ import main
+from anyflow_train.commands import sample
 from anyflow_train.config.commands import SampleConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_vbench import command

@@ -144,6 +144,7 @@ def test_keys_of_another_version_are_named_in_one_sentence(tmp_path: Path) -> No
     for change, message in (
         ({"colour": "red"}, "here: its config says colour, which this version cannot read"),
         ({"steps": "many"}, "here: its config says steps, which this version cannot read"),
+        ({"objective": {"kind": "flow_map", "strength": 2}}, "here: its config says objective"),
         ({"format": 2}, "here: has a config of format 2; this version of anyflow_train reads up to 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from anyflow_train import export, sample
+from anyflow_train import export
+from anyflow_train.commands import sample
 from anyflow_train.config.commands import ExportConfig, SampleConfig
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.errors import UserError
