@@ -17,16 +17,14 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
-from anyflow_train.evaluation.continued import check_frames, held_out_and_begun
-from anyflow_train.evaluation.grid import Grid, write_grid
-from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
+from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, held_out_and_begun, strata
 from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
-from anyflow_train.evaluation.video import to_frames
+from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import FlowMap

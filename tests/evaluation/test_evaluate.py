@@ -13,7 +13,7 @@ from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample, ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
-from anyflow_train.evaluation.heldout import balanced_order, cycle
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle
 from anyflow_train.evaluation.report import EvaluationReport
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.tiny import world
