@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, UserErrors
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
 LOST_PROCESS = 1
 USER_ERROR = 2
+_PYTHONS_WARNING = warnings.showwarning
 INTERRUPTED = 130
 
 
@@ -57,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a reader that has gone is no error, not at the interpreter's exit
         return launched.record_exit_code(code, everywhere=True)
     except UserErrors as errors:
@@ -98,7 +102,7 @@ def _dispatch(arguments: list[str]) -> int:
     if wants_help:
         from anyflow_train.config.help import command_help
 
-        print(command_help(name, command.summary, config_dir))
+        print(command_help(name, command.summary, config_dir, overrides))
         return 0
     return _run(name, command, overrides, config_dir)
 
@@ -143,6 +147,14 @@ def _import(module: str) -> None:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning about the config is one line, once; any other is shown as Python does."""
+    if not issubclass(category, ConfigWarning):
+        _PYTHONS_WARNING(message, category, *place, **more)
+    elif launched.rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _print_warnings(config: Any) -> None:

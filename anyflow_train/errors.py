@@ -27,5 +27,9 @@ class SharedErrors(UserErrors):
     """Mistakes that every process of a run raises, so that each of them ends by itself."""
 
 
+class ConfigWarning(UserWarning):
+    """Something about a config that is worth a line on the terminal, and no error."""
+
+
 class LostProcess(Exception):
     """Another process of the run is gone: no mistake of the user's, and one line says enough."""

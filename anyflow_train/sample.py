@@ -16,7 +16,7 @@ from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Size, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
-from anyflow_train.evaluation.load import Model, load_model, on_device
+from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
 from anyflow_train.evaluation.prompts import distinct, read_lines, slug
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
@@ -58,7 +58,7 @@ def run(config: SampleConfig) -> list[VideoEntry]:
     prompts = read_prompts(config)
     model = load_model(config.model, config.weights)
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
-    source = model.codec_source or config.model
+    source = model.codec_source
     codec = Codec.load(source, device, torch.float32)
     shape = clip_shape(ClipRequest(config.frames, config.height, config.width, config.chunk_partition), model, codec)
     start, size = _source(config, model), shape.size
@@ -101,7 +101,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def _source(config: SampleConfig, model: Model) -> ConditioningSource | None:
+def _source(config: SampleConfig, model: LoadedNetwork) -> ConditioningSource | None:
     """The file that clips begin with.
 
     Raises:
@@ -130,7 +130,7 @@ def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, calls: Sequence[int]
     return row
 
 
-def _write_index(config: SampleConfig, model: Model, size: Size, entries: list[VideoEntry], out: Path) -> None:
+def _write_index(config: SampleConfig, model: LoadedNetwork, size: Size, entries: list[VideoEntry], out: Path) -> None:
     made = {"model": model.name, "step": model.step, "weights": config.weights, **asdict(size), "fps": config.fps}
     settings = {name: getattr(config, name) for name in SETTINGS}
     write_json(out / "index.json", {**made, **settings, "videos": [asdict(entry) for entry in entries]})

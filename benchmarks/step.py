@@ -40,10 +40,10 @@ from anyflow_train.config.run import Optimizer
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
+from anyflow_train.models.build import build_network
 from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
 from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import build_network
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
 from anyflow_train.plan.products import forward_products
@@ -129,7 +129,9 @@ class Side:
 @contextmanager
 def derivative_everywhere() -> Iterator[None]:
     """The reference's way: difference forwards of all samples, r = t or not."""
-    with patch("anyflow_train.objectives.flow_map.derivative_rows", lambda counts, positions, world: len(positions)):
+    with patch(
+        "anyflow_train.objectives.flow_map.rows_with_second_term", lambda counts, positions, world: len(positions)
+    ):
         yield
 
 
@@ -279,7 +281,9 @@ def make_step(size: Size, device: torch.device) -> Step:
     times = Times()
     counts = branch_counts(size.batch, times.diffusion_share, times.consistency_share)
     objective = FlowMapObjective(FlowMapConfig(kind="flow_map"), times, counts)
-    update = Update("student", (Term("flow_map", objective, 1.0, "weighted", counts.diffusion),))
+    update = Update(
+        "student", (Term(name="flow_map", objective=objective, rebalance="weighted", diffusion=counts.diffusion),)
+    )
     batches, draws = [], []
     for positions in local_positions(size.batch, size.micro, 1, 0):
         draw = Draw(0, 0, positions, torch.device("cpu"))

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: finds Python, makes .venv once, installs the package into it.
-# Usage: prepare_environment [EXTRA]; afterwards `python` and `anyflow` are those of the environment.
+# The other scripts source this file. It finds Python, creates .venv once, and installs the package into it.
+# Usage: prepare_environment [EXTRA]. Afterwards `python` and `anyflow` are those of the environment.
 
 fail() {
   echo "error: $*" >&2

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The main job on a laptop: clips -> shards -> distillation -> evaluation -> export -> playback by stock diffusers.
-# Every step continues or skips what an earlier run of this script has finished. RUN=folder changes the place.
+# The whole chain on a laptop: clips -> shards -> distillation -> evaluation -> export -> playback by stock diffusers.
+# If it was stopped, start it again: finished steps are skipped. RUN=folder sets the output folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 prepare_environment
 run=${RUN:-runs/quickstart}
-# Threads that wait shall sleep: spinning ones stop each other on a machine that has other work.
+# Let waiting threads sleep instead of spinning; spinning slows down shared machines.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 started=$SECONDS
 
@@ -21,7 +21,7 @@ anyflow prepare experiment=tiny_prepare source="$run/clips/train" out="$run/shar
 anyflow prepare experiment=tiny_prepare source="$run/clips/held_out" out="$run/shards/held_out"
 
 step "3/6 distillation (stage 1)"
-# Three quarters of the recipe's steps, to stay within minutes.
+# 300 of the experiment's 400 steps, to save time.
 anyflow train experiment=tiny out="$run" name=student steps=300 \
   data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out" engine.threads=2
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.commands import CheckOptions
-from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.objective import Derivative
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.devices import autocast_dtype
@@ -39,7 +39,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
         list(_samples(config, world, options.derivative_samples)),
         options.derivative_epsilons,
         config.times.shift,
-        config.objective.derivative_ends if isinstance(config.objective, FlowMap) else "clamped",
+        (config.objective.derivative or Derivative()).ends,
     )
     return derivative_table(rows)
 
@@ -47,7 +47,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
 def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
     if options.derivative_weights is None:
         return build_student(config.student, config.seed)
-    return load_trained_network(options.derivative_weights)[0]
+    return load_trained_network(options.derivative_weights)
 
 
 def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batch, Draw]]:

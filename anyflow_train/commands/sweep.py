@@ -103,7 +103,7 @@ def _check_directories(plan: SweepPlan) -> None:
         if not (directory.path / "config.json").exists():
             continue
         try:
-            check_unchanged(directory.read_config(), combination.config)
+            check_unchanged(directory.read_config(), combination.config, str(directory.path))
         except UserErrors as several:
             errors += [UserError(error.where, f"{error.problem} ({directory.path})") for error in several.errors]
         except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,15 @@ from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.extensions import Extension, find_extension
 from anyflow_train.config.findings import Finding
+from anyflow_train.config.foreign_keys import drop_foreign_keys
 from anyflow_train.config.groups import find_groups, groups_of
 from anyflow_train.config.overrides import check, nearest_of, parse, to_hydra
+from anyflow_train.config.own import as_run, run_model
 from anyflow_train.config.paths import asset, resource
 from anyflow_train.config.rules import commands as command_rules
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import ConfigWarning, UserError, UserErrors
 
 MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
@@ -55,12 +58,14 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         config_dir: a folder of further config files, laid out as `configs/` is.
         world: processes that a run is checked for; None: those of the launcher.
 
+    Warns:
+        ConfigWarning: keys of the config files that the chosen kind does not know, and that were left out.
+
     Raises:
         UserErrors: every error of the overrides, with dotted keys.
         UserError: a config file that Hydra cannot compose, or an impossible WORLD_SIZE.
     """
     extension = None if command in MODELS else find_extension(command)
-    model = extension.model if extension else MODELS[command]
     folders = config_folders(config_dir, extension)
     settings, syntax_errors = parse(overrides)
     every_group = find_groups(folders)
@@ -74,6 +79,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     for setting in plain:
         OmegaConf.update(composed, setting.key, setting.value, force_add=True)
     values, known = _plain(composed)
+    model, kind_errors = (extension.model, []) if extension else _model(command, values)
+    dropped = list(drop_foreign_keys(model, values, [setting.key for setting in accepted]))
     if choice_errors:
         # Without its groups the config is not what was meant: only the keys that were written can be judged.
         written = {setting.key for setting in accepted}
@@ -88,9 +95,24 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
 
         rules = extension.rules if extension else _rules(command, world)
         config, field_errors = decode(model, values, rules, known, unchanged)
+    better = {error.where for error in kind_errors}
+    field_errors = [*kind_errors, *(error for error in field_errors if error.where not in better)]
     if errors := [*syntax_errors, *choice_errors, *field_errors]:
         raise UserErrors(errors)
-    return config
+    for finding in dropped:
+        warnings.warn(str(finding.error()), ConfigWarning, stacklevel=2)
+    return as_run(config) if isinstance(config, RunConfig) else config
+
+
+def _model(command: str, values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
+    """What decodes the values: for a run, as its `objective.kind` says; and what is wrong with that."""
+    if command != "train":
+        return MODELS[command], []
+    objective = values.get("objective")
+    try:
+        return run_model(objective.get("kind") if isinstance(objective, dict) else None), []
+    except UserError as error:
+        return run_model(None), [error]
 
 
 def config_folders(config_dir: Path | None, extension: Extension | None = None) -> list[Path]:

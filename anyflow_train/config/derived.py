@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.objective import FlowMap
-from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.parameters import count_parameters, count_trainable
-from anyflow_train.config.positions import BranchCounts, branch_counts
+from anyflow_train.config.positions import BranchCounts
 from anyflow_train.config.rollouts import RolloutCalls, rollout_calls, student_turns
 from anyflow_train.config.rows import ChunkRows
 from anyflow_train.config.run import Data, RunConfig
@@ -72,7 +70,7 @@ def derive(config: RunConfig, world: int) -> Derived:
     """Derived quantities of a config that its rules accept, on `world` processes."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     shares = world // config.engine.sequence_parallel
-    matching = config.on_policy if isinstance(config.on_policy, DistributionMatching) else None
+    matching = config.on_policy.matching
     return Derived(
         shares=shares,
         sequence_parallel=config.engine.sequence_parallel,
@@ -116,14 +114,13 @@ def chunk_rows(config: RunConfig) -> ChunkRows | None:
 
 def needs_teacher(config: RunConfig) -> bool:
     """Whether a run calls the teacher: for its velocity, or in stage 2."""
-    follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
-    return follows or isinstance(config.on_policy, DistributionMatching)
+    return config.objective.follows_teacher or config.on_policy.matching is not None
 
 
 def adapter_on_shared_base(config: RunConfig) -> Lora | None:
     """The fake score's, where it stands on the student's frozen base; None where each role has its own network."""
-    settings = config.on_policy
-    adapter = settings.fake_score.adapter if isinstance(settings, DistributionMatching) else None
+    settings = config.on_policy.matching
+    adapter = None if settings is None else settings.fake_score.adapter
     return adapter if isinstance(adapter, Lora) else None
 
 
@@ -131,7 +128,7 @@ def shares_base(config: RunConfig) -> bool:
     """Whether all roles stand on the student's frozen base: in stage 2 as the fake score's adapter says, and in stage 1
     where the student's adapters sit on the teacher itself.
     """
-    if isinstance(config.on_policy, DistributionMatching):
+    if config.on_policy.matching is not None:
         return adapter_on_shared_base(config) is not None
     student = config.student
     same = student.init is not None and student.init == config.teacher.source
@@ -217,7 +214,6 @@ def _sequences(config: RunConfig) -> Sequences | None:
 
 
 def _branches(config: RunConfig) -> BranchCounts | None:
-    left_out = isinstance(config.on_policy, DistributionMatching) and config.on_policy.objective_weight == 0
-    if left_out or not isinstance(config.objective, FlowMap):
+    if config.on_policy.objective_weight == 0:
         return None
-    return branch_counts(config.engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
+    return config.objective.branch_counts(config.times, config.engine.global_batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anyflow_train.config.base import Model
@@ -12,6 +12,8 @@ from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
 from anyflow_train.config.keys import summary, type_name, variants, walk
+from anyflow_train.config.overrides import parse
+from anyflow_train.config.own import run_model
 
 WIDTH = 110
 # Commands that take the keys of a run.
@@ -19,11 +21,15 @@ OF_A_RUN = ("check", "plan", "sweep")
 OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
 
 
-def command_help(command: str, title: str, config_dir: Path | None) -> str:
-    """Help of one command, with the choices that the config folders offer now."""
+def command_help(command: str, title: str, config_dir: Path | None, overrides: Sequence[str] = ()) -> str:
+    """Help of one command, with the choices that the config folders offer now, and the keys of a typed objective.
+
+    Raises:
+        UserError: `objective.kind` names none.
+    """
     base = "train" if command in OF_A_RUN else command
     extension = None if base in MODELS else find_extension(base)
-    model = extension.model if extension else MODELS[base]
+    model = extension.model if extension else _model(base, overrides)
     groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
@@ -52,6 +58,13 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     for group in named:
         yield f"  {group + '=...':<22}{', '.join(groups[group])}"
     yield ""
+
+
+def _model(command: str, overrides: Sequence[str]) -> type[Model]:
+    if command != "train":
+        return MODELS[command]
+    typed = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
+    return run_model(typed[-1] if typed else None)
 
 
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:

@@ -36,12 +36,13 @@ def variants(annotation: Any) -> list[type[Model]]:
 
 
 def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
-    """Those of `models` whose `kind` is the one that `value` names; all of them where it names none of theirs."""
+    """Those of `models` whose `kind` is the one that `value` names, else those of any kind; all without a `kind`."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    fitting = (
-        [model for model in models if kind in typing.get_args(model.model_fields["kind"].annotation)] if kind else []
-    )
-    return fitting or models
+    if kind is None:
+        return models
+    kinds = [(model, typing.get_args(model.model_fields["kind"].annotation)) for model in models]
+    named = [model for model, known in kinds if kind in known]
+    return named or [model for model, known in kinds if not known] or models
 
 
 def walk(

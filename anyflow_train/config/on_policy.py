@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -14,7 +14,15 @@ from anyflow_train.config.objective import Share
 class NoOnPolicy(Model):
     """The student learns from data alone."""
 
+    # Of the run's objective, which is all that is trained.
+    objective_weight: ClassVar[float] = 1.0
+
     kind: Literal["none"] = "none"
+
+    @property
+    def matching(self) -> DistributionMatching | None:
+        """The settings of stage 2: there are none."""
+        return None
 
 
 class ScoreTimes(Model):
@@ -66,6 +74,11 @@ class DistributionMatching(Model):
     objective_weight: NonNegativeFloat = 1.0
     score_times: ScoreTimes = ScoreTimes()
     fake_score: FakeScore
+
+    @property
+    def matching(self) -> DistributionMatching | None:
+        """The settings of stage 2: these."""
+        return self
 
 
 OnPolicy = Annotated[NoOnPolicy | DistributionMatching, Field(discriminator="kind")]

@@ -81,12 +81,13 @@ def local_positions(global_batch: int, micro_batch: int, world: int, rank: int) 
     return [tuple(range(start + rank, start + width, world)) for start in range(0, global_batch, width)]
 
 
-def derivative_rows(counts: BranchCounts, positions: tuple[int, ...], world: int) -> int:
-    """How many rows of a micro-batch, the last ones, take the time derivative: the same number on every process.
+def rows_with_second_term(counts: BranchCounts, positions: tuple[int, ...], world: int) -> int:
+    """How many rows of a micro-batch, the last ones, need the term of r < t: the same number on every process.
 
-    These are exactly the rows with r < t if the micro-step's diffusion positions divide by `world`. Otherwise processes
-    with more diffusion positions run some of them too (the derivative is then multiplied by zero), because under
-    ZeRO-3 a process that runs fewer forwards than the others hangs them all.
+    The term is whatever an objective computes for r < t alone, such as a time derivative. These are exactly the rows
+    with r < t if the micro-step's diffusion positions divide by `world`. Otherwise processes with more diffusion
+    positions run some of them too (the term is then multiplied by zero), because under ZeRO-3 a process that runs fewer
+    forwards than the others hangs them all.
 
     Raises ValueError for positions that are not one of `local_positions`' rows.
     """

@@ -10,7 +10,7 @@ from anyflow_train.data.held_out import HeldOut, load_samples
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.intervals import single_stratum
-from anyflow_train.evaluation.load import Model
+from anyflow_train.evaluation.load import LoadedNetwork
 
 
 def balanced_order(captions: list[str]) -> list[int]:
@@ -57,7 +57,7 @@ def held_out_and_begun(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOu
     return loaded.part(slice(0, count)), loaded.part(slice(count, None))
 
 
-def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) -> None:
+def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[LoadedNetwork]) -> None:
     """Compare the held-out clips with the models' chunks, and with what is given of them.
 
     Raises:
@@ -88,7 +88,7 @@ def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[Model]) 
         raise UserError("conditioning_frames", f"{problem}, need {needed}; {config.held_out} holds {len(shards)}")
 
 
-def _check_chunks(model: Model, shape: tuple[int, ...]) -> None:
+def _check_chunks(model: LoadedNetwork, shape: tuple[int, ...]) -> None:
     if model.chunks is None:
         return
     frames, _, height, width = shape

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.evaluation.load import Model
+from anyflow_train.evaluation.load import LoadedNetwork
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, to_frames
 from anyflow_train.flow.causal import Sampler
@@ -63,7 +63,7 @@ class Shape:
         return torch.randn(1, channels, frames, height, width, generator=generator).transpose(1, 2).contiguous()
 
 
-def clip_shape(requested: ClipRequest, model: Model, codec: Codec) -> Shape:
+def clip_shape(requested: ClipRequest, model: LoadedNetwork, codec: Codec) -> Shape:
     """The configured size, and what follows from it; what is not configured is that of the training data.
 
     Raises:
@@ -122,7 +122,7 @@ def encode_texts(
     return [codec.encode_text([text], length)[0].float().cpu() for text in texts]
 
 
-def _size(requested: ClipRequest, model: Model) -> Size:
+def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
     given = {"frames": requested.frames, "height": requested.height, "width": requested.width}
     sides = _trained_size(model) | {name: value for name, value in given.items() if value is not None}
     missing = [name for name in given if name not in sides]
@@ -131,16 +131,13 @@ def _size(requested: ClipRequest, model: Model) -> Size:
     return Size(**sides)
 
 
-def _trained_size(model: Model) -> dict[str, int]:
-    """What the run's config says, or the mark that `anyflow export` left in the folder."""
-    if model.trained is not None:
-        data = model.trained.data
-        return {"frames": data.frames, "height": data.height, "width": data.width}
-    data = model.marked.get("data", {})
-    return {name: int(data[name]) for name in ("frames", "height", "width") if name in data}
+def _trained_size(model: LoadedNetwork) -> dict[str, int]:
+    """The size of the clips that the network was trained on, as far as it is known."""
+    known = {name: getattr(model.sampling, name) for name in ("frames", "height", "width")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
-def _chunks(requested: ClipRequest, model: Model, size: Size, frames: int) -> Chunks | None:
+def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: int) -> Chunks | None:
     """Of a causal model, for clips of so many latent frames."""
     partition = requested.chunk_partition
     if model.chunks is None:
@@ -155,7 +152,7 @@ def _chunks(requested: ClipRequest, model: Model, size: Size, frames: int) -> Ch
     return chunks
 
 
-def _check_size(size: Size, codec: Codec, model: Model, chunks: Chunks | None) -> None:
+def _check_size(size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks | None) -> None:
     errors = []
     factor = codec.temporal_factor
     if size.frames % factor != 1:

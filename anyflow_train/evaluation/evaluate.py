@@ -18,7 +18,7 @@ from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
 from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, held_out_and_begun, strata
-from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
+from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
@@ -69,7 +69,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     taught = load_model(config.teacher, config.weights)
     if taught.chunks is not None:
         raise UserError("teacher", f"{config.teacher} is a causal student; name a network that makes whole clips")
-    codec = Codec.load(config.codec or taught.codec_source or config.teacher, device, torch.float32)
+    codec = Codec.load(config.codec or taught.codec_source, device, torch.float32)
     teacher = on_device(taught.network, device, dtype)
     negative = padded_condition([shards.texts.negative], config.text_length, device)
     teacher = guided(teacher, negative, config.guidance_scale)
@@ -143,7 +143,7 @@ def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSe
 
 
 def sample_student(
-    comparison: Comparison, model: Model, device: torch.device, dtype: torch.dtype | None
+    comparison: Comparison, model: LoadedNetwork, device: torch.device, dtype: torch.dtype | None
 ) -> dict[int, SampleSet]:
     """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
     flow_map = on_device(model.network, device, dtype)
@@ -170,7 +170,7 @@ def with_nearest(
     return measured, TrainingSet(len(training), summarise(of_held_out, evaluator.reference_resampling))
 
 
-def _student_names(models: list[Model]) -> list[str]:
+def _student_names(models: list[LoadedNetwork]) -> list[str]:
     return [f"{name} (student)" if name == TEACHER else name for name in unique_names(models)]
 
 

@@ -1,10 +1,10 @@
-"""A trained or exported network by any of its names: run directory, checkpoint, exported folder, hub id."""
+"""Networks by any of their names (run directory, checkpoint, exported folder, hub id), ready to be sampled."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,36 @@ import torch
 from torch import nn
 
 from anyflow_train.config.chunks import Chunks
-from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError
 from anyflow_train.evaluation.sampling import clip_sampler
 from anyflow_train.files import EXPORT_MARKER
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.types import FlowMap
-from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
-from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
+from anyflow_train.models.build import assemble
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.source import locate
-from anyflow_train.models.wan import load_network
-from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint
-from anyflow_train.training.networks import load_trained_network
+from anyflow_train.models.pretrained import STUDENT_TIMES, TEACHER_TIMES
+from anyflow_train.training.checkpoints.network_file import Sampling
+from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
+from anyflow_train.training.weight_source import is_run, open_source
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network that is ready to sample from.
+class LoadedNetwork:
+    """A network that is ready to be sampled, on the CPU in float32.
 
     Attributes:
         name: for labels and file names.
         network: LoRA merged, no gradients, in eval mode.
-        step: of the checkpoint; None for an exported network.
-        trained: config of the run; None for an exported network.
-        marked: the run's config as `anyflow export` left it in the folder, places left out; empty where it did not.
+        sampling: how it was trained to be sampled.
+        codec_source: pipeline folder or hub id of its VAE and text encoder.
+        step: of the checkpoint; None for a network that is not of a checkpoint.
     """
 
     name: str
     network: Backbone
-    step: int | None
-    trained: RunConfig | None
-    marked: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling
+    codec_source: str
+    step: int | None = None
 
     @property
     def chunks(self) -> Chunks | None:
@@ -55,71 +52,79 @@ class Model:
         return Chunks(tuple(config.chunk_partition), config.full_chunk_limit)
 
     @property
+    def flow_map(self) -> FlowMap:
+        """The network as a function `(x, t, r, condition) -> u` of times in [0, 1]."""
+        return NetworkFlowMap(self.network, None)
+
+    @property
     def sampler(self) -> ClipSampler:
-        """How it is sampled."""
-        marked = self.marked.get("objective", {}).get("kind")
-        return clip_sampler(self.chunks, marked if self.trained is None else self.trained.objective.kind)
+        """Makes clips: `sampler(flow_map, noise, condition, steps, shift)`, (B, F, C, H, W) -> the same shape."""
+        return clip_sampler(self.chunks, self.sampling.any_step)
 
     @property
     def sees_conditioning_frames(self) -> bool:
-        """Whether it can have learned to go on from frames; what nobody knows is taken to be so."""
-        if self.chunks is not None:
-            return True
-        marked = self.marked.get("context", {}).get("i2v_probability", 1.0)
-        return (marked if self.trained is None else self.trained.context.i2v_probability) > 0
-
-    @property
-    def codec_source(self) -> str | None:
-        """The pipeline folder that the run was trained with; an exported folder holds its own codec."""
-        return None if self.trained is None else self.trained.teacher.codec_source
+        """Whether it can have learned to continue given frames; if that is not known, yes."""
+        return self.chunks is not None or self.sampling.conditioning_frames
 
 
-def load_model(source: str, weights: str) -> Model:
-    """Load a network on the CPU in float32.
+def load_student(source: str | Path, weights: str = "ema") -> LoadedNetwork:
+    """Load a student; a Wan2.1 transformer becomes the student that would be trained from it, at gate 0.25.
 
     Args:
-        source: run directory, checkpoint folder, folder that `anyflow export` or stock diffusers wrote, or hub id.
-            A Wan transformer is taken as a flow map at gate 0, where any number of jumps are Euler steps.
-        weights: `ema` or `raw`, of a checkpoint.
+        source: run directory, checkpoint folder, folder that `anyflow export` wrote, Wan2.1 folder, or hub id.
+        weights: `ema` or `raw`, of a run.
 
     Raises:
-        UserError: there is nothing to load.
+        UserError: there is no such network, or it cannot be loaded.
     """
+    return _load(str(source), weights, STUDENT_TIMES)
+
+
+def load_teacher(source: str | Path, weights: str = "ema") -> LoadedNetwork:
+    """Load a network as a teacher, whose velocity at `r = t` is followed in Euler steps.
+
+    Args:
+        source: as in `load_student`; a Wan2.1 transformer stays what it is, at gate 0.
+        weights: `ema` or `raw`, of a run.
+
+    Raises:
+        UserError: there is no such network, or it cannot be loaded.
+    """
+    loaded = _load(str(source), weights, TEACHER_TIMES)
+    return replace(loaded, sampling=loaded.sampling.model_copy(update={"any_step": False}))
+
+
+def load_model(source: str, weights: str) -> LoadedNetwork:
+    """Load what a command was given: a student, or a Wan2.1 transformer as it is, which takes Euler steps.
+
+    Raises:
+        UserError: there is no such network, or it cannot be loaded.
+    """
+    return _load(source, weights, TEACHER_TIMES)
+
+
+def _load(source: str, weights: str, of_wan: Mapping[str, Any]) -> LoadedNetwork:
+    found = resolve_checkpoint(source) if is_run(source) else source
+    opened = open_source(found, weights, of_wan).merged()
+    network = assemble(opened.arguments, opened.read).requires_grad_(False).eval()
+    if isinstance(found, Path):
+        trained = read_network(found)
+        return LoadedNetwork(trained.run, network, trained.sampling, trained.codec or source, read_step(found))
     path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
-        checkpoint = resolve_checkpoint(path)
-        network, trained = load_trained_network(checkpoint, weights)
-        step = read_info(checkpoint).state.step
-        return Model(trained.name, merge_lora(network).requires_grad_(False).eval(), step, trained)
     name = path.name if path.is_dir() else source.rsplit("/", 1)[-1]
-    return Model(name, load_exported(source), None, None, _marked(path))
+    return LoadedNetwork(name, network, _sampling_of_export(path), source)
 
 
-def _marked(folder: Path) -> dict[str, Any]:
+def _sampling_of_export(folder: Path) -> Sampling:
+    """What `anyflow export` left in the folder; the default for a folder of others."""
     try:
-        return dict(json.loads((folder / EXPORT_MARKER).read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        marker = json.loads((folder / EXPORT_MARKER).read_text())
+        return Sampling.model_validate(marker["sampling"]) if "sampling" in marker else Sampling.of(marker["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Sampling()
 
 
-def load_exported(source: str) -> Backbone:
-    """Load an AnyFlow or Wan transformer in diffusers' layout: folder or hub id.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(source).expanduser()
-    place = path if path.exists() else source
-    if locate(place)[1].get("_class_name") == AnyFlowFARTransformer3DModel.__name__:
-        return load_network(place, causal={}).requires_grad_(False).eval()
-    try:
-        network = load_network(place, 0.0, "r")
-    except UserError:  # an AnyFlow network has its own gate; gate 0 makes of a Wan network the flow map of its velocity
-        network = load_network(place)
-    return network.requires_grad_(False).eval()
-
-
-def unique_names(models: list[Model]) -> list[str]:
+def unique_names(models: list[LoadedNetwork]) -> list[str]:
     """Labels of several models: their names, with the step or a number where names repeat."""
     names = [model.name for model in models]
     if len(set(names)) < len(names):

@@ -15,14 +15,14 @@ from anyflow_train.flow.sampler import sample, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap
 
 
-def clip_sampler(chunks: Chunks | None, objective: str | None) -> ClipSampler:
-    """How a student is sampled.
+def clip_sampler(chunks: Chunks | None, any_step: bool) -> ClipSampler:
+    """How a network is sampled.
 
     Args:
         chunks: of a causal one.
-        objective: kind that it was trained with, where that is known: one that knows only r = t takes Euler steps.
+        any_step: whether it jumps between any two times; one that knows only r = t takes Euler steps.
     """
-    return ClipSampler(sample_euler if objective == "flow_matching" else sample, chunks)
+    return ClipSampler(sample if any_step else sample_euler, chunks)
 
 
 @dataclass(frozen=True)

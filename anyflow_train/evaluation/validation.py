@@ -158,7 +158,7 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     return InRunValidator(
         config=evaluation,
         world=world,
-        sampler=clip_sampler(Chunks.of(config.student.architecture), config.objective.kind),
+        sampler=clip_sampler(Chunks.of(config.student.architecture), config.objective.kind != "flow_matching"),
         negative=Condition(pad_text(shards.texts.negative, length)[None].to(world.device)),
         held_out=held_out,
         compared=compared,

@@ -71,30 +71,29 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def model_card(provenance: Provenance) -> str:
     """Markdown."""
-    data, student = provenance.config.data, provenance.config.student
-    far = "" if student.architecture.causal is None else "FAR"
+    network = provenance.network
+    size, training = network.sampling, network.training
+    far = "" if network.causal is None else "FAR"
     use = _USES[provenance.format].format(
         dtype=_DTYPES[provenance.precision],
-        frames=data.frames,
-        height=data.height,
-        width=data.width,
+        frames=size.frames,
+        height=size.height,
+        width=size.width,
         shift=provenance.shift,
         base=provenance.base or "the Wan2.1 pipeline that the run started from",
-        gate=student.gate_value,
-        deltatime=student.deltatime_type,
+        gate=network.times["gate_value"],
+        deltatime=network.times["deltatime_type"],
         pipeline=f"AnyFlow{far}Pipeline",
         transformer=f"AnyFlow{far}Transformer3DModel",
     )
-    objective = provenance.config.objective
     facts = [
-        f"Trained by anyflow_train {provenance.version}: run `{provenance.config.name}`, step {provenance.step}, "
+        f"Trained by anyflow_train {provenance.version}: run `{network.run}`, step {provenance.step}, "
         f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
         f"Started from: {provenance.base or 'random weights'}.",
-        f"Objective: {objective.kind}, guidance {objective.guidance} (scale {objective.guidance_scale:g}).",
-        f"Trained on {data.frames} frames of {data.width}x{data.height}, global batch "
-        f"{provenance.config.engine.global_batch}.",
+        f"Objective: {training.objective}.",
+        f"Trained on {size.frames} frames of {size.width}x{size.height}, global batch {training.global_batch}.",
         f"On these files, stock diffusers differed from the trained model by {provenance.difference:.1e} "
         "(relative root mean square).",
     ]
     lines = "\n".join(f"* {fact}" for fact in facts)
-    return f"# {provenance.config.name}\n\n{_KINDS[provenance.format]}.\n\n{use}\n## Where it comes from\n\n{lines}\n"
+    return f"# {network.run}\n\n{_KINDS[provenance.format]}.\n\n{use}\n## Where it comes from\n\n{lines}\n"

@@ -8,10 +8,10 @@ from anyflow_train.config.commands import ExportConfig
 from anyflow_train.export.card import model_card
 from anyflow_train.export.folder import check_writable, new_folder, write_marker
 from anyflow_train.export.formats import FORMATS, Job
-from anyflow_train.export.provenance import Provenance, public_name
-from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint
+from anyflow_train.export.provenance import Provenance, public_config, public_name
+from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
 from anyflow_train.training.networks import load_trained_network
-from anyflow_train.training.starts import base_of
+from anyflow_train.training.weight_source import base_of
 
 
 def run(config: ExportConfig) -> Provenance:
@@ -24,18 +24,19 @@ def run(config: ExportConfig) -> Provenance:
     out = Path(config.out).expanduser()
     check_writable(out, config.overwrite)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    step = read_info(checkpoint).state.step
-    network, trained = load_trained_network(checkpoint, config.weights)
-    print(f"exporting {trained.name}, step {step}, {config.weights} weights, as {config.format} in {config.precision}")
+    network = load_trained_network(checkpoint, config.weights)
+    trained, step = read_network(checkpoint), read_step(checkpoint)
+    print(f"exporting {trained.run}, step {step}, {config.weights} weights, as {config.format} in {config.precision}")
     with new_folder(out, config.overwrite) as folder:
-        difference = FORMATS[config.format](Job(config, trained, network, folder))
-        base = public_name(base_of(trained.student))
+        difference = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
+        base = public_name(base_of(trained))
         provenance = Provenance(
             config.format,
             config.weights,
             config.precision,
             config.shift,
             trained,
+            public_config(checkpoint),
             checkpoint.name,
             step,
             base,

@@ -14,15 +14,16 @@ from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEuler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from anyflow_train.config.commands import ExportConfig
-from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export import verify
 from anyflow_train.export.lora import adapters, reload_lora, write_lora
 from anyflow_train.export.parts import copy_parts, pipeline_index, read_json, resolve_folder, write_index
-from anyflow_train.export.weights import stock_class, stored, write_network
+from anyflow_train.export.weights import stock_class, stored, to_wan, write_network
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
-from anyflow_train.models.wan import to_wan
+from anyflow_train.models.build import assemble
+from anyflow_train.training.checkpoints.network_file import NetworkFile
+from anyflow_train.training.weight_source import open_source
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Job:
 
     Attributes:
         config: what was asked for.
-        trained: config of the run.
+        checkpoint: what is exported.
+        trained: what the checkpoint says of its network.
         network: the trainer's model, adapters attached, on the CPU in float32.
         folder: where to write.
     """
 
     config: ExportConfig
-    trained: RunConfig
+    checkpoint: Path
+    trained: NetworkFile
     network: Backbone
     folder: Path
 
@@ -48,7 +51,7 @@ class Job:
 
     def codec_folder(self) -> Path:
         """Local pipeline folder of the tokenizer, text encoder and VAE. Raises UserError if there is none."""
-        source = self.config.codec or self.trained.teacher.codec_source
+        source = self.config.codec or self.trained.codec
         if source is None:
             problem = "the run names no teacher and no codec; name the pipeline folder of its VAE and text encoder"
             raise UserError("codec", problem)
@@ -80,13 +83,15 @@ def export_lora(job: Job) -> float:
     factors = adapters(job.network, job.config.precision)
     probe = verify.Probe.of(job.network.config)
     write_lora(job.folder, factors)
-    found = verify.flow_map_outputs(reload_lora(job.folder, job.trained.student), probe)
+    source = open_source(job.checkpoint)
+    reloaded = reload_lora(job.folder, assemble(source.arguments, source.read))
+    found = verify.flow_map_outputs(reloaded, probe)
     return verify.check_outputs("the LoRA file", found, verify.flow_map_outputs(job.network, probe), job.tolerance)
 
 
 def export_wan_pipeline(job: Job) -> float:
     """A WanPipeline of a teacher, which has one time: only at gate 0 does the network depend on no other."""
-    gate = job.trained.student.gate_value
+    gate = job.trained.times["gate_value"]
     if gate != 0:
         problem = f"wan_pipeline needs student.gate_value=0; this run has {gate}, and its second time would be lost"
         raise UserError("format", problem)

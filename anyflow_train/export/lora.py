@@ -8,13 +8,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyflow_train.config.network import Student
 from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
 from anyflow_train.export.weights import Precision, stock_class
 from anyflow_train.models.adapters import lora_state_dict
 from anyflow_train.models.backbone import Backbone
-from anyflow_train.training.networks import build_base
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -37,9 +35,8 @@ def write_lora(folder: Path, factors: dict[str, Tensor]) -> None:
     save_file(factors, folder / FILE, metadata={"format": "pt"})
 
 
-def reload_lora(folder: Path, student: Student) -> Any:
-    """Stock diffusers' network with the adapters of a file on what the run started from, in float32."""
-    base = build_base(student)
+def reload_lora(folder: Path, base: Backbone) -> Any:
+    """Stock diffusers' network with the adapters of a file on a base in float32."""
     stock: Any = stock_class(base.config)(
         **{name: value for name, value in base.config.items() if not name.startswith("_")}
     )

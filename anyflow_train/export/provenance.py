@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
-from anyflow_train.config.run import RunConfig
+from anyflow_train.training.checkpoints.network_file import NetworkFile
 
 # Places on the machine that trained say nothing to others, and are nobody's business.
-_LOCAL: dict[str, Any] = {
-    "out": True,
-    "tracker": True,
-    "teacher": True,
-    "student": {"init"},
-    "data": {"shards", "cache", "cache_gib", "workers"},
-    "evaluation": {"held_out"},
+_LOCAL: dict[str, tuple[str, ...]] = {
+    "student": ("init",),
+    "data": ("shards", "cache", "cache_gib", "workers"),
+    "evaluation": ("held_out",),
 }
+_LOCAL_GROUPS = ("out", "tracker", "teacher", "format")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Provenance:
 
     Attributes:
         format, weights, precision, shift: as in `ExportConfig`.
-        config: of the run.
+        network: what was trained.
+        config: of the run, not decoded, without places on the machine that trained.
         checkpoint: name of the checkpoint's folder.
         step: of the checkpoint.
         base: name of what the student started from; None for random weights.
@@ -37,7 +38,8 @@ class Provenance:
     weights: str
     precision: str
     shift: float
-    config: RunConfig
+    network: NetworkFile
+    config: Mapping[str, Any]
     checkpoint: str
     step: int
     base: str | None
@@ -51,8 +53,18 @@ class Provenance:
     def to_json(self) -> dict[str, Any]:
         """For the marker file: no paths of the machine that trained."""
         facts = ("format", "weights", "precision", "shift", "checkpoint", "step", "base", "difference")
-        config = self.config.model_dump(mode="json", exclude=_LOCAL)
-        return {"run": self.config.name, **{name: getattr(self, name) for name in facts}, "config": config}
+        sampling = self.network.sampling.model_dump(mode="json")
+        stated = {name: getattr(self, name) for name in facts}
+        return {"run": self.network.run, **stated, "sampling": sampling, "config": self.config}
+
+
+def public_config(checkpoint: Path) -> dict[str, Any]:
+    """The config of a checkpoint's run as it was saved, without places on the machine that trained."""
+    saved = json.loads((checkpoint / "config.json").read_text())
+    kept = {name: value for name, value in saved.items() if name not in _LOCAL_GROUPS}
+    for group, names in _LOCAL.items():
+        kept[group] = {name: value for name, value in kept.get(group, {}).items() if name not in names}
+    return kept
 
 
 def public_name(source: str | None) -> str | None:

@@ -10,10 +10,13 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformer3DModel as StockFAR
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
+from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.pretrained import DELTA, SHARED_CONFIG
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -57,6 +60,25 @@ def write_network(network_class: type[ModelMixin], folder: Path, config: Config,
         model = network_class(**{name: value for name, value in config.items() if not name.startswith("_")})
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.save_pretrained(folder, max_shard_size=int(shard * 2**30), safe_serialization=True)
+
+
+def to_wan(network: Backbone) -> WanTransformer3DModel:
+    """The Wan2.1 transformer that a network without a second time is (a teacher trained by stage 0).
+
+    The weights are shared with `network`.
+
+    Raises:
+        ValueError: the gate is not 0, so that the second time matters.
+    """
+    config: Any = network.config
+    if config.gate_value != 0:
+        raise ValueError(f"gate_value is {config.gate_value}: only a network with gate 0 is a Wan2.1 transformer")
+    if config.image_dim is not None:
+        raise ValueError("a network with image_dim is not a Wan2.1 text-to-video transformer")
+    wan = WanTransformer3DModel(**{name: config[name] for name in SHARED_CONFIG}, image_dim=None)
+    weights = {key: weight for key, weight in network.state_dict().items() if not key.startswith(DELTA)}
+    wan.load_state_dict(weights, strict=True, assign=True)
+    return wan
 
 
 def _dtype(name: str, precision: Precision) -> torch.dtype:

@@ -80,7 +80,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
         if name != cls.__name__:
             raise ValueError(
-                f"the config names {name}, not {cls.__name__}; for a Wan2.1 transformer use {cls.__name__}.from_wan"
+                f"the config names {name}, not {cls.__name__}; for a Wan2.1 transformer use anyflow_train.load_student"
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

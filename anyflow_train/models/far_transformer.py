@@ -8,7 +8,6 @@ long past costs little.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,26 +83,6 @@ class AnyFlowFARTransformer3DModel(Backbone):
         # Last, so that all other weights of a random network are those of a bidirectional one with the same seed.
         dim = num_attention_heads * attention_head_dim
         self.far_patch_embedding = PatchEmbedding(in_channels, dim, compressed_patch_size[1])
-
-    @classmethod
-    def from_wan(
-        cls,
-        source: str | Path,
-        *,
-        gate_value: float = 0.25,
-        deltatime_type: str = "r",
-        torch_dtype: torch.dtype = torch.float32,
-        full_chunk_limit: int = 3,
-        chunk_partition: Sequence[int] = (1, 3, 3, 3, 3, 3, 3, 2),
-        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
-    ) -> AnyFlowFARTransformer3DModel:
-        """A student that starts as a Wan2.1 text-to-video transformer: see `anyflow_train.models.wan.from_wan`."""
-        from anyflow_train.models.wan import from_wan  # which imports this class
-
-        chunks = {"full_chunk_limit": full_chunk_limit, "chunk_partition": tuple(chunk_partition)}
-        causal = {**chunks, "compressed_patch_size": compressed_patch_size}
-        times = {"gate_value": gate_value, "deltatime_type": deltatime_type}
-        return from_wan(source, **times, torch_dtype=torch_dtype, causal=causal)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

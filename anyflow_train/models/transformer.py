@@ -5,7 +5,6 @@ Weights, config and call are interchangeable with `diffusers.AnyFlowTransformer3
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,20 +80,6 @@ class AnyFlowTransformer3DModel(Backbone):
         )
         self.rope = RotaryGrid(attention_head_dim)
         self._sequence_group: SequenceGroup | None = None
-
-    @classmethod
-    def from_wan(
-        cls,
-        source: str | Path,
-        *,
-        gate_value: float = 0.25,
-        deltatime_type: str = "r",
-        torch_dtype: torch.dtype = torch.float32,
-    ) -> AnyFlowTransformer3DModel:
-        """A student that starts as a Wan2.1 text-to-video transformer: see `anyflow_train.models.wan.from_wan`."""
-        from anyflow_train.models.wan import from_wan  # which imports this class
-
-        return from_wan(source, gate_value=gate_value, deltatime_type=deltatime_type, torch_dtype=torch_dtype)
 
     def split_sequence(self, group: dist.ProcessGroup | None) -> None:
         """From now on split the tokens of each sample over the processes of `group`; None: no longer.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config import objective as options
-from anyflow_train.config.positions import BranchCounts, derivative_rows
+from anyflow_train.config.positions import BranchCounts, rows_with_second_term
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import central_difference
 from anyflow_train.flow.draw import Draw
@@ -21,12 +21,12 @@ from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.flow.weights import beta08, uniform
 from anyflow_train.objectives.guidance import Noised, Regression, noised, regression
-from anyflow_train.objectives.types import Loss, Roles
+from anyflow_train.objectives.types import Loss, Roles, Setting
 
 
 @dataclass(frozen=True)
 class FlowMapObjective:
-    """Stage 1 on one process's micro-batches.
+    """Stage 1 on one process's micro-batches: `FlowMapObjective.build(FlowMap(), Setting(global_batch=8))`.
 
     Attributes:
         config, times: see `config.objective`; `times.distribution` must be uniform.
@@ -34,10 +34,17 @@ class FlowMapObjective:
         world: number of data-parallel processes.
     """
 
+    Config = options.FlowMap
+
     config: options.FlowMap
     times: options.Times
     counts: BranchCounts
     world: int = 1
+
+    @classmethod
+    def build(cls, config: options.FlowMap, setting: Setting) -> FlowMapObjective:
+        """The objective of a run."""
+        return cls(config, setting.times, setting.counts, setting.world)
 
     def __post_init__(self) -> None:
         if self.times.distribution != "uniform":
@@ -48,7 +55,7 @@ class FlowMapObjective:
         interval = draw_interval(draw, self.counts, shift, self.times.precision)
         sample = noised(batch, draw, interval.t, interval.r, config.text_dropout)
         start = regression(roles, sample, config.guidance, config.guidance_scale, config.velocity)
-        rows = derivative_rows(self.counts, draw.positions, self.world)
+        rows = rows_with_second_term(self.counts, draw.positions, self.world)
         goal = start.velocity if rows == 0 else self._corrected(roles.derivative, sample, start, rows)
         u = roles.student(sample.x, sample.t, sample.r, sample.condition)
         weight = beta08(sample.t, shift) if config.weight == "beta08" else uniform(sample.t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,15 +12,22 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.times import draw_diffusion_time
 from anyflow_train.flow.weights import uniform
 from anyflow_train.objectives.guidance import noised, regression
-from anyflow_train.objectives.types import Branch, Loss, Roles
+from anyflow_train.objectives.types import Branch, Loss, Roles, Setting
 
 
 @dataclass(frozen=True)
 class FlowMatchingObjective:
     """Every sample is diffusion, r = t; of `times`, the branch shares do not matter here."""
 
+    Config = options.FlowMatching
+
     config: options.FlowMatching
-    times: options.Times
+    times: options.Times = field(default_factory=options.Times)
+
+    @classmethod
+    def build(cls, config: options.FlowMatching, setting: Setting) -> FlowMatchingObjective:
+        """The objective of a run."""
+        return cls(config, setting.times)
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         times = self.times

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from anyflow_train.config.positions import Branch
+from anyflow_train.config.objective import Times
+from anyflow_train.config.positions import Branch, BranchCounts, branch_counts
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import FlowMap
 
-__all__ = ["Branch", "Loss", "Objective", "Roles"]
+__all__ = ["Branch", "Loss", "Objective", "Roles", "Setting"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,26 @@ class Loss:
     weight: Tensor
     branch: Tensor | None
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective is built for, in addition to its own config.
+
+    Attributes:
+        global_batch: samples of a step, over all processes.
+        times: how (t, r) are drawn.
+        world: number of data-parallel processes.
+    """
+
+    global_batch: int
+    times: Times = field(default_factory=Times)
+    world: int = 1
+
+    @property
+    def counts(self) -> BranchCounts:
+        """Samples of each branch in a step. ValueError: the batch is too small to hold all of them."""
+        return branch_counts(self.global_batch, self.times.diffusion_share, self.times.consistency_share)
 
 
 class Objective(Protocol):

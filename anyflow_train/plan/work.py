@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from anyflow_train.config.derived import derive
 from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
-from anyflow_train.config.positions import BranchCounts, branch_counts, derivative_rows, local_positions
+from anyflow_train.config.positions import BranchCounts, branch_counts, local_positions, rows_with_second_term
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.forwards import bidirectional_share, trained_on
 from anyflow_train.plan.gpus import Gpu
@@ -60,8 +60,8 @@ def _targets(config: RunConfig, world: int) -> Iterator[Part]:
     teacher = the_teacher(config) if following else None
     if teacher is not None:
         yield Part("teacher's velocity", batch, batch * Cost.whole(config, teacher).forward, main)
-    if objective.guidance != "none":
-        guide = teacher if objective.guidance == "target" else None
+    if objective.holds_guidance:
+        guide = teacher if isinstance(objective, FlowMap) and objective.guidance == "target" else None
         cost = student if guide is None else Cost.whole(config, guide).forward
         yield from _guidance(config, f"guidance, by the {'student' if guide is None else 'teacher'}", cost)
     if not isinstance(objective, FlowMap):
@@ -83,7 +83,7 @@ def _bidirectional(config: RunConfig) -> Iterator[Part]:
         return
     batch, main, cost = config.engine.global_batch, config.engine.precision, Cost.whole(config, the_student(config))
     yield Part("flow matching on whole clips", batch, batch * (cost.forward + cost.backward), main).in_share(share)
-    if config.objective.guidance != "none":
+    if config.objective.holds_guidance:
         yield from (part.in_share(share) for part in _guidance(config, "whole clips, guidance", cost.forward))
     if cost.recomputed:
         again = Part("whole clips, recomputed", batch, batch * cost.recomputed, main, counts=False)
@@ -97,7 +97,7 @@ def _student(config: RunConfig) -> Cost:
 
 def _guidance(config: RunConfig, name: str, cost: float) -> Iterator[Part]:
     """Forwards for the negative prompt: of the samples that have a text, and of one of a micro-batch where none has."""
-    engine, dropped = config.engine, config.objective.text_dropout
+    engine, dropped = config.engine, config.objective.flow_matching().text_dropout
     asked = engine.global_batch * (1 - dropped)
     yield Part(name, asked, asked * cost, engine.precision)
     needless = engine.global_batch * dropped**engine.micro_batch / engine.micro_batch
@@ -108,4 +108,4 @@ def _guidance(config: RunConfig, name: str, cost: float) -> Iterator[Part]:
 def _derivative_samples(counts: BranchCounts, config: RunConfig, shares: int) -> int:
     """For how many samples of the global batch the time derivative is taken."""
     micro_steps = local_positions(counts.global_batch, config.engine.micro_batch, shares, 0)
-    return shares * sum(derivative_rows(counts, positions, shares) for positions in micro_steps)
+    return shares * sum(rows_with_second_term(counts, positions, shares) for positions in micro_steps)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora, Student
-from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.build import Read, assemble, build_network, network_class
 from anyflow_train.models.shared_base import SharedBase
-from anyflow_train.models.source import network_class
-from anyflow_train.models.wan import build_network
-from anyflow_train.training.checkpoints.reading import read_info, resolve_checkpoint, restore_tensors
-from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
 from anyflow_train.training.processes.world import World
-from anyflow_train.training.starts import Start, TrainedWeights, open_source, open_student_start, raise_all
+from anyflow_train.training.weight_source import (
+    TrainedWeights,
+    WeightSource,
+    open_role,
+    open_source,
+    open_student_start,
+    raise_all,
+)
 
-Read = Callable[[str], Tensor]
 # In what networks must agree that are called with the same latents and texts.
 INTERFACE = ("in_channels", "out_channels", "text_dim")
 
@@ -34,7 +36,7 @@ def start_student(config: Student, seed: int, world: World) -> Backbone:
     if config.init is None or zero_stage() < 3:
         return _moved(world.together(lambda: build_student(config, seed)), world)
     start = world.together(lambda: open_student_start(config))
-    return _adapted(_on_device(start.arguments, start.read_trained, world), config, seed, start)
+    return _adapted(_on_device(start.arguments, start.read_trained, world), config.adapter, seed, start)
 
 
 def build_student(config: Student, seed: int) -> Backbone:
@@ -45,18 +47,12 @@ def build_student(config: Student, seed: int) -> Backbone:
     """
     if config.init is not None:
         start = open_student_start(config)
-        return _adapted(_whole(start.arguments, start.read_trained), config, seed, start)
+        return _adapted(assemble(start.arguments, start.read_trained), config.adapter, seed, start)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
     network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
     if isinstance(config.adapter, Lora):
         add_lora(network, config.adapter, seed)
     return network
-
-
-def build_base(config: Student) -> Backbone:
-    """What a student's adapter sits on, on the CPU in float32: `student.init`, or what that run's adapter sits on."""
-    start = open_student_start(config)
-    return _whole(start.arguments, start.read)
 
 
 def start_shared(config: Student, seed: int, world: World) -> SharedBase:
@@ -92,17 +88,17 @@ def share_frozen(shared: SharedBase, role: str, source: str | None, student: Stu
     if student.deltatime_type != "r" and student.gate_value != 0:
         problem = f"{student.deltatime_type!r} gives a base another meaning than {key}'s, also at r = t; set it to r"
         raise UserError("student.deltatime_type", f"{problem}, or give each role a network of its own")
-    base, wanted = open_student_start(student), open_source(key, str(source))
+    base, wanted = open_student_start(student), open_role(key, str(source))
     paths = [[part.path for part in start.parts] for start in (base, wanted)]
     if wanted.source == base.source and paths[0] == paths[1]:
         return None
     last = wanted.parts[-1] if wanted.parts else None
-    if last is None or last.adapter is None or wanted.source != base.source or paths[0] != paths[1][:-1]:
+    if last is None or last.network.adapter is None or wanted.source != base.source or paths[0] != paths[1][:-1]:
         problem = f"{source} is not {base.source}, on which the student's adapter sits, nor an adapter on it"
         raise UserError(key, f"{problem}; give each role a network of its own")
-    if last.config.student.gate_value != student.gate_value and any("time_embedder" in name for name in last.files):
+    if last.network.times["gate_value"] != student.gate_value and any("time_embedder" in name for name in last.tensors):
         raise UserError(key, f"{source} trained its time embedder at another gate; give each role a network of its own")
-    shared.add(role, last.adapter, 0, key)
+    shared.add(role, last.network.adapter, 0, key)
     _hand_on(last, shared.parameters(role))
     shared.freeze(role)
     return role
@@ -131,29 +127,24 @@ def start_fake_score(source: str, student: Architecture, world: World) -> Backbo
     return _start("on_policy.fake_score.init", source, student, world)
 
 
-def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> tuple[Backbone, RunConfig]:
-    """A trained student on the CPU in float32, adapters attached but not merged, and its run's config.
+def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbone:
+    """A trained student on the CPU in float32, adapters attached but not merged.
 
     Args:
         checkpoint: run directory (its best checkpoint, else its latest) or checkpoint folder.
         weights: `ema` or `raw`.
 
     Raises:
-        UserError: there is no checkpoint, or it does not fit its own config.
+        UserError: there is no checkpoint, it is damaged, or what it started from is gone.
     """
-    path = resolve_checkpoint(checkpoint)
-    config = RunConfig.model_validate(read_info(path).config)
-    # A fully trained student is all in the checkpoint: what it started from need not be there any more.
-    whole = isinstance(config.student.adapter, FullTraining)
-    network = build_student(config.student.model_copy(update={"init": None}) if whole else config.student, config.seed)
-    entries = {name: Entry.of(parameter) for name, parameter in trainable_parameters(network).items()}
-    restore_tensors(path, "ema" if weights == "ema" else "weights", entries)
-    return network.eval(), config
+    source = open_source(checkpoint, weights)
+    settings = None if source.adapter is None else source.adapter.network.adapter
+    return _adapted(assemble(source.arguments, source.read_trained), settings, 0, source).eval()
 
 
 def _start(key: str, source: str, student: Architecture, world: World) -> Backbone:
     """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
-    start = world.together(lambda: open_source(key, source))
+    start = world.together(lambda: open_role(key, source))
     if "chunk_partition" in start.arguments:
         raise UserError(key, f"{source} is a causal student; name a network that makes whole clips")
     wanted = student.model_dump()
@@ -170,26 +161,17 @@ def _start(key: str, source: str, student: Architecture, world: World) -> Backbo
 def _on_device(arguments: Mapping[str, Any], read: Read, world: World) -> Backbone:
     """A network whose weights are read one by one; under ZeRO-3 by rank 0, each once, straight into shards."""
     if zero_stage() < 3:
-        return _moved(world.together(lambda: _whole(arguments, read)), world)
+        return _moved(world.together(lambda: assemble(arguments, read)), world)
     return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
 
 
-def _whole(arguments: Mapping[str, Any], read: Read) -> Backbone:
-    """A network on the CPU, in memory of its own: what is read may lie in a file."""
-    with torch.device("meta"):
-        network = network_class(arguments)(**arguments)
-    weights = {name: read(name).clone() for name, _ in network.named_parameters()}
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network
-
-
-def _adapted(network: Backbone, config: Student, seed: int, start: Start) -> Backbone:
-    """With the student's adapters; those that a run handed on have its weights."""
-    if isinstance(config.adapter, Lora):
-        add_lora(network, config.adapter, seed)
-    if start.adapter is not None:
+def _adapted(network: Backbone, adapter: FullTraining | Lora | None, seed: int, source: WeightSource) -> Backbone:
+    """With adapters; if the source has the same ones, with their weights."""
+    if isinstance(adapter, Lora):
+        add_lora(network, adapter, seed)
+    if source.adapter is not None:
         factors = {name: p for name, p in trainable_parameters(network).items() if ".lora_" in name}
-        _hand_on(start.adapter, factors)  # its whole modules were read with the network, where they may be in shards
+        _hand_on(source.adapter, factors)  # its whole modules were read with the network, where they may be in shards
     return network
 
 
@@ -197,9 +179,7 @@ def _adapted(network: Backbone, config: Student, seed: int, start: Start) -> Bac
 def _hand_on(part: TrainedWeights, parameters: Mapping[str, Parameter]) -> None:
     """Put what a run trained into parameters of the same names."""
     for name, parameter in parameters.items():
-        if name not in part.files:
-            raise UserError(str(part.path), f"lacks '{name}', which its own config says it trained")
-        parameter.copy_(part.files[name].get_tensor(name))
+        parameter.copy_(part.tensors[name]())
 
 
 def _moved(network: Backbone, world: World) -> Backbone:

@@ -8,10 +8,9 @@ from typing import Any
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.derived import latent_shape
-from anyflow_train.config.objective import FlowMap as FlowMapConfig
-from anyflow_train.config.objective import FlowMatching, Objective
 from anyflow_train.config.on_policy import DistributionMatching
-from anyflow_train.config.positions import branch_counts, local_positions
+from anyflow_train.config.own import objective_class
+from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
@@ -21,10 +20,9 @@ from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
-from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.flow_matching import FlowMatchingObjective
 from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
-from anyflow_train.objectives.types import Roles
+from anyflow_train.objectives.types import Roles, Setting
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.ema import AveragedFlowMap, Ema
 from anyflow_train.training.engine import build_engine
@@ -76,10 +74,11 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     roles = Roles(live, _derivative_role(config, players.student, engine.network, ema), teacher)
     trainables = {"student": Trainable(players.student.network, engine, config.optimizer, ema)}
     updates = (_student_update(config, world),)
-    if isinstance(config.on_policy, DistributionMatching) and players.fake_score is not None:
-        trainables["fake_score"] = fake = _fake_score(config, config.on_policy, players.fake_score, world)
+    matching = config.on_policy.matching
+    if matching is not None and players.fake_score is not None:
+        trainables["fake_score"] = fake = _fake_score(config, matching, players.fake_score, world)
         roles = replace(roles, fake_score=players.fake_score.flow_map(fake.engine.network, dtype))
-        updates = _on_policy_updates(config, config.on_policy, updates[0])
+        updates = _on_policy_updates(config, matching, updates[0])
     return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
 
 
@@ -109,10 +108,11 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
 
 def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: Ema) -> FlowMap:
     """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
-    if not isinstance(config.objective, FlowMapConfig):
+    derivative = config.objective.derivative
+    if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
-    flow_map = student.flow_map(called, autocast_dtype(config.objective.derivative_precision))
-    return AveragedFlowMap(flow_map, ema) if config.objective.derivative_network == "ema" else flow_map
+    flow_map = student.flow_map(called, autocast_dtype(derivative.precision or config.engine.precision))
+    return AveragedFlowMap(flow_map, ema) if derivative.network == "ema" else flow_map
 
 
 def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: RoleNetwork, world: World) -> Trainable:
@@ -130,11 +130,11 @@ def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, stude
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
     beside = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
-    terms = (Term("distribution_matching", matching, on_policy.weight, "none", 0), *beside)
+    terms = (Term(name="distribution_matching", objective=matching, weight=on_policy.weight), *beside)
     score = FakeScoreObjective(rollouts, on_policy.fake_score.times, endpoints)
     return (
         Update("student", terms, every=on_policy.fake_score.updates),
-        Update("fake_score", (Term("flow_matching", score, 1.0, "none", 0),)),
+        Update("fake_score", (Term(name="flow_matching", objective=score),)),
     )
 
 
@@ -147,25 +147,19 @@ def _student_update(config: RunConfig, world: World) -> Update:
     main = replace(main, objective=ChunksGiven(main.objective, chunks, context.long_share))
     if context.bidirectional_probability == 0:
         return Update("student", (main,))
-    whole = WholeClip(FlowMatchingObjective(_at_one_time(config.objective), config.times))
-    return Update("student", (main, Term("bidirectional", whole, 1.0, "none", 0, context.bidirectional_probability)))
-
-
-def _at_one_time(objective: Objective) -> FlowMatching:
-    """Flow matching with the text dropout and guidance of any objective."""
-    if isinstance(objective, FlowMatching):
-        return objective
-    guidance = "none" if objective.guidance == "none" else "prediction"
-    scale, dropout = objective.guidance_scale, objective.text_dropout
-    return FlowMatching(kind="flow_matching", guidance=guidance, guidance_scale=scale, text_dropout=dropout)
+    whole = WholeClip(FlowMatchingObjective(config.objective.flow_matching(), config.times))
+    share = context.bidirectional_probability
+    return Update("student", (main, Term(name="bidirectional", objective=whole, probability=share)))
 
 
 def _main_term(config: RunConfig, world: World) -> Term:
-    """The run's objective."""
-    objective, times = config.objective, config.times
-    if not isinstance(objective, FlowMapConfig):
-        return Term("flow_matching", FlowMatchingObjective(objective, times), 1.0, "none", config.engine.global_batch)
-    counts = branch_counts(config.engine.global_batch, times.diffusion_share, times.consistency_share)
-    student = FlowMapObjective(objective, times, counts, world.data_size)
-    balance = objective.rebalance, counts.diffusion
-    return Term("flow_map", student, 1.0, *balance, smallest_mean=objective.rebalance_floor)
+    """The run's objective, of whatever kind."""
+    objective, size = config.objective, config.engine.global_batch
+    counts, balance = objective.branch_counts(config.times, size), objective.rebalancing
+    return Term(
+        name=objective.kind.rpartition(":")[2],
+        objective=objective_class(objective).build(objective, Setting(size, config.times, world.data_size)),
+        rebalance=balance.mode,
+        diffusion=0 if counts is None else counts.diffusion,
+        smallest_mean=balance.floor,
+    )

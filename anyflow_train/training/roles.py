@@ -10,7 +10,6 @@ import torch
 from torch.nn import Parameter
 
 from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
-from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
@@ -61,7 +60,7 @@ def build_roles(config: RunConfig, world: World) -> RoleNetworks:
     Raises:
         UserError: one cannot be loaded, is not what the config says, or cannot share the base.
     """
-    settings, shape = config.on_policy, config.student.architecture
+    settings, shape = config.on_policy.matching, config.student.architecture
     if shares_base(config):
         return _on_one_base(config, world)
     student = _own(start_student(config.student, config.seed, world), config, world)
@@ -71,7 +70,7 @@ def build_roles(config: RunConfig, world: World) -> RoleNetworks:
     if config.engine.fp8 == "frozen":
         store_in_fp8(frozen)
     fake_score = None
-    if isinstance(settings, DistributionMatching):
+    if settings is not None:
         fake_score = _own(start_fake_score(settings.fake_score.init, shape, world), config, world)
     return RoleNetworks(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 

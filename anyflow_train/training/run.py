@@ -30,9 +30,9 @@ from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.room import check_room
 from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
-from anyflow_train.training.starts import resolve_init_checkpoint
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
+from anyflow_train.training.weight_source import resolve_init_checkpoint
 
 BuildValidator = Callable[[RunConfig, World], Validator]
 

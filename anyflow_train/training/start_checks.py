@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from anyflow_train.config.run import Engine, Optimizer, RunConfig
+from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_info, resolve_checkpoint
+from anyflow_train.training.checkpoints.network_file import NetworkFile
+from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
 from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.engine.adamw_8bit import library
-from anyflow_train.training.starts import TIMES, is_run, mismatches, raise_all
+from anyflow_train.training.weight_source import is_run, mismatches, raise_all
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.
@@ -79,19 +80,20 @@ def check_start(config: RunConfig) -> None:
 
 def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     try:
-        before = RunConfig.model_validate(read_info(checkpoint).config)
+        before = read_network(checkpoint)
     except DamagedCheckpoint as damage:
         return [UserError("student.init", f"is damaged: {damage}")]
-    ours, theirs = config.student, before.student
-    pairs: list[tuple[str, Any, Any]] = [
-        (f"student.{name}", getattr(ours, name), getattr(theirs, name)) for name in TIMES
-    ]
-    shape, shape_before = ours.architecture.model_dump(), theirs.architecture.model_dump()
+    except UserError as error:
+        return [UserError("student.init", str(error))]
+    ours = NetworkFile.of_student(config.student)
+    pairs = [(f"student.{name}", value, before.times[name]) for name, value in ours.times.items()]
     # Whether it is causal, and how, is compared where it is opened: another network can become it.
-    pairs += [(f"student.architecture.{name}", shape[name], shape_before[name]) for name in shape if name != "causal"]
-    pairs.append(("times.shift", config.times.shift, before.times.shift))
+    shape = config.student.architecture.model_dump(exclude={"causal"})
+    pairs += [(f"student.architecture.{name}", value, before.arguments.get(name)) for name, value in shape.items()]
+    pairs.append(("times.shift", config.times.shift, before.sampling.shift))
     errors = mismatches(pairs, checkpoint)
-    vae, vae_before = _vae(config), _vae(before)
+    vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
+    vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
         problem = (
             f"has another VAE ({vae}) than {checkpoint} was trained with ({vae_before}); its latents mean nothing here"
@@ -114,13 +116,12 @@ def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
     return errors
 
 
-def _vae(config: RunConfig) -> str | None:
+def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
     """The fingerprint of a run's VAE, of its files or else of its shards; None where both are out of reach."""
-    found = known_fingerprint(config.teacher.codec_source, "vae")
-    if found is None:
+    found = known_fingerprint(codec, "vae")
+    if found is None and shards is not None:
         with suppress(UserError):
-            data = config.data
-            found = ShardSet.open(data.shards, data.cache, data.cache_gib).manifest.codec.vae
+            found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.vae
     return None if found is None or found.startswith(NAMED) else found
 
 

@@ -19,7 +19,7 @@ from anyflow_train.training.engine import Engine
 from anyflow_train.training.processes.world import World
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Term:
     """One loss of an update.
 
@@ -35,9 +35,9 @@ class Term:
 
     name: str
     objective: Objective
-    weight: float
-    rebalance: Rebalance
-    diffusion: int
+    weight: float = 1.0
+    rebalance: Rebalance = "none"
+    diffusion: int = 0
     probability: float = 1.0
     smallest_mean: float = 0.0
 
@@ -106,7 +106,7 @@ class DiffusionMean:
 
     def after(self, loss: Loss, positions: tuple[int, ...]) -> Tensor:
         """The mean, () float32, as of this micro-batch. Before it is complete, no sample needs it."""
-        if loss.branch is None:  # and so no sample to scale
+        if loss.branch is None or self._term.rebalance == "none":  # no sample is scaled
             return self._sum
         if self._mean is not None:
             return self._mean

@@ -16,7 +16,7 @@ from anyflow_train.config.network import Architecture, FullTraining, Lora
 from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import add_lora, trainable_parameters
-from anyflow_train.models.source import network_class
+from anyflow_train.models.build import network_class
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.commands.runs import SHORT
 from tests.training.helpers import write_latents

@@ -12,9 +12,9 @@ from anyflow_train.config.positions import (
     Branch,
     BranchCounts,
     branch_counts,
-    derivative_rows,
     even_accumulation,
     local_positions,
+    rows_with_second_term,
 )
 
 LAYOUTS = list(itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3, 4), (1, 2, 3, 4)))
@@ -55,7 +55,7 @@ def check_branches(world: int, accumulation: int, micro_batch: int, diffusion: f
     branches = [counts.branch(position) for steps in held for positions in steps for position in positions]
     assert [branches.count(b) for b in Branch] == [counts.diffusion, counts.consistency, counts.free]
     for step in range(accumulation):
-        rows = {derivative_rows(counts, steps[step], world) for steps in held}
+        rows = {rows_with_second_term(counts, steps[step], world) for steps in held}
         assert len(rows) == 1
         (last,) = rows
         for steps in held:
@@ -92,7 +92,7 @@ def test_layouts_that_do_not_divide_are_refused() -> None:
         with pytest.raises(ValueError, match=r"does not divide|is not one of"):
             local_positions(*arguments)
     with pytest.raises(ValueError, match="not one process's share"):
-        derivative_rows(BranchCounts(4, 2, 2), (0, 1), 2)
+        rows_with_second_term(BranchCounts(4, 2, 2), (0, 1), 2)
     with pytest.raises(ValueError, match="outside of a global batch"):
         BranchCounts(4, 2, 2).branch(8)
 
@@ -103,7 +103,7 @@ def test_accumulation_that_wastes_nothing_is_found() -> None:
     assert even_accumulation(micro_batch=1, world=64, diffusion_share=0.001) == 1  # no diffusion at all
     assert even_accumulation(micro_batch=1, world=64, diffusion_share=0.013) is None
     # Micro-batch 1 without accumulation: half of the processes hold diffusion only, and run the derivative anyway.
-    assert {derivative_rows(branch_counts(8, 0.5, 0.25), (position,), 8) for position in range(8)} == {1}
+    assert {rows_with_second_term(branch_counts(8, 0.5, 0.25), (position,), 8) for position in range(8)} == {1}
 
 
 def test_slots_need_no_torch() -> None:

@@ -23,7 +23,7 @@ def export(trained: Path, out: Path, **options) -> Path:
 
 def velocity(network, trained: Path, weights: str = "ema") -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of an exported network and of the trainer's model."""
-    model = load_trained_network(trained, weights)[0]
+    model = load_trained_network(trained, weights)
     probe = verify.Probe.of(model.config)
     return verify.flow_map_outputs(network, probe), verify.flow_map_outputs(model, probe)
 
@@ -117,7 +117,7 @@ def test_a_teacher_becomes_a_wan_pipeline(tmp_path: Path):
     trained = make_run(tmp_path, FULL, gate=0.0)
     out = export(trained, tmp_path / "out", format="wan_pipeline", precision="fp16")
     pipeline = diffusers.WanPipeline.from_pretrained(out, dtype=torch.float32)
-    model = load_trained_network(trained)[0]
+    model = load_trained_network(trained)
     probe = verify.Probe.of(model.config)
     found, expected = verify.wan_outputs(pipeline.transformer, probe), verify.velocity_outputs(model, probe)
     verify.check_outputs("the teacher", found, expected, 1e-2)

@@ -82,7 +82,7 @@ def test_several_nodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "variables", "message"),
     [
-        ((), {}, "which engine"),
+        ((), {}, "which strategy"),
         (("zero9",), {}, "'zero9' is not one of: ddp single zero1 zero2 zero3 zero3_offload"),
         (("single",), {"NPROC": "2"}, "'single' is one process, not 2"),
         (("ddp",), {"NPROC": "two"}, "NPROC is 'two'"),

@@ -8,11 +8,18 @@ from torch.nn import functional as F
 from anyflow_train.config.network import Lora
 from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, merge_lora, trainable_parameters
+from anyflow_train.models.build import assemble, build_network
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
-from anyflow_train.models.source import describe_source
-from anyflow_train.models.stored import open_network
-from anyflow_train.models.wan import build_network, load_network, student_of
+from anyflow_train.models.pretrained import open_pretrained
 from tests.models.networks import FAR, SMALL, clean_inputs, far_inputs, small, small_far, small_wan, stock_far_twin
+
+
+def load(source, gate_value=None, causal=None):
+    """The whole network of a source."""
+    times = None if gate_value is None else {"gate_value": gate_value, "deltatime_type": "r"}
+    weights = open_pretrained(source, times, causal)
+    return assemble(weights.arguments, weights.read)
+
 
 CAUSAL = {**FAR, "compressed_patch_size": (1, 4, 4)}
 
@@ -37,7 +44,7 @@ def assert_far_patch_is_the_other_resized(network):
 
 
 def test_a_causal_student_of_wan_has_its_weights_and_a_resized_patch(wan_folder):
-    network = AnyFlowFARTransformer3DModel.from_wan(wan_folder, gate_value=0.5, **CAUSAL)
+    network = load(wan_folder, 0.5, CAUSAL)
     assert isinstance(network, AnyFlowFARTransformer3DModel)
     assert {name: network.config[name] for name in (*CAUSAL, "gate_value")} == {**CAUSAL, "gate_value": 0.5}
     teacher = small_wan().state_dict()
@@ -48,7 +55,7 @@ def test_a_causal_student_of_wan_has_its_weights_and_a_resized_patch(wan_folder)
 
 
 def test_one_chunk_at_equal_times_is_the_teacher(wan_folder):
-    student = AnyFlowFARTransformer3DModel.from_wan(wan_folder, gate_value=0.7, **CAUSAL)
+    student = load(wan_folder, 0.7, CAUSAL)
     given = far_inputs((3,), 3)
     t = torch.tensor([1000.0, 371.25])
     with torch.no_grad():
@@ -59,9 +66,9 @@ def test_one_chunk_at_equal_times_is_the_teacher(wan_folder):
 
 
 @torch.no_grad()
-def test_it_starts_as_diffusers_own_start():
+def test_it_starts_as_diffusers_own_start(wan_folder):
     """diffusers resizes in its constructor, of random weights; so it is given ours first."""
-    network = student_of(small_wan(), causal=CAUSAL)
+    network = load(wan_folder, causal=CAUSAL)
     stock = stock_far_twin(network)
     given = far_inputs((1, 2, 1), 3) | clean_inputs(3)
     torch.testing.assert_close(stock(**given).sample, network(**given).sample, rtol=1e-5, atol=1e-5)
@@ -70,7 +77,7 @@ def test_it_starts_as_diffusers_own_start():
 
 
 def test_settings_that_are_left_out_are_the_published_ones(wan_folder):
-    config = load_network(wan_folder, causal={}).config
+    config = load(wan_folder, causal={}).config
     assert (config["full_chunk_limit"], tuple(config["compressed_patch_size"])) == (3, (1, 4, 4))
     assert config["chunk_partition"] == (1, 3, 3, 3, 3, 3, 3, 2)
 
@@ -78,7 +85,7 @@ def test_settings_that_are_left_out_are_the_published_ones(wan_folder):
 def test_a_bidirectional_student_becomes_causal(tmp_path):
     before = small(gate_value=0.5)
     before.save_pretrained(tmp_path)
-    network = load_network(tmp_path, causal=CAUSAL)
+    network = load(tmp_path, causal=CAUSAL)
     assert network.config["gate_value"] == 0.5
     assert_far_patch_is_the_other_resized(network)
     given = far_inputs((3,), 3)
@@ -86,7 +93,7 @@ def test_a_bidirectional_student_becomes_causal(tmp_path):
     given.pop("chunk_partition")
     torch.testing.assert_close(found, before(**given).sample, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match=r"gate_value = 0\.5"):
-        load_network(tmp_path, 0.25, causal=CAUSAL)
+        load(tmp_path, 0.25, causal=CAUSAL)
 
 
 @pytest.mark.parametrize("place", ["", "transformer"])
@@ -96,14 +103,13 @@ def test_a_causal_checkpoint_of_diffusers_stays_itself(tmp_path, place):
         network.far_patch_embedding.weight.mul_(2)  # trained since
     stock_far_twin(network).save_pretrained(tmp_path / place)
     for causal in ({}, CAUSAL, {**CAUSAL, "chunk_partition": [1, 2, 1]}):
-        loaded = load_network(tmp_path, causal=causal)
+        loaded = load(tmp_path, causal=causal)
         assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), network.parameters(), strict=True))
     with pytest.raises(UserError, match="full_chunk_limit = 2"):
-        load_network(tmp_path, causal={"full_chunk_limit": 3})
+        load(tmp_path, causal={"full_chunk_limit": 3})
     # Of the clips, not of the weights: those may be others.
-    assert load_network(tmp_path, causal={"chunk_partition": (1, 3)}).config["chunk_partition"] == (1, 3)
-    with pytest.raises(UserError, match=r"is a causal network.*all frames together"):
-        load_network(tmp_path)
+    assert load(tmp_path, causal={"chunk_partition": (1, 3)}).config["chunk_partition"] == (1, 3)
+    assert load(tmp_path).config["chunk_partition"] == (1, 2, 1)
 
 
 def test_another_network_is_refused(tmp_path):
@@ -111,18 +117,7 @@ def test_another_network_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace("AnyFlowFARTransformer3DModel", "FluxTransformer2DModel"))
     with pytest.raises(UserError, match="holds a FluxTransformer2DModel"):
-        load_network(tmp_path, causal=CAUSAL)
-
-
-@pytest.mark.parametrize("start", ["wan", "bidirectional", "causal"])
-def test_weight_by_weight_is_the_whole(tmp_path, start):
-    """What is read without ever holding the network is what `load_network` makes."""
-    network = {"wan": small_wan, "bidirectional": small, "causal": small_far}[start]()
-    network.save_pretrained(tmp_path)
-    stored, whole = open_network(tmp_path, causal=CAUSAL), load_network(tmp_path, causal=CAUSAL)
-    assert stored.arguments == describe_source(tmp_path, None, None, CAUSAL)[1]
-    for name, weight in whole.named_parameters():
-        assert torch.equal(stored.read(name), weight), name
+        load(tmp_path, causal=CAUSAL)
 
 
 def test_random_networks_are_those_without_chunks_and_a_resized_patch():

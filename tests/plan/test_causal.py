@@ -19,9 +19,9 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import CachedContext, Condition, TeacherForced
 from anyflow_train.models.adapters import add_lora
+from anyflow_train.models.build import build_network
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.wan import build_network
 from anyflow_train.plan.products import forward_products
 from anyflow_train.plan.work import step_parts
 from tests.plan.steps import counted

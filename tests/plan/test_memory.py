@@ -10,7 +10,7 @@ import torch
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.draw import Draw
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 from anyflow_train.plan.fit import nearest_fit
 from anyflow_train.plan.memory import CONTEXT, FRAGMENTATION, plan_memory
 from anyflow_train.plan.networks import the_student

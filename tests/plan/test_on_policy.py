@@ -15,7 +15,7 @@ from anyflow_train.config.parameters import count_parameters
 from anyflow_train.config.rollouts import rollout_calls
 from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.draw import Draw
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.plan.networks import run_networks, stored_architecture
 from anyflow_train.plan.parts import Part

@@ -17,7 +17,7 @@ from torch import Tensor
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints import writing as checkpoint_writer
 from anyflow_train.training.checkpoints.reading import checkpoint_name, list_checkpoints, read_info

@@ -9,7 +9,7 @@ import torch
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import trainable_parameters
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.writing import save_checkpoint
 from anyflow_train.training.networks import build_student

@@ -13,7 +13,7 @@ from torch import nn
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import Optimizer
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.processes.world import ALONE

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.evaluation.load import load_student, load_teacher
 from anyflow_train.evaluation.metrics import energy_distance
+from anyflow_train.export.weights import to_wan
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import sample
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.wan import load_network, to_wan
 from anyflow_train.training import run as training
 from anyflow_train.training.networks import load_trained_network
 from tests.training import waves
@@ -64,7 +65,7 @@ def optimizer(rate: float, decay: float, **changes: Any) -> dict[str, Any]:
 
 def trained(config: dict[str, Any]) -> Path:
     assert training.run(RunConfig.model_validate(config)) == 0
-    network, _ = load_trained_network(Path(config["out"]) / config["name"])
+    network = load_trained_network(Path(config["out"]) / config["name"])
     folder = Path(config["out"]) / f"{config['name']}-network"
     (to_wan(network) if config["student"].get("gate_value") == 0 else network).save_pretrained(folder)
     return folder
@@ -109,7 +110,7 @@ def clips(stages: dict[str, Path]) -> dict[str, dict[int, torch.Tensor]]:
     z = Draw(3, 0, tuple(range(SAMPLES)), torch.device("cpu")).normal("noise", waves.SHAPE)
     found = {}
     for name, folder in stages.items():
-        network = load_network(folder, 0.0, "r") if name == "teacher" else load_network(folder)
+        network = (load_teacher if name == "teacher" else load_student)(folder).network
         flow_map = NetworkFlowMap(network.eval().requires_grad_(False), None)
         found[name] = {calls: sample(flow_map, z, condition, calls, 5.0) for calls in (1, 2, 4, 8, 16, 32)}
     return found

@@ -12,8 +12,8 @@ from torch import Tensor
 from anyflow_train.config.run import Engine, RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.models.build import build_network
 from anyflow_train.models.fp8 import Fp8Linear, StoredFp8Linear
-from anyflow_train.models.wan import build_network
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_bit_exactly_and_hands_on_a_plain_network(fol
     run = train(whole)
     train(parts | {"steps": 3})
     assert_equal_runs(train(parts), run)
-    network, _ = load_trained_network(run)
+    network = load_trained_network(run)
     assert not any(isinstance(module, Fp8Linear) for module in network.modules())
     start = {name: torch.count_nonzero(p) for name, p in network.named_parameters() if "lora_B" in name}
     assert min(start.values()) > 0  # every adapter has learned something

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from anyflow_train.config.network import Student
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.adapters import merge_lora, trainable_parameters
+from anyflow_train.models.build import assemble
 from anyflow_train.training import run as training
+from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import Best
 from anyflow_train.training.networks import (
-    build_base,
     build_student,
     load_trained_network,
     share_frozen,
@@ -27,7 +28,7 @@ from anyflow_train.training.networks import (
 )
 from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.start_checks import check_start
-from anyflow_train.training.starts import base_of, resolve_init_checkpoint
+from anyflow_train.training.weight_source import base_of, open_student_start, resolve_init_checkpoint
 from tests.training.helpers import write_latents
 from tests.training.started import config, network, trained
 
@@ -40,9 +41,19 @@ def student(folder: Path, init: Path | str, adapter: dict[str, Any]) -> Student:
     return config(folder, "new", init, adapter).student
 
 
+def asked_for(*arguments: Any) -> NetworkFile:
+    return NetworkFile.of_student(student(*arguments))
+
+
 def whole(run: Path) -> dict[str, Tensor]:
     """A run's merged weights."""
-    return merge_lora(load_trained_network(run)[0]).state_dict()
+    return merge_lora(load_trained_network(run)).state_dict()
+
+
+def build_base(settings: Student) -> nn.Module:
+    """What a student's adapter sits on."""
+    source = open_student_start(settings)
+    return assemble(source.arguments, source.read)
 
 
 def assert_equal(one: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -64,11 +75,11 @@ def test_the_same_adapter_goes_on_being_trained_on_the_same_base(tmp_path: Path)
     again = trained(tmp_path, "second", run, LORA)
     for source in (run, again):
         ours = trainable_parameters(build_student(student(tmp_path, source, {**LORA, "targets": LORA_TARGETS}), 9))
-        theirs = trainable_parameters(load_trained_network(source)[0])
+        theirs = trainable_parameters(load_trained_network(source))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         base = build_base(student(tmp_path, source, LORA))
-        assert base_of(student(tmp_path, source, LORA)) == str(network(tmp_path))
+        assert base_of(asked_for(tmp_path, source, LORA)) == str(network(tmp_path))
         assert_equal(base, build_base(student(tmp_path, network(tmp_path), LORA)).state_dict())
 
 
@@ -86,8 +97,8 @@ def test_a_chain_of_runs(tmp_path: Path) -> None:
         if name != "full":
             below = before if name != "again" else chain[-3]
             assert_equal(build_base(student(tmp_path, before, adapter)), whole(below))
-            assert Path(str(base_of(student(tmp_path, before, adapter)))).is_relative_to(below)
-    raw = merge_lora(load_trained_network(chain[-1], "raw")[0])
+            assert Path(str(base_of(asked_for(tmp_path, before, adapter)))).is_relative_to(below)
+    raw = merge_lora(load_trained_network(chain[-1], "raw"))
     assert_equal(raw, whole(chain[2]))  # the adapter's raw weights are zero
 
 
@@ -146,7 +157,7 @@ def test_a_missing_base_and_a_circle_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^student\.init: .*is a start of itself: .* <- "):
         build_student(student(tmp_path, run, LORA), 0)
     shutil.rmtree(run)
-    with pytest.raises(UserError, match=r"^student\.init"):
+    with pytest.raises(UserError, match=r"^.*/second/.*: was trained on .*/first, which is missing"):
         load_trained_network(second)
 
 
@@ -182,7 +193,7 @@ def test_a_run_trains_on_from_another_and_is_resumed(tmp_path: Path) -> None:
     info = read_info(checkpoint)
     assert info.state.step == 2
     assert info.config["student"]["init"] == str(first / "checkpoints" / "step_00000001")
-    ours, theirs = load_trained_network(checkpoint)[0], load_trained_network(first / "checkpoints" / "step_00000001")[0]
+    ours, theirs = load_trained_network(checkpoint), load_trained_network(first / "checkpoints" / "step_00000001")
     for name, parameter in trainable_parameters(theirs).items():
         # two steps of at most lr = 1e-2 (warming up) from where the adapter was
         assert (trainable_parameters(ours)[name] - parameter).abs().max() < 0.02
@@ -192,7 +203,7 @@ def test_the_student_shares_its_base(tmp_path: Path) -> None:
     run = trained(tmp_path, "first", network(tmp_path), LORA)
     settings = student(tmp_path, run, LORA)
     shared = start_shared(settings, 0, ALONE)
-    theirs = trainable_parameters(load_trained_network(run)[0])
+    theirs = trainable_parameters(load_trained_network(run))
     ours = shared.parameters("student")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -70,7 +70,9 @@ def trainable_of(toy: Toy) -> Trainable:
 def flow_map_update(rebalance: str) -> Update:
     config = FlowMap.model_validate({"kind": "flow_map", "rebalance": rebalance})
     objective = FlowMapObjective(config, Times(), COUNTS)
-    return Update("student", (Term("flow_map", objective, 1.0, config.rebalance, COUNTS.diffusion),))
+    return Update(
+        "student", (Term(name="flow_map", objective=objective, rebalance=config.rebalance, diffusion=COUNTS.diffusion),)
+    )
 
 
 def updated(rebalance: str, micro_batch: int) -> tuple[dict[str, float], Tensor]:
@@ -143,7 +145,8 @@ class OneOf(World):
 def test_the_diffusion_mean_is_reduced_once_by_all_processes_in_the_same_micro_step() -> None:
     """Two processes, 3 diffusion slots, micro-batches of 1: the second micro-step, slots 2 and 3, is the boundary."""
     world = OneOf(CPU.device, rank=1, size=2)
-    term = Term("flow_map", flow_map_update("none").terms[0].objective, 1.0, "weighted", 3)
+    objective = flow_map_update("none").terms[0].objective
+    term = Term(name="flow_map", objective=objective, rebalance="weighted", diffusion=3)
     mean = DiffusionMean(term, world)
 
     def loss(value: float, branch: Branch) -> Loss:
@@ -157,4 +160,4 @@ def test_the_diffusion_mean_is_reduced_once_by_all_processes_in_the_same_micro_s
 def test_rebalancing_without_diffusion_samples_is_refused() -> None:
     objective = flow_map_update("none").terms[0].objective
     with pytest.raises(ValueError, match="there are none"):
-        Term("flow_map", objective, 1.0, "weighted", 0)
+        Term(name="flow_map", objective=objective, rebalance="weighted")

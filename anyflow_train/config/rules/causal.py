@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import Causal
-from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.run import RunConfig
 
 CAUSAL = "student.architecture.causal"
@@ -55,7 +54,7 @@ def _patches(causal: Causal, patch: int, height: int, width: int) -> Iterator[Fi
 def context(config: RunConfig) -> Iterator[Finding]:
     """What the options mean for this student, and what cannot go with them."""
     causal, given = config.student.architecture.causal, config.context
-    follows = isinstance(config.objective, FlowMap) and config.objective.velocity == "teacher"
+    follows = config.objective.follows_teacher
     if causal is None:
         if given.i2v_probability and config.data.frames == 1:
             yield Finding(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.objective import FlowMap, FlowMatching
 from anyflow_train.config.positions import branch_counts
 from anyflow_train.config.run import RunConfig
 
@@ -22,8 +21,7 @@ def shares(config: RunConfig) -> Iterator[Finding]:
             f"at most 1 is possible, so at most {max(0.0, 1 - times.diffusion_share):g} is left here",
         )
         return
-    if isinstance(config.objective, FlowMatching):
-        yield from _flow_matching_shares(config)
+    if not config.objective.branches:
         return
     if times.diffusion_share >= 1:
         yield Finding(
@@ -34,13 +32,14 @@ def shares(config: RunConfig) -> Iterator[Finding]:
     yield from _branch_sizes(config)
 
 
-def _flow_matching_shares(config: RunConfig) -> Iterator[Finding]:
-    times = config.times
-    if times.diffusion_share != 1 or times.consistency_share != 0:
+def unused_shares(config: RunConfig) -> Iterator[Finding]:
+    """Shares beside an objective that splits no batch: a warning."""
+    times, kind = config.times, config.objective.kind
+    if not config.objective.branches and (times.diffusion_share, times.consistency_share) != (1, 0):
         yield Finding(
             ("times.diffusion_share", "times.consistency_share"),
-            f"{times.diffusion_share} with objective.kind=flow_matching, where every sample has r = t; "
-            "choose times=flow_matching, or set times.diffusion_share=1 times.consistency_share=0",
+            f"{times.diffusion_share} and times.consistency_share={times.consistency_share} are not used: "
+            f"objective.kind={kind} does not split its samples; choose times=flow_matching, which says so",
         )
 
 
@@ -54,10 +53,11 @@ def _branch_sizes(config: RunConfig) -> Iterator[Finding]:
         advice = f"; {fitting} is the next size that holds all of them" if fitting else ""
         yield Finding(keys, f"{error}{advice}")
         return
-    if isinstance(config.objective, FlowMap) and config.objective.rebalance != "none" and counts.diffusion == 0:
+    rebalance = config.objective.rebalancing.mode
+    if rebalance != "none" and counts.diffusion == 0:
         yield Finding(
             ("objective.rebalance", "times.diffusion_share"),
-            f"{config.objective.rebalance!r} scales losses to the diffusion branch, and times.diffusion_share="
+            f"{rebalance!r} scales losses to the diffusion branch, and times.diffusion_share="
             f"{times.diffusion_share} leaves that empty; raise it, or set objective.rebalance=none",
         )
 
@@ -70,48 +70,34 @@ def _holds_branches(config: RunConfig, size: int) -> bool:
     return True
 
 
-def guidance(config: RunConfig) -> Iterator[Finding]:
-    """A guidance scale and a way to use it come together."""
-    objective = config.objective
-    scale = objective.guidance_scale
-    if objective.guidance == "none" and scale != 1:
-        ways = "prediction or target" if isinstance(objective, FlowMap) else "prediction"
-        yield Finding(
-            ("objective.guidance", "objective.guidance_scale"),
-            f"none makes objective.guidance_scale={scale:g} useless; set objective.guidance to {ways}, "
-            "or the scale to 1",
-        )
-    if objective.guidance != "none" and scale <= 1:
-        yield Finding(
-            ("objective.guidance_scale", "objective.guidance"),
-            f"{scale:g} is no guidance (scale w = 1 + k), but objective.guidance={objective.guidance}; "
-            "set a scale above 1 (the paper: 3), or objective.guidance=none",
-        )
+def own(config: RunConfig) -> Iterator[Finding]:
+    """What the objective itself says about its keys."""
+    yield from config.objective.findings()
 
 
 def velocity(config: RunConfig) -> Iterator[Finding]:
-    """The teacher's velocity needs a teacher."""
-    objective = config.objective
-    if isinstance(objective, FlowMap) and objective.velocity == "teacher" and config.teacher.source is None:
+    """An objective that follows a teacher needs one."""
+    if config.objective.follows_teacher and config.teacher.source is None:
         yield Finding(
             ("teacher.source", "objective.velocity"),
-            "null, but objective.velocity=teacher asks for the teacher's velocity; give a pipeline folder or hub id, "
-            "or set objective.velocity=data",
+            f"null, but objective.kind={config.objective.kind} calls the teacher here; give a pipeline folder or hub "
+            "id (flow_map calls none with objective.velocity=data)",
         )
 
 
-def times_of_flow_map(config: RunConfig) -> Iterator[Finding]:
-    """What a flow map needs of its times and its network."""
-    if not isinstance(config.objective, FlowMap):
-        return
-    if config.times.distribution == "logit_normal":
+def times(config: RunConfig) -> Iterator[Finding]:
+    """Times that the objective can use, and a network that sees them."""
+    objective, distribution = config.objective, config.times.distribution
+    if distribution not in objective.distributions:
+        drawn = "logit_normal draws t alone, and" if distribution == "logit_normal" else f"{distribution}, but"
         yield Finding(
             ("times.distribution", "objective.kind"),
-            "logit_normal draws t alone, and objective.kind=flow_map needs (t, r); set times.distribution=uniform",
+            f"{drawn} objective.kind={objective.kind} needs (t, r); set times.distribution="
+            f"{' or '.join(objective.distributions)}",
         )
-    if config.student.gate_value == 0:
+    if objective.any_step and config.student.gate_value == 0:
         yield Finding(
             ("student.gate_value", "objective.kind"),
-            "0 hides the target time r from the network, so it cannot learn a flow map; set it above 0 "
-            "(the paper: 0.25)",
+            f"0 hides the target time r from the network, so it cannot learn objective.kind={objective.kind}; set it "
+            "above 0 (the paper: 0.25)",
         )

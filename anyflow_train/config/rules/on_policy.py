@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import Lora
-from anyflow_train.config.objective import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 
@@ -15,10 +14,10 @@ KIND = "on_policy.kind"
 
 def on_policy(config: RunConfig) -> Iterator[Finding]:
     """A flow map to roll out, a teacher to judge it, and times that hold something."""
-    settings = config.on_policy
-    if not isinstance(settings, DistributionMatching):
+    settings = config.on_policy.matching
+    if settings is None:
         return
-    if not isinstance(config.objective, FlowMap):
+    if not config.objective.any_step:
         yield Finding(
             ("objective.kind", KIND),
             f"{config.objective.kind!r} trains no flow map, and on_policy.kind={settings.kind} rolls one out; "
@@ -65,8 +64,8 @@ def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Fin
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
     """What is probably not meant: a student that stage 1 has not seen, a run that ends between two of its turns."""
-    settings = config.on_policy
-    if not isinstance(settings, DistributionMatching):
+    settings = config.on_policy.matching
+    if settings is None:
         return
     if config.student.init in (None, config.teacher.source):
         yield Finding(

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from anyflow_train.config.derived import needs_teacher
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import Lora
-from anyflow_train.config.objective import FlowMap
-from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.run import RunConfig
 
 KEY = "engine.fp8"
@@ -33,10 +31,10 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
             f"frozen takes the place of bfloat16, but engine.precision={config.engine.precision}; set that to bf16, or "
             f"{KEY} to none",
         )
-    objective = config.objective
-    if adapted and isinstance(objective, FlowMap) and objective.derivative_precision == "bf16":
+    derivative = config.objective.derivative
+    if adapted and derivative is not None and derivative.precision == "bf16":
         yield Finding(
-            ("objective.derivative_precision", KEY),
+            (derivative.precision_key or "objective.kind", KEY),
             f"bf16 with {KEY}=frozen would take the time derivative in 8 bits, a third of which is then noise; set it "
             "to fp16 or fp32",
         )
@@ -45,7 +43,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
     """Distribution matching lives on the difference of two scores, most of which 8 bits round away."""
-    if config.engine.fp8 == "frozen" and isinstance(config.on_policy, DistributionMatching):
+    if config.engine.fp8 == "frozen" and config.on_policy.matching is not None:
         yield Finding(
             (KEY, "on_policy.kind"),
             "frozen puts an error of 24 to 47 % on the direction between teacher and fake score (bfloat16: 6 to 10 %, "

@@ -13,9 +13,9 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.network_shape(config),
         *geometry.student_start(config),
         *geometry.adapter_targets(config),
-        *objective.guidance(config),
+        *objective.own(config),
         *objective.velocity(config),
-        *objective.times_of_flow_map(config),
+        *objective.times(config),
         *objective.shares(config),
         *on_policy.on_policy(config),
         *causal.chunks(config),
@@ -33,6 +33,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     """What is probably not meant, in a config without errors."""
     return [
         *warnings.schedule(config),
+        *objective.unused_shares(config),
         *on_policy.warnings(config),
         *precision.warnings(config),
         *warnings.derivative(config),

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.objective import FlowMap
-from anyflow_train.config.on_policy import DistributionMatching
-from anyflow_train.config.positions import branch_counts, derivative_rows, even_accumulation, local_positions
+from anyflow_train.config.positions import even_accumulation, local_positions, rows_with_second_term
 from anyflow_train.config.run import RunConfig
 
 
@@ -33,10 +31,10 @@ def schedule(config: RunConfig) -> Iterator[Finding]:
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """A derivative that is less precise than the network, or takes most of a step."""
-    objective, key = config.objective, "objective.derivative_precision"
-    if not isinstance(objective, FlowMap):
+    settings = config.objective.derivative
+    if settings is None or settings.precision_key is None:
         return
-    half, precision = config.engine.precision == "bf16", objective.derivative_precision
+    key, precision, half = settings.precision_key, settings.precision, config.engine.precision == "bf16"
     if precision != "fp32" and not half:
         yield Finding(
             (key,),
@@ -58,17 +56,17 @@ def validation(config: RunConfig) -> Iterator[Finding]:
         return
     if evaluation.held_out is None:
         yield Finding(("evaluation.held_out",), "null: no distances are measured, so no best checkpoint is kept")
-    if evaluation.shift != config.times.shift and isinstance(config.objective, FlowMap):
+    if evaluation.shift != config.times.shift and config.objective.any_step:
         yield Finding(
             ("evaluation.shift",),
             f"{evaluation.shift:g} differs from times.shift={config.times.shift:g}: "
             "the sampled steps are not those trained most",
         )
-    if config.objective.guidance != "none" and evaluation.guidance_scale != 1:
+    if config.objective.holds_guidance and evaluation.guidance_scale != 1:
         yield Finding(
             ("evaluation.guidance_scale",),
             f"{evaluation.guidance_scale:g} guides a student that already holds guidance "
-            f"(objective.guidance={config.objective.guidance}); 1 samples it as trained",
+            f"(objective: {config.objective.summary}); 1 samples it as trained",
         )
 
 
@@ -76,12 +74,11 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
     """Micro-steps in which processes hold different numbers of diffusion samples: all of them run the differences."""
     engine = config.engine
     world = world // engine.sequence_parallel
-    left_out = isinstance(config.on_policy, DistributionMatching) and config.on_policy.objective_weight == 0
-    if not isinstance(config.objective, FlowMap) or left_out or world == 1:
+    counts = config.objective.branch_counts(config.times, engine.global_batch)
+    if counts is None or config.on_policy.objective_weight == 0 or world == 1:
         return
-    counts = branch_counts(engine.global_batch, config.times.diffusion_share, config.times.consistency_share)
     rows = [
-        derivative_rows(counts, positions, world) * world
+        rows_with_second_term(counts, positions, world) * world
         for positions in local_positions(engine.global_batch, engine.micro_batch, world, 0)
     ]
     needless = sum(rows) - (engine.global_batch - counts.diffusion)
@@ -90,5 +87,6 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
         advice = f"; engine.global_batch={accumulation * engine.micro_batch * world} avoids it" if accumulation else ""
         yield Finding(
             ("engine.global_batch",),
-            f"{engine.global_batch} on {world} processes takes {needless} needless time derivatives per step{advice}",
+            f"{engine.global_batch} on {world} processes computes the term of r < t {needless} times too often per "
+            f"step{advice}",
         )

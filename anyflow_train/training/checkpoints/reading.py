@@ -1,7 +1,7 @@
 """Reading checkpoints: one safetensors entry per parameter under its model name, and JSON, for any engine and reader.
 
-A folder `step_00000123` holds `config.json`, `state.json` and, for each group of tensors (`weights`, `ema`, `exp_avg`,
-`exp_avg_sq`; of moments in 8 bits the codes, and `exp_avg_scale`, `exp_avg_sq_scale`), files
+A folder `step_00000123` holds `config.json`, `network.json`, `state.json` and, for each group of tensors (`weights`,
+`ema`, `exp_avg`, `exp_avg_sq`; of moments in 8 bits the codes, and `exp_avg_scale`, `exp_avg_sq_scale`), files
 `<group>-00001.safetensors` ... It appears whole, by a rename, or not at all.
 """
 
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import file_sha256, to_json
+from anyflow_train.training.checkpoints import network_file
+from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.state import Best, TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.processes.world import ALONE, World
@@ -70,20 +73,43 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
         UserError: it was written in a format that this version does not know.
     """
-    try:
-        content = json.loads((checkpoint / "state.json").read_text())
-        checksum = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} cannot be read ({error})") from error
-    if checksum != content_checksum(content):
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} does not match its checksum")
-    if content["format"] != FORMAT:
-        raise UserError(str(checkpoint), f"has format {content['format']}; this version reads format {FORMAT}")
+    content = _read_state(checkpoint)
     _verify(checkpoint, {"config.json": content["files"]["config.json"]})
-    state = dict(content["state"])
-    best = None if state["best"] is None else Best(**state["best"])
+    try:
+        state = dict(content["state"])
+        best = None if state["best"] is None else Best(**state["best"])
+        state = TrainState(**{**state, "best": best})
+    except (KeyError, TypeError) as error:
+        raise UserError(str(checkpoint), f"its state is not of this version of anyflow_train ({error})") from None
     config = json.loads((checkpoint / "config.json").read_text())
-    return CheckpointInfo(config, TrainState(**{**state, "best": best}), content["adam_steps"], content["files"])
+    return CheckpointInfo(config, state, content["adam_steps"], content["files"])
+
+
+def read_network(checkpoint: Path) -> NetworkFile:
+    """Read what a checkpoint says of its network. No other part of the run's config needs to be readable.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or changed.
+        UserError: it was written in a format that this version does not know.
+    """
+    files = _read_state(checkpoint)["files"]
+    own = network_file.NAME in files
+    path = checkpoint / (network_file.NAME if own else "config.json")
+    _verify(checkpoint, {path.name: files[path.name]})
+    content = json.loads(path.read_text())
+    if own:
+        return NetworkFile.of_file(content, str(path))
+    return NetworkFile.of_saved(under_new_names(content, str(path)), str(path))
+
+
+def read_step(checkpoint: Path) -> int:
+    """The number of training steps before a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: `state.json` is missing or changed.
+        UserError: it was written in a format that this version does not know.
+    """
+    return _read_state(checkpoint)["state"]["step"]
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
@@ -114,7 +140,7 @@ def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], 
     Raises:
         UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
     """
-    world.on_main(lambda: _check_names(checkpoint, group, entries))
+    world.on_main(lambda: check_shapes(checkpoint, group, {name: entry.shape for name, entry in entries.items()}))
     stored = open_tensors(checkpoint, group) if world.is_main else {}
     for name, entry in entries.items():
         whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape, dtype=entry.dtype)
@@ -146,17 +172,36 @@ def content_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(content)).hexdigest()
 
 
-def _check_names(checkpoint: Path, group: str, entries: Mapping[str, Entry]) -> None:
+def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size]) -> None:
+    """Compare the tensors of a group with those that a network trains, by name and shape.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
+    """
     stored = open_tensors(checkpoint, group)
     for name, file in stored.items():
-        if name not in entries:
-            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which the configured student does not train")
-        shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(entries[name].shape)
+        if name not in shapes:
+            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which its network does not train")
+        shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(shapes[name])
         if shape != wanted:
-            raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shape}, but the student's has {wanted}")
-    missing = entries.keys() - stored.keys()
+            raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shape}, but its network's has {wanted}")
+    missing = shapes.keys() - stored.keys()
     if missing:
-        raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which the configured student trains")
+        raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which its network trains")
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of `state.json`, which holds the checksums of all other files."""
+    try:
+        content = json.loads((checkpoint / "state.json").read_text())
+        checksum = content.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} cannot be read ({error})") from error
+    if checksum != content_checksum(content):
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} does not match its checksum")
+    if content["format"] != FORMAT:
+        raise UserError(str(checkpoint), f"has format {content['format']}; this version reads format {FORMAT}")
+    return content
 
 
 def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.training.checkpoints.config_file import decode_saved
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
@@ -66,7 +65,7 @@ def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
     done = directory.read_done()
     if done is None or done["step"] < config.steps:
         return None
-    check_unchanged(directory.read_config(), config)
+    check_unchanged(directory.read_config(), config, str(directory.path))
     return f"{directory.path} is finished: {done['step']} steps; raise steps to go on, or choose another name"
 
 
@@ -88,7 +87,7 @@ def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
         except DamagedCheckpoint as damage:
             damaged[path] = damage
             continue
-        check_unchanged(info.config, config)
+        check_unchanged(info.config, config, str(path))
         for bad, damage in damaged.items():
             _set_aside(bad, damage, instead=path.name)
         return ResumePoint(path, info)
@@ -98,17 +97,16 @@ def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
     return None
 
 
-def check_unchanged(saved: dict[str, Any], config: RunConfig) -> None:
+def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> None:
     """Compare a saved config with the present one.
 
+    Args:
+        where: file or folder that it was read from, for errors.
+
     Raises:
-        UserErrors: one line for every changed key that is not free to change.
+        UserErrors: one line for every changed key that is not free to change. UserError: another version wrote it.
     """
-    try:
-        before = flatten(RunConfig.model_validate(saved).model_dump(mode="json"))
-    except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(key, "in the checkpoint's config is unknown to this version; choose another name") from None
+    before = flatten(decode_saved(saved, where).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     errors = [

@@ -17,6 +17,7 @@ from typing import Any
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.files import replace_file, take_lock, to_json
+from anyflow_train.training.checkpoints.config_file import saved_config
 
 SHARED_SECONDS = 30.0
 """How long a network file system may take to show on one node what another has written."""
@@ -60,7 +61,7 @@ class RunDirectory:
     def begin(self, config: RunConfig) -> None:
         """Save the resolved config. A finished run that was given more steps is unfinished again."""
         (self.path / "done.json").unlink(missing_ok=True)
-        replace_file(self.path / "config.json", to_json(config.model_dump(mode="json")))
+        replace_file(self.path / "config.json", to_json(saved_config(config)))
 
     def read_config(self) -> dict[str, Any]:
         """The config of the last start, undecoded."""

@@ -15,6 +15,9 @@ from torch import Tensor
 from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
+from anyflow_train.training.checkpoints import network_file
+from anyflow_train.training.checkpoints.config_file import saved_config
+from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import FORMAT, checkpoint_name, content_checksum, list_checkpoints
 from anyflow_train.training.checkpoints.state import Best, TrainState
 
@@ -49,7 +52,11 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    files = {"config.json": write_synced(temporary / "config.json", to_json(config.model_dump(mode="json")))}
+    described = NetworkFile.of_run(config).model_dump(mode="json")
+    files = {
+        "config.json": write_synced(temporary / "config.json", to_json(saved_config(config))),
+        network_file.NAME: write_synced(temporary / network_file.NAME, to_json(described)),
+    }
     for group, tensors in groups.items():
         for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
             name = f"{group}-{number:05d}.safetensors"

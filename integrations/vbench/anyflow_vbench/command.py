@@ -16,7 +16,7 @@ from torch import nn
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Shape, clip_shape, encode_texts
-from anyflow_train.evaluation.load import Model, load_model, on_device, unique_names
+from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import write_mp4
 from anyflow_train.flow.sampler import guided
@@ -35,7 +35,7 @@ SAY_SECONDS = 30.0
 class Candidate:
     """A model that is measured: where its codec is, what its clips are like, and a folder for each number of calls."""
 
-    model: Model
+    model: LoadedNetwork
     source: str
     codec: Codec
     shape: Shape
@@ -79,8 +79,8 @@ def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.devic
     requested = ClipRequest(config.frames, config.height, config.width, config.chunk_partition)
     models = [load_model(source, config.weights) for source in config.models]
     found = []
-    for place, name, model in zip(config.models, unique_names(models), models, strict=True):
-        source = config.codec or model.codec_source or place
+    for name, model in zip(unique_names(models), models, strict=True):
+        source = config.codec or model.codec_source
         codec = Codec.load(source, device, torch.float32)
         shape = clip_shape(requested, model, codec)
         folders = [
@@ -100,7 +100,7 @@ def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.devic
     return found
 
 
-def _settings(config: VBenchConfig, model: Model, shape: Shape, calls: int) -> dict[str, Any]:
+def _settings(config: VBenchConfig, model: LoadedNetwork, shape: Shape, calls: int) -> dict[str, Any]:
     """What the videos depend on, beside prompt and seed."""
     names = ("weights", "shift", "guidance_scale", "text_length", "precision")
     return {

@@ -9,6 +9,7 @@ import pytest
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.resume import check_finished, check_unchanged, find_resume_point
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
@@ -82,7 +83,9 @@ def test_resume_never_refuses_to_write_over_a_run(tmp_path: Path) -> None:
 def test_all_meaningful_changes_are_named_with_both_values() -> None:
     saved = config().model_dump(mode="json")
     with pytest.raises(UserErrors) as caught:
-        check_unchanged(saved, config(seed=7, objective__epsilon=0.01, engine__micro_batch=1, optimizer__lr=1e-3))
+        check_unchanged(
+            saved, config(seed=7, objective__epsilon=0.01, engine__micro_batch=1, optimizer__lr=1e-3), "run"
+        )
     assert [error.where for error in caught.value.errors] == ["objective.epsilon", "optimizer.lr", "seed"]
     assert "0.01" in caught.value.errors[0].problem
     assert "0.005" in caught.value.errors[0].problem
@@ -91,7 +94,7 @@ def test_all_meaningful_changes_are_named_with_both_values() -> None:
 def test_another_objective_is_named_by_its_kind() -> None:
     saved = config().model_dump(mode="json")
     with pytest.raises(UserErrors, match=r"objective\.kind"):
-        check_unchanged(saved, RunConfig.model_validate({**BASE, "objective": {"kind": "flow_matching"}}))
+        check_unchanged(saved, RunConfig.model_validate({**BASE, "objective": {"kind": "flow_matching"}}), "run")
 
 
 @pytest.mark.parametrize(
@@ -110,13 +113,13 @@ def test_another_objective_is_named_by_its_kind() -> None:
     ],
 )
 def test_harmless_changes_pass(change: dict[str, Any]) -> None:
-    check_unchanged(config().model_dump(mode="json"), config(**change))
+    check_unchanged(saved_config(config()), config(**change), "run")
 
 
 def test_a_config_of_another_version_is_named() -> None:
     saved = {**config().model_dump(mode="json"), "colour": "red"}
     with pytest.raises(UserError, match="colour"):
-        check_unchanged(saved, config())
+        check_unchanged(saved, config(), "run")
 
 
 def test_a_finished_run_says_so_unless_it_has_more_to_do(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import safetensors.torch
 import torch
 
 from anyflow_train.errors import UserError
+from anyflow_train.export.weights import to_wan
 from anyflow_train.flow.types import Condition
+from anyflow_train.models.build import assemble
 from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.models.pretrained import open_pretrained
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.wan import build_network, from_wan, load_network, student_of, to_wan
-from tests.models.networks import SMALL, TINY_WAN, inputs, small, small_wan
+from tests.models.networks import TINY_WAN, inputs, small, small_wan
 
 
 @pytest.fixture
@@ -19,6 +21,13 @@ def wan_folder(tmp_path):
     small_wan().save_pretrained(tmp_path / "wan" / "transformer")
     (tmp_path / "wan" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return tmp_path / "wan"
+
+
+def load(source, gate_value=None, deltatime_type="r"):
+    """The whole network of a source."""
+    times = None if gate_value is None else {"gate_value": gate_value, "deltatime_type": deltatime_type}
+    weights = open_pretrained(source, times)
+    return assemble(weights.arguments, weights.read)
 
 
 def change_weights(folder, change):
@@ -32,7 +41,7 @@ def change_weights(folder, change):
 def test_a_student_is_its_teacher_at_equal_times(wan_folder, deltatime_type, gate):
     """Oracle 10 of the design: at initialisation, at r = t."""
     teacher = diffusers.WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer")
-    student = AnyFlowTransformer3DModel.from_wan(wan_folder, gate_value=gate, deltatime_type=deltatime_type)
+    student = load(wan_folder, gate, deltatime_type)
     arguments = inputs()
     t = torch.tensor([1000.0, 371.25, 2.0])
     latents, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
@@ -45,15 +54,15 @@ def test_a_student_is_its_teacher_at_equal_times(wan_folder, deltatime_type, gat
 
 def test_the_interval_time_with_a_gate_is_not_the_teacher(wan_folder):
     """So that the test above would see a gate or a second time that is not used."""
-    teacher_like = from_wan(wan_folder, gate_value=0.0, deltatime_type="t-r")
-    other = from_wan(wan_folder, gate_value=0.25, deltatime_type="t-r")
+    teacher_like = load(wan_folder, 0.0, "t-r")
+    other = load(wan_folder, 0.25, "t-r")
     arguments = inputs() | {"timestep": torch.tensor(700.0), "r_timestep": torch.tensor(700.0)}
     assert (teacher_like(**arguments).sample - other(**arguments).sample).abs().max() > 1e-3
 
 
 def test_every_weight_is_the_teachers_and_in_memory(wan_folder):
     teacher = small_wan().state_dict()
-    student = from_wan(wan_folder).state_dict()
+    student = load(wan_folder).state_dict()
     for key, weight in student.items():
         assert weight.device.type == "cpu"
         assert torch.equal(weight, teacher.pop(key.replace("delta_embedder", "time_embedder"), weight))
@@ -61,19 +70,19 @@ def test_every_weight_is_the_teachers_and_in_memory(wan_folder):
     assert {key for key in student if "delta_embedder" in key} == {
         f"condition_embedder.delta_embedder.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
     }
-    assert not any(tensor.is_meta for tensor in from_wan(wan_folder).buffers())
+    assert not any(tensor.is_meta for tensor in load(wan_folder).buffers())
 
 
 def test_the_two_time_embedders_do_not_share_memory(wan_folder):
-    embedder = from_wan(wan_folder).condition_embedder
+    embedder = load(wan_folder).condition_embedder
     assert embedder.time_embedder.linear_1.weight.data_ptr() != embedder.delta_embedder.linear_1.weight.data_ptr()
 
 
 @pytest.mark.parametrize("place", ["", "transformer"])
 def test_pipeline_and_transformer_folders_of_wan_load(wan_folder, place):
-    network = load_network(wan_folder / place, 0.5, "t-r")
+    network = load(wan_folder / place, 0.5, "t-r")
     assert (network.config["gate_value"], network.config["deltatime_type"]) == (0.5, "t-r")
-    assert load_network(wan_folder / place).config["gate_value"] == 0.25
+    assert load(wan_folder / place).config["gate_value"] == 0.25
 
 
 @pytest.mark.parametrize("place", ["", "transformer"])
@@ -82,47 +91,39 @@ def test_pipeline_and_transformer_folders_of_anyflow_load_with_their_own_times(t
     stock = diffusers.AnyFlowTransformer3DModel.from_config(network.config)
     stock.load_state_dict(network.state_dict())
     stock.save_pretrained(tmp_path / place)
-    loaded = load_network(tmp_path)
+    loaded = load(tmp_path)
     assert torch.equal(loaded(**inputs()).sample, network(**inputs()).sample)
-    assert load_network(tmp_path, 0.5, "r").config["gate_value"] == 0.5
+    assert load(tmp_path, 0.5, "r").config["gate_value"] == 0.5
     with pytest.raises(UserError, match=r"gate_value = 0\.5"):
-        load_network(tmp_path, 0.25, "r")
+        load(tmp_path, 0.25, "r")
     with pytest.raises(UserError, match="deltatime_type = 'r'"):
-        load_network(tmp_path, None, "t-r")
-
-
-def test_an_anyflow_folder_is_no_wan_transformer(tmp_path):
-    small().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="AnyFlowTransformer3DModel, where a WanTransformer3DModel is wanted"):
-        from_wan(tmp_path)
+        load(tmp_path, 0.5, "t-r")
 
 
 def test_image_to_video_checkpoints_are_refused_with_the_reason(tmp_path):
     small_wan(image_dim=28, added_kv_proj_dim=24).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="text-to-video"):
-        from_wan(tmp_path)
-    with pytest.raises(ValueError, match="text-to-video"):
-        student_of(small_wan(image_dim=28, added_kv_proj_dim=24))
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("blocks.1.attn2.to_k.bias"), "missing keys.*blocks.1.attn2.to_k.bias"),
-        (lambda weights: weights.update(more=torch.zeros(2)), "unexpected keys.*more"),
+        (lambda weights: weights.pop("blocks.1.attn2.to_k.bias"), "lacks the weight blocks.1.attn2.to_k.bias"),
+        (lambda weights: weights.update(more=torch.zeros(2)), "holds more, for which"),
     ],
 )
 def test_every_key_is_accounted_for(wan_folder, change, message):
     change_weights(wan_folder / "transformer", change)
     with pytest.raises(UserError, match=message):
-        from_wan(wan_folder)
+        load(wan_folder)
 
 
 def test_a_missing_key_of_an_anyflow_checkpoint_is_named(tmp_path):
     small().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights.pop("condition_embedder.delta_embedder.linear_1.bias"))
-    with pytest.raises(UserError, match=r"missing keys.*delta_embedder.linear_1.bias"):
-        load_network(tmp_path)
+    with pytest.raises(UserError, match=r"lacks the weight .*delta_embedder\.linear_1\.bias"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,23 +137,24 @@ def test_a_missing_key_of_an_anyflow_checkpoint_is_named(tmp_path):
 def test_folders_that_hold_no_such_network_are_named(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_network(tmp_path)
+        load(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path):
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
-        load_network(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
 
 
-def test_half_precision_keeps_the_time_embedders_in_float32(wan_folder):
-    network = from_wan(wan_folder, torch_dtype=torch.bfloat16)
+def test_half_precision_keeps_the_time_embedders_in_float32(tmp_path):
+    small().save_pretrained(tmp_path)
+    network = AnyFlowTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for embedder in (network.condition_embedder.time_embedder, network.condition_embedder.delta_embedder):
         assert {weight.dtype for weight in embedder.parameters()} == {torch.float32}
     assert network.proj_out.weight.dtype == torch.bfloat16
 
 
-def test_a_teacher_that_was_trained_here_goes_back_to_wan():
-    network = student_of(small_wan(), gate_value=0.0)
+def test_a_teacher_that_was_trained_here_goes_back_to_wan(wan_folder):
+    network = load(wan_folder, 0.0)
     wan = to_wan(network)
     arguments = inputs()
     t = torch.tensor([900.0, 500.0, 1.0])
@@ -161,33 +163,11 @@ def test_a_teacher_that_was_trained_here_goes_back_to_wan():
         found = wan(arguments["hidden_states"].transpose(1, 2), t, arguments["encoder_hidden_states"]).sample
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"gate_value is 0\.25"):
-        to_wan(student_of(small_wan()))
-
-
-def test_random_networks_follow_from_the_seed_and_disturb_no_other_draw():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    first = build_network(SMALL, seed=1)
-    assert torch.equal(torch.rand(3), expected)
-    again, other = build_network(SMALL, seed=1), build_network(SMALL, seed=2)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(first.proj_out.weight, other.proj_out.weight)
-
-
-def test_damping_bounds_how_fast_a_random_network_turns_in_time():
-    """Every feature's slope, amplitude times frequency, is at most that of the fastest one left alone."""
-    plain = build_network(SMALL, seed=1).condition_embedder
-    damped = build_network(SMALL, seed=1, time_frequency_limit=0.03).condition_embedder
-    frequency = 10000.0 ** (-torch.arange(16) / 16).repeat(2)
-    for embedder, free in ((damped.time_embedder, plain.time_embedder), (damped.delta_embedder, plain.delta_embedder)):
-        share = (embedder.linear_1.weight / free.linear_1.weight).mean(0)
-        torch.testing.assert_close(share * frequency, frequency.clamp(max=0.03), rtol=1e-5, atol=0)
-        assert torch.equal(embedder.linear_2.weight, free.linear_2.weight)
+        to_wan(load(wan_folder))
 
 
 def test_the_embedded_teacher_is_the_pipelines(tmp_path):
-    student = from_wan(TINY_WAN)
+    student = load(TINY_WAN)
     teacher = diffusers.WanTransformer3DModel.from_pretrained(TINY_WAN, subfolder="transformer", dtype=torch.float32)
     draw = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 5, 16, 8, 8, generator=draw), torch.randn(2, 16, 64, generator=draw)

@@ -1,0 +1,143 @@
+"""A user's own objective: found by the name that the user wrote, and imported for no other reason.
+
+A name is `my_package.my_module:MyObjective`, found in installed packages, on PYTHONPATH or in the current folder;
+or the name of an entry point in the group `anyflow_train.objectives`. Configs that are read from runs, checkpoints and
+exports never come here: they hold a `SavedObjective`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Tag, create_model
+
+from anyflow_train.config.objective import OURS, FlowMap, FlowMatching, ObjectiveConfig, OurObjective, SavedObjective
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
+from anyflow_train.text import nearest_hint
+
+GROUP = "anyflow_train.objectives"
+KEY = "objective.kind"
+_TARGET = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
+
+
+def objective_class(config: ObjectiveConfig) -> Any:
+    """The class that makes the losses of a config, ours or the user's own.
+
+    Raises:
+        UserError: the config was read from a file, where nobody asked for an import.
+    """
+    if isinstance(config, SavedObjective):
+        problem = f"{config.kind!r} was read from a saved config, which imports nothing; name it on the command line"
+        raise UserError(KEY, problem)
+    return load_objective(config.kind)
+
+
+def load_objective(kind: str) -> Any:
+    """Import an objective. The class is checked, and nothing of it is called.
+
+    Raises:
+        UserError: there is no such module or class, or it is not an objective.
+    """
+    if kind in OURS:
+        return _imported(OURS[kind])
+    entries = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    target = entries.get(kind, kind)
+    if not _TARGET.match(target):
+        valid = [*OURS, *entries]
+        own = "or my_package.my_module:MyObjective for one of your own"
+        raise UserError(KEY, f"{kind!r} is wrong: valid are {', '.join(valid)}, {own}{nearest_hint(kind, valid)}")
+    found = _imported(target)
+    if problem := _not_an_objective(found):
+        raise UserError(KEY, f"{kind!r} is not an objective: {problem} (docs/extend.md)")
+    return found
+
+
+def run_model(kind: Any) -> type[RunConfig]:
+    """The model of a run whose objective is of this kind, for a config that a user wrote.
+
+    Raises:
+        UserError: the kind names no objective.
+    """
+    if not isinstance(kind, str) or kind in OURS:
+        return _our_runs()
+    return _runs_of(kind, load_objective(kind).Config)
+
+
+def as_run(config: RunConfig) -> RunConfig:
+    """The same values as a `RunConfig`, whatever model decoded them: only that class is known by name elsewhere."""
+    return RunConfig.model_construct(_fields_set=config.model_fields_set, **dict(config))
+
+
+@cache
+def _our_runs() -> type[RunConfig]:
+    field: Any = (OurObjective, ...)
+    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=field)
+
+
+@cache
+def _runs_of(kind: str, own: type[ObjectiveConfig]) -> type[RunConfig]:
+    either = Annotated[
+        Annotated[FlowMatching, Tag("flow_matching")] | Annotated[FlowMap, Tag("flow_map")] | Annotated[own, Tag(kind)],
+        Discriminator(_kind),
+    ]
+    field: Any = (either, ...)
+    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=field)
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+def _imported(target: str) -> Any:
+    module_name, _, name = target.partition(":")
+    try:
+        with _current_folder():
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            where = "it is neither installed, nor on PYTHONPATH, nor in the current folder"
+            raise UserError(KEY, f"there is no module {missing!r} for {target!r}; {where}") from error
+        raise UserError(KEY, f"{module_name!r} cannot be imported: there is no module {missing!r}") from error
+    except Exception as error:  # a user's module may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(KEY, f"{module_name!r} cannot be imported: {reason}") from error
+    if not hasattr(module, name):
+        classes = [known for known, _ in inspect.getmembers(module, inspect.isclass)]
+        raise UserError(KEY, f"{module_name!r} has no {name!r}{nearest_hint(name, classes)}")
+    return getattr(module, name)
+
+
+def _not_an_objective(found: Any) -> str | None:
+    """What a class lacks; None for an objective."""
+    if not inspect.isclass(found):
+        return "it is not a class"
+    config = inspect.getattr_static(found, "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, ObjectiveConfig)):
+        return "it has no class `Config` that derives from anyflow_train.config.objective.ObjectiveConfig"
+    absent = [name for name in ("build", "__call__") if inspect.getattr_static(found, name, None) is None]
+    return f"it has no method {absent[0]!r}" if absent else None
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Modules of the current folder can be imported, after all others."""
+    folder = str(Path.cwd())
+    if folder in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,77 @@
+"""`config.json` of a run or a checkpoint: the resolved config, with the format of its keys.
+
+Only a resumed run decodes it, to compare it with its own config. Everything that loads a trained network reads
+`network_file.NetworkFile` instead, so that no other key can make a network unreadable.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
+
+FORMAT = 1
+RENAMES: Mapping[int, Mapping[str, str]] = {}
+"""Format -> {old dotted key: new dotted key}, for the keys that this format renamed. A key may name a whole group.
+
+Whoever renames a key adds an entry under `FORMAT + 1`, and raises `FORMAT`.
+"""
+
+
+def saved_config(config: RunConfig) -> dict[str, Any]:
+    """The content of `config.json`."""
+    return {"format": FORMAT, **config.model_dump(mode="json")}
+
+
+def under_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A saved config, not decoded, with today's keys.
+
+    Args:
+        saved: content of `config.json`; without a format it is of format 1.
+        where: file or folder that it was read from, for errors.
+
+    Raises:
+        UserError: a newer version wrote it.
+    """
+    content = copy.deepcopy(dict(saved))
+    written = content.pop("format", 1)
+    if written > FORMAT:
+        raise UserError(where, f"has a config of format {written}; this version of anyflow_train reads up to {FORMAT}")
+    for number in sorted(RENAMES):
+        for old, new in RENAMES[number].items() if number > written else ():
+            _rename(content, old.split("."), new.split("."))
+    return content
+
+
+def decode_saved(saved: Mapping[str, Any], where: str) -> RunConfig:
+    """Decode a saved config.
+
+    Raises:
+        UserError: it has a key or a value that this version does not know.
+    """
+    content = under_new_names(saved, where)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        advice = "load it with the version that wrote it, or choose another name"
+        raise UserError(where, f"its config says {key}, which this version cannot read; {advice}") from None
+
+
+def _rename(content: dict[str, Any], old: list[str], new: list[str]) -> None:
+    node: Any = content
+    for part in old[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or old[-1] not in node:
+        return
+    value = node.pop(old[-1])
+    node = content
+    for part in new[:-1]:
+        node = node.setdefault(part, {})
+    node[new[-1]] = value

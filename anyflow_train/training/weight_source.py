@@ -1,0 +1,313 @@
+"""Where a network's weights come from: a network in diffusers' layout, or a run of ours and what it started from.
+
+Everything reads weights through `WeightSource.read(name)`: nothing is read before, and no process holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Size, Tensor
+
+from anyflow_train.config.network import Architecture, Causal, Lora, Student
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.models.adapters import add_lora, trainable_parameters
+from anyflow_train.models.build import build_empty
+from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
+from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.network_file import NetworkFile
+from anyflow_train.training.checkpoints.reading import (
+    DamagedCheckpoint,
+    check_shapes,
+    open_tensors,
+    read_network,
+    resolve_checkpoint,
+)
+from anyflow_train.training.checkpoints.run_directory import RunDirectory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What a run trained, by model name. Nothing has been read yet.
+
+    Attributes:
+        path: of the checkpoint.
+        network: the trained network.
+        tensors: reads each of them.
+    """
+
+    path: Path
+    network: NetworkFile
+    tensors: Mapping[str, Callable[[], Tensor]]
+
+    def replaced(self, name: str, weight: Tensor) -> Tensor:
+        """A weight of the network below, or the one that was trained whole in its place, float32."""
+        return self.tensors[name]().float() if name in self.tensors else weight
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight of the network below with everything that was trained, float32."""
+        path, lora = name.removesuffix(".weight"), self.network.adapter
+        if lora is None or f"{path}.lora_A.weight" not in self.tensors:
+            return self.replaced(name, weight)
+        first, second = (self.tensors[key]() for key in (f"{path}.lora_{side}.weight" for side in "AB"))
+        return weight + (second.float() @ first.float()) * (lora.alpha / lora.rank)
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """The weights of a network. Nothing has been read yet.
+
+    Attributes:
+        source: of the root: folder, hub id or checkpoint.
+        root: the first network of a chain of runs: in diffusers' layout, or of a run that trained all of it.
+        parts: adapters to be merged into the root, in their order.
+        adapter: the adapter that sits on all that and is not merged; None if there is none.
+    """
+
+    source: str
+    root: PretrainedWeights
+    parts: tuple[TrainedWeights, ...] = ()
+    adapter: TrainedWeights | None = None
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of the network's constructor."""
+        return self.root.arguments
+
+    @property
+    def base(self) -> str:
+        """What the adapter sits on: folder, hub id or checkpoint."""
+        return str(self.parts[-1].path) if self.parts else self.source
+
+    def read(self, name: str) -> Tensor:
+        """A weight of the network without `adapter`, float32, on the CPU."""
+        weight = self.root.read(name)
+        for part in self.parts:
+            weight = part.merged(name, weight)
+        return weight
+
+    def read_trained(self, name: str) -> Tensor:
+        """Like `read`, except for modules that the adapter trains whole: those have its weights."""
+        weight = self.read(name)
+        return weight if self.adapter is None else self.adapter.replaced(name, weight)
+
+    def merged(self) -> WeightSource:
+        """The same network with its adapter merged into the weights."""
+        return self if self.adapter is None else replace(self, parts=(*self.parts, self.adapter), adapter=None)
+
+
+def is_run(source: str) -> bool:
+    """Whether a source is a run directory or a checkpoint folder."""
+    path = Path(source).expanduser()
+    return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+
+
+def open_student_start(student: Student) -> WeightSource:
+    """What `student.init` names. A run with the same adapter hands it on; any other gives merged weights.
+
+    Raises:
+        UserErrors: it cannot be loaded, or has another shape or other times than the student.
+    """
+    source, wanted = str(student.init), NetworkFile.of_student(student)
+    if not is_run(source):
+        start = _explained("student.init", lambda: _in_diffusers_layout(source, wanted))
+        _check_shape(start.arguments, student, source)
+        return start
+    before = _explained("student.init", lambda: _trained(source, "ema", ()))
+    found = before.network.times
+    pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
+    raise_all(mismatches(pairs, before.path))
+    _check_shape(_made_causal(before.network.arguments, wanted), student, source)
+    return _explained("student.init", lambda: _base_of_adapter(wanted, ()))
+
+
+def open_source(source: str | Path, weights: str = "ema", of_wan: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
+    """The network of any source as it is; the adapter of a run stays apart (see `WeightSource.merged`).
+
+    Args:
+        source: Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id; run directory (its best checkpoint,
+            else its latest) or checkpoint folder.
+        weights: `ema` or `raw`, of a run; everything below its adapter is averaged.
+        of_wan: `gate_value` and `deltatime_type` of a network made of a Wan2.1 transformer.
+
+    Raises:
+        UserError: there is no such network, it is damaged, or what it started from is gone.
+    """
+    if is_run(str(source)):
+        return _of_run(_trained(str(source), "ema" if weights == "ema" else "weights", ()), ())
+    path = Path(source).expanduser()
+    return _in_diffusers_layout(str(path if path.exists() else source), None, of_wan)
+
+
+def open_role(key: str, source: str) -> WeightSource:
+    """The network of a role that is not the student; the adapters of a run are merged.
+
+    Args:
+        key: config key that names the source, for errors.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _explained(key, lambda: open_source(source).merged())
+
+
+def base_of(network: NetworkFile) -> str | None:
+    """What a network began as, or what its adapter sits on: folder, hub id or checkpoint; None for random weights."""
+    return network.init if network.init is None or network.adapter is None else _base_of_adapter(network, ()).base
+
+
+def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunConfig:
+    """The config with one checkpoint for its start, where it names a run directory, whose best may change; also for a
+    teacher of the same name.
+
+    The checkpoint is the one that the run began with, if it did. So a requeued job, and an export, find the same base.
+
+    Raises:
+        UserError: the run directory holds none.
+    """
+    init = config.student.init
+    if init is None or not (Path(init).expanduser() / "checkpoints").is_dir():
+        return config
+    chosen = str(_init_of_first_start(directory, Path(init).expanduser()) or resolve_checkpoint(init))
+    student = config.student.model_copy(update={"init": chosen})
+    teacher = config.teacher.model_copy(update={"source": chosen} if config.teacher.source == init else {})
+    return config.model_copy(update={"student": student, "teacher": teacher})
+
+
+def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        saved = under_new_names(directory.read_config(), str(directory.path))
+        begun = Path(saved["student"]["init"])
+        if begun.parent == init / "checkpoints":
+            return begun
+    return None
+
+
+def _in_diffusers_layout(
+    source: str, wanted: NetworkFile | None, of_wan: Mapping[str, Any] = STUDENT_TIMES
+) -> WeightSource:
+    """A folder or hub id that is no run.
+
+    Args:
+        wanted: the network to make of it; None: as it is.
+    """
+    times, causal = (None, None) if wanted is None else (wanted.times, wanted.causal)
+    name = str(Path(source).resolve()) if Path(source).is_dir() else source
+    try:
+        return WeightSource(name, open_pretrained(source, times, causal, of_wan))
+    except UserError as error:
+        if times is None:
+            raise
+        asked = ", ".join(f"student.{name}={value}" for name, value in times.items())
+        raise UserError(error.where, f"{error.problem} (asked for: {asked})") from error
+
+
+def _of_run(trained: TrainedWeights, seen: tuple[Path, ...]) -> WeightSource:
+    """The network that a run trained, its adapter apart."""
+    if trained.network.adapter is not None:
+        return replace(_base_of_adapter(trained.network, (*seen, trained.path)), adapter=trained)
+    return WeightSource(str(trained.path), PretrainedWeights(trained.network.arguments, trained.tensors))
+
+
+def _base_of_adapter(network: NetworkFile, seen: tuple[Path, ...]) -> WeightSource:
+    """What a network's adapter sits on, and the run with the same adapter, if it began with one."""
+    source = str(network.init)
+    if is_run(source):
+        before = _trained(source, "ema", seen)
+        if _same_adapter(before.network.adapter, network.adapter):
+            below = replace(_base_of_adapter(before.network, (*seen, before.path)), adapter=before)
+        else:
+            below = _of_run(before, seen).merged()
+    else:
+        try:
+            below = _in_diffusers_layout(source, network)
+        except UserError as error:
+            if not seen:
+                raise
+            problem = f"was trained on {source}, which is missing or changed: {error}"
+            raise UserError(str(seen[-1]), problem) from error
+    return replace(below, root=replace(below.root, arguments=_made_causal(below.arguments, network)))
+
+
+def _made_causal(arguments: Mapping[str, Any], network: NetworkFile) -> Mapping[str, Any]:
+    """A network whose frames were made together can become causal; what it lacks it makes of what it has."""
+    if network.causal is None:
+        return arguments
+    # The partition is that of the clips, which may be others than before.
+    return {**network.causal, **arguments, "chunk_partition": network.causal["chunk_partition"]}
+
+
+def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
+    """Raises UserError: the checkpoint is damaged, or stands for itself."""
+    path = resolve_checkpoint(source).resolve()
+    if path in seen:
+        raise UserError(str(path), f"is a start of itself: {' <- '.join(map(str, (*seen, path)))}")
+    try:
+        network, files = read_network(path), open_tensors(path, group)
+    except DamagedCheckpoint as damage:
+        raise UserError(str(path), f"is damaged: {damage}") from damage
+    check_shapes(path, group, _trained_shapes(network))
+    return TrainedWeights(path, network, {name: partial(file.get_tensor, name) for name, file in files.items()})
+
+
+def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
+    """Of everything that a run trains, by model name."""
+    built = build_empty(network.arguments)
+    if network.adapter is not None:
+        add_lora(built, network.adapter, 0)
+    return {name: parameter.shape for name, parameter in trainable_parameters(built).items()}
+
+
+def _same_adapter(one: Lora | None, other: Lora | None) -> bool:
+    """Whether two runs train adapters with the same parameters, used in the same way."""
+    if one is None or other is None:
+        return False
+    rows = [(lora.rank, lora.alpha, set(lora.targets), set(lora.full_modules)) for lora in (one, other)]
+    return rows[0] == rows[1]
+
+
+def _explained(key: str, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except UserError as error:
+        raise UserError(key, str(error)) from error
+
+
+def _check_shape(actual: Mapping[str, Any], student: Student, source: str) -> None:
+    """Raises UserErrors: one line for every difference, with the config's value and the file's."""
+    errors = []
+    for name, value in student.architecture.arguments().items():
+        is_own = name in Architecture.model_fields
+        fields = Architecture.model_fields if is_own else Causal.model_fields
+        found = actual.get(name, fields[name].default)  # the constructor's own
+        found = tuple(found) if isinstance(found, list) else found
+        if found != value:
+            problem = f"is {value!r}, but {source} was made with {found!r}"
+            errors.append(UserError(f"student.architecture.{name if is_own else f'causal.{name}'}", problem))
+    if student.architecture.causal is None and "chunk_partition" in actual:
+        problem = f"is null, but {source} is a causal student; choose a student of configs/student that is causal too"
+        errors.append(UserError("student.architecture.causal", problem))
+    raise_all(errors)
+
+
+def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> list[UserError]:
+    """One error for each (key, value, value of the source) that differ."""
+    return [
+        UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or another start")
+        for key, value, found in pairs
+        if value != found
+    ]
+
+
+def raise_all(errors: list[UserError]) -> None:
+    """Raises UserErrors if there is one."""
+    if errors:
+        raise UserErrors(errors)
