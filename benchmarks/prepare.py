@@ -42,6 +42,7 @@ from anyflow_train.data.prepare.texts import encode_texts
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample, ShardSet
+from anyflow_train.devices import DTYPES
 from anyflow_train.models.codec import Codec, clean_prompt
 from anyflow_train.tiny.clips import write_clips
 
@@ -100,8 +101,8 @@ def ours(config: PrepareConfig) -> None:
 def one_by_one(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> None:
     """The plain way; one file `NUMBER.safetensors` a clip."""
     folder.mkdir(exist_ok=True)
-    device, vae_dtype = torch.device(config.device), prepare.DTYPES[config.vae_precision]
-    text_dtype = prepare.DTYPES[config.precision]
+    device, vae_dtype = torch.device(config.device), DTYPES[config.vae_precision]
+    text_dtype = DTYPES[config.precision]
     tokenizer: Any = AutoTokenizer.from_pretrained(config.codec, subfolder="tokenizer")
     encoder: Any = UMT5EncoderModel.from_pretrained(config.codec, subfolder="text_encoder", dtype=text_dtype)
     vae: Any = AutoencoderKLWan.from_pretrained(config.codec, subfolder="vae", torch_dtype=vae_dtype)
@@ -144,8 +145,8 @@ def measure_parts(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) 
     """Each part of ours alone, with models that are loaded already."""
     folder.mkdir()
     device = torch.device(config.device)
-    texts = Codec.load(config.codec, device, prepare.DTYPES[config.precision])
-    videos = Codec.load(config.codec, device, prepare.DTYPES[config.vae_precision])
+    texts = Codec.load(config.codec, device, DTYPES[config.precision])
+    videos = Codec.load(config.codec, device, DTYPES[config.vae_precision])
     captions, few = [clip.read_caption() for clip in clips], clips[:PART_CLIPS]
     different = list(dict.fromkeys(captions))
     encode_texts(texts, different[:1], config.max_text_length)  # loads the text encoder

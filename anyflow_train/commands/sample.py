@@ -14,13 +14,12 @@ from torch import Tensor
 from anyflow_train.config.commands import SampleConfig
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.clip_maker import ClipMaker, Size, Wanted, clip_shape, encode_texts
-from anyflow_train.evaluation.conditioning_frames import Source, given_latents
-from anyflow_train.evaluation.grid import Grid, write_grid
+from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Size, clip_shape, encode_texts
+from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
 from anyflow_train.evaluation.prompts import distinct, read_lines, slug
 from anyflow_train.evaluation.sampling import padded_condition
-from anyflow_train.evaluation.video import Frames, write_mp4
+from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
 from anyflow_train.files import write_json
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
@@ -41,7 +40,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class VideoEntry:
     """One line of `index.json`."""
 
     file: str
@@ -50,7 +49,7 @@ class Entry:
     seed: int
 
 
-def run(config: SampleConfig) -> list[Entry]:
+def run(config: SampleConfig) -> list[VideoEntry]:
     """Write one mp4 for every (prompt, seed, number of calls), `grid.mp4`, `grid.gif` and `index.json`.
 
     Raises:
@@ -61,7 +60,7 @@ def run(config: SampleConfig) -> list[Entry]:
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
     source = model.codec_source
     codec = Codec.load(source, device, torch.float32)
-    shape = clip_shape(Wanted(config.frames, config.height, config.width, config.chunk_partition), model, codec)
+    shape = clip_shape(ClipRequest(config.frames, config.height, config.width, config.chunk_partition), model, codec)
     start, size = _source(config, model), shape.size
     frames = shape.latent[0]
     given = None if start is None else given_latents(start, codec, frames, size.height, size.width, shape.chunks)
@@ -72,13 +71,13 @@ def run(config: SampleConfig) -> list[Entry]:
     maker = ClipMaker(flow_map, sampler, codec, config.text_length, config.shift)
 
     out = Path(config.out).expanduser()
-    entries: list[Entry] = []
+    entries: list[VideoEntry] = []
     rows: dict[str, list[Frames]] = {}
     for number, prompt in enumerate(prompts):
         for seed in config.seeds:
             row = _one_row(maker, texts[number], shape.noise(seed), config.steps)
             for steps, frames in zip(config.steps, row, strict=True):
-                entries.append(Entry(f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4", prompt, steps, seed))
+                entries.append(VideoEntry(f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4", prompt, steps, seed))
                 write_mp4(out / entries[-1].file, frames, config.fps)
             if len(rows) < GRID_ROWS:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
@@ -102,7 +101,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
     return prompts
 
 
-def _source(config: SampleConfig, model: LoadedNetwork) -> Source | None:
+def _source(config: SampleConfig, model: LoadedNetwork) -> ConditioningSource | None:
     """The file that clips begin with.
 
     Raises:
@@ -118,7 +117,7 @@ def _source(config: SampleConfig, model: LoadedNetwork) -> Source | None:
     if not Path(path).expanduser().is_file():
         raise UserError(key, f"'{path}' is no file")
     frames = 1 if key == "image" else config.context_frames
-    return Source(key, Path(path), frames, config.fps)
+    return ConditioningSource(key, Path(path), frames, config.fps)
 
 
 def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, calls: Sequence[int]) -> list[Frames]:
@@ -131,7 +130,7 @@ def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, calls: Sequence[int]
     return row
 
 
-def _write_index(config: SampleConfig, model: LoadedNetwork, size: Size, entries: list[Entry], out: Path) -> None:
+def _write_index(config: SampleConfig, model: LoadedNetwork, size: Size, entries: list[VideoEntry], out: Path) -> None:
     made = {"model": model.name, "step": model.step, "weights": config.weights, **asdict(size), "fps": config.fps}
     settings = {name: getattr(config, name) for name in SETTINGS}
     write_json(out / "index.json", {**made, **settings, "videos": [asdict(entry) for entry in entries]})

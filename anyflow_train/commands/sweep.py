@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from anyflow_train.commands.sweep_plan import Combination, Plan, make_plan
-from anyflow_train.commands.sweep_table import Outcome, markdown, write
+from anyflow_train.commands.sweep_plan import Combination, SweepPlan, make_plan
+from anyflow_train.commands.sweep_table import RunOutcome, markdown, write
 from anyflow_train.config.derived import world_size
 from anyflow_train.errors import UserError, UserErrors
 
@@ -62,7 +62,7 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def finish(self, combination: Combination) -> Outcome:
+    def finish(self, combination: Combination) -> RunOutcome:
         """Run a combination to its end, unless it is there already."""
         finished = _outcome(combination, "waiting")
         if finished.state == "finished":
@@ -87,7 +87,7 @@ class Runner:
             self._process.send_signal(number)
 
 
-def _check_directories(plan: Plan) -> None:
+def _check_directories(plan: SweepPlan) -> None:
     """Directories of an earlier sweep must hold runs of the same configs.
 
     Raises:
@@ -112,15 +112,15 @@ def _check_directories(plan: Plan) -> None:
         raise UserErrors(errors)
 
 
-def _outcome(combination: Combination, otherwise: str) -> Outcome:
+def _outcome(combination: Combination, otherwise: str) -> RunOutcome:
     """What the run directory says; `otherwise` is its state unless it is finished."""
     from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
     done = RunDirectory(combination.folder).read_done()
     common = (combination.label, combination.values)
     if done is None or done["step"] < combination.config.steps:
-        return Outcome(*common, otherwise, str(combination.folder))
-    return Outcome(
+        return RunOutcome(*common, otherwise, str(combination.folder))
+    return RunOutcome(
         *common,
         "finished",
         str(combination.folder),
@@ -131,7 +131,7 @@ def _outcome(combination: Combination, otherwise: str) -> Outcome:
     )
 
 
-def _report(plan: Plan, outcomes: list[Outcome]) -> str:
+def _report(plan: SweepPlan, outcomes: list[RunOutcome]) -> str:
     """Write the table as it stands, so that it is there even if the sweep is killed; and return what to print."""
     table = markdown(outcomes, plan.combinations[0].config.evaluation.best_metric)
     paths = write(plan, outcomes, table)
@@ -140,7 +140,7 @@ def _report(plan: Plan, outcomes: list[Outcome]) -> str:
     return "".join(lines)
 
 
-def _exit_code(outcomes: Sequence[Outcome], stopped: bool) -> int:
+def _exit_code(outcomes: Sequence[RunOutcome], stopped: bool) -> int:
     if any(outcome.state == "failed" for outcome in outcomes) and not stopped:
         return FAILURE
     return INTERRUPTED if stopped else SUCCESS

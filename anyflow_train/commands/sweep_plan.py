@@ -40,14 +40,14 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep's own folder, `<out>/<name>` of the runs' common config, and its runs."""
 
     folder: Path
     combinations: tuple[Combination, ...]
 
 
-def make_plan(overrides: Sequence[str], config_dir: Path | None) -> Plan:
+def make_plan(overrides: Sequence[str], config_dir: Path | None) -> SweepPlan:
     """All combinations, decoded.
 
     Raises:
@@ -68,7 +68,7 @@ def make_plan(overrides: Sequence[str], config_dir: Path | None) -> Plan:
     values = [dict(zip((axis.key for axis in axes), texts, strict=True)) for texts in _product(axes)]
     configs = _decode_all([[*fixed, *_written(chosen)] for chosen in values], config_dir)
     folder = Path(configs[0].out) / configs[0].name
-    return Plan(folder, tuple(map(partial(_combination, folder, fixed), values, _labels(values), configs)))
+    return SweepPlan(folder, tuple(map(partial(_combination, folder, fixed), values, _labels(values), configs)))
 
 
 def _combination(

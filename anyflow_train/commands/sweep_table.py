@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from anyflow_train.commands.sweep_plan import Plan
+from anyflow_train.commands.sweep_plan import SweepPlan
 from anyflow_train.text import markdown_table
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What became of one combination.
 
     state: finished, failed, stopped, or waiting.
@@ -29,7 +29,7 @@ class Outcome:
     metrics: dict[str, float] | None = None
 
 
-def markdown(outcomes: Sequence[Outcome], best_metric: str) -> str:
+def markdown(outcomes: Sequence[RunOutcome], best_metric: str) -> str:
     """A table that reads well as plain text: one row per combination, the best metric's family at all step counts."""
     metrics = _family(outcomes, best_metric)
     keys = list(outcomes[0].values)
@@ -48,7 +48,7 @@ def markdown(outcomes: Sequence[Outcome], best_metric: str) -> str:
     return "\n".join(markdown_table(rows)) + "\n"
 
 
-def write(plan: Plan, outcomes: Sequence[Outcome], table: str) -> list[Path]:
+def write(plan: SweepPlan, outcomes: Sequence[RunOutcome], table: str) -> list[Path]:
     """Write `sweep.md` and `sweep.json` (which holds every metric) into the sweep's folder."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     paths = [plan.folder / "sweep.md", plan.folder / "sweep.json"]
@@ -57,7 +57,7 @@ def write(plan: Plan, outcomes: Sequence[Outcome], table: str) -> list[Path]:
     return paths
 
 
-def _family(outcomes: Sequence[Outcome], best_metric: str) -> list[str]:
+def _family(outcomes: Sequence[RunOutcome], best_metric: str) -> list[str]:
     """`energy_distance_4` -> that distance at every step count that some run measured, in order."""
     stem = best_metric.rpartition("_")[0]
     found = {name for outcome in outcomes for name in outcome.metrics or {} if name.rpartition("_")[0] == stem}

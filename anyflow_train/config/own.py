@@ -7,7 +7,6 @@ exports never come here: they hold a `SavedObjective`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -24,6 +23,7 @@ from pydantic import Discriminator, Tag, create_model
 from anyflow_train.config.objective import OURS, FlowMap, FlowMatching, ObjectiveConfig, OurObjective, SavedObjective
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.text import nearest_hint
 
 GROUP = "anyflow_train.objectives"
 KEY = "objective.kind"
@@ -54,10 +54,8 @@ def load_objective(kind: str) -> Any:
     target = entries.get(kind, kind)
     if not _TARGET.match(target):
         valid = [*OURS, *entries]
-        near = difflib.get_close_matches(kind, valid, n=1, cutoff=0.5)
-        nearest = f"; nearest is {near[0]!r}" if near else ""
         own = "or my_package.my_module:MyObjective for one of your own"
-        raise UserError(KEY, f"{kind!r} is wrong: valid are {', '.join(valid)}, {own}{nearest}")
+        raise UserError(KEY, f"{kind!r} is wrong: valid are {', '.join(valid)}, {own}{nearest_hint(kind, valid)}")
     found = _imported(target)
     if problem := _not_an_objective(found):
         raise UserError(KEY, f"{kind!r} is not an objective: {problem} (docs/extend.md)")
@@ -116,8 +114,7 @@ def _imported(target: str) -> Any:
         raise UserError(KEY, f"{module_name!r} cannot be imported: {reason}") from error
     if not hasattr(module, name):
         classes = [known for known, _ in inspect.getmembers(module, inspect.isclass)]
-        near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
-        raise UserError(KEY, f"{module_name!r} has no {name!r}{f'; nearest is {near[0]!r}' if near else ''}")
+        raise UserError(KEY, f"{module_name!r} has no {name!r}{nearest_hint(name, classes)}")
     return getattr(module, name)
 
 

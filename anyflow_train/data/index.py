@@ -16,7 +16,7 @@ CAPTIONS = ("json", "txt")
 
 
 @dataclass(frozen=True)
-class Entry:
+class SampleEntry:
     """One sample of a shard.
 
     Attributes:
@@ -46,7 +46,7 @@ class Skipped:
 class ShardIndex:
     """The contents of one shard, what was left out when it was made, and the tokens of its longest text."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[SampleEntry, ...]
     skipped: tuple[Skipped, ...] = ()
     longest_text: int | None = None
 
@@ -72,7 +72,7 @@ def parse_index(data: bytes) -> ShardIndex:
         content = json.loads(data)
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this program reads {VERSION}")
-        entries = tuple(Entry(*entry) for entry in content["entries"])
+        entries = tuple(SampleEntry(*entry) for entry in content["entries"])
         skipped = tuple(Skipped(*entry) for entry in content["skipped"])
         return ShardIndex(entries, skipped, content["longest_text"])
     except (KeyError, TypeError) as error:
@@ -91,5 +91,5 @@ def build_index(file: BinaryIO) -> ShardIndex:
     for key, member in tensors.items():
         caption = captions.get(key)
         place = (caption.offset, caption.size) if caption else (0, 0)
-        entries.append(Entry(key, member.offset, member.size, None, *place))
+        entries.append(SampleEntry(key, member.offset, member.size, None, *place))
     return ShardIndex(tuple(entries))

@@ -84,14 +84,14 @@ class Loader:
         device: where the batches will go: for a GPU they are made in pinned memory.
         """
         if any(position >= global_batch for positions in local_positions for position in positions):
-            raise ValueError(f"micro_slots {list(local_positions)} go over the global batch of {global_batch}")
+            raise ValueError(f"local_positions {list(local_positions)} go over the global batch of {global_batch}")
         self.bad_reads = 0
         self.reads = 0
         self.bad: dict[str, str] = {}
         self._shards = shards
         self._seed = seed
         self._global_batch = global_batch
-        self._micro_slots = tuple(local_positions)
+        self._local_positions = tuple(local_positions)
         self._text_lengths = tuple(text_lengths)
         self._start_step = start_step
         self._max_bad_share = max_bad_share
@@ -106,11 +106,11 @@ class Loader:
         return self._shards.manifest
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        requests = (Request(step, positions) for step in count(self._start_step) for positions in self._micro_slots)
+        requests = (Request(step, positions) for step in count(self._start_step) for positions in self._local_positions)
         fetched = self._fetched(requests)
         while True:
             micro_batches = []
-            for _ in self._micro_slots:
+            for _ in self._local_positions:
                 result = next(fetched)
                 self._account(result)
                 micro_batches.append(result.batch)

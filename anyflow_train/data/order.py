@@ -29,11 +29,6 @@ def permute(position: int, size: int, keys: Sequence[int]) -> int:
             return position
 
 
-def position_to_index(seed: int, position: int, size: int) -> int:
-    """The sample at a position of the endless stream over `size` samples; a position runs over epoch ends."""
-    return SampleOrder(seed, (size,)).index(position)
-
-
 def step_text_length(seed: int, step: int, text_lengths: Sequence[int]) -> int:
     """The length to which every text of a step is padded: one of `text_lengths`, drawn anew each step."""
     return text_lengths[draw_key(seed, step, "text_length") % len(text_lengths)]

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from anyflow_train.data.captions import parse_caption
-from anyflow_train.data.index import Entry, ShardIndex, build_index, index_name, parse_index, write_index
+from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
 from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
 from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote
 from anyflow_train.errors import UserError
@@ -126,7 +126,7 @@ class ShardSet:
         """Stop remote copies that are under way in other threads."""
         self._folder.cancel()
 
-    def _bytes(self, number: int, entry: Entry) -> tuple[bytes, bytes]:
+    def _bytes(self, number: int, entry: SampleEntry) -> tuple[bytes, bytes]:
         shard = self.manifest.shards[number]
         file = self._folder.open(shard.name, shard.bytes)
         try:
@@ -137,7 +137,7 @@ class ShardSet:
         finally:
             os.close(file)
 
-    def _decode(self, entry: Entry, data: bytes, caption: bytes) -> Sample:
+    def _decode(self, entry: SampleEntry, data: bytes, caption: bytes) -> Sample:
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
             raise ValueError("its bytes do not match their checksum")
         tensors = load(data)

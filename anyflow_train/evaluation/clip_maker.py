@@ -19,7 +19,7 @@ from anyflow_train.models.codec import Codec
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClipRequest:
     """What a user says of the clips; None: as the model was trained.
 
     Attributes:
@@ -63,16 +63,16 @@ class Shape:
         return torch.randn(1, channels, frames, height, width, generator=generator).transpose(1, 2).contiguous()
 
 
-def clip_shape(wanted: Wanted, model: LoadedNetwork, codec: Codec) -> Shape:
+def clip_shape(requested: ClipRequest, model: LoadedNetwork, codec: Codec) -> Shape:
     """The configured size, and what follows from it; what is not configured is that of the training data.
 
     Raises:
         UserErrors: the size is neither configured nor known, or does not fit the networks.
         UserError: the chunks do not make up the clip, or the model is not causal.
     """
-    size = _size(wanted, model)
+    size = _size(requested, model)
     frames = (size.frames - 1) // codec.temporal_factor + 1
-    chunks = _chunks(wanted, model, size, frames)
+    chunks = _chunks(requested, model, size, frames)
     _check_size(size, codec, model, chunks)
     sides = (size.height // codec.spatial_factor, size.width // codec.spatial_factor)
     return Shape(size, (frames, model.network.config["in_channels"], *sides), chunks)
@@ -122,8 +122,8 @@ def encode_texts(
     return [codec.encode_text([text], length)[0].float().cpu() for text in texts]
 
 
-def _size(wanted: Wanted, model: LoadedNetwork) -> Size:
-    given = {"frames": wanted.frames, "height": wanted.height, "width": wanted.width}
+def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
+    given = {"frames": requested.frames, "height": requested.height, "width": requested.width}
     sides = _trained_size(model) | {name: value for name, value in given.items() if value is not None}
     missing = [name for name in given if name not in sides]
     if missing:
@@ -137,9 +137,9 @@ def _trained_size(model: LoadedNetwork) -> dict[str, int]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _chunks(wanted: Wanted, model: LoadedNetwork, size: Size, frames: int) -> Chunks | None:
+def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: int) -> Chunks | None:
     """Of a causal model, for clips of so many latent frames."""
-    partition = wanted.chunk_partition
+    partition = requested.chunk_partition
     if model.chunks is None:
         if partition is not None:
             problem = f"{list(partition)}, but {model.name} generates all frames together; leave it out"

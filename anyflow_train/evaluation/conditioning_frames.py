@@ -15,7 +15,7 @@ from anyflow_train.models.codec import Codec
 
 
 @dataclass(frozen=True)
-class Source:
+class ConditioningSource:
     """What is gone on from.
 
     Attributes:
@@ -31,7 +31,9 @@ class Source:
     fps: float
 
 
-def given_latents(source: Source, codec: Codec, frames: int, height: int, width: int, chunks: Chunks | None) -> Tensor:
+def given_latents(
+    source: ConditioningSource, codec: Codec, frames: int, height: int, width: int, chunks: Chunks | None
+) -> Tensor:
     """Clean latents (1, P, C, H, W) of the first frames.
 
     A causal network takes whole chunks, and one at least is left to generate; any other takes one latent frame, unless
@@ -61,7 +63,7 @@ def given_latents(source: Source, codec: Codec, frames: int, height: int, width:
     raise UserError(source.key, f"'{source.path}' is {problem}" if counts else problem)
 
 
-def _check_count(source: Source, count: int, frames: int, chunks: Chunks | None) -> None:
+def _check_count(source: ConditioningSource, count: int, frames: int, chunks: Chunks | None) -> None:
     key = "context_frames" if source.key == "video" else source.key
     if chunks is None:
         if count >= frames:

@@ -17,16 +17,14 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
-from anyflow_train.evaluation.continued import check_frames, held_out_and_begun
-from anyflow_train.evaluation.grid import Grid, write_grid
-from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
+from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, held_out_and_begun, strata
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_stripes
-from anyflow_train.evaluation.report import TEACHER, Report, write_report
+from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
-from anyflow_train.evaluation.video import to_frames
+from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import FlowMap
@@ -39,7 +37,7 @@ GRID_CALLS = 8
 
 
 @dataclass(frozen=True)
-class Setting:
+class Comparison:
     """Everything that the models have in common; what is given, only to students."""
 
     config: EvaluateConfig
@@ -47,12 +45,12 @@ class Setting:
     captions: list[str]
     inputs: Inputs
     conditioning: Tensor | None
-    ruler: SampleEvaluator
+    evaluator: SampleEvaluator
     class_oracle: Callable[[Tensor], Recognition] | None
     say: Callable[[str], None]
 
 
-def run(config: EvaluateConfig) -> Report:
+def run(config: EvaluateConfig) -> EvaluationReport:
     """Evaluate, and write `report.json`, `report.md`, `quality.png`, `grid.mp4` and `grid.gif` into `config.out`.
 
     Where a model is causal, every chunk is measured by itself too, and drawn in `chunks.png`.
@@ -77,27 +75,29 @@ def run(config: EvaluateConfig) -> Report:
     teacher = guided(teacher, negative, config.guidance_scale)
 
     say(f"reading {config.held_out_samples} held-out samples, and sampling the teacher's fine solution")
-    setting, fine = prepare(config, shards, teacher, codec, device, say)
-    teacher_sets = {steps: best_shift(setting, teacher, steps) for steps in config.steps}
-    cells = [_teacher_cell(setting, steps, samples) for steps, samples in teacher_sets.items()]
+    comparison, fine = prepare(config, shards, teacher, codec, device, say)
+    teacher_sets = {steps: best_shift(comparison, teacher, steps) for steps in config.steps}
+    cells = [_teacher_cell(comparison, steps, samples) for steps, samples in teacher_sets.items()]
     student_sets: dict[str, dict[int, SampleSet]] = {}
     for name, model in zip(_student_names(models), models, strict=True):
-        student_sets[name] = sample_student(setting, model, device, dtype)
-        cells += _student_cells(setting, name, student_sets[name], teacher_sets)
-    cells.append(setting.ruler.cell(TEACHER, config.fine_steps, fine, None, setting.class_oracle))
+        student_sets[name] = sample_student(comparison, model, device, dtype)
+        cells += _student_cells(comparison, name, student_sets[name], teacher_sets)
+    cells.append(comparison.evaluator.cell(TEACHER, config.fine_steps, fine, None, comparison.class_oracle))
     sets = {TEACHER: teacher_sets, **student_sets}
     trained_on = None
     if training is not None:
         samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), fine]
-        cells, trained_on = with_nearest(setting, training, cells, samples)
+        cells, trained_on = with_nearest(comparison, training, cells, samples)
     chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
     by_chunk = ()
     if chunks is not None:
-        ruler = setting.ruler
-        by_chunk = measure_chunks(chunks, ruler.reference, ruler.reference_resampling, sets, ruler.resampling)
-    report = Report(config, tuple(cells), time.monotonic() - start, trained_on, by_chunk)
+        evaluator = comparison.evaluator
+        by_chunk = measure_chunks(
+            chunks, evaluator.reference, evaluator.reference_resampling, sets, evaluator.resampling
+        )
+    report = EvaluationReport(config, tuple(cells), time.monotonic() - start, trained_on, by_chunk)
     print(write_report(out, report))
-    _write_grid(setting, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
+    _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
     return report
 
@@ -109,7 +109,7 @@ def prepare(
     codec: Codec,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Setting, SampleSet]:
+) -> tuple[Comparison, SampleSet]:
     """What all models share, and the teacher's fine solution.
 
     Captions are the held-out samples' own, every caption about equally often.
@@ -123,68 +123,68 @@ def prepare(
     conditioning = begun.latents[rows][:, : config.conditioning_frames] if config.conditioning_frames else None
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
-    ruler = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
+    evaluator = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
     class_oracle = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
-    setting = Setting(config, held_out, captions, inputs, conditioning, ruler, class_oracle, say)
-    return setting, ruler.sampled(fine, config.shift)
+    comparison = Comparison(config, held_out, captions, inputs, conditioning, evaluator, class_oracle, say)
+    return comparison, evaluator.sampled(fine, config.shift)
 
 
-def best_shift(setting: Setting, teacher: FlowMap, steps: int) -> SampleSet:
+def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSet:
     """The teacher's samples at the shift that suits it best. One step goes from 1 to 0 whatever the shift."""
-    shifts = setting.config.shifts if steps > 1 else setting.config.shifts[:1]
+    shifts = comparison.config.shifts if steps > 1 else comparison.config.shifts[:1]
     found = []
     for shift in shifts:
-        latents = sample_all(EULER, teacher, setting.inputs, steps, shift)
-        found.append(setting.ruler.sampled(latents, shift))
-        setting.say(f"teacher, {steps} calls, shift {shift:g}: energy distance {float(found[-1].energy[0]):.3f}")
+        latents = sample_all(EULER, teacher, comparison.inputs, steps, shift)
+        found.append(comparison.evaluator.sampled(latents, shift))
+        comparison.say(f"teacher, {steps} calls, shift {shift:g}: energy distance {float(found[-1].energy[0]):.3f}")
     return min(found, key=lambda samples: float(samples.energy[0]))
 
 
 def sample_student(
-    setting: Setting, model: LoadedNetwork, device: torch.device, dtype: torch.dtype | None
+    comparison: Comparison, model: LoadedNetwork, device: torch.device, dtype: torch.dtype | None
 ) -> dict[int, SampleSet]:
     """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
     flow_map = on_device(model.network, device, dtype)
-    inputs, sets = replace(setting.inputs, conditioning=setting.conditioning), {}
-    for steps in setting.config.steps:
-        latents = sample_all(model.sampler, flow_map, inputs, steps, setting.config.shift)
-        sets[steps] = setting.ruler.sampled(latents, setting.config.shift)
-        setting.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
+    inputs, sets = replace(comparison.inputs, conditioning=comparison.conditioning), {}
+    for steps in comparison.config.steps:
+        latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
+        sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
+        comparison.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
     return sets
 
 
 def with_nearest(
-    setting: Setting, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
+    comparison: Comparison, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
 ) -> tuple[list[ResultRow], TrainingSet]:
     """The cells of these samples with their distances to the training clips, and those of the held-out clips."""
-    setting.say(f"looking for the nearest of {len(training)} training clips")
-    ruler = setting.ruler
-    sets = [setting.held_out.latents, *(sampled.latents for sampled in samples)]
+    comparison.say(f"looking for the nearest of {len(training)} training clips")
+    evaluator = comparison.evaluator
+    sets = [comparison.held_out.latents, *(sampled.latents for sampled in samples)]
     of_held_out, *of_samples = nearest_distances(training, sets)
     measured = [
-        replace(cell, nearest=summarise(distances, ruler.resampling))
+        replace(cell, nearest=summarise(distances, evaluator.resampling))
         for cell, distances in zip(cells, of_samples, strict=True)
     ]
-    return measured, TrainingSet(len(training), summarise(of_held_out, ruler.reference_resampling))
+    return measured, TrainingSet(len(training), summarise(of_held_out, evaluator.reference_resampling))
 
 
 def _student_names(models: list[LoadedNetwork]) -> list[str]:
     return [f"{name} (student)" if name == TEACHER else name for name in unique_names(models)]
 
 
-def _teacher_cell(setting: Setting, steps: int, samples: SampleSet) -> ResultRow:
-    setting.say(f"measuring the teacher at {steps} calls")
-    return setting.ruler.cell(TEACHER, steps, samples, None, setting.class_oracle)
+def _teacher_cell(comparison: Comparison, steps: int, samples: SampleSet) -> ResultRow:
+    comparison.say(f"measuring the teacher at {steps} calls")
+    return comparison.evaluator.cell(TEACHER, steps, samples, None, comparison.class_oracle)
 
 
 def _student_cells(
-    setting: Setting, name: str, sets: dict[int, SampleSet], teacher_sets: dict[int, SampleSet]
+    comparison: Comparison, name: str, sets: dict[int, SampleSet], teacher_sets: dict[int, SampleSet]
 ) -> list[ResultRow]:
-    setting.say(f"measuring {name}")
+    comparison.say(f"measuring {name}")
     return [
-        setting.ruler.cell(name, steps, samples, teacher_sets[steps], setting.class_oracle)
+        comparison.evaluator.cell(name, steps, samples, teacher_sets[steps], comparison.class_oracle)
         for steps, samples in sets.items()
     ]
 
@@ -203,16 +203,18 @@ def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
     return codec.decode_video(latents.to(device))
 
 
-def _write_grid(setting: Setting, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path) -> None:
+def _write_grid(
+    comparison: Comparison, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path
+) -> None:
     """Videos of the first prompts: the teacher's columns, then the first student's, up to `GRID_CALLS` calls."""
-    count = min(setting.config.videos, len(setting.captions))
+    count = min(comparison.config.videos, len(comparison.captions))
     if count == 0:
         return
     columns, videos = [], []
     for name, by_steps in sets.items():
         for steps in sorted(steps for steps in by_steps if steps <= GRID_CALLS):
-            decoded = _decode(codec, setting.inputs.device, by_steps[steps].latents[:count])
+            decoded = _decode(codec, comparison.inputs.device, by_steps[steps].latents[:count])
             videos.append([to_frames(video) for video in decoded])
             columns.append(f"{name}\n{calls(steps)}")
     by_prompt = list(zip(*videos, strict=True))
-    write_grid(Grid(setting.captions[:count], columns, by_prompt, fps), out / "grid.mp4", out / "grid.gif")
+    write_grid(Grid(comparison.captions[:count], columns, by_prompt, fps), out / "grid.mp4", out / "grid.gif")

@@ -71,7 +71,7 @@ class SampleEvaluator:
     Args:
         reference: (m, F, C, H, W) samples that all sets are compared with.
         fine: (n, F, C, H, W), the teacher's fine solution from the inputs' noise.
-        strata, reference_strata: (n,) and (m,), see `heldout.strata`.
+        strata, reference_strata: (n,) and (m,), see `clip_choice.strata`.
         replicates: bootstrap resamples.
         seed: of the resamples.
 

@@ -21,7 +21,7 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """The result of an evaluation.
 
     Attributes:
@@ -50,7 +50,7 @@ class Report:
         }
 
 
-def write_report(folder: Path, report: Report) -> str:
+def write_report(folder: Path, report: EvaluationReport) -> str:
     """Write `report.json`, `report.md`, `quality.png`, and `chunks.png` where there are any. Returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     table = "\n".join(table_lines(report))
@@ -64,7 +64,7 @@ def write_report(folder: Path, report: Report) -> str:
     return table
 
 
-def table_lines(report: Report) -> list[str]:
+def table_lines(report: EvaluationReport) -> list[str]:
     """A markdown table, aligned so that it also reads on a terminal."""
     oracle = any(cell.recognition for cell in report.cells)
     head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
@@ -86,7 +86,7 @@ def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
     return markdown_table(rows)
 
 
-def panels(report: Report) -> list[Panel]:
+def panels(report: EvaluationReport) -> list[Panel]:
     """The panels of the plot; the fine solution is no point of a curve."""
     reference = "held-out data" if report.config.reference == "data" else "the guided teacher"
     drawn = [
@@ -99,7 +99,7 @@ def panels(report: Report) -> list[Panel]:
     return drawn
 
 
-def _curves(report: Report, measure: Any) -> tuple[Curve, ...]:
+def _curves(report: EvaluationReport, measure: Any) -> tuple[Curve, ...]:
     curves = []
     for model in dict.fromkeys(cell.model for cell in report.cells):
         cells = [cell for cell in report.cells if cell.model == model and cell.steps in report.config.steps]
@@ -127,7 +127,7 @@ def _interval(estimate: Estimate | None) -> str:
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def _caption(report: Report) -> str:
+def _caption(report: EvaluationReport) -> str:
     config = report.config
     reference = "held-out samples" if config.reference == "data" else "samples of the guided teacher's fine solution"
     sentences = [

@@ -17,10 +17,9 @@ from anyflow_train.data.loader import pad_text
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.grid import Grid, write_grid
 from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
 from anyflow_train.evaluation.sampling import clip_sampler
-from anyflow_train.evaluation.video import to_frames
+from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import Sampler
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided

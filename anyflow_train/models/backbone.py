@@ -84,6 +84,11 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
             )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    @property
+    def config(self) -> Any:
+        """The constructor's arguments as attributes and keys; diffusers' own type for them has keys only."""
+        return self._internal_dict
+
     def _run_blocks(
         self,
         x: Tensor,
@@ -106,19 +111,16 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
 
     def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Tokens to patches of the output: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
-        config: Any = self.config
         shift, scale = (at_least_float32(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
-        return self.proj_out(modulated_layer_norm(x, shift, scale, config.eps))
+        return self.proj_out(modulated_layer_norm(x, shift, scale, self.config.eps))
 
     def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
         """Tokens of frames of a grid of patches to latents: (B, S, D) -> (B, F, C_out, H, W)."""
-        config: Any = self.config
-        return unpatchify(self._project(x, embedding), frames, *grid, config.patch_size[1])
+        return unpatchify(self._project(x, embedding), frames, *grid, self.config.patch_size[1])
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of a frame."""
-        config: Any = self.config
-        patch = config.patch_size[1]
+        patch = self.config.patch_size[1]
         return latents.shape[3] // patch, latents.shape[4] // patch
 
     def _check_latents(self, latents: Tensor) -> torch.Size:
@@ -127,37 +129,35 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         Raises:
             ValueError: another shape, sides that the patch does not divide, or a grid that is too long.
         """
-        config: Any = self.config
         shape = tuple(latents.shape)
-        if len(shape) != 5 or shape[2] != config.in_channels:
-            raise ValueError(f"hidden_states must be (B, F, {config.in_channels}, H, W), but its shape is {shape}")
-        patch = config.patch_size[1]
+        if len(shape) != 5 or shape[2] != self.config.in_channels:
+            raise ValueError(f"hidden_states must be (B, F, {self.config.in_channels}, H, W), but its shape is {shape}")
+        patch = self.config.patch_size[1]
         if shape[3] % patch or shape[4] % patch:
             raise ValueError(f"height and width must be multiples of the patch, {patch}, but hidden_states is {shape}")
         self._check_grid(shape[1], shape[3] // patch, shape[4] // patch)
         return latents.shape
 
     def _check_grid(self, frames: int, rows: int, columns: int) -> None:
-        config: Any = self.config
-        if max(frames, rows, columns) > config.rope_max_seq_len:
+        if max(frames, rows, columns) > self.config.rope_max_seq_len:
             raise ValueError(
                 f"a grid of {frames} x {rows} x {columns} tokens is longer than "
-                f"rope_max_seq_len = {config.rope_max_seq_len}"
+                f"rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
 
     def _check_context(self, batch: int, text: Tensor, image: Tensor | None) -> None:
-        config: Any = self.config
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
             raise ValueError(
-                f"encoder_hidden_states must be ({batch}, L, {config.text_dim}), but its shape is {tuple(text.shape)}"
+                f"encoder_hidden_states must be ({batch}, L, {self.config.text_dim}), "
+                f"but its shape is {tuple(text.shape)}"
             )
         if image is None:
             return
-        if config.image_dim is None:
+        if self.config.image_dim is None:
             raise ValueError("encoder_hidden_states_image was given to a network without image_dim")
-        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != config.image_dim:
+        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != self.config.image_dim:
             raise ValueError(
-                f"encoder_hidden_states_image must be ({batch}, I, {config.image_dim}), "
+                f"encoder_hidden_states_image must be ({batch}, I, {self.config.image_dim}), "
                 f"but its shape is {tuple(image.shape)}"
             )
 

@@ -219,10 +219,8 @@ class AnyFlowFARTransformer3DModel(Backbone):
 
     @property
     def _limit(self) -> int:
-        config: Any = self.config
-        return config.full_chunk_limit
+        return self.config.full_chunk_limit
 
     @property
     def _pool(self) -> int:
-        config: Any = self.config
-        return config.compressed_patch_size[1] // config.patch_size[1]
+        return self.config.compressed_patch_size[1] // self.config.patch_size[1]

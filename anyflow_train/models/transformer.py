@@ -92,8 +92,7 @@ class AnyFlowTransformer3DModel(Backbone):
         Raises:
             ValueError: the number of processes does not divide `num_attention_heads`, or this is none of them.
         """
-        config: Any = self.config
-        self._sequence_group = None if group is None else SequenceGroup.of(group, config.num_attention_heads)
+        self._sequence_group = None if group is None else SequenceGroup.of(group, self.config.num_attention_heads)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -126,8 +125,7 @@ class AnyFlowTransformer3DModel(Backbone):
         batch, frames, _, height, width = self._check_latents(hidden_states)
         self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
         t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        config: Any = self.config
-        patch = config.patch_size[1]
+        patch = self.config.patch_size[1]
         rotation = self.rope((frames, height // patch, width // patch), hidden_states.device)
 
         embedding, modulation = self.condition_embedder(t, r)

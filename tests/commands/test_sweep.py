@@ -14,7 +14,7 @@ import pytest
 
 from anyflow_train.commands import sweep
 from anyflow_train.commands.sweep_plan import Combination, make_plan
-from anyflow_train.commands.sweep_table import Outcome, markdown
+from anyflow_train.commands.sweep_table import RunOutcome, markdown
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -96,8 +96,8 @@ def test_not_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_shows_the_best_metrics_family_in_order() -> None:
     metrics = {"energy_distance_16": 0.1, "energy_distance_4": 0.25, "class_error_4": 0.5}
     outcomes = [
-        Outcome("lr=1", {"optimizer.lr": "1"}, "finished", "f", 8, 0.123456, 61.4, metrics),
-        Outcome("lr=2", {"optimizer.lr": "2"}, "failed", "g"),
+        RunOutcome("lr=1", {"optimizer.lr": "1"}, "finished", "f", 8, 0.123456, 61.4, metrics),
+        RunOutcome("lr=2", {"optimizer.lr": "2"}, "failed", "g"),
     ]
     assert markdown(outcomes, "energy_distance_4").splitlines() == [
         "| optimizer.lr | state    | last loss | energy_distance_4 | energy_distance_16 | time |",

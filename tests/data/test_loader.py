@@ -11,7 +11,7 @@ import torch
 
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.loader import Loader, pad_text
-from anyflow_train.data.order import position_to_index, step_text_length
+from anyflow_train.data.order import SampleOrder, step_text_length
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from tests.data.helpers import make_shards, numbers, take
@@ -41,10 +41,10 @@ def test_slots_follow_the_stream_over_epoch_ends(shards: ShardSet) -> None:
         assert sorted(seen[start : start + 21]) == list(range(21))
 
 
-def test_without_shards_the_stream_is_position_to_index(tmp_path: Path) -> None:
+def test_without_shards_the_stream_is_that_of_the_order(tmp_path: Path) -> None:
     one = ShardSet.open(str(make_shards(tmp_path, [13])))
     seen = [number for step in take(iter(loader(one)), 4) for number in numbers(step)]
-    assert seen == [position_to_index(5, position, 13) for position in range(4 * GLOBAL)]
+    assert seen == [SampleOrder(5, (13,)).index(position) for position in range(4 * GLOBAL)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

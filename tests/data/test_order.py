@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anyflow_train.data.order import SampleOrder, permute, position_to_index, step_text_length
+from anyflow_train.data.order import SampleOrder, permute, step_text_length
 
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 
@@ -19,9 +19,9 @@ def test_every_epoch_holds_every_sample_once(seed: int, epoch: int, sizes: list[
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
-    first = [position_to_index(0, position, 50) for position in range(50)]
-    second = [position_to_index(0, position, 50) for position in range(50, 100)]
-    other = [position_to_index(1, position, 50) for position in range(50)]
+    first = [SampleOrder(0, (50,)).index(position) for position in range(50)]
+    second = [SampleOrder(0, (50,)).index(position) for position in range(50, 100)]
+    other = [SampleOrder(1, (50,)).index(position) for position in range(50)]
     assert first != second
     assert first != other
     assert first != sorted(first)
@@ -32,7 +32,7 @@ def test_a_sample_is_equally_likely_at_any_position_and_after_any_other(size: in
     epochs = 1500
     places, pairs = Counter(), Counter()
     for epoch in range(epochs):
-        order = [position_to_index(7, epoch * size + i, size) for i in range(size)]
+        order = [SampleOrder(7, (size,)).index(epoch * size + i) for i in range(size)]
         places.update(enumerate(order))
         pairs.update(itertools.pairwise(order))
     for counts, cells, expected in (
@@ -49,7 +49,7 @@ def test_a_sample_is_equally_likely_at_any_position_and_after_any_other(size: in
 def test_one_position_of_a_huge_set_is_found_at_once() -> None:
     # The whole order of 10^12 samples cannot be built; any of its positions can be asked for.
     size = 10**12
-    assert 0 <= position_to_index(3, 10**15 + 123, size) < size
+    assert 0 <= SampleOrder(3, (size,)).index(10**15 + 123) < size
 
 
 def test_a_group_of_shards_is_finished_before_the_next_one_starts() -> None:

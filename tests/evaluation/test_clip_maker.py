@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from anyflow_train.evaluation.clip_maker import Wanted, clip_shape, encode_texts
+from anyflow_train.evaluation.clip_maker import ClipRequest, clip_shape, encode_texts
 from anyflow_train.evaluation.load import load_model
 from anyflow_train.models.codec import Codec
 from tests.export.runs import FULL, TINY_WAN, make_run
@@ -12,7 +12,7 @@ from tests.export.runs import FULL, TINY_WAN, make_run
 
 def test_noise_does_not_depend_on_anything_but_the_seed_and_the_size(tmp_path: Path):
     model = load_model(str(make_run(tmp_path, FULL)), "ema")
-    shape = clip_shape(Wanted(None, None, None, None), model, Codec.load(TINY_WAN, "cpu"))
+    shape = clip_shape(ClipRequest(None, None, None, None), model, Codec.load(TINY_WAN, "cpu"))
     noise = shape.noise(3)
     assert noise.shape == (1, *shape.latent) == (1, 2, 16, 4, 4)
     assert torch.equal(noise, shape.noise(3))

@@ -13,8 +13,8 @@ from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample, ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
-from anyflow_train.evaluation.heldout import balanced_order, cycle
-from anyflow_train.evaluation.report import Report
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle
+from anyflow_train.evaluation.report import EvaluationReport
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.tiny import world
 from tests.export.runs import CHUNKS, FULL, make_run
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(folder: Path, out: str, **options) -> Report:
+def run(folder: Path, out: str, **options) -> EvaluationReport:
     settings = {
         "models": (str(folder / "run"),),
         "teacher": str(folder / "base"),

@@ -7,14 +7,14 @@ from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.measure import ResultRow
 from anyflow_train.evaluation.oracle import Recognition
-from anyflow_train.evaluation.report import Report, panels, table_lines, write_report
+from anyflow_train.evaluation.report import EvaluationReport, panels, table_lines, write_report
 
 
 def estimate(value: float) -> Estimate:
     return Estimate(value, value - 0.1, value + 0.1)
 
 
-def make_report() -> Report:
+def make_report() -> EvaluationReport:
     config = EvaluateConfig(out="out", models=("runs/a",), teacher="t", held_out="h", steps=(1, 2), samples=8)
     seen = Recognition(Estimate(1.0, 0.9, 1.0), 0.8)
     cells = [
@@ -24,7 +24,7 @@ def make_report() -> Report:
         ResultRow("a", 2, 5.0, estimate(0.5), estimate(1), estimate(0.3), None, seen),
         ResultRow("teacher", 128, 5.0, estimate(0), estimate(0), estimate(0), None, seen),
     ]
-    return Report(config, tuple(cells), seconds=1.5)
+    return EvaluationReport(config, tuple(cells), seconds=1.5)
 
 
 def test_table_has_a_row_for_every_cell_with_its_interval():

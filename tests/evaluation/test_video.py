@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anyflow_train.evaluation.grid import Grid, draw_grid, write_grid
-from anyflow_train.evaluation.video import Frames, to_frames, write_gif, write_mp4
+from anyflow_train.evaluation.video import Frames, Grid, draw_grid, to_frames, write_gif, write_grid, write_mp4
 
 
 def moving_bar(count: int = 5, height: int = 32, width: int = 48) -> Frames:

@@ -22,7 +22,7 @@ from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
-from anyflow_train.data.prepare.job import Plan, make_plan, read_all_skipped
+from anyflow_train.data.prepare.job import PreparePlan, make_plan, read_all_skipped
 from anyflow_train.data.prepare.output_lock import WorkShare, lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import validation_prompts
@@ -45,20 +45,20 @@ def run(config: PrepareConfig) -> None:
         KeyboardInterrupt: after saying how to continue.
         SystemExit: on processes other than 0, where it is process 0 that says why.
     """
-    with join_workers() as team:
+    with join_workers() as workers:
         plan = make_plan(config)
-        with lock_output(plan, team) as share:
-            device = pick_device(config.device, config.threads, local_rank=team.local_rank)
-            _prepare(Job(config, plan, team, share, device))
+        with lock_output(plan, workers) as share:
+            device = pick_device(config.device, config.threads, local_rank=workers.local_rank)
+            _prepare(PrepareJob(config, plan, workers, share, device))
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What one process has to do, and by what."""
 
     config: PrepareConfig
-    plan: Plan
-    team: Workers
+    plan: PreparePlan
+    workers: Workers
     share: WorkShare
     device: torch.device
 
@@ -72,21 +72,21 @@ class Job:
         return Codec.load(self.config.codec, self.device, DTYPES[precision])
 
 
-def _prepare(job: Job) -> None:
+def _prepare(job: PrepareJob) -> None:
     plan, start = job.plan, time.monotonic()
     complete = (plan.folder / MANIFEST).exists() and not job.share.clips
     try:
         if not complete:
             _encode_texts(job)
-        with ClipProgress("prompts" if job.config.prompts else "clips", job.share.clips, job.team) as progress:
+        with ClipProgress("prompts" if job.config.prompts else "clips", job.share.clips, job.workers) as progress:
             _write_shards(job, progress)
             progress.finish()
     except KeyboardInterrupt:
-        if job.team.is_main:
+        if job.workers.is_main:
             done = len(plan.shards) - len(plan.unfinished())
             print(f"stopped: {done} of {len(plan.shards)} shards are written; the same command continues", flush=True)
         raise
-    if not job.team.is_main:
+    if not job.workers.is_main:
         return
     if complete:
         print(f"{plan.folder} is complete: {_summary(plan)}")
@@ -97,20 +97,20 @@ def _prepare(job: Job) -> None:
     print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s with all start-up")
 
 
-def _encode_texts(job: Job) -> None:
+def _encode_texts(job: PrepareJob) -> None:
     config, folder = job.config, job.folder
-    prompts_missing = job.team.is_main and not (folder / TEXT).exists()
+    prompts_missing = job.workers.is_main and not (folder / TEXT).exists()
     if not job.share.texts and not prompts_missing:
         return
     codec = job.codec(config.precision)
     if prompts_missing:
         prompts = validation_prompts(config.validation_prompts)
         encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
-    with ClipProgress("texts", job.share.text_clips, job.team) as progress:
+    with ClipProgress("texts", job.share.text_clips, job.workers) as progress:
         encode_shard_texts(codec, folder, job.share.texts, config.max_text_length, progress)
 
 
-def _write_shards(job: Job, progress: ClipProgress) -> None:
+def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     config, shards = job.config, job.share.shards
     if not shards:
         return
@@ -123,7 +123,7 @@ def _write_shards(job: Job, progress: ClipProgress) -> None:
     write_video_shards(codec.encode_video, job.folder, shards, shape, config.batch, dtype, progress)
 
 
-def _finish(job: Job) -> None:
+def _finish(job: PrepareJob) -> None:
     """Name what was skipped, and write the manifest, which makes the folder usable."""
     plan = job.plan
     for shard in plan.shards:
@@ -140,7 +140,7 @@ def _finish(job: Job) -> None:
     write_manifest(plan.folder, manifest)
 
 
-def _manifest(config: PrepareConfig, plan: Plan) -> Manifest:
+def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
     """The manifest of shards without video."""
     indices = [plan.index(shard) for shard in plan.shards]
     shards = tuple(
@@ -186,7 +186,7 @@ def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Mani
     return manifest.model_copy(update=facts)
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: PreparePlan) -> str:
     skipped = read_all_skipped(plan)
     samples = sum(len(plan.index(shard).entries) for shard in plan.shards)
     text = f"{samples} samples in {len(plan.shards)} shards from {len(plan.source.clips)} clips"

@@ -30,7 +30,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparePlan:
     """The whole job.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
         return [shard for shard in self.shards if not {shard.name, index_name(shard.name)} <= present]
 
 
-def make_plan(config: PrepareConfig) -> Plan:
+def make_plan(config: PrepareConfig) -> PreparePlan:
     """List the clips and deal them into shards. Raises UserError where there is nothing to prepare."""
     source = list_prompts(config.prompts) if config.prompts is not None else list_clips(config.source or "")
     size = config.samples_per_shard
@@ -67,7 +67,7 @@ def make_plan(config: PrepareConfig) -> Plan:
     settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
     settings["source"] = _listing_digest(source)
     settings["codec"] = {part: component_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
-    return Plan(Path(config.out), source, shards, settings)
+    return PreparePlan(Path(config.out), source, shards, settings)
 
 
 def _listing_digest(source: Source) -> str:
@@ -79,6 +79,6 @@ def _listing_digest(source: Source) -> str:
     return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
 
 
-def read_all_skipped(plan: Plan) -> list[Skipped]:
+def read_all_skipped(plan: PreparePlan) -> list[Skipped]:
     """Everything that the shards, all finished, left out, and what could not be listed."""
     return [*plan.source.problems, *(entry for shard in plan.shards for entry in plan.index(shard).skipped)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from anyflow_train.data.prepare.job import Plan, ShardPlan
+from anyflow_train.data.prepare.job import PreparePlan, ShardPlan
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
 from anyflow_train.files import TEMPORARY, take_lock, write_json
@@ -40,7 +40,7 @@ class WorkShare:
 
 
 @contextmanager
-def lock_output(plan: Plan, team: Workers) -> Iterator[WorkShare]:
+def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[WorkShare]:
     """Hold the output folder, and take this process's share of what is left to do in it.
 
     Process 0 looks at what a job before has left, and deals it out whole shard by whole shard: no process looks for
@@ -50,27 +50,27 @@ def lock_output(plan: Plan, team: Workers) -> Iterator[WorkShare]:
         UserError: another job holds the folder, it was begun with other settings (the first such key is named), it
             holds something else, or this process sees another folder than process 0.
     """
-    if team.is_main:
+    if workers.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
         with open(plan.folder / LOCK, "a+") as lock:
             _take(lock, fcntl.LOCK_EX, plan.folder)
             check_settings(plan)
             for left_over in plan.folder.glob(f"{TEMPORARY}*"):
                 left_over.unlink()
-            if team.size > 1:
+            if workers.size > 1:
                 # All processes of a job share the lock: where process 0 alone has died, the others still keep a new job
                 # from writing the same files.
                 _take(lock, fcntl.LOCK_SH, plan.folder)
-            yield _share(plan, team, team.share(_job(plan)))
+            yield _share(plan, workers, workers.share(_job(plan)))
         return
-    job = team.share({})
-    _check_same(plan, team, job["settings"])
+    job = workers.share({})
+    _check_same(plan, workers, job["settings"])
     with open(plan.folder / LOCK, "a+") as lock:
         _take(lock, fcntl.LOCK_SH, plan.folder)
-        yield _share(plan, team, job)
+        yield _share(plan, workers, job)
 
 
-def check_settings(plan: Plan) -> None:
+def check_settings(plan: PreparePlan) -> None:
     """Continue only what was begun with the same settings; note them in a new folder. Raises UserError."""
     path = plan.folder / SETTINGS
     if not path.exists():
@@ -88,31 +88,31 @@ def check_settings(plan: Plan) -> None:
         raise UserError(key, f"{change} {plan.folder} was begun; go back to that, or give another `out`")
 
 
-def wait_until_all_are_there(plan: Plan) -> None:
+def wait_until_all_are_there(plan: PreparePlan) -> None:
     """Wait until process 0 sees what the others wrote. Raises UserError if it never does."""
     if not _appears(lambda: not plan.unfinished()):
         missing = plan.unfinished()[0].name
         raise UserError("out", f"{plan.folder} lacks {missing}, which another process wrote; all nodes must share it")
 
 
-def _job(plan: Plan) -> dict[str, Any]:
+def _job(plan: PreparePlan) -> dict[str, Any]:
     shards = plan.unfinished()
     present = {entry.name for entry in plan.folder.iterdir()}
     texts = [shard.name for shard in shards if shard.text_name not in present]
     return {"settings": plan.settings, "shards": [shard.name for shard in shards], "texts": texts}
 
 
-def _share(plan: Plan, team: Workers, job: dict[str, Any]) -> WorkShare:
+def _share(plan: PreparePlan, workers: Workers, job: dict[str, Any]) -> WorkShare:
     by_name = {shard.name: shard for shard in plan.shards}
     clips = {name: len(by_name[name].clips) for name in job["shards"]}
-    mine = [by_name[name] for name in job["shards"][team.rank :: team.size]]
+    mine = [by_name[name] for name in job["shards"][workers.rank :: workers.size]]
     without_texts = set(job["texts"])
     texts = [shard for shard in mine if shard.name in without_texts]
     return WorkShare(mine, texts, sum(clips.values()), sum(clips[name] for name in without_texts))
 
 
-def _check_same(plan: Plan, team: Workers, wanted: dict[str, Any]) -> None:
-    here = f"on process {team.rank} ({socket.gethostname()})"
+def _check_same(plan: PreparePlan, workers: Workers, wanted: dict[str, Any]) -> None:
+    here = f"on process {workers.rank} ({socket.gethostname()})"
     for key, main, own in _differences(wanted, json.loads(json.dumps(plan.settings))):
         raise UserError(key, f"is {own!r} {here}, but {main!r} on process 0; give all nodes the same files")
     if not _appears(lambda: _read_settings(plan.folder) == wanted):

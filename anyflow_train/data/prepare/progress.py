@@ -16,13 +16,13 @@ LINE_SECONDS = 10.0
 class ClipProgress:
     """Counts clips, with rate and remaining time, on stderr: those of all processes, shown by process 0."""
 
-    def __init__(self, task: str, total: int, team: Workers) -> None:
+    def __init__(self, task: str, total: int, workers: Workers) -> None:
         self._task = task
         self._total = total
-        self._team = team
+        self._workers = workers
         self._mine = self._done = 0
         self._start = self._last_line = time.monotonic()
-        visible = team.is_main and sys.stderr.isatty()
+        visible = workers.is_main and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=task, unit="clip") if visible else None
 
     def __enter__(self) -> ClipProgress:
@@ -33,24 +33,24 @@ class ClipProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done and self._team.is_main:
+        elif self._done and self._workers.is_main:
             self._print_line()
 
     def advance(self, count: int) -> None:
         """Note that this process has done `count` more clips."""
         self._mine += count
-        self._show(self._team.count(self._task, self._mine))
+        self._show(self._workers.count(self._task, self._mine))
 
     def finish(self) -> None:
         """This process has done its share; process 0 waits here for the others."""
-        self._team.finish(self._task, self._show)
+        self._workers.finish(self._task, self._show)
 
     def _show(self, done: int) -> None:
         if self._bar is not None:
             self._bar.update(done - self._done)
         self._done = done
         late = time.monotonic() - self._last_line > LINE_SECONDS
-        if self._bar is None and late and self._team.is_main:
+        if self._bar is None and late and self._workers.is_main:
             self._print_line()
 
     def _print_line(self) -> None:

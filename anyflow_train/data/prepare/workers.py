@@ -35,7 +35,7 @@ JOIN_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass
-class Report:
+class WorkerReport:
     """What a process says of itself.
 
     Attributes:
@@ -62,8 +62,8 @@ class Workers:
         self.size = size
         self.local_rank = local_rank
         self._store = store
-        self._report = Report()
-        self._others: list[Report] = []
+        self._report = WorkerReport()
+        self._others: list[WorkerReport] = []
         self._heard = -NEWS_SECONDS
         self._tell()
 
@@ -133,7 +133,7 @@ class Workers:
         keys = [_key(rank) for rank in range(1, self.size)]
         if not self._store.check(keys):
             return  # some have not started yet
-        self._others = [Report(**json.loads(text)) for text in self._store.multi_get(keys)]
+        self._others = [WorkerReport(**json.loads(text)) for text in self._store.multi_get(keys)]
         errors = dict.fromkeys((where, problem) for other in self._others for where, problem in other.errors)
         if errors:
             raise UserErrors([UserError(where, problem) for where, problem in errors])
@@ -147,27 +147,27 @@ def join_workers() -> Iterator[Workers]:
         UserError: on process 0, also for what the others found.
         SystemExit: on the others.
     """
-    team = _join()
+    workers = _join()
     try:
-        yield team
+        yield workers
     except DistError as error:
         problem = "has lost contact with the other processes; the same command continues"
-        if team.is_main:
+        if workers.is_main:
             raise UserError("prepare", problem) from error
         raise SystemExit(1) from error
     except UserError as error:
-        if team.is_main:
+        if workers.is_main:
             raise
-        _leave_to_main(team, list(error.errors) if isinstance(error, UserErrors) else [error])
+        _leave_to_main(workers, list(error.errors) if isinstance(error, UserErrors) else [error])
     except KeyboardInterrupt:
-        if team.is_main:
+        if workers.is_main:
             raise
         raise SystemExit(130) from None
 
 
-def _leave_to_main(team: Workers, errors: list[UserError]) -> None:
+def _leave_to_main(workers: Workers, errors: list[UserError]) -> None:
     with suppress(DistError):  # process 0 has ended first
-        team.report_errors(errors)
+        workers.report_errors(errors)
     raise SystemExit(2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from anyflow_train.data.index import Entry, ShardIndex, Skipped, index_name, write_index
+from anyflow_train.data.index import SampleEntry, ShardIndex, Skipped, index_name, write_index
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import TarWriter
 from anyflow_train.files import atomic_file
@@ -20,7 +20,7 @@ def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -
 
     The tar appears when it is whole, the index after it: a shard is complete if, and only if, it has its index.
     """
-    entries: list[Entry] = []
+    entries: list[SampleEntry] = []
     skipped: list[Skipped] = []
     longest = 0
     with atomic_file(folder / name) as file:
@@ -37,7 +37,7 @@ def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -
     return index
 
 
-def _add(tar: TarWriter, sample: Sample) -> Entry:
+def _add(tar: TarWriter, sample: Sample) -> SampleEntry:
     tensors = {"text": sample.text.contiguous()}
     if sample.latents is not None:
         tensors["latents"] = sample.latents.contiguous()
@@ -45,6 +45,6 @@ def _add(tar: TarWriter, sample: Sample) -> Entry:
     caption = json.dumps({"key": sample.key, "caption": sample.caption}, ensure_ascii=False).encode()
     tensor_file = tar.add(f"{sample.key}.safetensors", data)
     caption_file = tar.add(f"{sample.key}.json", caption)
-    return Entry(
+    return SampleEntry(
         sample.key, tensor_file.offset, tensor_file.size, zlib.crc32(data), caption_file.offset, caption_file.size
     )

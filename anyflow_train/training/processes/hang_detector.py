@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Report:
+class ProcessReport:
     """What a process says of itself, again and again.
 
     Attributes:
@@ -42,7 +42,7 @@ class Verdict:
     """
 
     text: str
-    silent: tuple[Report, ...] = ()
+    silent: tuple[ProcessReport, ...] = ()
 
 
 class HangDetector:
@@ -60,7 +60,7 @@ class HangDetector:
         self._spoke: dict[int, tuple[int, float]] = {}
         self._moved: dict[int, tuple[int, float]] = {}
 
-    def judge(self, reports: Sequence[Report], now: float) -> Verdict | None:
+    def judge(self, reports: Sequence[ProcessReport], now: float) -> Verdict | None:
         """Take in the newest reports of all processes, at a time in seconds."""
         present = [report for report in reports if not report.exited]
         silent = [r for r in present if _unchanged(self._spoke, r.rank, r.beats, now) >= self.seconds]

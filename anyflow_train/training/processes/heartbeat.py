@@ -21,7 +21,7 @@ from types import TracebackType
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
 
-from anyflow_train.training.processes.hang_detector import HangDetector, Report, Verdict
+from anyflow_train.training.processes.hang_detector import HangDetector, ProcessReport, Verdict
 from anyflow_train.training.processes.launched import log_file, tell_terminal
 from anyflow_train.training.processes.world import World
 
@@ -43,7 +43,7 @@ class Heartbeat:
         self._interval = min(seconds / 10, LONGEST_INTERVAL)
         # two intervals pass until the last report is out and read
         self._hang_detector = HangDetector(seconds - 2 * self._interval)
-        self._own = Report(world.rank, socket.gethostname(), os.getpid(), os.getppid())
+        self._own = ProcessReport(world.rank, socket.gethostname(), os.getpid(), os.getppid())
         self._leaving = threading.Event()
         self._lost_since: float | None = None
         self._left_since: float | None = None
@@ -83,7 +83,7 @@ class Heartbeat:
                 beats += 1
                 self._own = dataclasses.replace(self._own, beats=beats)
                 self._say(exited=False)
-                self._reports = [Report(**json.loads(text)) for text in self._store.multi_get(keys)]
+                self._reports = [ProcessReport(**json.loads(text)) for text in self._store.multi_get(keys)]
                 self._heard = time.monotonic()
                 self._leaving.wait(self._interval)
         self._lost_since = time.monotonic()

@@ -15,7 +15,7 @@ from torch import nn
 
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.evaluation.clip_maker import ClipMaker, Shape, Wanted, clip_shape, encode_texts
+from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Shape, clip_shape, encode_texts
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import write_mp4
@@ -76,13 +76,13 @@ def run(config: VBenchConfig) -> list[Column]:
 
 def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.device) -> list[Candidate]:
     out = Path(config.out).expanduser().absolute()
-    wanted = Wanted(config.frames, config.height, config.width, config.chunk_partition)
+    requested = ClipRequest(config.frames, config.height, config.width, config.chunk_partition)
     models = [load_model(source, config.weights) for source in config.models]
     found = []
     for name, model in zip(unique_names(models), models, strict=True):
         source = config.codec or model.codec_source
         codec = Codec.load(source, device, torch.float32)
-        shape = clip_shape(wanted, model, codec)
+        shape = clip_shape(requested, model, codec)
         folders = [
             Folder(
                 out / name / str(calls),

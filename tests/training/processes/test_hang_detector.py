@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 
 from anyflow_train.training.processes.activity import Activity
-from anyflow_train.training.processes.hang_detector import HangDetector, Report, Verdict
+from anyflow_train.training.processes.hang_detector import HangDetector, ProcessReport, Verdict
 
 SECONDS = 10.0
 
 
-def report(rank: int, **changes: object) -> Report:
-    usual = Report(
+def report(rank: int, **changes: object) -> ProcessReport:
+    usual = ProcessReport(
         rank, f"host{rank}", 100 + rank, 50, beats=1, step=4, doing="training", changes=30, exempt_from_timeout=False
     )
     return replace(usual, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def after(seconds: float, first: list[Report], then: list[Report]) -> Verdict | None:
+def after(seconds: float, first: list[ProcessReport], then: list[ProcessReport]) -> Verdict | None:
     """What a watch says that saw the one, and so much later the other."""
     detector = HangDetector(SECONDS)
     assert detector.judge(first, 100.0) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anyflow_train.training.processes import heartbeat
-from anyflow_train.training.processes.hang_detector import Report, Verdict
+from anyflow_train.training.processes.hang_detector import ProcessReport, Verdict
 from anyflow_train.training.processes.heartbeat import HUNG, LEAVING_SECONDS, Heartbeat
 from anyflow_train.training.processes.world import World
 
@@ -24,14 +24,14 @@ class Ended(Exception):
     """In place of the end of the process."""
 
 
-def report(rank: int, **changes: object) -> Report:
-    usual = Report(
+def report(rank: int, **changes: object) -> ProcessReport:
+    usual = ProcessReport(
         rank, "here", 100 + rank, 50, beats=1, step=4, doing="training", changes=30, exempt_from_timeout=False
     )
     return replace(usual, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def beating(rank: int, *reports: Report, logs: Path = Path()) -> Heartbeat:
+def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbeat:
     """A process that has just heard of all of them."""
     world = World(torch.device("cpu"), rank, len(reports))
     world.activity.begin("training", step=6)
@@ -110,7 +110,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return acts
 
 
-def end(beat: Heartbeat, *silent: Report) -> None:
+def end(beat: Heartbeat, *silent: ProcessReport) -> None:
     with pytest.raises(Ended):
         beat._end(Verdict("no sign of life from somebody", silent))
 

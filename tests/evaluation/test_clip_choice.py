@@ -2,7 +2,7 @@
 
 import torch
 
-from anyflow_train.evaluation.heldout import balanced_order, cycle, strata
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
 
 
 def test_any_first_part_of_the_order_is_balanced():
