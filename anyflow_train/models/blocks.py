@@ -66,7 +66,9 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
     """
     frames = (gate.shape[1], -1)
-    return torch.addcmul(wide(x).unflatten(1, frames), update.unflatten(1, frames), gate).view(x.shape).to(x.dtype)
+    # `update` is widened as CUDA's autocast would, so that a CPU keeps the same for the gate's gradient.
+    x_wide, update = wide(x).unflatten(1, frames), wide(update).unflatten(1, frames)
+    return torch.addcmul(x_wide, update, gate).view(x.shape).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -19,6 +19,7 @@ from anyflow_train.config.network import Lora
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 from anyflow_train.models.adapters import check_adapter, is_in, is_target
 from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.devices import on_device
 
 Read = Callable[[str], Tensor]
 
@@ -153,7 +154,7 @@ class SharedBase:
         # What is read may lie in a file that other roles read too: each needs memory of its own.
         weights = {name: self._read(f"{path}.{name}").clone() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, strict=True, assign=True)
-        return module.to(device).requires_grad_(True).train(self._plain[path].training)
+        return on_device(module, device).requires_grad_(True).train(self._plain[path].training)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _low_rank(layer: Any, settings: Lora) -> _LowRank:
     second = nn.Linear(settings.rank, layer.out_features, bias=False)
     nn.init.kaiming_uniform_(first.weight, a=5**0.5)
     nn.init.zeros_(second.weight)
-    return _LowRank(first, second, settings.alpha / settings.rank).to(layer.weight.device)
+    return on_device(_LowRank(first, second, settings.alpha / settings.rank), layer.weight.device)
 
 
 def _outermost(paths: Any) -> list[str]:
