@@ -37,6 +37,9 @@ VARIANTS = 8
 Kernels = Callable[[], AbstractContextManager[None]]
 Figures = dict[Hashable, float]
 """Everything that a dry run counts: each of them is linear in the number of blocks of every network."""
+Count = Callable[[Mapping[int, int]], Figures]
+"""Numbers of blocks of networks -> blocks that are built of each -> figures."""
+Deepen = Callable[[RunConfig, Count], Figures]
 
 
 @dataclass(frozen=True)
@@ -65,32 +68,7 @@ class DryRun:
         return sum(count for work, count in self.operations.items() if not work.repeated)
 
 
-def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu) -> DryRun:
-    """Count a step of a config that its rules accept, on `world` processes.
-
-    Args:
-        kernels: whose branches the networks take.
-    """
-
-    def figures(blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks) as step:
-            operations, variant = step.operations()
-            return {**operations, **step.memory(variant, world), ("variant",): variant}
-
-    return _unpacked(_all_blocks(config, figures))
-
-
-def dry_run_memory(config: RunConfig, world: int, variant: int, kernels: Kernels = as_on_gpu) -> DryRun:
-    """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
-
-    def figures(blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks) as step:
-            return {**step.memory(variant, world), ("variant",): variant}
-
-    return _unpacked(_all_blocks(config, figures))
-
-
-def _all_blocks(config: RunConfig, figures: Callable[[Mapping[int, int]], Figures]) -> Figures:
+def from_two_blocks(config: RunConfig, figures: Count) -> Figures:
     """The figures of networks with all their blocks, from those of networks with one block and with two.
 
     Networks of different depths grow one after the other.
@@ -104,6 +82,39 @@ def _all_blocks(config: RunConfig, figures: Callable[[Mapping[int, int]], Figure
         for key in two.keys() | one.keys():
             found[key] = found.get(key, 0) + (count - 1) * (two.get(key, 0) - one.get(key, 0))
     return found
+
+
+def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
+    """The figures of networks that are built with all their blocks: slow if these are many."""
+    return figures({count: count for count in block_counts(config)})
+
+
+def dry_run(
+    config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks
+) -> DryRun:
+    """Count a step of a config that its rules accept, on `world` processes.
+
+    Args:
+        kernels: whose branches the networks take.
+        deepen: from how many blocks the figures are found.
+    """
+
+    def figures(blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, kernels, blocks) as step:
+            operations, variant = step.operations()
+            return {**operations, **step.memory(variant, world), ("variant",): variant}
+
+    return _unpacked(deepen(config, figures))
+
+
+def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
+    """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
+
+    def figures(blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, as_on_gpu, blocks) as step:
+            return {**step.memory(variant, world), ("variant",): variant}
+
+    return _unpacked(from_two_blocks(config, figures))
 
 
 def block_counts(config: RunConfig) -> set[int]:

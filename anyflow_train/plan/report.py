@@ -62,10 +62,9 @@ def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str
             yield _row("parameters", f"{sizes.parameters:,}")
             yield _row("trainable", f"{sizes.trained:,}", f"{sizes.trained / sizes.parameters:.1%} of the student's")
         elif (own == sizes.trained and sizes.adapters) or not own:
+            base = found.sizes["student"].parameters
             adapter = f", and {sizes.trained:,} of its own" if sizes.trained else ""
-            yield _row(
-                role, f"{found.sizes['student'].parameters:,}", f"parameters: the student's frozen base{adapter}"
-            )
+            yield _row(role, f"{base:,}", f"parameters: the student's frozen base{adapter}")
         else:
             state = "trained" if sizes.trained else "frozen"
             assumed = "; taken to be as large as the student, its config is not here"

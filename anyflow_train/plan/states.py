@@ -58,7 +58,7 @@ def network_sizes(recipe: Recipe) -> dict[str, Sizes]:
         networks["teacher"] = teacher.network if isinstance(teacher, NetworkFlowMap) else networks["student"]
     found = {}
     for role, network in networks.items():
-        tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        tensors = {id(parameter): parameter for parameter in network.parameters()}
         frozen = [tensor for key, tensor in tensors.items() if key not in seen]
         seen |= tensors.keys()
         found[role] = _sizes(trained.get(role, {}), frozen)

@@ -28,9 +28,11 @@ SAMPLING, DECODING = "validation, sampling", "validation, decoding"
 def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> None:
     """Sample a batch of validation in one step: others take the same memory."""
     evaluation = config.evaluation
-    if not evaluation.every:
+    samples = max(evaluation.videos, evaluation.samples if evaluation.held_out else 0)
+    rows = min(evaluation.batch, samples) if evaluation.every else 0
+    if not rows:
         return
-    architecture, rows = config.student.architecture, evaluation.batch
+    architecture = config.student.architecture
     length = max(config.data.text_lengths)
     with torch.no_grad(), meter.part(SAMPLING):
         negative = Condition(torch.empty(1, length, architecture.text_dim))
