@@ -89,9 +89,7 @@ def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
     return figures({count: count for count in block_counts(config)})
 
 
-def dry_run(
-    config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks
-) -> DryRun:
+def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks) -> DryRun:
     """Count a step of a config that its rules accept, on `world` processes.
 
     Args:

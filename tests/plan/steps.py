@@ -20,7 +20,6 @@ from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.updates import make_update
 
-
 ATEN = torch.ops.aten
 # Torch's counter lacks the kernels of a CPU, which compute what those of a GPU do.
 ON_CPU: dict[Any, Any] = {
