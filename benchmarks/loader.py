@@ -42,8 +42,9 @@ from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.loader import Loader, pad_text
 from anyflow_train.data.shards import ShardSet
-from anyflow_train.plan.gpus import GPUS
-from anyflow_train.plan.work import step_parts, step_seconds
+from anyflow_train.plan.dry_run import dry_run
+from anyflow_train.plan.report import step_seconds
+from anyflow_train.training.gpus import GPUS
 
 SHARDS = 2
 MIB = 1 << 20
@@ -80,7 +81,8 @@ def needed(config: RunConfig, options: argparse.Namespace) -> float:
     """Samples a second that one process of the run trains on."""
     seconds, world = options.step_seconds, options.processes
     if seconds is None:
-        seconds = sum(step_seconds(step_parts(config, world), GPUS[options.gpu], world, options.utilisation).values())
+        operations = dry_run(config, world).operations
+        seconds = sum(step_seconds(operations, GPUS[options.gpu], world, options.utilisation).values())
     return config.engine.global_batch / (seconds * world)
 
 

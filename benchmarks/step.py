@@ -29,12 +29,12 @@ import torch
 from common import CLOCKS, heading, in_turns, medians, write_json
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anyflow_train.config.network import Architecture, FullTraining
+from anyflow_train.config.network import Architecture
 from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.objective import Times
 from anyflow_train.config.positions import branch_counts, local_positions
-from anyflow_train.config.rows import Rows
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer
 from anyflow_train.data.batch import Batch
@@ -42,15 +42,16 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.build import build_network
 from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
+from anyflow_train.models.kernels import as_on_gpu
 from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.objectives.flow_map import FlowMapObjective
 from anyflow_train.objectives.types import Roles
-from anyflow_train.plan.products import forward_products
-from anyflow_train.plan.work import TERA
+from anyflow_train.plan.meter import Meter
 from anyflow_train.training.attention import KERNELS, attention_by
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
+from anyflow_train.training.gpus import TERA
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.updates import Term, Trainable, Update, UpdateReport, make_update
 
@@ -269,11 +270,19 @@ def work(size: Size) -> float:
         ffn_dim=size.ffn,
         num_layers=size.layers,
     )
-    products = forward_products(shape, FullTraining(), Rows.whole(size.tokens), size.text)
+    with FakeTensorMode(), Meter() as meter, as_on_gpu():
+        flow_map = NetworkFlowMap(build_network(shape.arguments(), 0), None)
+        x, time, text = torch.empty(1, *size.latents), torch.empty(1), torch.empty(1, size.text, size.text_dim)
+        with meter.part("forward"):
+            velocity = flow_map(x, time, time, Condition(text))
+        with meter.part("backward"):
+            velocity.sum().backward()
+    forward, backward = (
+        sum(count for kind, count in meter.operations.items() if kind.part == part) for part in ("forward", "backward")
+    )
     times = Times()
     counts = branch_counts(size.batch, times.diffusion_share, times.consistency_share)
-    differences = 2 * (size.batch - counts.diffusion) * products.forward
-    return size.batch * (products.forward + products.backward) + differences
+    return size.batch * (forward + backward) + 2 * (size.batch - counts.diffusion) * forward
 
 
 def make_step(size: Size, device: torch.device) -> Step:

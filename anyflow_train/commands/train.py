@@ -12,6 +12,7 @@ import torch.distributed as dist
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
+from anyflow_train.plan.shortage import foresee
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
@@ -40,7 +41,7 @@ def run(config: RunConfig) -> int:
         LostProcess: another process of the run is gone.
     """
     try:
-        return training.run(config, build_validator)
+        return training.run(config, build_validator, foresee)
     except torch.OutOfMemoryError as error:
         sizes = f"engine.micro_batch={config.engine.micro_batch}"
         advice = "use a smaller engine.micro_batch, or student.gradient_checkpointing=true"

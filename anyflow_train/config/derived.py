@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.parameters import count_parameters, count_trainable
 from anyflow_train.config.positions import BranchCounts
-from anyflow_train.config.rollouts import RolloutCalls, rollout_calls, student_turns
-from anyflow_train.config.rows import ChunkRows
 from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.errors import UserError
 
@@ -20,24 +18,14 @@ TEMPORAL_FACTOR = 4
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Tokens, over the draws, of the sequences of chunks that a causal student trains on, with copies and context."""
-
-    chunks: Chunks
-    fewest: int
-    most: int
-    mean: float
-
-
-@dataclass(frozen=True)
 class Derived:
     """What a run amounts to.
 
     shares: groups of `sequence_parallel` processes that each have a part of the global batch.
     latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
     branches: samples of each branch per step; None for an objective without branches, or left out beside stage 2.
-    turns: steps in which the student is updated; rollouts: of stage 2, None for a run without.
-    sequences: of a causal student, None for others.
+    turns: steps in which the student is updated; None outside of stage 2, where it is updated in all.
+    chunks: of a causal student, None for others.
     """
 
     shares: int
@@ -47,12 +35,9 @@ class Derived:
     branches: BranchCounts | None
     latent: tuple[int, int, int, int]
     grid: tuple[int, int, int]
-    parameters: int
-    trainable: int
     steps: int
-    turns: int
-    rollouts: RolloutCalls | None
-    sequences: Sequences | None
+    turns: int | None
+    chunks: Chunks | None
 
     @property
     def samples(self) -> int:
@@ -79,12 +64,9 @@ def derive(config: RunConfig, world: int) -> Derived:
         branches=_branches(config),
         latent=latent,
         grid=token_grid(latent, config.student.architecture),
-        parameters=count_parameters(config.student.architecture),
-        trainable=count_trainable(config.student.architecture, config.student.adapter),
         steps=config.steps,
-        turns=student_turns(config.steps, matching) if matching else config.steps,
-        rollouts=rollout_calls(matching) if matching else None,
-        sequences=_sequences(config),
+        turns=math.ceil(config.steps / matching.fake_score.updates) if matching else None,
+        chunks=Chunks.of(config.student.architecture),
     )
 
 
@@ -99,17 +81,6 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
     frames, _, height, width = latent
     patch = architecture.patch_size
     return frames // patch[0], height // patch[1], width // patch[2]
-
-
-def chunk_rows(config: RunConfig) -> ChunkRows | None:
-    """A causal student's tokens; None for others."""
-    architecture = config.student.architecture
-    causal, chunks = architecture.causal, Chunks.of(architecture)
-    if causal is None or chunks is None:
-        return None
-    _, height, width = token_grid(latent_shape(config.data, architecture.in_channels), architecture)
-    pool = causal.compressed_patch_size[1] // architecture.patch_size[1]
-    return ChunkRows(chunks, height * width, height * width // pool**2)
 
 
 def needs_teacher(config: RunConfig) -> bool:
@@ -162,9 +133,7 @@ def table(derived: Derived) -> list[tuple[str, str]]:
         ),
         ("latent", f"{frames} frames x {channels} channels x {height} x {width}"),
         ("tokens", f"{derived.tokens:,} per sample ({' x '.join(map(str, derived.grid))})"),
-        *_sequence_rows(derived),
-        ("parameters", f"{derived.parameters:,}"),
-        ("trainable", f"{derived.trainable:,} ({derived.trainable / derived.parameters:.1%} of the student's)"),
+        *_chunk_rows(derived),
         *_on_policy_rows(derived),
         ("samples seen", f"{derived.samples:,}"),
     ]
@@ -177,40 +146,18 @@ def table(derived: Derived) -> list[tuple[str, str]]:
     return rows
 
 
-def _sequence_rows(derived: Derived) -> list[tuple[str, str]]:
-    sequences = derived.sequences
-    if sequences is None:
+def _chunk_rows(derived: Derived) -> list[tuple[str, str]]:
+    if derived.chunks is None:
         return []
-    chunks = " + ".join(map(str, sequences.chunks.partition))
-    limit = sequences.chunks.full_limit
-    span = f"{sequences.fewest:,} to {sequences.most:,} tokens, {sequences.mean:,.0f} on average"
-    return [
-        ("chunks", f"{chunks} latent frames, all but the newest {limit} of a sequence compressed"),
-        ("sequences", f"{span}, context and clean copies included"),
-    ]
+    chunks, limit = " + ".join(map(str, derived.chunks.partition)), derived.chunks.full_limit
+    return [("chunks", f"{chunks} latent frames, all but the newest {limit} of a sequence compressed")]
 
 
 def _on_policy_rows(derived: Derived) -> list[tuple[str, str]]:
-    calls = derived.rollouts
-    if calls is None:
+    if derived.turns is None:
         return []
-    number = str(calls.most) if calls.fewest == calls.most else f"{calls.fewest} to {calls.most}"
-    text = f"{number} calls of the student, {calls.mean:.2f} on average, {calls.mean_graphs:.2f} of them with gradient"
-    text += "" if derived.sequences is None else ", for every chunk"
-    samples = f"{derived.turns * derived.global_batch:,} samples"
-    return [
-        ("rollouts", text),
-        ("turns", f"the student's in {derived.turns:,} steps ({samples}), the fake score's in all {derived.steps:,}"),
-    ]
-
-
-def _sequences(config: RunConfig) -> Sequences | None:
-    rows = chunk_rows(config)
-    if rows is None:
-        return None
-    tokens = [(share, rows.sequence(drawn).tokens) for share, drawn in rows.chunks.draws(config.context.long_share)]
-    counts = [count for _, count in tokens]
-    return Sequences(rows.chunks, min(counts), max(counts), sum(share * count for share, count in tokens))
+    steps = f"{derived.turns:,} steps ({derived.turns * derived.global_batch:,} samples)"
+    return [("turns", f"the student's in {steps}, the fake score's in all {derived.steps:,}")]
 
 
 def _branches(config: RunConfig) -> BranchCounts | None:

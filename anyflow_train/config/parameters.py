@@ -1,71 +1,50 @@
-"""Names and shapes of the student's parameters, from its architecture alone: counted without torch.
+"""Names of the student's layers and parameters, from its architecture alone: for rules, which know no torch.
 
-A test compares this with the network itself, name by name.
+A test compares them with the network itself. Sizes are not known here: `anyflow plan` counts the network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
-from anyflow_train.config.network import Architecture, FullTraining, Lora
+from anyflow_train.config.network import Architecture
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def parameter_shapes(architecture: Architecture) -> Shapes:
-    """Every parameter of the student: name -> shape."""
-    width = architecture.num_attention_heads * architecture.attention_head_dim
-    patch = math.prod(architecture.patch_size)
-    shapes: Shapes = {
-        "patch_embedding.weight": (width, architecture.in_channels, *architecture.patch_size),
-        "patch_embedding.bias": (width,),
-        "scale_shift_table": (1, 2, width),
-    }
-    if architecture.causal is not None:
-        far = architecture.causal.compressed_patch_size
-        shapes["far_patch_embedding.weight"] = (width, architecture.in_channels, *far)
-        shapes["far_patch_embedding.bias"] = (width,)
-    shapes |= _linear("proj_out", width, architecture.out_channels * patch)
-    shapes |= _condition_embedder(architecture, width)
-    for layer in range(architecture.num_layers):
-        shapes |= _block(f"blocks.{layer}", architecture, width)
-    return shapes
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def linear_layers(architecture: Architecture) -> list[str]:
     """Names of the layers that an adapter can change: those with a matrix as weight."""
-    suffix = ".weight"
-    return [
-        name.removesuffix(suffix)
-        for name, shape in parameter_shapes(architecture).items()
-        if name.endswith(suffix) and len(shape) == 2
-    ]
+    embedder = "condition_embedder"
+    embedders = ["time_embedder", "delta_embedder", "text_embedder"]
+    layers = [f"{embedder}.{part}.linear_{number}" for part in embedders for number in (1, 2)]
+    layers.append(f"{embedder}.time_proj")
+    if architecture.image_dim is not None:
+        layers += [f"{embedder}.image_embedder.ff.net.{place}" for place in ("0.proj", "2")]
+    for block in _blocks(architecture):
+        layers += [f"{block}.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION]
+        layers += [f"{block}.ffn.net.{place}" for place in ("0.proj", "2")]
+    return [*layers, "proj_out"]
+
+
+def parameter_names(architecture: Architecture) -> list[str]:
+    """Names of all parameters."""
+    with_bias = [*linear_layers(architecture), "patch_embedding"]
+    bare = ["scale_shift_table"]
+    if architecture.causal is not None:
+        with_bias.append("far_patch_embedding")
+    if architecture.image_dim is not None:
+        with_bias += [f"condition_embedder.image_embedder.norm{number}" for number in (1, 2)]
+    for block in _blocks(architecture):
+        bare.append(f"{block}.scale_shift_table")
+        bare += [f"{block}.{attention}.norm_{side}.weight" for attention in ("attn1", "attn2") for side in "qk"]
+        if architecture.cross_attn_norm:
+            with_bias.append(f"{block}.norm2")
+    return [*bare, *(f"{layer}.{part}" for layer in with_bias for part in ("weight", "bias"))]
 
 
 def matches(name: str, targets: Iterable[str]) -> bool:
     """Whether a module is one of `targets`, by peft's rule: equal, or ending in `.target`."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def count_parameters(architecture: Architecture) -> int:
-    """Numbers in the whole student, without adapters."""
-    return sum(math.prod(shape) for shape in parameter_shapes(architecture).values())
-
-
-def trained_sizes(architecture: Architecture, adapter: FullTraining | Lora) -> list[int]:
-    """Numbers of every tensor that is trained."""
-    shapes = parameter_shapes(architecture)
-    if isinstance(adapter, FullTraining):
-        return [math.prod(shape) for shape in shapes.values()]
-    adapted = [name for name in linear_layers(architecture) if matches(name, adapter.targets)]
-    low_rank = [adapter.rank * side for name in adapted for side in shapes[f"{name}.weight"]]
-    return low_rank + [math.prod(shape) for name, shape in shapes.items() if in_modules(name, adapter.full_modules)]
-
-
-def count_trainable(architecture: Architecture, adapter: FullTraining | Lora) -> int:
-    """Numbers that are trained."""
-    return sum(trained_sizes(architecture, adapter))
 
 
 def in_modules(parameter: str, modules: Iterable[str]) -> bool:
@@ -74,41 +53,5 @@ def in_modules(parameter: str, modules: Iterable[str]) -> bool:
     return any(matches(".".join(parents[:depth]), modules) for depth in range(1, len(parents) + 1))
 
 
-def _linear(name: str, fan_in: int, fan_out: int) -> Shapes:
-    return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
-
-
-def _norm(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _condition_embedder(architecture: Architecture, width: int) -> Shapes:
-    prefix = "condition_embedder"
-    shapes: Shapes = {}
-    for embedder in ("time_embedder", "delta_embedder"):
-        shapes |= _linear(f"{prefix}.{embedder}.linear_1", architecture.freq_dim, width)
-        shapes |= _linear(f"{prefix}.{embedder}.linear_2", width, width)
-    shapes |= _linear(f"{prefix}.time_proj", width, 6 * width)
-    shapes |= _linear(f"{prefix}.text_embedder.linear_1", architecture.text_dim, width)
-    shapes |= _linear(f"{prefix}.text_embedder.linear_2", width, width)
-    if architecture.image_dim is not None:
-        image = architecture.image_dim
-        shapes |= _norm(f"{prefix}.image_embedder.norm1", image)
-        shapes |= _linear(f"{prefix}.image_embedder.ff.net.0.proj", image, image)
-        shapes |= _linear(f"{prefix}.image_embedder.ff.net.2", image, width)
-        shapes |= _norm(f"{prefix}.image_embedder.norm2", width)
-    return shapes
-
-
-def _block(prefix: str, architecture: Architecture, width: int) -> Shapes:
-    shapes: Shapes = {f"{prefix}.scale_shift_table": (1, 6, width)}
-    for attention in ("attn1", "attn2"):
-        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
-            shapes |= _linear(f"{prefix}.{attention}.{projection}", width, width)
-        for norm in ("norm_q", "norm_k"):
-            shapes[f"{prefix}.{attention}.{norm}.weight"] = (width,)
-    shapes |= _linear(f"{prefix}.ffn.net.0.proj", width, architecture.ffn_dim)
-    shapes |= _linear(f"{prefix}.ffn.net.2", architecture.ffn_dim, width)
-    if architecture.cross_attn_norm:
-        shapes |= _norm(f"{prefix}.norm2", width)
-    return shapes
+def _blocks(architecture: Architecture) -> list[str]:
+    return [f"blocks.{number}" for number in range(architecture.num_layers)]

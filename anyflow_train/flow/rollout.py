@@ -19,7 +19,7 @@ def rollout_jumps(steps: int, index: int, shift: float) -> tuple[tuple[float, fl
     """The jumps 1 -> tau_g -> tau_{g+1} -> 0 on the grid of N steps without the empty ones: 2 or 3 (1 for N = 1)."""
     if not 0 <= index < steps:
         raise ValueError(f"a rollout of {steps} steps has no step {index}")
-    grid = sampling_grid(steps, shift).tolist()
+    grid = sampling_grid(steps, shift)
     stops = (grid[0], grid[index], grid[index + 1], grid[-1])
     return tuple((t, r) for t, r in pairwise(stops) if t > r)
 

@@ -24,7 +24,7 @@ def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition)
 @torch.no_grad()
 def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
     """Any-step sampling with a student: `steps` jumps from noise z (B, F, C, H, W) to latents of the same shape."""
-    times = sampling_grid(steps, shift).tolist()
+    times = sampling_grid(steps, shift)
     x = z
     for t, r in pairwise(times):
         x = jump(flow_map, x, t, r, condition)

@@ -38,11 +38,11 @@ def shift_time(t: Time, shift: float) -> Time:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_grid(steps: int, shift: float) -> Tensor:
-    """The sampler's times, (steps + 1,) float64 from 1 to 0, on the CPU."""
+def sampling_grid(steps: int, shift: float) -> tuple[float, ...]:
+    """The sampler's steps + 1 times, from 1 to 0. Evenly spaced before the shift."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    return tuple(shift_time((steps - index) / steps, shift) for index in range(steps + 1))
 
 
 def round_time(t: Tensor, precision: TimePrecision) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anyflow_train.config.network import Lora
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.devices import on_device
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Backbone)
 _ONLY = "adapter"
@@ -170,7 +171,7 @@ def _low_rank(layer: Any, settings: Lora) -> LowRank:
     second = nn.Linear(settings.rank, layer.out_features, bias=False)
     nn.init.kaiming_uniform_(first.weight, a=5**0.5)
     nn.init.zeros_(second.weight)
-    return LowRank(first, second, settings.alpha / settings.rank).to(layer.weight.device)
+    return on_device(LowRank(first, second, settings.alpha / settings.rank), layer.weight.device)
 
 
 def _product(own: LowRank) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyflow_train.models.kernels import for_cpu
+
 _FEW_KEYS = 32
 """Up to here plain products train a third faster on a CPU than torch's attention kernel (on a short text)."""
 
@@ -22,7 +24,7 @@ class AttentionPattern(Protocol):
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention. query: (B, S, H, head_dim); key, value: (B, L, H, head_dim). Returns (B, S, D)."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if query.requires_grad and query.device.type == "cpu" and key.shape[2] <= _FEW_KEYS:
+    if query.requires_grad and for_cpu(query) and key.shape[2] <= _FEW_KEYS:
         scores = query @ (key * query.shape[-1] ** -0.5).transpose(2, 3)
         attended = scores.softmax(-1) @ value
     else:

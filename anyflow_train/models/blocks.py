@@ -67,11 +67,9 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
     """
     frames = (gate.shape[1], -1)
-    return (
-        torch.addcmul(at_least_float32(x).unflatten(1, frames), update.unflatten(1, frames), gate)
-        .view(x.shape)
-        .to(x.dtype)
-    )
+    # `update` is widened as CUDA's autocast would, so that a CPU keeps the same for the gate's gradient.
+    x_wide, update = at_least_float32(x).unflatten(1, frames), at_least_float32(update).unflatten(1, frames)
+    return torch.addcmul(x_wide, update, gate).view(x.shape).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from anyflow_train.flow.path import at_least_float32
+from anyflow_train.models.kernels import for_cpu, pretends_gpu
 
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
@@ -28,7 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: (..., D); weight: (D,). Returns (..., D) in the dtype of x. float32 inside.
     """
-    if _by_hand(x):
+    # In place of a GPU's kernel, which a CPU lacks, the function below keeps the same: x and a number per token.
+    if _by_hand(x) or pretends_gpu(x):
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
@@ -60,7 +62,7 @@ def _transformed() -> bool:
 
 def _by_hand(x: Tensor) -> bool:
     """Elsewhere torch's own fused kernels are as fast and keep as little."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not _transformed()
+    return for_cpu(x) and x.dtype == torch.float32 and not _transformed()
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:
@@ -148,6 +150,6 @@ class _ModulatedLayerNorm(Function):
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm over the last dimension: the result, the mean and the inverse standard deviation."""
     weight = bias = None
-    if x.device.type == "cpu":  # where the kernel that has a weight is vectorised and the one without is not
+    if for_cpu(x):  # where the kernel that has a weight is vectorised and the one without is not
         weight, bias = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -20,6 +20,7 @@ from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter, is_in
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read
+from anyflow_train.models.devices import on_device
 
 
 class SharedBase:
@@ -137,7 +138,7 @@ class SharedBase:
         # What is read may lie in a file that other roles read too: each needs memory of its own.
         weights = {name: self._read(f"{path}.{name}").clone() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, strict=True, assign=True)
-        return module.to(device).requires_grad_(True).train(self._plain[path].training)
+        return on_device(module, device).requires_grad_(True).train(self._plain[path].training)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.fit import TAKEN, nearest_fit, refused_under
-from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.report import advice, report
+from anyflow_train.training.gpus import GPUS
 
 FITS, DOES_NOT_FIT = 0, 1
 
@@ -32,13 +33,15 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
         raise UserErrors(
             [UserError(key, f"{problem} {TAKEN[key]}, or set it to {value}") for key, value in refused.items()]
         )
-    memory = plan_memory(config, options.engine, options.world)
-    print(report(config, options, memory))
+    found = dry_run(config, options.world)
+    memory = plan_memory(config, found, options.engine, options.world)
+    print(report(config, options, found, memory))
     limit = GPUS[options.gpu].memory * GIB
     if memory.total <= limit:
         return FITS
     lora = _with_adapters(config, overrides, config_dir, options.world)
-    print(f"\n{advice(nearest_fit(config, lora, options.engine, options.world, limit), options)}")
+    nearest = nearest_fit(config, lora, options.engine, options.world, limit, found.costliest)
+    print(f"\n{advice(nearest, options)}")
     return DOES_NOT_FIT
 
 

@@ -9,6 +9,7 @@ from itertools import product
 from anyflow_train.config.network import Checkpointing, FullTraining
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.dry_run import DryRun, dry_run_memory
 from anyflow_train.plan.memory import Memory, plan_memory
 
 # How large a change is. A smaller micro-batch and checkpointing cost time only, ZeRO also communication; offloading
@@ -31,19 +32,27 @@ class Setting:
 
 
 def nearest_fit(
-    config: RunConfig, lora: RunConfig | None, engine: str, world: int, limit: float
+    config: RunConfig, lora: RunConfig | None, engine: str, world: int, limit: float, costliest: int
 ) -> tuple[Setting, Memory] | None:
     """The smallest change after which a process needs at most `limit` bytes; None where nothing helps.
 
+    Settings that differ in nothing that a dry run sees share one.
+
     Args:
         lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
+        costliest: see `DryRun`.
     """
     settings = list(_settings(config, engine, world, ()))
     if lora is not None and isinstance(config.student.adapter, FullTraining):
         settings += _settings(lora, engine, world, ("student/adapter=lora",))
+    runs: dict[str, DryRun] = {}
     for setting in sorted(settings, key=lambda setting: setting.size):
-        memory = plan_memory(setting.config, setting.engine, world)
-        if memory.total <= limit and not run_errors(setting.config, world):
+        if run_errors(setting.config, world):
+            continue
+        seen = _as_dry_run_sees(setting.config)
+        runs[seen] = found = runs.get(seen) or dry_run_memory(setting.config, world, costliest)
+        memory = plan_memory(setting.config, found, setting.engine, world)
+        if memory.total <= limit:
             return setting, memory
     return None
 
@@ -81,6 +90,13 @@ def refused_under(config: RunConfig, engine: str) -> dict[str, str]:
     fp8 = {"engine.fp8": "none"} if engine.startswith("zero3") and config.engine.fp8 != "none" else {}
     moments = {"optimizer.moments": "fp32"} if engine.startswith("zero") and config.optimizer.moments != "fp32" else {}
     return fp8 | moments
+
+
+def _as_dry_run_sees(config: RunConfig) -> str:
+    """The config without what only `plan_memory` looks at, as text."""
+    optimizer = config.optimizer.model_copy(update={"moments": "fp32"})
+    engine = config.engine.model_copy(update={"sequence_parallel": 1})
+    return config.model_copy(update={"engine": engine, "optimizer": optimizer}).model_dump_json()
 
 
 def _halves(number: int) -> list[int]:

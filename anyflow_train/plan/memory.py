@@ -1,20 +1,40 @@
-"""What one GPU holds when a step is at its fullest, from the shapes of what this package's code really keeps."""
+"""What one GPU holds when it is fullest: a dry run's moments, with what an engine keeps of states and gradients."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from anyflow_train.config.derived import derive
+from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.run import RunConfig
-from anyflow_train.plan.moments import Moment, update_moments
-from anyflow_train.plan.networks import run_networks
-from anyflow_train.plan.states import States
+from anyflow_train.plan.dry_run import DryRun
+from anyflow_train.plan.meter import BACKWARD, Moment
+from anyflow_train.plan.states import FLOAT, States
+from anyflow_train.plan.validation import DECODING, decoder_memory, decodes
 
 GIB = 1 << 30
 # What the driver, torch's kernels, cuBLAS and NCCL take of a GPU before the first tensor.
 CONTEXT = 1 * GIB
 # Room between the blocks of torch's allocator.
 FRAGMENTATION = 0.05
+OPTIMIZER = ", optimizer"
+
+
+@dataclass(frozen=True)
+class Fullest:
+    """The moment in which a process holds the most in addition to its state, in bytes."""
+
+    name: str
+    gradients: int
+    activations: int
+    copies: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return self.gradients + self.activations + self.copies + self.buffers
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class Memory:
     """
 
     state: tuple[tuple[str, int], ...]
-    moment: Moment
+    moment: Fullest
     host: int
     assumed: int
 
@@ -57,21 +77,51 @@ class Memory:
         return sum(size for _, size in self.parts)
 
 
-def plan_memory(config: RunConfig, engine: str, world: int) -> Memory:
+def plan_memory(config: RunConfig, found: DryRun, engine: str, world: int) -> Memory:
     """Memory of each of `world` processes.
 
     Args:
         config: one that its rules accept.
+        found: its dry run.
         engine: a file of `launch/`: single, ddp, zero1, zero2, zero3 or zero3_offload.
     """
-    states = [States(network, engine, world) for network in run_networks(config)]
-    moments = update_moments(config, states, derive(config, world))
-    kept = tuple((_of(state, name), size) for state in states for name, size in state.on_gpu)
-    host = sum(state.on_host for state in states)
-    assumed = sum(size for state in states if state.network.assumed for _, size in state.on_gpu)
-    return Memory(kept, max(moments, key=lambda moment: moment.total), host, assumed)
+    in_8_bits = config.optimizer.moments == "8bit"
+    states = {role: States(role, sizes, in_8_bits, engine, world) for role, sizes in found.sizes.items()}
+    kept = [(_of(role, name), size) for role, state in states.items() for name, size in state.on_gpu]
+    moments = [_held(config, name, moment, states) for name, moment in found.moments]
+    if decodes(config):
+        weights, decoding = decoder_memory(config)
+        kept.append(("VAE of validation (float32)", weights))
+        moments.append(_held(config, DECODING, decoding, states))
+    host = sum(state.on_host for state in states.values())
+    assumed = sum(size for role in found.assumed for _, size in states[role].on_gpu)
+    return Memory(tuple(kept), max(moments, key=lambda moment: moment.total), host, assumed)
 
 
-def _of(states: States, name: str) -> str:
-    role = states.network.role
+def _held(config: RunConfig, part: str, moment: Moment, states: Mapping[str, States]) -> Fullest:
+    """A moment of a part of the step, as an engine has it."""
+    role = part.partition(",")[0]
+    own = states.get(role, states["student"])  # all that is not an update of another role is in the student's
+    others = [state for state in states.values() if state is not own]
+    backward = part.endswith(BACKWARD)
+    gradients = own.gradients_applied if part.endswith(OPTIMIZER) else own.gradients(moment)
+    return Fullest(
+        part,
+        gradients + sum(other.gradients_always for other in others),
+        _split(config, moment.activations),
+        moment.copies,
+        own.buffers(backward) + sum(other.buffers_always for other in others),
+    )
+
+
+def _split(config: RunConfig, activations: int) -> int:
+    """Bytes of activations on one of the processes that share a sample. Each holds the latents and texts whole."""
+    engine, data = config.engine, config.data
+    whole = math.prod(latent_shape(data, config.student.architecture.in_channels))
+    whole += max(data.text_lengths) * config.student.architecture.text_dim
+    held = min(FLOAT * engine.micro_batch * whole, activations)
+    return held + math.ceil((activations - held) / engine.sequence_parallel)
+
+
+def _of(role: str, name: str) -> str:
     return name if role == "student" else f"{role}: {name}"

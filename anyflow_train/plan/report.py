@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import torch
 
 from anyflow_train.config.commands import PlanOptions
 from anyflow_train.config.derived import derive, table
-from anyflow_train.config.network import FullTraining
-from anyflow_train.config.objective import FlowMap
-from anyflow_train.config.parameters import count_parameters
 from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.fit import Setting
-from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, Memory
-from anyflow_train.plan.networks import Network, run_networks
-from anyflow_train.plan.parts import Part
-from anyflow_train.plan.work import TERA, step_parts, step_seconds
+from anyflow_train.plan.meter import BACKWARD, Work
+from anyflow_train.training.gpus import GPUS, TERA, Gpu
 
 HOUR = 3600
+# Smallest share of a step's operations that gets a row: the embedders of times are always in float32.
+SHOWN = 0.001
 
 
-def report(config: RunConfig, options: PlanOptions, memory: Memory) -> str:
-    """Everything but the advice on what would fit."""
+def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memory) -> str:
+    """Everything except the advice on what would fit."""
     gpu = GPUS[options.gpu]
-    parts = step_parts(config, options.world)
     lines = [f"{config.name} on {options.world} x {gpu.title}, engine {options.engine}: predicted, not measured"]
-    lines += ["", *_run(config, options)]
-    lines += ["", "Operations of a step (of all GPUs together)", *_operations(parts)]
+    lines += ["", *_run(config, options, found)]
+    lines += ["", "Operations of a step (of all GPUs together)", *_operations(found)]
     lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory, options.gpus)]
-    lines += ["", "Time and cost", *_time(config, options, parts)]
+    lines += ["", "Time and cost", *_time(config, options, found)]
     return "\n".join(lines)
 
 
@@ -45,30 +44,51 @@ def advice(found: tuple[Setting, Memory] | None, options: PlanOptions) -> str:
     return f"It does not fit. The nearest setting that does ({needs}): {changes}"
 
 
-def _run(config: RunConfig, options: PlanOptions) -> Iterator[str]:
+def step_seconds(operations: Mapping[Work, float], gpu: Gpu, world: int, utilisation: float) -> dict[str, float]:
+    """Seconds of a step, of its products in `half` precision and in `float32`, at a share of the peak of each."""
+    peaks = {"half": gpu.bf16, "float32": gpu.fp32}
+    flops = dict.fromkeys(peaks, 0.0)
+    for work, count in operations.items():
+        flops["float32" if work.dtype == torch.float32 else "half"] += count
+    return {name: flops[name] / (TERA * peak * utilisation * world) for name, peak in peaks.items()}
+
+
+def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
     for name, value in table(derive(config, options.world)):
         yield _row(name, value)
-    for network in run_networks(config)[1:]:
-        yield _row(network.role, f"{count_parameters(network.architecture):,}", f"parameters, {_state(network)}")
+    for role, sizes in found.sizes.items():
+        own = sizes.trained + sizes.frozen + sizes.in_fp8
+        if role == "student":
+            yield _row("parameters", f"{sizes.parameters:,}")
+            yield _row("trainable", f"{sizes.trained:,}", f"{sizes.trained / sizes.parameters:.1%} of the student's")
+        elif (own == sizes.trained and sizes.adapters) or not own:
+            base = found.sizes["student"].parameters
+            adapter = f", and {sizes.trained:,} of its own" if sizes.trained else ""
+            yield _row(role, f"{base:,}", f"parameters: the student's frozen base{adapter}")
+        else:
+            state = "trained" if sizes.trained else "frozen"
+            assumed = "; taken to be as large as the student, its config is not here"
+            note = assumed if role in found.assumed else ""
+            yield _row(role, f"{sizes.parameters:,}", f"parameters, {state}{note}")
 
 
-def _state(network: Network) -> str:
-    if network.base == "student's":
-        return "of the student's frozen base" + ("" if network.role == "teacher" else ", and an adapter of its own")
-    state = "trained" if isinstance(network.adapter, FullTraining) else "frozen"
-    return state + ("; taken to be as large as the student, its config is not here" if network.assumed else "")
-
-
-def _operations(parts: list[Part]) -> Iterator[str]:
-    whole = sum(part.flops for part in parts)
-    for part in parts:
-        note = ", in float32" if part.precision == "fp32" else ""
-        note += f", in {part.share:.0%} of the steps" if part.share < 1 else ""
-        yield _row(
-            part.name, _tera(part.flops), f"{part.flops / whole:4.0%}", f"{round(part.samples, 1):g} samples{note}"
-        )
-    work = sum(part.flops for part in parts if part.counts)
-    yield _row("all", _tera(whole), "100%", f"{work / whole:.0%} of it is work, the rest is done twice or for nothing")
+def _operations(found: DryRun) -> Iterator[str]:
+    """One row for each part and precision; what checkpointing repeats in a backward pass is a part of its own."""
+    rows: dict[tuple[str, bool], float] = {}
+    for work, count in found.operations.items():
+        name = f"{work.part}, recomputed" if work.repeated else work.part
+        rows[name, work.dtype == torch.float32] = rows.get((name, work.dtype == torch.float32), 0) + count
+    whole = sum(rows.values())
+    for (name, wide), count in rows.items():
+        if count / whole < SHOWN:
+            continue
+        part = name.removesuffix(", recomputed")
+        role = part.removesuffix(BACKWARD)
+        samples = found.samples.get(f"{role}, forward" if part.endswith(BACKWARD) else part, 0)
+        note = ", in float32" if wide else ""
+        yield _row(name, _tera(count), f"{count / whole:4.0%}", f"{round(samples, 1):g} samples{note}")
+    share = found.work / whole
+    yield _row("all", _tera(whole), "100%", f"{share:.0%} of it is work, the rest is computed again by checkpointing")
 
 
 def _memory(memory: Memory, have: float, gpus: int) -> Iterator[str]:
@@ -80,15 +100,15 @@ def _memory(memory: Memory, have: float, gpus: int) -> Iterator[str]:
         yield _row("in the host's memory, all GPUs of a node", _gib(memory.host * gpus))
 
 
-def _time(config: RunConfig, options: PlanOptions, parts: list[Part]) -> Iterator[str]:
+def _time(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
     gpu = GPUS[options.gpu]
-    by_precision = step_seconds(parts, gpu, options.world, options.utilisation)
+    by_precision = step_seconds(found.operations, gpu, options.world, options.utilisation)
     seconds = sum(by_precision.values())
     peak = f"{options.utilisation:.0%} of {gpu.bf16:g} TFLOP/s (bfloat16) and {gpu.fp32:g} (float32)"
     yield _row("a step", f"{seconds:.1f} s", f"at {peak}")
-    if by_precision["fp32"] and config.engine.precision == "bf16" and isinstance(config.objective, FlowMap):
-        share = by_precision["fp32"] / seconds
-        yield _row("of it in float32", f"{by_precision['fp32']:.1f} s", f"{share:.0%}: objective.derivative_precision")
+    wide = by_precision["float32"]
+    if wide / seconds > SHOWN and config.engine.precision == "bf16":
+        yield _row("of it in float32", f"{wide:.1f} s", f"{wide / seconds:.0%}: objective.derivative_precision")
     hours = config.steps * seconds / HOUR
     gpu_hours = hours * options.world
     yield _row(f"{config.steps:,} steps", f"{hours:,.1f} h", f"{gpu_hours:,.0f} GPU-hours, without validation")

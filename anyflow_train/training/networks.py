@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import Parameter
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora, Student
@@ -15,15 +14,15 @@ from anyflow_train.errors import UserError
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read, assemble, build_network, network_class
+from anyflow_train.models.devices import on_device
 from anyflow_train.models.shared_base import SharedBase
-from anyflow_train.training.engine import build_sharded, shard_frozen, zero_stage
+from anyflow_train.training.engine import build_sharded, shard_frozen
+from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.weight_source import (
     TrainedWeights,
     WeightSource,
-    open_role,
     open_source,
-    open_student_start,
     raise_all,
 )
 
@@ -31,22 +30,22 @@ from anyflow_train.training.weight_source import (
 INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
-def start_student(config: Student, seed: int, world: World) -> Backbone:
+def start_student(config: Student, seed: int, world: World, materials: Materials = REAL) -> Backbone:
     """The student on its device; under ZeRO-3 one that starts from trained weights is in shards from the first."""
-    if config.init is None or zero_stage() < 3:
-        return _moved(world.together(lambda: build_student(config, seed)), world)
-    start = world.together(lambda: open_student_start(config))
-    return _adapted(_on_device(start.arguments, start.read_trained, world), config.adapter, seed, start)
+    if config.init is None or materials.zero_stage() < 3:
+        return on_device(world.together(lambda: build_student(config, seed, materials)), world.device)
+    start = world.together(lambda: materials.open_student(config))
+    return _adapted(_on_device(start.arguments, start.read_trained, world, materials), config.adapter, seed, start)
 
 
-def build_student(config: Student, seed: int) -> Backbone:
+def build_student(config: Student, seed: int, materials: Materials = REAL) -> Backbone:
     """The student on the CPU in float32, adapters attached.
 
     Raises:
         UserError: `student.init` cannot be loaded; UserErrors: it has another shape or other times than the student.
     """
     if config.init is not None:
-        start = open_student_start(config)
+        start = materials.open_student(config)
         return _adapted(assemble(start.arguments, start.read_trained), config.adapter, seed, start)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
     network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
@@ -55,7 +54,7 @@ def build_student(config: Student, seed: int) -> Backbone:
     return network
 
 
-def start_shared(config: Student, seed: int, world: World) -> SharedBase:
+def start_shared(config: Student, seed: int, world: World, materials: Materials = REAL) -> SharedBase:
     """The student as the role `student` on a base that others can share; its adapters begin as `start_student`'s do.
 
     Raises:
@@ -65,16 +64,18 @@ def start_shared(config: Student, seed: int, world: World) -> SharedBase:
         raise UserError(
             "student.adapter", "trains the whole network, which nobody can share; choose student/adapter=lora"
         )
-    start = world.together(lambda: open_student_start(config))
-    network = _on_device(start.arguments, start.read, world)
-    shared = SharedBase(network, start.read if zero_stage() == 3 else None)
+    start = world.together(lambda: materials.open_student(config))
+    network = _on_device(start.arguments, start.read, world, materials)
+    shared = SharedBase(network, start.read if materials.zero_stage() == 3 else None)
     shared.add("student", config.adapter, seed, "student.adapter")
     if start.adapter is not None:
         _hand_on(start.adapter, shared.parameters("student"))
     return shared
 
 
-def share_frozen(shared: SharedBase, role: str, source: str | None, student: Student, key: str) -> str | None:
+def share_frozen(
+    shared: SharedBase, role: str, source: str | None, student: Student, key: str, materials: Materials = REAL
+) -> str | None:
     """As which role a shared base is the network of a source, frozen: None for the bare base, else `role`, now added.
 
     Args:
@@ -88,7 +89,7 @@ def share_frozen(shared: SharedBase, role: str, source: str | None, student: Stu
     if student.deltatime_type != "r" and student.gate_value != 0:
         problem = f"{student.deltatime_type!r} gives a base another meaning than {key}'s, also at r = t; set it to r"
         raise UserError("student.deltatime_type", f"{problem}, or give each role a network of its own")
-    base, wanted = open_student_start(student), open_role(key, str(source))
+    base, wanted = materials.open_student(student), materials.open_role(key, str(source))
     paths = [[part.path for part in start.parts] for start in (base, wanted)]
     if wanted.source == base.source and paths[0] == paths[1]:
         return None
@@ -104,7 +105,7 @@ def share_frozen(shared: SharedBase, role: str, source: str | None, student: Stu
     return role
 
 
-def start_teacher(source: str | None, student: Architecture, world: World) -> Backbone:
+def start_teacher(source: str | None, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
     """The frozen teacher on its device, under ZeRO-3 in shards. At r = t it is the teacher, whatever its gate.
 
     Raises:
@@ -112,19 +113,19 @@ def start_teacher(source: str | None, student: Architecture, world: World) -> Ba
     """
     if source is None:
         raise UserError("teacher.source", "is null, but the run needs a teacher; name the teacher's folder")
-    network = _start("teacher.source", source, student, world)
+    network = _start("teacher.source", source, student, world, materials)
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
-    return network if zero_stage() < 3 else shard_frozen(network)
+    return network if materials.zero_stage() < 3 else shard_frozen(network)
 
 
-def start_fake_score(source: str, student: Architecture, world: World) -> Backbone:
+def start_fake_score(source: str, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
     """The fake score on its device, under ZeRO-3 in shards, all of it to be trained. It is only called at r = t.
 
     Raises:
         UserError: `on_policy.fake_score.init` names none; UserErrors: it has other latents or texts than the student.
     """
-    return _start("on_policy.fake_score.init", source, student, world)
+    return _start("on_policy.fake_score.init", source, student, world, materials)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbone:
@@ -142,9 +143,9 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbo
     return _adapted(assemble(source.arguments, source.read_trained), settings, 0, source).eval()
 
 
-def _start(key: str, source: str, student: Architecture, world: World) -> Backbone:
+def _start(key: str, source: str, student: Architecture, world: World, materials: Materials) -> Backbone:
     """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
-    start = world.together(lambda: open_role(key, source))
+    start = world.together(lambda: materials.open_role(key, source))
     if "chunk_partition" in start.arguments:
         raise UserError(key, f"{source} is a causal student; name a network that makes whole clips")
     wanted = student.model_dump()
@@ -155,13 +156,13 @@ def _start(key: str, source: str, student: Architecture, world: World) -> Backbo
             if start.arguments.get(name, wanted[name]) != wanted[name]
         ]
     )
-    return _on_device(start.arguments, start.read, world)
+    return _on_device(start.arguments, start.read, world, materials)
 
 
-def _on_device(arguments: Mapping[str, Any], read: Read, world: World) -> Backbone:
+def _on_device(arguments: Mapping[str, Any], read: Read, world: World, materials: Materials) -> Backbone:
     """A network whose weights are read one by one; under ZeRO-3 by rank 0, each once, straight into shards."""
-    if zero_stage() < 3:
-        return _moved(world.together(lambda: assemble(arguments, read)), world)
+    if materials.zero_stage() < 3:
+        return on_device(world.together(lambda: assemble(arguments, read)), world.device)
     return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
 
 
@@ -180,8 +181,3 @@ def _hand_on(part: TrainedWeights, parameters: Mapping[str, Parameter]) -> None:
     """Put what a run trained into parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(part.tensors[name]())
-
-
-def _moved(network: Backbone, world: World) -> Backbone:
-    nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
-    return network

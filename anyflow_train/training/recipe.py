@@ -25,7 +25,7 @@ from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles, Setting
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.ema import AveragedFlowMap, Ema
-from anyflow_train.training.engine import build_engine
+from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.roles import RoleNetwork, build_roles
 from anyflow_train.training.updates import Term, Trainable, Update
@@ -59,15 +59,15 @@ class Recipe:
         return {prefix + kind: entries for kind, entries in groups.items()}
 
 
-def build_recipe(config: RunConfig, world: World) -> Recipe:
+def build_recipe(config: RunConfig, world: World, materials: Materials = REAL) -> Recipe:
     """Networks on the device, optimizer and averages at their start, and the list of updates.
 
     Raises:
         UserError: a network cannot be loaded, or is not what the config says.
     """
-    players = build_roles(config, world)
+    players = build_roles(config, world, materials)
     dtype = autocast_dtype(config.engine.precision)
-    engine = build_engine(world, players.student.network, players.student.parameters, config.optimizer)
+    engine = materials.build_engine(world, players.student.network, players.student.parameters, config.optimizer)
     ema = Ema(engine.shards(), config.optimizer.ema)
     live = players.student.flow_map(engine.network, dtype)
     teacher = None if players.teacher is None else players.teacher(engine.network, dtype)
@@ -76,7 +76,7 @@ def build_recipe(config: RunConfig, world: World) -> Recipe:
     updates = (_student_update(config, world),)
     matching = config.on_policy.matching
     if matching is not None and players.fake_score is not None:
-        trainables["fake_score"] = fake = _fake_score(config, matching, players.fake_score, world)
+        trainables["fake_score"] = fake = _fake_score(config, matching, players.fake_score, world, materials)
         roles = replace(roles, fake_score=players.fake_score.flow_map(fake.engine.network, dtype))
         updates = _on_policy_updates(config, matching, updates[0])
     return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
@@ -115,10 +115,12 @@ def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: 
     return AveragedFlowMap(flow_map, ema) if derivative.network == "ema" else flow_map
 
 
-def _fake_score(config: RunConfig, on_policy: DistributionMatching, player: RoleNetwork, world: World) -> Trainable:
+def _fake_score(
+    config: RunConfig, on_policy: DistributionMatching, player: RoleNetwork, world: World, materials: Materials
+) -> Trainable:
     """Without averages: it is only a means."""
     optimizer = config.optimizer.model_copy(update={"lr": on_policy.fake_score.lr})
-    engine = build_engine(world, player.network, player.parameters, optimizer)
+    engine = materials.build_engine(world, player.network, player.parameters, optimizer)
     return Trainable(player.network, engine, optimizer, None)
 
 

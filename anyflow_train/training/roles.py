@@ -17,6 +17,7 @@ from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.fp8 import multiply_in_fp8, store_in_fp8
 from anyflow_train.models.recompute import RECOMPUTE
+from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.networks import (
     share_frozen,
     start_fake_score,
@@ -54,7 +55,7 @@ class RoleNetworks:
     fake_score: RoleNetwork | None
 
 
-def build_roles(config: RunConfig, world: World) -> RoleNetworks:
+def build_roles(config: RunConfig, world: World, materials: Materials = REAL) -> RoleNetworks:
     """The networks of a run, on their device.
 
     Raises:
@@ -62,16 +63,17 @@ def build_roles(config: RunConfig, world: World) -> RoleNetworks:
     """
     settings, shape = config.on_policy.matching, config.student.architecture
     if shares_base(config):
-        return _on_one_base(config, world)
-    student = _own(start_student(config.student, config.seed, world), config, world)
+        return _on_one_base(config, world, materials)
+    student = _own(start_student(config.student, config.seed, world, materials), config, world)
     if not needs_teacher(config):
         return RoleNetworks(student, None, None)
-    frozen = start_teacher(config.teacher.source, shape, world)
+    frozen = start_teacher(config.teacher.source, shape, world, materials)
     if config.engine.fp8 == "frozen":
         store_in_fp8(frozen)
     fake_score = None
     if settings is not None:
-        fake_score = _own(start_fake_score(settings.fake_score.init, shape, world), config, world)
+        network = start_fake_score(settings.fake_score.init, shape, world, materials)
+        fake_score = _own(network, config, world)
     return RoleNetworks(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 
 
@@ -81,16 +83,16 @@ def _own(network: Backbone, config: RunConfig, world: World) -> RoleNetwork:
     return RoleNetwork(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
 
 
-def _on_one_base(config: RunConfig, world: World) -> RoleNetworks:
+def _on_one_base(config: RunConfig, world: World, materials: Materials) -> RoleNetworks:
     """Student, and fake score where there is one, as adapters on the teacher's frozen network."""
-    shared = start_shared(config.student, config.seed, world)
+    shared = start_shared(config.student, config.seed, world, materials)
     shared.compiled = config.engine.compile
     network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
     if fake_adapter is not None:
         # Another seed than the student's: equal random halves would couple the two.
         shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
     teacher = world.together(
-        lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source")
+        lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source", materials)
     )
 
     def as_role(role: str | None) -> MakeFlowMap:

@@ -20,6 +20,7 @@ from anyflow_train.training.checkpoints.resume import ResumePoint, check_finishe
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.engine import set_adam_steps
+from anyflow_train.training.memory_check import Foresee, check_memory
 from anyflow_train.training.processes.heartbeat import Heartbeat
 from anyflow_train.training.processes.launched import PREEMPTED
 from anyflow_train.training.processes.signals import stop_requests
@@ -28,7 +29,6 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.room import check_room
 from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
@@ -37,12 +37,13 @@ from anyflow_train.training.weight_source import resolve_init_checkpoint
 BuildValidator = Callable[[RunConfig, World], Validator]
 
 
-def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int:
+def run(config: RunConfig, build_validator: BuildValidator | None = None, foresee: Foresee | None = None) -> int:
     """Train, or continue, until `config.steps`, a stop signal, or too many non-finite steps.
 
     Args:
         config: of the run; its directory is `<out>/<name>`.
         build_validator: makes the judge of `config.evaluation`; None trains without validation.
+        foresee: tells what the run needs, before it starts on GPUs; None leaves out the memory check and `mfu`.
 
     Returns:
         The exit code: `PREEMPTED` if a scheduler asked it to stop, else 0.
@@ -66,7 +67,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         world.together(lambda: check_fp8(config.engine, world.device))
         world.together(lambda: check_moments(config.optimizer))
         kernel = world.together(lambda: choose_kernel(config, world.device))
-        check_room(config, world)
+        work = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         world.on_main(lambda: check_start(config))
         recipe = build_recipe(config, world)
@@ -85,7 +86,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None) -> int
         if config.profile:
             profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))
             recipe, stream = profile.timed(recipe), profile.stream(loader)
-        trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop)
+        trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop, work)
         with attention_by(kernel):
             trainer.train(stream)
         preempted = signal.SIGUSR1 in world.gather(stop.signal)

@@ -17,12 +17,11 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
-from anyflow_train.plan.gpus import known_gpu
-from anyflow_train.plan.work import step_parts, utilisation
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.saving import Saver
 from anyflow_train.training.checkpoints.state import Best, TrainState
 from anyflow_train.training.engine import adam_steps
+from anyflow_train.training.gpus import known_gpu, utilisation
 from anyflow_train.training.processes.signals import StopRequest
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.reporting.progress import Pace, StepProgress, peak_memory_gib
@@ -40,6 +39,7 @@ class Trainer:
         state: where the run stands.
         validator: judges the student; None for a run without validation.
         stop: whether someone asked the run to end.
+        work: operations of a step of all processes together; None leaves `mfu` out of the log.
     """
 
     config: RunConfig
@@ -50,6 +50,7 @@ class Trainer:
     trackers: Trackers
     validator: Validator | None
     stop: StopRequest
+    work: float | None = None
 
     def __post_init__(self) -> None:
         self._pace = Pace()
@@ -137,9 +138,8 @@ class Trainer:
         seconds = self._pace.seconds_per_step()
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
-        if self._gpu is not None:
-            parts = step_parts(self.config, self.recipe.world.size)
-            means["mfu"] = utilisation(parts, self._gpu, self.recipe.world.size, seconds)
+        if self._gpu is not None and self.work is not None:
+            means["mfu"] = utilisation(self.work, self._gpu, self.recipe.world.size, seconds)
         means["memory_gib"] = peak_memory_gib(self.recipe.world.device)
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ import yaml
 from anyflow_train.commands import check
 from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import derive, table
-from anyflow_train.config.network import Architecture, FullTraining, Lora
-from anyflow_train.config.parameters import count_parameters, count_trainable, parameter_shapes
+from anyflow_train.config.network import Architecture
+from anyflow_train.config.parameters import linear_layers, parameter_names
 from anyflow_train.config.run import RunConfig
-from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import network_class
-from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.commands.runs import SHORT
 from tests.training.helpers import write_latents
 
@@ -56,43 +53,20 @@ def test_several_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
         {"causal": {"compressed_patch_size": (1, 8, 8)}},
     ],
 )
-def test_parameters_are_those_of_the_network(changes: dict[str, object]) -> None:
+def test_names_are_those_of_the_network(changes: dict[str, object]) -> None:
     architecture = Architecture.model_validate(SMALL.model_dump() | changes)
     with torch.device("meta"):
         network = network_class(architecture.arguments())(**architecture.arguments())
-    assert parameter_shapes(architecture) == {name: tuple(p.shape) for name, p in network.named_parameters()}
-
-
-def test_sizes_of_the_published_models() -> None:
-    """Wan2.1's own counts (1,418,996,800 and 14,288,491,584) and one more time embedder."""
-    small = Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30)
-    for architecture, wan in ((small, 1_418_996_800), (Architecture(), 14_288_491_584)):
-        width = architecture.num_attention_heads * architecture.attention_head_dim
-        assert count_parameters(architecture) == wan + (256 + 1) * width + (width + 1) * width
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        FullTraining(),
-        Lora(kind="lora", rank=4),
-        Lora(kind="lora", rank=3, targets=("to_q", "time_embedder.linear_1", "proj_out")),
-        Lora(kind="lora", rank=4, full_modules=("delta_embedder", "proj_out")),
-    ],
-)
-def test_trainable_parameters_are_those_that_are_trained(adapter: FullTraining | Lora) -> None:
-    network = AnyFlowTransformer3DModel(**SMALL.arguments())
-    if isinstance(adapter, Lora):
-        add_lora(network, adapter, 0)
-    trained = sum(math.prod(p.shape) for p in trainable_parameters(network).values())
-    assert count_trainable(SMALL, adapter) == trained
+    assert sorted(parameter_names(architecture)) == sorted(name for name, _ in network.named_parameters())
+    linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert sorted(linear_layers(architecture)) == sorted(linear)
 
 
 def test_derivative_on_a_runs_weights_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_latents(tmp_path / "shards")
     given = [*SHORT, f"data.shards={tmp_path / 'shards'}", "derivative=true", "derivative_epsilons=[0.0001,0.05]"]
     assert check.run([*given, "derivative_samples=8"], None) == 0
-    rows = [line.lstrip("# ").split() for line in capsys.readouterr().out.splitlines() if "%" in line][1:]
+    rows = [line.lstrip("# ").split() for line in capsys.readouterr().out.splitlines() if "%" in line]
     errors = {(row[0], row[1]): [float(cell.rstrip("%")) for cell in row[2:]] for row in rows}
     assert set(errors) == {(name, span) for name in ("fp32", "fp16", "bf16") for span in ("0.0001", "0.05")}
     # A float32 difference over a short span of a smooth network is the derivative; bfloat16 loses it in rounding there.

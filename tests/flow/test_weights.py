@@ -11,7 +11,7 @@ from anyflow_train.flow.weights import beta08, uniform
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 def test_beta08_has_mean_one_over_the_shifted_grid_and_its_shape(shift: float) -> None:
-    grid = sampling_grid(1000, shift)[:-1]
+    grid = torch.tensor(sampling_grid(1000, shift)[:-1], dtype=torch.float64)
     weight = beta08(grid, shift)
     assert weight.mean().item() == pytest.approx(1, abs=1e-12)
     torch.testing.assert_close(weight / weight[500], grid * (1 - grid).sqrt() / (grid[500] * (1 - grid[500]).sqrt()))

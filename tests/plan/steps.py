@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.positions import local_positions
@@ -21,11 +20,20 @@ from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.updates import make_update
 
+ATEN = torch.ops.aten
+# Torch's counter lacks the kernels of a CPU, which compute what those of a GPU do.
+ON_CPU: dict[Any, Any] = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+
 
 def counted(config: RunConfig, steps: Sequence[int]) -> int:
     """Operations of real steps: everybody's updates, as their turns come."""
     recipe = build_recipe(config, ALONE)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         for step in steps:
             batches, draws = step_of(config, step)
             for update in recipe.updates:
@@ -41,11 +49,7 @@ def measured(config: RunConfig, step: int) -> int:
     of the allocations less the frees that torch's profiler saw in the allocator, temporary buffers inside of operations
     included. Nothing of the process's resident set.
     """
-    buildable = config
-    if config.student.init == "somewhere":  # adapters on random weights: no run may have them, their sizes are the same
-        student = config.student.model_copy(update={"init": None})
-        buildable = config.model_copy(update={"student": student})
-    recipe = build_recipe(buildable, ALONE)
+    recipe = build_recipe(config, ALONE)
     batches, draws = step_of(config, step)
     before = [tensor for batch in batches for tensor in (batch.latents, batch.condition.text, batch.negative.text)]
     moments = 0

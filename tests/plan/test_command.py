@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -12,9 +10,10 @@ from anyflow_train.config.commands import EngineName, GpuName
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserErrors
 from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
+from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.fit import ENGINES, nearest_fit
-from anyflow_train.plan.gpus import GPUS
 from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.training.gpus import GPUS
 
 
 def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +33,6 @@ def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*given, "gpu=rtx4090-24"], None) == DOES_NOT_FIT
     printed = capsys.readouterr().out
     assert "1 + 3 + 3 + 3 + 3 + 3 + 3 + 2 latent frames" in printed
-    assert "1,560 to 27,300 tokens" in printed
-    assert "flow matching on whole clips" in printed
     advised = printed.splitlines()[-1]
     assert "sequence_parallel" not in advised
     assert run([*given, "gpu=rtx4090-24", *advised.rpartition(": ")[2].split()], None) == FITS
@@ -52,17 +49,18 @@ def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixt
 def test_the_smallest_change_comes_first() -> None:
     """A micro-batch that is enough is not passed over for ZeRO; the less there is, the more changes."""
     config = compose("train", ["experiment=wan1_3b_forward"], None, 8)
-    asked = plan_memory(config, "ddp", 8).total
+    planned = dry_run(config, 8)
+    asked = plan_memory(config, planned, "ddp", 8).total
     changes = []
     for limit in (asked, asked - 1, asked // 2, asked // 4):
-        found = nearest_fit(config, None, "ddp", 8, limit)
+        found = nearest_fit(config, None, "ddp", 8, limit, planned.costliest)
         assert found is not None
         assert found[1].total <= limit
         changes.append(found[0])
     assert changes[0].changes == ()
     assert changes[1].changes == ("engine.micro_batch=1",)
     assert [setting.size for setting in changes] == sorted(setting.size for setting in changes)
-    assert nearest_fit(config, None, "ddp", 8, 1 * GIB) is None
+    assert nearest_fit(config, None, "ddp", 8, 1 * GIB, planned.costliest) is None
 
 
 def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,13 +104,3 @@ def test_the_engine_group_stays_the_runs(capsys: pytest.CaptureFixture[str]) -> 
 def test_every_gpu_and_engine_that_can_be_asked_for_is_known() -> None:
     assert set(get_args(GpuName)) == set(GPUS)
     assert set(get_args(EngineName)) == set(ENGINES)
-
-
-def test_nothing_heavy_is_imported() -> None:
-    program = (
-        "import sys\nfrom anyflow_train.__main__ import main\n"
-        "code = main(['plan', 'experiment=wan1_3b_forward'])\n"
-        "sys.exit(code or bool({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

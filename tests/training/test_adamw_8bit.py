@@ -14,6 +14,7 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.run import Optimizer
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.build import build_network
+from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.processes.world import ALONE
@@ -119,7 +120,7 @@ def test_the_plan_counts_what_the_optimizer_keeps(bitsandbytes: None) -> None:
     size = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 2, "text_dim": 64}
     given = [f"student.architecture.{name}={value}" for name, value in size.items()]
     config = compose("train", ["experiment=tiny", "optimizer.moments=8bit", *given], None, 1)
-    parts = dict(plan_memory(config, "ddp", 1).state)
+    parts = dict(plan_memory(config, dry_run(config, 1), "ddp", 1).state)
     network = build_network({**config.student.architecture.model_dump(exclude={"causal"}), "gate_value": 0.25}, 0)
     engine = ReplicatedEngine(ALONE, network, dict(network.named_parameters()), config.optimizer)
     kept = {torch.uint8: 0, torch.float32: 0}

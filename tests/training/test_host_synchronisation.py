@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
 
-from anyflow_train.flow import rollout
 from anyflow_train.flow.draw import Draw
 from anyflow_train.training.trainer import Trainer
 from tests.training.helpers import causal, on_policy, settings, train, write_latents
@@ -61,7 +59,7 @@ def gives_a_number(event: Any) -> bool:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
     """Of every step: what would wait, and the profiler's count of kernels that give the host a number."""
     steps: list[tuple[Counter[str], int]] = []
-    waits, original, grid = Waits(), Trainer._step, rollout.sampling_grid
+    waits, original = Waits(), Trainer._step
 
     def on_the_host(function: Any) -> Any:
         def called(*arguments: Any) -> Any:
@@ -69,11 +67,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
                 return function(*arguments)
 
         return called
-
-    def grid_on_the_host(steps: int, shift: float) -> Any:
-        with waits.of_the_host():
-            numbers = grid(steps, shift).tolist()
-        return SimpleNamespace(tolist=lambda: numbers)
 
     def step(trainer: Trainer, batches: Any) -> None:
         waits.found = Counter()
@@ -83,7 +76,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
 
     monkeypatch.setattr(Draw, "shared", on_the_host(Draw.shared))
     monkeypatch.setattr(Draw, "chances", on_the_host(Draw.chances))
-    monkeypatch.setattr(rollout, "sampling_grid", grid_on_the_host)
     monkeypatch.setattr(Trainer, "_step", step)
     return steps
 

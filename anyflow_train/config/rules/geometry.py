@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_shapes
+from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_names
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
@@ -147,11 +147,11 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
                 ("student.adapter.targets",),
                 f"{target!r} matches no linear layer{_nearest(target, _last_parts(layers))}",
             )
-    shapes = parameter_shapes(config.student.architecture)
+    names = parameter_names(config.student.architecture)
     for module in adapter.full_modules:
-        inside = [name for name in shapes if in_modules(name, [module])]
+        inside = [name for name in names if in_modules(name, [module])]
         if not inside:
-            modules = _last_parts([parent for name in shapes for parent in _parents(name)])
+            modules = _last_parts([parent for name in names for parent in _parents(name)])
             yield Finding(("student.adapter.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
         elif any(matches(name.removesuffix(".weight"), adapter.targets) for name in inside):
             yield Finding(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ WARMED_UP, PROFILED, TRACED = 4, 4, 2
 STEP = "step"
 
 
+class Watch(Protocol):
+    """Told of every part of a step."""
+
+    def part(self, name: str, samples: int = 0) -> AbstractContextManager[None]:
+        """Inside is a call of this part.
+
+        Args:
+            samples: in the call of a flow map; 0 for all other parts.
+        """
+        ...
+
+
 class Clock:
     """Adds up what parts take, on a device's own time line: a GPU is never waited for in a step."""
 
@@ -39,8 +51,8 @@ class Clock:
         self.running = False
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Inside is a call of this part, if the clock is running."""
+    def part(self, name: str, samples: int = 0) -> Iterator[None]:
+        """Inside is a call of this part, which is timed if the clock is running."""
         if not self.running:
             yield
             return
@@ -66,42 +78,66 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class TimedFlowMap:
-    """A role's flow map, timed. Its calls with gradient are another part than those without."""
+class WatchedFlowMap:
+    """A role's flow map, watched. Its calls with gradient are another part than those without."""
 
     name: str
     flow_map: FlowMap
-    clock: Clock
+    watch: Watch
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        with self.clock.part(f"{self.name}, {'forward' if torch.is_grad_enabled() else 'without gradient'}"):
+        kind = "forward" if torch.is_grad_enabled() else "without gradient"
+        with self.watch.part(f"{self.name}, {kind}", x.shape[0]):
             return self.flow_map(x, t, r, condition)
 
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
-        with self.clock.part(f"{self.name}, earlier chunks"):
+        with self.watch.part(f"{self.name}, earlier chunks", x.shape[0]):
             return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)
 
 
-class Timed:
-    """An engine or its averages, timed; all else is theirs."""
+class Watched:
+    """An engine or its averages, watched; all else is theirs."""
 
-    def __init__(self, role: str, inner: Any, clock: Clock) -> None:
-        self._role, self._inner, self._clock = role, inner, clock
+    def __init__(self, role: str, inner: Any, watch: Watch) -> None:
+        self._role, self._inner, self._watch = role, inner, watch
 
     def backward(self, loss: Tensor) -> None:
-        with self._clock.part(f"{self._role}, backward"):
+        with self._watch.part(f"{self._role}, backward"):
             self._inner.backward(loss)
 
     def step(self, learning_rate: float, watched: Tensor) -> Outcome:
-        with self._clock.part(f"{self._role}, optimizer"):
+        with self._watch.part(f"{self._role}, optimizer"):
             return self._inner.step(learning_rate, watched)
 
     def update(self, step: int) -> None:
-        with self._clock.part(f"{self._role}, averages"):
+        with self._watch.part(f"{self._role}, averages"):
             self._inner.update(step)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+def watched(recipe: Recipe, watch: Watch) -> Recipe:
+    """The same recipe, which tells of its parts as it trains."""
+
+    def trainable(role: str, inner: Trainable) -> Trainable:
+        averages: Any = None if inner.ema is None else Watched(role, inner.ema, watch)
+        return replace(inner, engine=cast(Any, Watched(role, inner.engine, watch)), ema=averages)
+
+    def flow_map(name: str, inner: FlowMap | None) -> Any:
+        return None if inner is None else WatchedFlowMap(name, inner, watch)
+
+    roles = recipe.roles
+    return replace(
+        recipe,
+        roles=Roles(
+            flow_map("student", roles.student),
+            flow_map("derivative", roles.derivative),
+            flow_map("teacher", roles.teacher),
+            flow_map("fake_score", roles.fake_score),
+        ),
+        trainables={role: trainable(role, inner) for role, inner in recipe.trainables.items()},
+    )
 
 
 class Profile:
@@ -121,8 +157,7 @@ class Profile:
 
     def timed(self, recipe: Recipe) -> Recipe:
         """The same recipe, whose parts are timed."""
-        trainables = {role: self._timed(role, trainable) for role, trainable in recipe.trainables.items()}
-        return replace(recipe, roles=self._roles(recipe.roles), trainables=trainables)
+        return watched(recipe, self._clock)
 
     def stream(self, batches: Iterable[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
         """The same micro-batches; a step lasts from one wait for them to the next."""
@@ -135,22 +170,6 @@ class Profile:
                     return
                 yield step
             self._after_step()
-
-    def _timed(self, role: str, trainable: Trainable) -> Trainable:
-        clock, ema = self._clock, trainable.ema
-        averages: Any = None if ema is None else Timed(role, ema, clock)
-        return replace(trainable, engine=cast(Any, Timed(role, trainable.engine, clock)), ema=averages)
-
-    def _roles(self, roles: Roles) -> Roles:
-        def timed(name: str, flow_map: FlowMap | None) -> Any:
-            return None if flow_map is None else TimedFlowMap(name, flow_map, self._clock)
-
-        return Roles(
-            timed("student", roles.student),
-            timed("derivative", roles.derivative),
-            timed("teacher", roles.teacher),
-            timed("fake_score", roles.fake_score),
-        )
 
     def _after_step(self) -> None:
         self._steps += 1

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_train.config.run import RunConfig
-from anyflow_train.plan.gpus import GPUS, known_gpu
-from anyflow_train.plan.work import step_parts, utilisation
+from anyflow_train.training.gpus import GPUS, known_gpu, utilisation
 from anyflow_train.training.reporting import profile
 from tests.training.helpers import assert_equal_runs, on_policy, settings, train, write_latents
 
@@ -62,14 +60,9 @@ def test_a_run_that_ends_early_leaves_what_it_has(tmp_path: Path, capsys: pytest
     assert not (run / "profile").exists()
 
 
-def test_utilisation_counts_work_only() -> None:
-    """At the plan's own time for a step, at a utilisation of all its operations in bfloat16."""
-    config = RunConfig.model_validate(settings(Path("nowhere"), engine__precision="bf16"))
-    parts, gpu = step_parts(config, 2), GPUS["h100-80"]
-    whole = sum(part.flops for part in parts)
-    work = sum(part.flops for part in parts if part.counts)
-    seconds = whole / (1e12 * gpu.bf16 * 2 * 0.4)
-    assert utilisation(parts, gpu, 2, seconds) == pytest.approx(0.4 * work / whole)
+def test_utilisation_is_work_over_the_peak() -> None:
+    gpu = GPUS["h100-80"]
+    assert utilisation(0.4 * 2 * 1e12 * gpu.bf16 * 3.0, gpu, 2, 3.0) == pytest.approx(0.4)
 
 
 def test_a_gpu_is_known_by_torchs_name() -> None:

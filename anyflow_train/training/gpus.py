@@ -36,6 +36,14 @@ GPUS = {
 }
 
 
+TERA = 1e12
+
+
+def utilisation(work: float, gpu: Gpu, world: int, seconds: float) -> float:
+    """Model FLOPs utilisation: `work` operations in so many seconds on `world` GPUs, over their half-precision peak."""
+    return work / (TERA * gpu.bf16 * world * seconds)
+
+
 def known_gpu(name: str) -> Gpu | None:
     """The GPU of torch's name; None for one that is not listed."""
     return next((gpu for gpu in GPUS.values() if name in gpu.names), None)

@@ -1,0 +1,243 @@
+"""A dry run: the real recipe and the real updates of a run, on fake tensors that hold no numbers.
+
+Operations and memory are read off it. So whatever a run trains, a user's own objective included, is planned from the
+code that trains it. Networks are built with one and with two blocks: everything else follows linearly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from anyflow_train.config.on_policy import DistributionMatching
+from anyflow_train.config.positions import local_positions
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
+from anyflow_train.models.kernels import as_on_gpu
+from anyflow_train.plan.meter import Meter, Moment, Work
+from anyflow_train.plan.stand_ins import DryDraw, fake_batch, fake_materials, stored_architecture
+from anyflow_train.plan.states import Sizes, network_sizes
+from anyflow_train.plan.validation import sample_once
+from anyflow_train.training.processes.world import ALONE
+from anyflow_train.training.recipe import Recipe, build_recipe
+from anyflow_train.training.reporting.profile import watched
+from anyflow_train.training.updates import Update, make_update
+
+# Draws of a step's shared numbers over which operations are averaged, where an objective asks for such numbers.
+VARIANTS = 8
+Kernels = Callable[[], AbstractContextManager[None]]
+Figures = dict[Hashable, float]
+"""Everything that a dry run counts: each of them is linear in the number of blocks of every network."""
+Count = Callable[[Mapping[int, int]], Figures]
+"""Numbers of blocks of networks -> blocks that are built of each -> figures."""
+Deepen = Callable[[RunConfig, Count], Figures]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run is found to need.
+
+    Attributes:
+        operations: of a whole step of all processes together, mean over the draws.
+        samples: in the calls of a flow map, by part, of such a step.
+        moments: the fullest ones of each part, on one process: part -> candidates.
+        sizes: of every role's network; `student` is the first.
+        costliest: number of the draw of shared numbers whose step costs most.
+        assumed: roles whose network is taken to be as large as the student's, because its config is not here.
+    """
+
+    operations: Mapping[Work, float]
+    samples: Mapping[str, float]
+    moments: Sequence[tuple[str, Moment]]
+    sizes: Mapping[str, Sizes]
+    assumed: tuple[str, ...]
+    costliest: int
+
+    @property
+    def work(self) -> float:
+        """Operations of a step, without those that gradient checkpointing repeats."""
+        return sum(count for work, count in self.operations.items() if not work.repeated)
+
+
+def from_two_blocks(config: RunConfig, figures: Count) -> Figures:
+    """The figures of networks with all their blocks, from those of networks with one block and with two.
+
+    Networks of different depths grow one after the other.
+    """
+    counts = block_counts(config)
+    shallow = dict.fromkeys(counts, 1)
+    one = figures(shallow)
+    found = dict(one)
+    for count in counts:
+        two = figures({**shallow, count: 2})
+        for key in two.keys() | one.keys():
+            found[key] = found.get(key, 0) + (count - 1) * (two.get(key, 0) - one.get(key, 0))
+    return found
+
+
+def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
+    """The figures of networks that are built with all their blocks: slow if these are many."""
+    return figures({count: count for count in block_counts(config)})
+
+
+def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks) -> DryRun:
+    """Count a step of a config that its rules accept, on `world` processes.
+
+    Args:
+        kernels: whose branches the networks take.
+        deepen: from how many blocks the figures are found.
+    """
+
+    def figures(blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, kernels, blocks) as step:
+            operations, variant = step.operations()
+            return {**operations, **step.memory(variant, world), ("variant",): variant}
+
+    return _unpacked(deepen(config, figures))
+
+
+def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
+    """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
+
+    def figures(blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, as_on_gpu, blocks) as step:
+            return {**step.memory(variant, world), ("variant",): variant}
+
+    return _unpacked(from_two_blocks(config, figures))
+
+
+def block_counts(config: RunConfig) -> set[int]:
+    """The numbers of blocks that the run's networks have."""
+    sources = [config.teacher.source]
+    if isinstance(config.on_policy, DistributionMatching):
+        sources.append(config.on_policy.fake_score.init)
+    found = [stored_architecture(source) for source in sources]
+    return {config.student.architecture.num_layers, *(other.num_layers for other in found if other is not None)}
+
+
+@contextmanager
+def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int]) -> Iterator[_DryStep]:
+    """A run whose networks have `blocks[n]` blocks in place of n, and are not compiled."""
+    architecture = config.student.architecture
+    shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
+    student = config.student.model_copy(update={"architecture": shallow})
+    engine = config.engine.model_copy(update={"compile": False})
+    config = config.model_copy(update={"student": student, "engine": engine})
+    assumed: list[str] = []
+    with FakeTensorMode(), Meter() as meter, kernels():
+        recipe = build_recipe(config, ALONE, fake_materials(meter, blocks.__getitem__, shallow, assumed))
+        figures: Figures = {("assumed", role): 1.0 for role in assumed}
+        for role, size in network_sizes(recipe).items():
+            figures |= {("size", role, field): value for field, value in asdict(size).items()}
+        meter.settle()
+        yield _DryStep(config, watched(recipe, meter), meter, figures)
+
+
+@dataclass(frozen=True)
+class _DryStep:
+    """Steps of a recipe on fake data.
+
+    Attributes:
+        networks: figures of its networks.
+    """
+
+    config: RunConfig
+    recipe: Recipe
+    meter: Meter
+    networks: Figures
+
+    def operations(self) -> tuple[Figures, int]:
+        """Operations and samples of a step, mean over the draws, and which variant of a whole step costs most.
+
+        The whole global batch is one micro-batch: its cost is the sum of those of its samples. Each term is made by
+        itself, and counts with its probability.
+        """
+        total: Counter[Hashable] = Counter()
+        positions = tuple(range(self.config.engine.global_batch))
+        batch = fake_batch(self.config, positions, round(fmean(self.config.data.text_lengths)))
+        draws = [self._draw(positions, variant, True) for variant in range(VARIANTS)]
+        costs: list[float] = []
+        for updates, share in _turns(self.recipe.updates):
+            found: list[Counter[Hashable]] = []
+            for draw in draws:
+                found.append(self._terms(updates, batch, draw))
+                if not draw.asked:
+                    break
+            for variant in found:
+                for key, count in variant.items():
+                    total[key] += share * count / len(found)  # pyright: ignore[reportArgumentType] (means)
+            if len(updates) == len(self.recipe.updates):
+                costs = [sum(count for key, count in variant.items() if isinstance(key, Work)) for variant in found]
+        return dict(total), costs.index(max(costs))
+
+    def memory(self, variant: int, world: int) -> Figures:
+        """The fullest moments of a whole step, and of validation, on one of `world` processes.
+
+        All terms of all updates are made, on the process's first and last micro-batch; all of them are on the device.
+        """
+        engine = self.config.engine
+        accumulation = max(engine.global_batch * engine.sequence_parallel // (engine.micro_batch * world), 1)
+        positions = local_positions(engine.global_batch, engine.micro_batch, 1, 0)
+        make = partial(fake_batch, self.config, text_length=max(self.config.data.text_lengths))
+        self.meter.restart()
+        waiting = [make(positions[-1]) for _ in range(accumulation - 2)]
+        batches = [make(each) for each in (positions[0], positions[-1])[-accumulation:]]
+        draws = [self._draw(batch.positions, variant, False) for batch in batches]
+        for update in self.recipe.updates:
+            always = replace(update, terms=tuple(replace(term, probability=1.0) for term in update.terms))
+            make_update(always, self.recipe.trainables[update.role], self.recipe.roles, batches, draws, 0.0, "")
+        del waiting, batches
+        sample_once(self.config, self.recipe, self.meter)
+        figures = dict(self.networks)
+        for (part, name), moment in self.meter.moments.items():
+            figures |= {("moment", part, name, field): value for field, value in asdict(moment).items()}
+        return figures
+
+    def _terms(self, updates: Sequence[Update], batch: Batch, draw: DryDraw) -> Counter[Hashable]:
+        found: Counter[Hashable] = Counter()
+        for update in updates:
+            for term in update.terms:
+                self.meter.restart()
+                alone = replace(update, terms=(replace(term, probability=1.0),))
+                roles, trainable = self.recipe.roles, self.recipe.trainables[update.role]
+                make_update(alone, trainable, roles, [batch], [draw], 0.0, "")
+                for key, count in (*self.meter.operations.items(), *self.meter.samples.items()):
+                    found[key] += term.probability * count  # pyright: ignore[reportArgumentType] (a mean)
+        return found
+
+    def _draw(self, positions: tuple[int, ...], variant: int, drop: bool) -> DryDraw:
+        return DryDraw(0, variant, positions, torch.device("cpu"), "", variant, VARIANTS, drop)
+
+
+def _turns(updates: Sequence[Update]) -> list[tuple[tuple[Update, ...], float]]:
+    """Which updates are made together, and in what share of the steps."""
+    period = math.lcm(*(update.every for update in updates))
+    due = Counter(tuple(n for n, update in enumerate(updates) if step % update.every == 0) for step in range(period))
+    return [(tuple(updates[n] for n in numbers), count / period) for numbers, count in due.items()]
+
+
+def _unpacked(figures: Figures) -> DryRun:
+    moments: dict[tuple[str, str], dict[str, Any]] = {}
+    sizes: dict[str, dict[str, Any]] = {}
+    for key, value in figures.items():
+        if isinstance(key, tuple) and key[0] == "moment":
+            moments.setdefault(key[1:3], {})[key[3]] = max(round(value), 0)
+        elif isinstance(key, tuple) and key[0] == "size":
+            sizes.setdefault(key[1], {})[key[2]] = round(value)
+    return DryRun(
+        operations={key: value for key, value in figures.items() if isinstance(key, Work)},
+        samples={key: value for key, value in figures.items() if isinstance(key, str)},
+        moments=[(part, Moment(**fields)) for (part, _), fields in moments.items()],
+        sizes={role: Sizes(**fields) for role, fields in sizes.items()},
+        assumed=tuple(key[1] for key in figures if isinstance(key, tuple) and key[0] == "assumed"),
+        costliest=int(figures["variant",]),
+    )

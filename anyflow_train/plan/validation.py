@@ -1,0 +1,81 @@
+"""The memory of validation inside of a run, on fake tensors."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.run import RunConfig
+from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.flow.sampler import guided
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.codec import Codec
+from anyflow_train.plan.meter import Meter, Moment
+from anyflow_train.training.recipe import Recipe
+
+SAMPLING, DECODING = "validation, sampling", "validation, decoding"
+
+
+def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> None:
+    """Sample a batch of validation in one step: others take the same memory."""
+    evaluation = config.evaluation
+    samples = max(evaluation.videos, evaluation.samples if evaluation.held_out else 0)
+    rows = min(evaluation.batch, samples) if evaluation.every else 0
+    if not rows:
+        return
+    architecture = config.student.architecture
+    length = max(config.data.text_lengths)
+    with torch.no_grad(), meter.part(SAMPLING):
+        negative = Condition(torch.empty(1, length, architecture.text_dim))
+        text = Condition(torch.empty(rows, length, architecture.text_dim))
+        noise = torch.empty(rows, *latent_shape(config.data, architecture.in_channels))
+        sampler = clip_sampler(Chunks.of(architecture), config.objective.any_step)
+        sampler(guided(recipe.averaged, negative, evaluation.guidance_scale), noise, text, 1, evaluation.shift)
+
+
+def decodes(config: RunConfig) -> bool:
+    """Whether the run holds a VAE, to decode what validation samples."""
+    evaluation = config.evaluation
+    return bool(evaluation.every) and (evaluation.videos > 0 or evaluation.oracle != "none")
+
+
+def decoder_memory(config: RunConfig) -> tuple[int, Moment]:
+    """Bytes of the VAE's weights, and its fullest moment: without the video, both do not depend on its length.
+
+    A decoder goes from latent frame to latent frame. Two lengths tell what each takes.
+    """
+    rows = config.evaluation.batch if config.evaluation.oracle != "none" else 1
+    frames, channels, height, width = latent_shape(config.data, config.student.architecture.in_channels)
+    source = config.teacher.codec_source
+    (weights, few), (_, more) = (_decoded(source, (rows, count, channels, height, width)) for count in (3, 4))
+    return weights, Moment(more + max(frames - 4, 0) * (more - few), 0, 0, 0, False)
+
+
+@cache
+def _decoded(source: str | None, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of the weights, and of what else there is when a decoder of latents of this shape is at its fullest."""
+    with FakeTensorMode(), Meter() as meter:
+        vae: Any = AutoencoderKLWan.from_config(_config(source))
+        vae.eval().requires_grad_(False)
+        codec = Codec("dry run", vae, torch.device("cpu"), torch.float32)
+        weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
+        meter.settle()
+        with meter.part(DECODING):
+            codec.decode_video(torch.empty(shape))
+    return weights, max(moment.activations for moment in meter.moments.values())
+
+
+def _config(source: str | None) -> dict[str, object]:
+    """Of the source's VAE; of Wan2.1's where it is not here."""
+    with suppress(OSError, ValueError):
+        return json.loads((Path(str(source)).expanduser() / "vae" / "config.json").read_text())
+    return {}

@@ -1,0 +1,184 @@
+"""A dry run against real steps: torch's own counter of operations, and a counter of the memory that is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from anyflow_train.models.wan import build_network
+
+from anyflow_train.config.compose import compose
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.objectives.types import Loss, Roles
+from anyflow_train.plan.dry_run import DryRun, dry_run, from_all_blocks
+from anyflow_train.plan.memory import plan_memory
+from anyflow_train.training import recipe
+from anyflow_train.training.updates import Term
+from tests.plan.steps import counted, measured
+
+# 4 blocks of width 128 on 5 x 8 x 12 tokens: activations take as much as all state, and a step part of a second. Texts
+# are longer than the 32 tokens up to which a CPU keeps the attention scores, which no GPU does.
+ARCHITECTURE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "ffn_dim": 512,
+    "num_layers": 4,
+}
+SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.items()] + [
+    "teacher.codec=none",
+    "data.frames=17",
+    "data.height=128",
+    "data.width=192",
+    "data.text_lengths=[48]",
+    "objective.text_dropout=0",
+    "objective.derivative_precision=fp32",
+    "engine=cpu",
+    "engine.global_batch=4",
+    "engine.micro_batch=1",
+    "evaluation=none",
+]
+LORA = ["student/adapter=lora", "student.adapter.rank=16"]
+FULL = ["student/adapter=full"]
+CAUSAL = "student.architecture.causal={chunk_partition: [1, 2, 2], full_chunk_limit: 2}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("network")
+    build_network(ARCHITECTURE, 0).save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def small(folder: Path) -> Callable[..., RunConfig]:
+    def config(experiment: str, *overrides: str) -> RunConfig:
+        given = [f"experiment={experiment}", *SMALL, f"teacher.source={folder}", f"student.init={folder}"]
+        return compose("train", [*given, *overrides], None, 1)
+
+    return config
+
+
+def on_cpu(config: RunConfig) -> DryRun:
+    return dry_run(config, 1, nullcontext)
+
+
+CASES: dict[str, list[str]] = {
+    "full": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=none"],
+    "full, block": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=block"],
+    "lora": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=none"],
+    "lora, block": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=block"],
+    "lora, selective": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=selective"],
+    "stage 2, full": ["wan1_3b_on_policy", *FULL, "on_policy.steps=[2]"],
+    "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.steps=[2]"],
+    "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig]) -> None:
+    """Within 2 %, of all tensors together: state, gradients, activations, batches. The rest is what single operations
+    allocate for themselves, which only the allocator sees."""
+    config = small(*CASES[case])
+    planned = plan_memory(config, on_cpu(config), "ddp", 1).tensors
+    assert planned == pytest.approx(measured(config, 0), rel=0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operations_are_what_torch_counts(case: str, small: Callable[..., RunConfig]) -> None:
+    config = small(*CASES[case])
+    assert sum(on_cpu(config).operations.values()) == pytest.approx(counted(config, (0,)), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", ["full, block", "lora, selective"])
+def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig]) -> None:
+    config = small(*CASES[case])
+    quick, slow = on_cpu(config), dry_run(config, 1, nullcontext, from_all_blocks)
+    assert quick.operations == pytest.approx(slow.operations)
+    assert quick.sizes == slow.sizes
+    planned = [plan_memory(config, found, "zero2", 4).tensors for found in (quick, slow)]
+    assert planned[0] == pytest.approx(planned[1], rel=1e-3)
+
+
+@dataclass(frozen=True)
+class TwoHalfJumps:
+    """An objective that the plan has never heard of."""
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        t = draw.uniform("time", 1).squeeze(1)
+        z = draw.normal("noise", tuple(batch.latents.shape[1:]))
+        with torch.no_grad():
+            first = roles.student(z, t, t / 2, batch.condition)
+            second = roles.student(first, t / 2, torch.zeros_like(t), batch.condition)
+        error = (roles.student(z, t, torch.zeros_like(t), batch.condition) - first - second).square()
+        return Loss(error.flatten(1).mean(dim=1), torch.ones_like(t), None, {})
+
+
+def test_a_new_objective_is_counted_with_nothing_told(
+    small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_main_term", lambda *_: Term("half jumps", TwoHalfJumps(), 1.0, "none", 0))
+    config = small(*CASES["full"])
+    found = on_cpu(config)
+    assert sum(found.operations.values()) == pytest.approx(counted(config, (0,)), rel=1e-9)
+    assert found.samples["student, without gradient"] == 2 * found.samples["student, forward"] == 8
+
+
+def test_what_is_drawn_is_a_mean(small: Callable[..., RunConfig]) -> None:
+    """A term counts with its probability, and an update with its share of the steps."""
+    config = small("wan1_3b_causal", *FULL, CAUSAL, "context.bidirectional_probability=0.25")
+    always = small("wan1_3b_causal", *FULL, CAUSAL, "context.bidirectional_probability=1")
+    never = small("wan1_3b_causal", *FULL, CAUSAL, "context.bidirectional_probability=0")
+    sums = [sum(on_cpu(each).operations.values()) for each in (config, always, never)]
+    assert sums[0] == pytest.approx(0.25 * sums[1] + 0.75 * sums[2])
+
+
+def test_a_gpu_keeps_no_scores_of_a_short_text(small: Callable[..., RunConfig]) -> None:
+    """A CPU computes them by plain products, and keeps them."""
+    config = small(*CASES["full"], "data.text_lengths=[16]", "data.frames=33")
+    assert plan_memory(config, dry_run(config, 1), "ddp", 1).tensors < (
+        plan_memory(config, on_cpu(config), "ddp", 1).tensors
+    )
+
+
+def test_validation_decodes_beside_the_networks(small: Callable[..., RunConfig]) -> None:
+    """Wan2.1's VAE has 127 million weights; decoding takes more than a small network's step."""
+    config = small(*CASES["lora"], "evaluation=wan", "data.height=480", "data.width=832")
+    memory = plan_memory(config, dry_run(config, 1), "ddp", 1)
+    assert dict(memory.state)["VAE of validation (float32)"] == pytest.approx(4 * 126.9e6, rel=0.01)
+    assert memory.moment.name == "validation, decoding"
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        # trained weights, masters, moments, averages: in numbers of 4 bytes for each parameter, on 4 processes
+        ("ddp", (1, 0, 2, 1)),
+        ("zero1", (1, 1 / 4, 2 / 4, 1)),
+        ("zero2", (1, 1 / 4, 2 / 4, 1)),
+        ("zero3", (1 / 4, 0, 2 / 4, 1 / 4)),
+    ],
+)
+def test_what_an_engine_cuts(engine: str, expected: tuple[float, ...], small: Callable[..., RunConfig]) -> None:
+    config = small(*CASES["full"])
+    found = on_cpu(config)
+    parts = dict(plan_memory(config, found, engine, 4).state)
+    names = ("weights, trained (float32)", "masters (float32)", "Adam's moments (float32)", "averages (EMA, float32)")
+    whole = 4 * found.sizes["student"].trained
+    assert [parts[name] for name in names] == pytest.approx([share * whole for share in expected], abs=32)
+    memory = plan_memory(config, found, engine, 4)
+    assert sum(size for _, size in memory.parts) == memory.total
+
+
+def test_sizes_of_the_published_models() -> None:
+    """Wan2.1's own count (1,418,996,800) and one more time embedder."""
+    found = dry_run(compose("train", ["experiment=wan1_3b_forward"], None, 8), 8)
+    assert found.sizes["student"].parameters == 1_418_996_800 + (256 + 1) * 1536 + (1536 + 1) * 1536
+    assert found.sizes["teacher"] == replace(found.sizes["teacher"], trained=0, frozen=0)

@@ -1,0 +1,93 @@
+"""What is said before a run starts on GPUs that are too small, or not free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from anyflow_train.config.compose import compose
+from anyflow_train.errors import UserError
+from anyflow_train.plan.memory import GIB, Memory, plan_memory
+from anyflow_train.plan.shortage import RunForecast, foresee
+from anyflow_train.training.memory_check import GpuMemory, check_memory
+from anyflow_train.training.processes.world import World
+
+WORLD = 8
+
+
+@cache
+def forecast(world: int = WORLD) -> RunForecast:
+    return foresee(compose("train", ["experiment=wan1_3b_forward"], None, world), world)
+
+
+def planned() -> Memory:
+    return plan_memory(forecast().config, forecast().found, "ddp", WORLD)
+
+
+def gpus(free: float, total: float | None = None) -> list[GpuMemory]:
+    return [GpuMemory(f"node{rank // 4}", int(free), int(total or free)) for rank in range(WORLD)]
+
+
+def test_enough_is_enough() -> None:
+    needed = planned().total
+    assert forecast().memory_warning("ddp", gpus(needed)) is None
+    assert forecast().memory_warning("ddp", gpus(needed - 1)) is not None
+
+
+def test_one_gpu_that_is_short_is_named_with_what_is_missing_and_what_fits() -> None:
+    found = gpus(80 * GIB)
+    found[5] = GpuMemory("node1", planned().total - 2 * GIB, 80 * GIB)
+    text = forecast().memory_warning("ddp", found)
+    assert text is not None
+    assert "process 5 (node1)" in text
+    assert ", 2.0 GiB more than process 5" in text
+    assert "free of its 80.0 GiB" in text
+    assert text.endswith("engine.micro_batch=1")
+
+
+def test_only_what_cannot_fit_in_an_empty_gpu_is_an_error() -> None:
+    lasting = sum(size for _, size in planned().state)
+    assert forecast().memory_warning("ddp", gpus(GIB, total=lasting)) is not None
+    with pytest.raises(UserError, match=r"GPU memory: .* stay on each GPU .*process 0 \(node0\)"):
+        forecast().memory_warning("ddp", gpus(80 * GIB, total=lasting - 1))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], World]:
+    """A process on a GPU with so much memory."""
+
+    def pretend(free: float, total: float) -> World:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(total)))
+        return World(torch.device("cuda", 0))
+
+    return pretend
+
+
+def test_a_start_warns_once_and_knows_its_work(gpu: Callable[..., World], capsys: pytest.CaptureFixture[str]) -> None:
+    alone = forecast(1)
+    work = check_memory(alone.config, gpu(80 * GIB, 80 * GIB), lambda config, world: alone)
+    assert work == alone.work > 1e15
+    assert capsys.readouterr().err == ""
+    check_memory(alone.config, gpu(20 * GIB, 80 * GIB), lambda config, world: alone)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: GPU memory may not suffice: ")
+    assert "ddp on 1" in warning
+    assert warning.count("\n") == 1
+
+
+def test_the_launchers_engine_is_planned(
+    gpu: Callable[..., World], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    # Foreseen anew: a dry run inside of a ZeRO-3 launch builds whole networks.
+    check_memory(forecast(1).config, gpu(2 * GIB, 80 * GIB), foresee)
+    assert "(zero3 on 1)" in capsys.readouterr().err
+
+
+def test_a_cpu_is_not_asked() -> None:
+    assert check_memory(forecast(1).config, World(torch.device("cpu")), foresee) is None
