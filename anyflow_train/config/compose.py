@@ -67,6 +67,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         UserError: a config file that Hydra cannot compose, or an impossible WORLD_SIZE.
     """
     extension = None if command in MODELS else find_extension(command)
+    model = extension.model if extension else MODELS[command]
     folders = config_folders(config_dir, extension)
     settings, syntax_errors = parse(overrides)
     every_group = find_groups(folders)

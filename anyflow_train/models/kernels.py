@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _AS_ON_GPU: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
@@ -26,10 +27,15 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def pretends_gpu(x: Tensor) -> bool:
-    """Whether a CPU tensor is computed with as if it were on a GPU."""
-    return x.device.type == "cpu" and _AS_ON_GPU.get()
+    """Whether a CPU tensor takes the branches of a GPU."""
+    return x.device.type == "cpu" and _dry()
 
 
 def for_cpu(x: Tensor) -> bool:
-    """Whether x is on a CPU, and is to be computed with as there."""
-    return x.device.type == "cpu" and not _AS_ON_GPU.get()
+    """Whether a tensor is on a CPU and takes the branches of a CPU."""
+    return x.device.type == "cpu" and not _dry()
+
+
+def _dry() -> bool:
+    # torch.compile cannot read a context variable, and a dry run compiles nothing.
+    return not torch.compiler.is_compiling() and _AS_ON_GPU.get()

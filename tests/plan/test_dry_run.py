@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from anyflow_train.models.wan import build_network
+from anyflow_train.models.build import build_network
 
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
