@@ -76,7 +76,7 @@ def test_given_frames_must_be_whole_chunks_and_leave_one(frames: int, possible: 
 
 
 def test_a_clip_of_other_frames_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"4 latent frames are not those of the chunks \[1, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"the chunks \[1, 2, 2\] do not add up to 4 latent frames"):
         ClipSampler(sample, CHUNKS)(Oracle(), noise()[:, :4], NO_TEXT, 2, 5.0)
 
 
@@ -137,7 +137,7 @@ def test_rows_of_a_condition() -> None:
     assert past.context.flatten().tolist() == [1, 2]
     assert past.clean.flatten().tolist() == [2, 3]
     assert isinstance(condition.with_text(torch.ones(1, 1, 1)).past, TeacherForced)
-    with pytest.raises(ValueError, match="cannot be taken apart"):
+    with pytest.raises(ValueError, match="cannot be split by sample"):
         condition.after(CachedContext((1,), None))[1:]
 
 

@@ -84,7 +84,7 @@ def test_rollout_of_a_linear_map_and_its_gradient_have_closed_forms(steps: int) 
 def test_a_rollout_passes_through_the_sampler_s_times() -> None:
     assert rollout_jumps(4, 1, 1.0) == ((1.0, 0.75), (0.75, 0.5), (0.5, 0.0))
     for steps, index in ((4, 4), (4, -1)):
-        with pytest.raises(ValueError, match="has no step"):
+        with pytest.raises(ValueError, match="has the steps 0 to"):
             rollout_jumps(steps, index, 1.0)
 
 

@@ -124,10 +124,10 @@ def test_weights_follow_the_option() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    with pytest.raises(ValueError, match="two uniforms"):
+    with pytest.raises(ValueError, match="must be .uniform. for the flow map"):
         FlowMapObjective(PLAIN, Times(distribution="logit_normal"), COUNTS)
     teacher = PLAIN.model_copy(update={"velocity": "teacher"})
     with pytest.raises(ValueError, match="needs a teacher"):
         FlowMapObjective(teacher, Times(), COUNTS)(one_network(SmallNetwork()), batch_of((0,)), draw_of((0,)))
-    with pytest.raises(ValueError, match="holds slots"):
+    with pytest.raises(ValueError, match="has the positions"):
         FlowMapObjective(PLAIN, Times(), COUNTS)(one_network(SmallNetwork()), batch_of((0,)), draw_of((1,)))
