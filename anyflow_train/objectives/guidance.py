@@ -5,9 +5,9 @@ Each choice regresses u to `v_g - (t - r) D u`, where `v_g = u_neg + w (v - u_ne
 a tangent. The loss is divided by w^2.
 
 * `none`: w = 1, so v_g = v; the tangent is v.
-* `prediction`: the published loss, `|| (u - (1 - w) sg[u_neg]) / w - (v - (t - r) D / w) ||^2`. Multiplied out, u_neg
-  is taken at (x, t, r), the tangent is v, and text-dropped samples have the same w. The result is not the flow map of the
-  guided ODE.
+* `prediction`: the published loss, `|| (u - (1 - w) sg[u_neg]) / w - (v - (t - r) D / w) ||^2`. Multiplied out:
+  u_neg is taken at (x, t, r), the tangent is v, and text-dropped samples have the same w. The result is not the flow
+  map of the guided ODE.
 * `target`: u_neg is taken at (x, t, t), the tangent is v_g, and w = 1 on text-dropped samples. The result is the flow
   map of the guided ODE.
 

@@ -1,4 +1,4 @@
-"""Clips made chunk by chunk: against a closed form, in which every chunk depends on the one before it."""
+"""Clips generated chunk by chunk, against a closed form in which each chunk depends on the one before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEAN, STD, FOLLOW = 0.7, 0.5, 0.6
 
 @dataclass
 class Oracle:
-    """The exact flow map of that law; notes what it was asked to remember."""
+    """The exact flow map of that distribution; records the context that it encodes."""
 
     asked: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -46,7 +46,7 @@ def noise(batch: int = 3) -> Tensor:
 
 
 def exact(z: Tensor) -> Tensor:
-    """What the law's own map makes of noise, chunk by chunk."""
+    """Exact clip for given noise, chunk by chunk."""
     first = MEAN + STD * z[:, :1]
     second = FOLLOW * first.mean(dim=(1, 2, 3, 4), keepdim=True) + STD * z[:, 1:3]
     third = FOLLOW * second.mean(dim=(1, 2, 3, 4), keepdim=True) + STD * z[:, 3:]
@@ -91,13 +91,13 @@ def test_a_rollout_is_the_law_too_and_its_gradient_stays_inside_of_a_chunk(steps
     x = chunk_by_chunk(oracle, z, NO_TEXT, CHUNKS, generate)
     torch.testing.assert_close(x, exact(z.detach()), rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad(x[:, 3:].sum(), z)
-    # d x / d z is STD inside of the chunk; what it remembers of the others is without gradient.
+    # d x / d z is STD inside the chunk; the cached context has no gradient.
     torch.testing.assert_close(gradient[:, 3:], torch.full_like(gradient[:, 3:], STD), rtol=0, atol=1e-12)
     assert gradient[:, :3].abs().max() == 0
 
 
 def test_guidance_remembers_both_texts() -> None:
-    """Both maps of a chunk start from their own past; with linear maps the guided clip has a closed form."""
+    """The maps with and without text have separate caches. With linear maps the guided clip has a closed form."""
 
     @dataclass
     class ByText(Oracle):
@@ -153,7 +153,7 @@ def test_drawn_sequences() -> None:
 
 
 def test_shares_of_the_draws() -> None:
-    """Against all draws of a fine grid; where no sequence can be long, the others have the share of the long ones."""
+    """Compares with all draws of a fine grid. If no sequence can be long, the others take that share."""
     grid = [(number + 0.5) / 60 for number in range(60)]
     for chunks in (Chunks((1, 3, 3, 3, 3, 3, 3, 2), 3), Chunks((1, 2), 2), Chunks((1, 2), 3)):
         for long_share in (0.0, 0.25, 1.0):
