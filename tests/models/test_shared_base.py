@@ -229,9 +229,9 @@ def test_wrong_settings_are_reported() -> None:
     with pytest.raises(ValueError, match="exists already"):
         base.add("student", STUDENT, 0)
     for call in (base.parameters, base.freeze):
-        with pytest.raises(ValueError, match="no role 'third'"):
+        with pytest.raises(ValueError, match="unknown role 'third'"):
             call("third")
-    with pytest.raises(ValueError, match="no role 'third'"), base.as_role("third"):
+    with pytest.raises(ValueError, match="unknown role 'third'"), base.as_role("third"):
         pass
 
 
