@@ -33,6 +33,7 @@ class Causal(Model):
 class Architecture(Model):
     """Shape of the transformer; the names are those of `AnyFlowTransformer3DModel`'s constructor.
 
+    image_dim: always null, for the config of diffusers.
     causal: makes it an `AnyFlowFARTransformer3DModel`; null: all frames are generated together.
     """
 
@@ -47,7 +48,7 @@ class Architecture(Model):
     num_layers: PositiveInt = 40
     cross_attn_norm: bool = True
     eps: PositiveFloat = 1e-6
-    image_dim: PositiveInt | None = None
+    image_dim: None = None
     rope_max_seq_len: PositiveInt = 1024
     causal: Causal | None = None
 

@@ -18,8 +18,6 @@ def linear_layers(architecture: Architecture) -> list[str]:
     embedders = ["time_embedder", "delta_embedder", "text_embedder"]
     layers = [f"{embedder}.{part}.linear_{number}" for part in embedders for number in (1, 2)]
     layers.append(f"{embedder}.time_proj")
-    if architecture.image_dim is not None:
-        layers += [f"{embedder}.image_embedder.ff.net.{place}" for place in ("0.proj", "2")]
     for block in _blocks(architecture):
         layers += [f"{block}.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION]
         layers += [f"{block}.ffn.net.{place}" for place in ("0.proj", "2")]
@@ -32,8 +30,6 @@ def parameter_names(architecture: Architecture) -> list[str]:
     bare = ["scale_shift_table"]
     if architecture.causal is not None:
         with_bias.append("far_patch_embedding")
-    if architecture.image_dim is not None:
-        with_bias += [f"condition_embedder.image_embedder.norm{number}" for number in (1, 2)]
     for block in _blocks(architecture):
         bare.append(f"{block}.scale_shift_table")
         bare += [f"{block}.{attention}.norm_{side}.weight" for attention in ("attn1", "attn2") for side in "qk"]

@@ -32,8 +32,7 @@ class Batch:
         """The same batch on another device; copies from pinned memory do not wait."""
 
         def move(condition: Condition) -> Condition:
-            image = None if condition.image is None else condition.image.to(device, non_blocking=True)
-            return Condition(condition.text.to(device, non_blocking=True), image)
+            return Condition(condition.text.to(device, non_blocking=True))
 
         latents = self.latents.to(device, dtype=torch.float32, non_blocking=True)
         return Batch(latents, move(self.condition), move(self.negative), self.keys, self.positions)

@@ -53,14 +53,12 @@ class Probe:
     Attributes:
         latents: (B, F, C, H, W) float32.
         text: (B, L, D) float32.
-        image: (B, I, D_image) float32, or None for text-to-video.
         chunks: of a causal network: as many as it needs to have one of every kind; else None.
         noise: (1, F, C, H', W') float32, to sample from.
     """
 
     latents: Tensor
     text: Tensor
-    image: Tensor | None
     chunks: Chunks | None
     noise: Tensor
 
@@ -78,10 +76,8 @@ class Probe:
             height, width = 8 * patch, 16 * patch
         latents = torch.randn(batch, frames, channels, side, side, generator=generator)
         text = torch.randn(batch, 16, config["text_dim"], generator=generator)
-        has_image = config["image_dim"] is not None
-        image = torch.randn(batch, 8, config["image_dim"], generator=generator) if has_image else None
         noise = torch.randn(1, frames, channels, height, width, generator=generator)
-        return cls(latents, text, image, chunks, noise)
+        return cls(latents, text, chunks, noise)
 
 
 @torch.inference_mode()
@@ -101,14 +97,14 @@ def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
     """The same of a Wan transformer, which has one time and puts channels before frames."""
     times = TIME_SCALE * torch.tensor([t for t, _ in TIMES])
     hidden = probe.latents.permute(0, 2, 1, 3, 4)
-    output = network(hidden, times, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[0]
+    output = network(hidden, times, probe.text, return_dict=False)[0]
     return output.permute(0, 2, 1, 3, 4)
 
 
 @torch.inference_mode()
 def two_jumps(network: Backbone, probe: Probe, shift: float) -> Tensor:
     """What two steps of our sampler make of the probe's noise: (1, F, C, H', W')."""
-    condition = Condition(probe.text[:1], None if probe.image is None else probe.image[:1])
+    condition = Condition(probe.text[:1])
     sampler = ClipSampler(sample, probe.chunks)
     return sampler(NetworkFlowMap(network, None), probe.noise, condition, SAMPLING_STEPS, shift)
 
@@ -184,7 +180,7 @@ _Forward = Callable[..., tuple[Tensor, ...]]
 def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
     frames = probe.latents.shape[1]
     t, r = (TIME_SCALE * times[:, column, None].expand(-1, frames) for column in (0, 1))
-    more = {"encoder_hidden_states_image": probe.image, "return_dict": False}
+    more: dict[str, Any] = {"return_dict": False}
     if probe.chunks is None:
         return network(probe.latents, t, r, probe.text, **more)[0].float()
     drawn = probe.chunks.sequence(len(probe.chunks.partition))

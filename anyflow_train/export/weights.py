@@ -73,8 +73,6 @@ def to_wan(network: Backbone) -> WanTransformer3DModel:
     config: Any = network.config
     if config.gate_value != 0:
         raise ValueError(f"gate_value is {config.gate_value}: only a network with gate 0 is a Wan2.1 transformer")
-    if config.image_dim is not None:
-        raise ValueError("a network with image_dim is not a Wan2.1 text-to-video transformer")
     wan = WanTransformer3DModel(**{name: config[name] for name in SHARED_CONFIG}, image_dim=None)
     weights = {key: weight for key, weight in network.state_dict().items() if not key.startswith(DELTA)}
     wan.load_state_dict(weights, strict=True, assign=True)

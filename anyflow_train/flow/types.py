@@ -68,16 +68,14 @@ Past = Prefix | TeacherForced | CachedContext
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of B samples: `Condition(text=codec_embeddings)` for text-to-video.
+    """The condition of B samples: `Condition(text)`, or with conditioning frames `Condition(text, Prefix(frames))`.
 
     Attributes:
         text: (B, L, D) text embeddings, zero where padded.
-        image: (B, I, D_image) image embeddings, or None for text-to-video.
         past: conditioning frames or chunks of the same clip; None generates all frames together.
     """
 
     text: Tensor
-    image: Tensor | None = None
     past: Past | None = None
 
     def __getitem__(self, rows: Rows) -> Condition:
@@ -85,7 +83,7 @@ class Condition:
         if isinstance(self.past, CachedContext):
             raise ValueError("a cached context cannot be split by sample")
         past = None if self.past is None else self.past[rows]
-        return Condition(take(self.text, rows), None if self.image is None else take(self.image, rows), past)
+        return Condition(take(self.text, rows), past)
 
     def with_text(self, text: Tensor) -> Condition:
         """Copy of this condition with another text: (B, L, D), or (1, L, D) for all samples."""

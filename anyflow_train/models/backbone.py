@@ -27,7 +27,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     """Base class of both networks. Their constructors document the arguments and register them as the config.
 
     Raises:
-        ValueError: invalid `patch_size`, `attention_head_dim` or `deltatime_type`.
+        ValueError: invalid `patch_size`, `attention_head_dim`, `deltatime_type` or `image_dim`.
     """
 
     _supports_gradient_checkpointing = True
@@ -57,16 +57,16 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         num_layers: int,
         cross_attn_norm: bool,
         eps: float,
-        image_dim: int | None,
+        image_dim: None,
         gate_value: float,
         deltatime_type: str,
     ) -> None:
         super().__init__()
-        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type)
+        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type, image_dim)
         dim = num_attention_heads * attention_head_dim
         patch = patch_size[1]
         self.patch_embedding = PatchEmbedding(in_channels, dim, patch)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, gate_value, deltatime_type)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, gate_value, deltatime_type)
         self.blocks = nn.ModuleList(
             AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
         )
@@ -149,30 +149,23 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
                 f"rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
 
-    def _check_context(self, batch: int, text: Tensor, image: Tensor | None) -> None:
+    def _check_text(self, batch: int, text: Tensor) -> None:
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
             raise ValueError(
                 f"encoder_hidden_states must be ({batch}, L, {self.config.text_dim}), "
                 f"but its shape is {tuple(text.shape)}"
             )
-        if image is None:
-            return
-        if self.config.image_dim is None:
-            raise ValueError("encoder_hidden_states_image was given to a network without image_dim")
-        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != self.config.image_dim:
-            raise ValueError(
-                f"encoder_hidden_states_image must be ({batch}, I, {self.config.image_dim}), "
-                f"but its shape is {tuple(image.shape)}"
-            )
 
 
-def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str) -> None:
+def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str, image_dim: None) -> None:
     if len(patch_size) != 3 or patch_size[0] != 1 or patch_size[1] != patch_size[2] or patch_size[1] < 1:
         raise ValueError(f"patch_size must be (1, p, p), not {patch_size}")
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"attention_head_dim must be even, not {head_dim}")
     if deltatime_type not in ("r", "t-r"):
         raise ValueError(f'deltatime_type must be "r" or "t-r", not {deltatime_type!r}')
+    if image_dim is not None:
+        raise ValueError(f"image_dim must be None, not {image_dim}: image embeddings are not supported")
 
 
 def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:

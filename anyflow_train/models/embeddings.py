@@ -1,17 +1,15 @@
-"""Embeddings of latents, times, text and images, with the parameter names of Wan2.1."""
+"""Embeddings of latents, times and text, with the parameter names of Wan2.1."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyflow_train.flow.path import at_least_float32
-from anyflow_train.models.blocks import WideLayerNorm
 from anyflow_train.models.fused import gelu_tanh
 
 
@@ -50,7 +48,7 @@ def patch_tokens(embedding: nn.Module, latents: Tensor) -> Tensor:
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeds the source time, the target time, the text and the image.
+    """Embeds the source time, the target time and the text.
 
     The time embedding is `(1 - gate) E_time(t) + gate E_delta(r or t - r)` (AnyFlow, arXiv 2605.13724).
     """
@@ -62,7 +60,6 @@ class ConditionEmbedder(nn.Module):
         dim: int,
         freq_dim: int,
         text_dim: int,
-        image_dim: int | None,
         gate_value: float,
         deltatime_type: str,
     ) -> None:
@@ -73,7 +70,6 @@ class ConditionEmbedder(nn.Module):
         self.delta_embedder = TimestepEmbedding(freq_dim, dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TextProjection(text_dim, dim)
-        self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
         # The explicit device keeps the value of the gate if the network is built on the meta device.
         gate = torch.tensor([gate_value], dtype=torch.float32, device="cpu")
         self.register_buffer("delta_emb_gate", gate, persistent=False)
@@ -102,13 +98,6 @@ class ConditionEmbedder(nn.Module):
         features = self.timesteps_proj(times.flatten()).to(embedder.linear_1.weight.dtype)
         return at_least_float32(embedder(features)).unflatten(0, times.shape)
 
-    def context(self, text: Tensor, image: Tensor | None) -> Tensor:
-        """Embed text (B, L, text_dim) and image (B, I, image_dim) or None as (B, I + L, D), image tokens first."""
-        tokens = self.text_embedder(text)
-        if self.image_embedder is None or image is None:
-            return tokens
-        return torch.cat((self.image_embedder(image), tokens), dim=1)
-
 
 class TextProjection(nn.Module):
     """Projects text embeddings to the width of the network: (B, L, text_dim) -> (B, L, D)."""
@@ -120,16 +109,3 @@ class TextProjection(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.linear_2(gelu_tanh(self.linear_1(text)))
-
-
-class ImageProjection(nn.Module):
-    """Projects image embeddings to the width of the network: (B, I, image_dim) -> (B, I, D)."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = WideLayerNorm(image_dim)
-        self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
-        self.norm2 = WideLayerNorm(dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.norm2(self.ff(self.norm1(image)))

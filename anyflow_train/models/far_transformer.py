@@ -56,7 +56,7 @@ class AnyFlowFARTransformer3DModel(Backbone):
         num_layers: int = 40,
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
-        image_dim: int | None = None,
+        image_dim: None = None,
         rope_max_seq_len: int = 1024,
         gate_value: float = 0.25,
         deltatime_type: str = "r",
@@ -92,7 +92,6 @@ class AnyFlowFARTransformer3DModel(Backbone):
         r_timestep: Tensor,
         encoder_hidden_states: Tensor,
         chunk_partition: Sequence[int],
-        encoder_hidden_states_image: Tensor | None = None,
         clean_hidden_states: Tensor | None = None,
         clean_timestep: Tensor | None = None,
         kv_cache: KVCache | None = None,
@@ -119,7 +118,6 @@ class AnyFlowFARTransformer3DModel(Backbone):
             encoder_hidden_states: (B, L, text_dim) text embeddings.
             chunk_partition: frames of each chunk, oldest first, including the new one. They add up to F, or with
                 `kv_cache` to the frames of the cache and F.
-            encoder_hidden_states_image: (B, I, image_dim) image embeddings, if the network has an `image_dim`.
             clean_hidden_states: (B, F_noisy, C, H, W) clean latents. The newest chunk is not used.
             clean_timestep: source and target time of the clean copies in 0..1000, of shape (), (B,) or (B, F_noisy);
                 None means 0.
@@ -136,11 +134,11 @@ class AnyFlowFARTransformer3DModel(Backbone):
                 `rope_max_seq_len`, or a cache of other chunks or latents.
         """
         batch, frames, *_ = self._check_latents(hidden_states)
-        self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
+        self._check_text(batch, encoder_hidden_states)
         if (clean_hidden_states is not None) + (kv_cache is not None) + return_kv_cache > 1:
             raise ValueError("only one of clean_hidden_states, kv_cache and return_kv_cache can be given")
         t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        text = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
+        text = self.condition_embedder.text_embedder(encoder_hidden_states)
         partition = tuple(chunk_partition)
 
         if return_kv_cache:

@@ -33,7 +33,7 @@ class NetworkFlowMap:
         Args:
             x: (B, F, C, H, W) float32, the frames that are generated.
             t, r: (B,) or (B, F) float32 in [0, 1], `r <= t`. They stay float32 in every precision of the network.
-            condition: text (B, L, D) and image, any floating dtype; conditioning frames.
+            condition: text (B, L, D), any floating dtype; conditioning frames.
 
         Returns:
             (B, F, C, H, W) float32 (float64 for a float64 `x`).
@@ -71,14 +71,13 @@ class NetworkFlowMap:
     def _outputs(
         self, x: Tensor, t: Tensor, r: Tensor, condition: Condition, more: Mapping[str, Any]
     ) -> tuple[Any, ...]:
-        dtype, image = self._dtype, condition.image
+        dtype = self._dtype
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.network(
                 x.to(dtype),
                 timestep=TIME_SCALE * t.float(),
                 r_timestep=TIME_SCALE * r.float(),
                 encoder_hidden_states=condition.text.to(dtype),
-                encoder_hidden_states_image=None if image is None else image.to(dtype),
                 return_dict=False,
                 **more,
             )

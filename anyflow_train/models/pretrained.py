@@ -143,6 +143,8 @@ def describe_source(
     # Times that a config lacks have the constructor's defaults.
     own = {**STUDENT_TIMES, **{name: value for name, value in config.items() if not name.startswith("_")}}
     _check_same(source, times or {}, own)
+    if own.get("image_dim") is not None:
+        raise UserError(str(source), f"has image_dim = {own['image_dim']}, but image embeddings are not supported")
     if kind == AnyFlowTransformer3DModel.__name__:
         return place, {**own, **chunks}, kind
     if kind != AnyFlowFARTransformer3DModel.__name__:

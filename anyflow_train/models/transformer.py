@@ -39,13 +39,13 @@ class AnyFlowTransformer3DModel(Backbone):
         num_layers: number of blocks.
         cross_attn_norm: whether cross-attention has a layer norm.
         eps: epsilon of all norms.
-        image_dim: width of the image embeddings (1280 for Wan2.1-I2V); None for text-to-video.
+        image_dim: None. The key is part of diffusers' config; image embeddings are not supported.
         rope_max_seq_len: maximum number of frames, rows or columns of tokens.
         gate_value: weight of the second time in the time embedding, in [0, 1].
         deltatime_type: the second time, "r" (target time) or "t-r" (interval).
 
     Raises:
-        ValueError: invalid `patch_size`, `attention_head_dim` or `deltatime_type`.
+        ValueError: invalid `patch_size`, `attention_head_dim`, `deltatime_type` or `image_dim`.
     """
 
     @register_to_config
@@ -62,7 +62,7 @@ class AnyFlowTransformer3DModel(Backbone):
         num_layers: int = 40,
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
-        image_dim: int | None = None,
+        image_dim: None = None,
         rope_max_seq_len: int = 1024,
         gate_value: float = 0.25,
         deltatime_type: str = "r",
@@ -106,7 +106,6 @@ class AnyFlowTransformer3DModel(Backbone):
         timestep: Tensor,
         r_timestep: Tensor,
         encoder_hidden_states: Tensor,
-        encoder_hidden_states_image: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -116,7 +115,6 @@ class AnyFlowTransformer3DModel(Backbone):
             hidden_states: (B, F, C, H, W) latents.
             timestep, r_timestep: source and target time in 0..1000, each of shape (), (B,) or (B, F).
             encoder_hidden_states: (B, L, text_dim) text embeddings.
-            encoder_hidden_states_image: (B, I, image_dim) image embeddings, if the network has an `image_dim`.
             attention_kwargs: {"scale": s} scales LoRA adapters that were loaded from a file.
             return_dict: whether to return an output object instead of a tuple.
 
@@ -128,13 +126,13 @@ class AnyFlowTransformer3DModel(Backbone):
                 `rope_max_seq_len`, or fewer tokens in a frame than processes that split it.
         """
         batch, frames, _, height, width = self._check_latents(hidden_states)
-        self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
+        self._check_text(batch, encoder_hidden_states)
         t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
         patch = self.config.patch_size[1]
         rotation = self.rope((frames, height // patch, width // patch), hidden_states.device)
 
         embedding, modulation = self.condition_embedder(t, r)
-        context = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
+        context = self.condition_embedder.text_embedder(encoder_hidden_states)
         x = patch_tokens(self.patch_embedding, hidden_states)
         part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
         if part is not None:

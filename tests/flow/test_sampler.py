@@ -107,16 +107,15 @@ def test_network_receives_times_in_the_dtype_of_the_latents() -> None:
 
 def by_text(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
     """A constant velocity that depends on the text."""
-    offset = 0.0 if condition.image is None else condition.image[:, 0, 0]
-    return (condition.text[:, 0, 0] + offset)[:, None].expand_as(x)
+    return condition.text[:, 0, 0][:, None].expand_as(x)
 
 
-def test_guidance_scale_is_the_cfg_scale_and_keeps_the_image() -> None:
-    condition = Condition(torch.tensor([[[2.0]], [[3.0]]]), torch.full((2, 1, 1), 0.5))
+def test_guidance_scale_is_the_cfg_scale() -> None:
+    condition = Condition(torch.tensor([[[2.0]], [[3.0]]]))
     negative = Condition(torch.full((1, 1, 1), 1.0))
     x, t = torch.zeros(2, 4), torch.ones(2)
     for scale in (0.0, 0.5, 1.0, 3.0, 4.0):
         u = guided(by_text, negative, scale)(x, t, t, condition)
-        expected = 1.5 + scale * torch.tensor([[1.0], [2.0]]).expand(2, 4)
+        expected = 1.0 + scale * torch.tensor([[1.0], [2.0]]).expand(2, 4)
         torch.testing.assert_close(u, expected)
     assert guided(by_text, negative, 1.0) is by_text

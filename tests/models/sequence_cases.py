@@ -56,7 +56,6 @@ CASES = {
     "odd number of tokens": Case({"hidden_states": _draw(3, 3, 4, 6, 10)}),
     "times per sample": Case({"timestep": torch.tensor([900.0, 5.0, 40.0]), "r_timestep": torch.zeros(3)}),
     "one time": Case({"timestep": torch.tensor(900.0), "r_timestep": torch.tensor(300.0)}),
-    "image": Case({"encoder_hidden_states_image": _draw(3, 7, 28)}, {"image_dim": 28}),
     "checkpointing": Case(prepare=AnyFlowTransformer3DModel.enable_gradient_checkpointing),
     "adapters": Case(prepare=_adapt),
     "no gradient": Case(around=torch.no_grad),

@@ -3,30 +3,21 @@ import json
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.models.networks import inputs, small, stock_twin
 
-IMAGE = {"image_dim": 28}
-
-
-def image_inputs(image_dim: int | None) -> dict[str, Tensor]:
-    if image_dim is None:
-        return inputs()
-    return inputs() | {"encoder_hidden_states_image": torch.randn(3, 7, image_dim, generator=torch.Generator())}
-
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, IMAGE, {"deltatime_type": "t-r", "gate_value": 0.7}, {"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}],
-    ids=["text", "image", "interval time", "no cross norm", "patch 1"],
+    [{}, {"deltatime_type": "t-r", "gate_value": 0.7}, {"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}],
+    ids=["text", "interval time", "no cross norm", "patch 1"],
 )
 def test_outputs_and_gradients_are_those_of_diffusers(changes):
     network = small(**changes)
     stock = stock_twin(network)
-    arguments = image_inputs(changes.get("image_dim"))
+    arguments = inputs()
     for each in (network, stock):
         latents = arguments["hidden_states"].clone().requires_grad_()
         output = each(**arguments | {"hidden_states": latents}).sample
@@ -43,9 +34,9 @@ def test_outputs_and_gradients_are_those_of_diffusers(changes):
 
 
 def test_state_dict_goes_both_ways():
-    network = small(**IMAGE)
+    network = small()
     stock = stock_twin(network)  # strict
-    other = small(**IMAGE)
+    other = small()
     other.load_state_dict(stock.state_dict())
     assert {name: weight.shape for name, weight in network.state_dict().items()} == {
         name: weight.shape for name, weight in stock.state_dict().items()
@@ -128,7 +119,6 @@ def test_modulation_keeps_one_row_per_sample_for_times_per_sample():
         ({"hidden_states": torch.zeros(3, 17, 4, 2, 2), "timestep": torch.tensor(1.0)}, "rope_max_seq_len = 16"),
         ({"encoder_hidden_states": torch.zeros(3, 5, 19)}, "encoder_hidden_states must be"),
         ({"encoder_hidden_states": torch.zeros(2, 5, 20)}, "encoder_hidden_states must be"),
-        ({"encoder_hidden_states_image": torch.zeros(3, 5, 20)}, "without image_dim"),
     ],
 )
 def test_wrong_calls_are_named(change, message):
@@ -143,17 +133,12 @@ def test_wrong_calls_are_named(change, message):
         ({"patch_size": (2, 2, 2)}, "patch_size"),
         ({"patch_size": (1, 2, 4)}, "patch_size"),
         ({"attention_head_dim": 13}, "attention_head_dim"),
+        ({"image_dim": 28}, "image_dim"),
     ],
 )
 def test_wrong_constructions_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         small(**change)
-
-
-def test_wrong_image_shape_is_named():
-    arguments = image_inputs(28) | {"encoder_hidden_states_image": torch.zeros(3, 7, 27)}
-    with pytest.raises(ValueError, match="encoder_hidden_states_image must be"):
-        small(**IMAGE)(**arguments)
 
 
 def test_a_tuple_on_request():
