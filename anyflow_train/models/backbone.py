@@ -44,33 +44,23 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     ]
     _repeated_blocks: ClassVar = ["AnyFlowTransformerBlock"]
 
-    def __init__(
-        self,
-        patch_size: tuple[int, int, int],
-        num_attention_heads: int,
-        attention_head_dim: int,
-        in_channels: int,
-        out_channels: int | None,
-        text_dim: int,
-        freq_dim: int,
-        ffn_dim: int,
-        num_layers: int,
-        cross_attn_norm: bool,
-        eps: float,
-        image_dim: None,
-        gate_value: float,
-        deltatime_type: str,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type, image_dim)
-        dim = num_attention_heads * attention_head_dim
-        patch = patch_size[1]
-        self.patch_embedding = PatchEmbedding(in_channels, dim, patch)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, gate_value, deltatime_type)
-        self.blocks = nn.ModuleList(
-            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+        config = self.config  # registered before the body of the constructor runs
+        patch, heads = config.patch_size[1], config.num_attention_heads
+        _check_architecture(
+            tuple(config.patch_size), config.attention_head_dim, config.deltatime_type, config.image_dim
         )
-        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * patch**2)
+        dim = heads * config.attention_head_dim
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, patch)
+        self.condition_embedder = ConditionEmbedder(
+            dim, config.freq_dim, config.text_dim, config.gate_value, config.deltatime_type
+        )
+        self.blocks = nn.ModuleList(
+            AnyFlowTransformerBlock(dim, config.ffn_dim, heads, config.cross_attn_norm, config.eps)
+            for _ in range(config.num_layers)
+        )
+        self.proj_out = nn.Linear(dim, (config.out_channels or config.in_channels) * patch**2)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 

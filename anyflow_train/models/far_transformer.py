@@ -62,22 +62,7 @@ class AnyFlowFARTransformer3DModel(Backbone):
         deltatime_type: str = "r",
         chunk_partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2),
     ) -> None:
-        super().__init__(
-            patch_size,
-            num_attention_heads,
-            attention_head_dim,
-            in_channels,
-            out_channels,
-            text_dim,
-            freq_dim,
-            ffn_dim,
-            num_layers,
-            cross_attn_norm,
-            eps,
-            image_dim,
-            gate_value,
-            deltatime_type,
-        )
+        super().__init__()
         check_chunks(tuple(patch_size), tuple(compressed_patch_size), full_chunk_limit, tuple(chunk_partition))
         self.rope = RotaryGrid(attention_head_dim)
         # Last, so that all other random weights equal those of a bidirectional network with the same seed.

@@ -67,22 +67,7 @@ class AnyFlowTransformer3DModel(Backbone):
         gate_value: float = 0.25,
         deltatime_type: str = "r",
     ) -> None:
-        super().__init__(
-            patch_size,
-            num_attention_heads,
-            attention_head_dim,
-            in_channels,
-            out_channels,
-            text_dim,
-            freq_dim,
-            ffn_dim,
-            num_layers,
-            cross_attn_norm,
-            eps,
-            image_dim,
-            gate_value,
-            deltatime_type,
-        )
+        super().__init__()
         self.rope = RotaryGrid(attention_head_dim)
         self._sequence_group: SequenceGroup | None = None
 
