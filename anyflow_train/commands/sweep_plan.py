@@ -1,4 +1,4 @@
-"""Which runs a sweep makes: every combination of the keys with several values, each decoded before the first starts."""
+"""Combinations of a sweep: all are decoded before the first run starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from anyflow_train.config.overrides import Setting, parse
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 
-# File systems allow 255 bytes; a checkpoint's temporary sibling needs some of them.
+# File systems allow 255 bytes; names of temporary checkpoint folders add some.
 LONGEST_LABEL = 160
 
 
@@ -23,9 +23,10 @@ LONGEST_LABEL = 160
 class Combination:
     """One run of a sweep.
 
-    label: name of its run directory, such as `lr=0.001,guidance=target`.
+    label: name of the run directory, such as `lr=0.001,guidance=target`.
     values: swept key -> value, as written.
-    overrides: all that `anyflow train` is given.
+    overrides: arguments of `anyflow train`.
+    config: decoded config of the run.
     """
 
     label: str
@@ -41,27 +42,27 @@ class Combination:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's own folder, `<out>/<name>` of the runs' common config, and its runs."""
+    """The sweep's folder (`<out>/<name>` of the common config) and its runs."""
 
     folder: Path
     combinations: tuple[Combination, ...]
 
 
 def make_plan(overrides: Sequence[str], config_dir: Path | None) -> SweepPlan:
-    """All combinations, decoded.
+    """Decode all combinations.
 
     Raises:
-        UserErrors: every error of every combination, once; also where no key has several values.
+        UserErrors: all errors of all combinations, each once; or no key has several values.
     """
     settings, errors = parse(overrides)
     axes = [setting for setting in settings if len(setting.alternatives()) > 1]
     errors += [
-        UserError(axis.key, f"{axis.text!r}: a sweep keeps its runs in <out>/<name>/; give one value")
+        UserError(axis.key, f"{axis.text!r} has several values, but a sweep has one folder, <out>/<name>; give one")
         for axis in axes
         if axis.key in ("name", "out")
     ]
     if not axes and not errors:
-        errors.append(UserError("sweep", "no key has several values; write key=a,b (a list is written 'key=[a,b]')"))
+        errors.append(UserError("sweep", "no key has several values; write key=a,b (write a list as 'key=[a,b]')"))
     if errors:
         raise UserErrors(errors)
     fixed = [f"{setting.key}={setting.text}" for setting in settings if setting not in axes]
@@ -107,7 +108,7 @@ def _decode_all(all_overrides: Sequence[list[str]], config_dir: Path | None) -> 
 
 
 def _labels(values: Sequence[dict[str, str]]) -> list[str]:
-    """Names of run directories: short keys where they are unambiguous, only characters that a name may hold."""
+    """Name the run directories: short keys if they are unambiguous, and only allowed characters."""
     short = _short_keys(list(values[0]))
     labels = [",".join(f"{short[key]}={_clean(text)}" for key, text in chosen.items()) for chosen in values]
     counts = Counter(labels)

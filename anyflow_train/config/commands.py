@@ -1,4 +1,4 @@
-"""Config of the commands beside training: clips, prepare, sample, export, evaluate."""
+"""Config of the commands other than `train`: check, plan, clips, prepare, sample, export, evaluate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class CheckOptions(Model):
-    """What `anyflow check` takes beside the keys of a run.
+    """Keys of `anyflow check`, in addition to the keys of a run.
 
-    derivative: also measure the time derivative's error, on weights and data.
-    derivative_weights: run or checkpoint whose averaged weights are measured; null: those that the run begins with.
-    derivative_samples: how many samples of the run's data it is measured on.
-    derivative_epsilons: half spans of the central difference, in time from 0 to 1.
+    derivative: also measure the error of the time derivative on real weights and data.
+    derivative_weights: run or checkpoint whose averaged weights are used; null uses the run's initial weights.
+    derivative_samples: number of samples of the run's data to measure on.
+    derivative_epsilons: half-widths of the central difference to compare; time runs from 0 to 1.
     """
 
     derivative: bool = False
@@ -41,13 +41,14 @@ class CheckOptions(Model):
 
 
 class PlanOptions(Model):
-    """What `anyflow plan` takes beside the keys of a run.
+    """Keys of `anyflow plan`, in addition to the keys of a run.
 
-    gpus: per node; nodes: how many of them.
-    gpu: kind of GPU, with its memory in GB.
-    engine: file of `launch/` that the run is started with.
-    utilisation: share of the GPU's peak that matrix products reach over a whole step, recomputation included.
-    price: of one GPU for an hour, in any currency; null leaves out the cost.
+    gpus: GPUs per node.
+    nodes: number of nodes.
+    gpu: GPU model, with its memory in GB.
+    engine: file of `launch/` that starts the run.
+    utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
+    price: price of one GPU for one hour, in any currency; null leaves out the cost.
     """
 
     gpus: PositiveInt = 8
@@ -59,7 +60,7 @@ class PlanOptions(Model):
 
     @property
     def world(self) -> int:
-        """Processes: one for each GPU."""
+        """Number of processes: one for each GPU."""
         return self.gpus * self.nodes
 
 
@@ -77,11 +78,11 @@ class PrepareConfig(Model):
     source: folder or WebDataset of clips (`.txt`/`.json` beside each), or a JSONL/CSV manifest; null for prompts only.
     prompts: text file of prompts, one a line, for prompt-only shards.
     codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
-    validation_prompts: prompts, or one text file of them, whose embeddings go into the manifest.
+    validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
     batch: clips that the VAE encodes at a time.
-    precision: of the text encoder; its embeddings are stored as they come out.
-    vae_precision: of the VAE, which Wan's own code runs in float32.
-    latent_dtype: how latents are stored; bf16 halves the disk space and rounds them by up to 0.4 %.
+    precision: precision of the text encoder; embeddings are stored in the same precision.
+    vae_precision: precision of the VAE; Wan's own code runs it in float32.
+    latent_dtype: type of the stored latents; bf16 halves the disk space and rounds values by up to 0.4 %.
     """
 
     out: str
@@ -107,10 +108,11 @@ class PrepareConfig(Model):
 class SampleConfig(Model):
     """`anyflow sample`: videos from a run, a checkpoint or an exported folder.
 
-    image: file whose picture every clip begins with.
-    video: file that every clip goes on from.
-    context_frames: of the video, 4n + 1; null: as many whole chunks as it has (one for a student that is not causal).
-    chunk_partition: latent frames of a causal student's chunks; null: those that it was trained with.
+    image: image file that becomes the first frame of every clip.
+    video: video file that every clip continues.
+    context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
+        frame for a student that is not causal).
+    chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
     """
 
     model: str
@@ -140,8 +142,8 @@ class SampleConfig(Model):
 class ExportConfig(Model):
     """`anyflow export`: a checkpoint -> a folder that stock diffusers loads.
 
-    format: pipeline (AnyFlowPipeline, of a causal student AnyFlowFARPipeline), transformer (its transformer alone),
-        lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher, which needs gate 0).
+    format: pipeline (AnyFlowPipeline, or AnyFlowFARPipeline for a causal student), transformer (only the pipeline's
+        transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0).
     """
 
     checkpoint: str
@@ -156,16 +158,17 @@ class ExportConfig(Model):
 
 
 class EvaluateConfig(Model):
-    """`anyflow evaluate`: teacher and students at a list of step counts, same noise.
+    """`anyflow evaluate`: compare teacher and students at several step counts, from the same noise.
 
-    models: runs, checkpoints or exported folders of students; none, and the teacher is measured alone.
+    models: runs, checkpoints or exported folders of students; an empty list measures only the teacher.
     held_out: shards that samples are compared with.
-    reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
-    fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
-    oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
+    reference: data (held-out shards) or guided_teacher (the teacher's guided samples at fine_steps).
+    fine_steps: Euler steps of the teacher's fine ODE solution.
+    shifts: timestep shifts to try for the teacher; the best one is reported.
+    oracle_samples: number of samples to decode for the oracle; decoding takes longer than sampling.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
-    conditioning_frames: latent frames that students are given of held-out clips, others than samples are compared with.
-    training_shards: what the models were trained on; how near samples come to it is then measured too.
+    conditioning_frames: latent frames of held-out clips that students continue. Samples are compared with other clips.
+    training_shards: shards that the models were trained on; if set, the distance of samples to them is measured too.
     """
 
     out: str

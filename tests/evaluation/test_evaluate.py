@@ -177,7 +177,7 @@ def test_conditioning_frames_that_end_inside_of_a_chunk_are_refused_before_anyth
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "sample_all", None)
         with pytest.raises(
-            UserError, match=r"conditioning_frames: run: 2 latent frames are no whole chunks of \[1, 2\]"
+            UserError, match=r"conditioning_frames: run: 2 latent frames do not end at a chunk of \[1, 2\]"
         ):
             run(tmp_path, "inside", conditioning_frames=2)
 
