@@ -103,9 +103,9 @@ def load_model(source: str, weights: str) -> LoadedNetwork:
     return _load(source, weights, TEACHER_TIMES)
 
 
-def _load(source: str, weights: str, of_wan: Mapping[str, Any]) -> LoadedNetwork:
+def _load(source: str, weights: str, wan_times: Mapping[str, Any]) -> LoadedNetwork:
     found = resolve_checkpoint(source) if is_run(source) else source
-    opened = open_source(found, weights, of_wan).merged()
+    opened = open_source(found, weights, wan_times).merged()
     network = assemble(opened.arguments, opened.read).requires_grad_(False).eval()
     if isinstance(found, Path):
         trained = read_network(found)
