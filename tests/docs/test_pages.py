@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "assets/tin
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"(?:anyflow|-m anyflow_train|launch/train\.sh)\s+([a-z0-9_]+)([^\n`|;]*)")
 EXPERIMENT = re.compile(r"\bexperiment=(\w+)")
+PART = re.compile(r"\b(model|recipe)=(\w+)")
 BARE_FIGURE = re.compile(r"(?:^|[\s(\[|=~<>-])\.\d")
 # Words that speak about the project instead of the user's task, or that are not plain English.
 UNPLAIN = re.compile(
@@ -25,6 +27,13 @@ UNPLAIN = re.compile(
     r"out of reach|goes on from|but for|asked for)\b",
     re.IGNORECASE,
 )
+
+
+def optional_commands() -> set[str]:
+    """Names of the commands that packages in `integrations/` add."""
+    files = (ROOT / "integrations").glob("*/pyproject.toml")
+    projects = [tomllib.loads(text_of(file))["project"] for file in files]
+    return {name for project in projects for name in project["entry-points"]["anyflow_train.commands"]}
 
 
 def text_of(page: Path) -> str:
@@ -91,10 +100,13 @@ def test_every_command_and_experiment_exists(page: Path) -> None:
     folders = ("experiment", "stage")
     experiments = {path.stem for folder in folders for path in (ROOT / "configs" / folder).rglob("*.yaml")}
     strategies = {path.stem for path in (ROOT / "launch").glob("*.yaml")}
+    names = {*COMMANDS, *optional_commands(), *strategies}
     for command, arguments in runs(text_of(page)):
-        assert command in COMMANDS or command in strategies, f"there is no command {command!r}"
+        assert command in names, f"there is no command {command!r}"
         for name in EXPERIMENT.findall(arguments):
             assert name in experiments, f"there is no experiment {name!r}"
+        for group, choice in PART.findall(arguments) if EXPERIMENT.search(arguments) else ():
+            assert (ROOT / "configs" / group / f"{choice}.yaml").exists(), f"there is no {group}={choice}"
 
 
 @pages

@@ -66,7 +66,7 @@ def test_a_causal_pipeline_samples_with_stock_diffusers_alone(tmp_path: Path, ad
 
 def test_a_causal_network_is_no_wan_pipeline(tmp_path: Path):
     trained = make_run(tmp_path, FULL, gate=0.0, causal=CHUNKS)
-    with pytest.raises(UserError, match="no place for a causal network"):
+    with pytest.raises(UserError, match="cannot contain a causal network"):
         export(trained, tmp_path / "out", format="wan_pipeline")
 
 
@@ -98,7 +98,10 @@ def test_a_lora_file_holds_the_second_time_embedder_and_loads_in_stock_diffusers
     out = export(trained, tmp_path / "out", format="lora", precision="fp32")
     names = load_file(out / "pytorch_lora_weights.safetensors")
     assert "transformer.condition_embedder.delta_embedder.linear_2.lora_A.weight" in names
-    # The model card's own lines are the recipe for users: they must work.
+    # Users copy these lines of the model card, so they must work.
+    assert (
+        (out / "README.md").read_text().startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n---\n")
+    )
     lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     lines = lines.replace('from_pretrained("base"', f'from_pretrained("{tmp_path / "base"}"')
     scope: dict = {}

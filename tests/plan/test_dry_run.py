@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from anyflow_train.models.build import build_network
 
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
+from anyflow_train.models.build import build_network
 from anyflow_train.objectives.types import Loss, Roles
 from anyflow_train.plan.dry_run import DryRun, dry_run, from_all_blocks
 from anyflow_train.plan.memory import plan_memory
