@@ -103,7 +103,7 @@ def test_a_second_run_does_nothing(prepared: Path, codec: str, clips: Path, caps
         ({"frames": 9}, "frames: was 5 and is now 9 since"),
         ({"latent_dtype": "bf16"}, "latent_dtype: was 'fp32' and is now 'bf16'"),
         ({"validation_prompts": ("wide",)}, "validation_prompts: "),
-        ({"samples_per_shard": 4}, "samples_per_shard: was 2 and is now 4"),
+        ({"samples_per_shard": 4}, "samples_per_shard: was 3 and is now 4"),
     ],
 )
 def test_changed_settings_are_refused_by_name(
