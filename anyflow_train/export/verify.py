@@ -190,7 +190,7 @@ def check_index(folder: Path) -> None:
             raise WrongExport(f"the index names '{name}', but {path.name} is missing in it")
         found = json.loads(path.read_text()).get("_class_name", entry[1])
         if found != entry[1]:
-            raise WrongExport(f"the index says that '{name}' is {entry[1]}, its config says {found}")
+            raise WrongExport(f"the index says that '{name}' is {entry[1]}, but its config says {found}")
 
 
 _Forward = Callable[..., tuple[Tensor, ...]]

@@ -1,4 +1,4 @@
-"""The pages that users read: links lead somewhere, commands exist, and the language is plain."""
+"""Pages that users read: links are valid, commands exist, and the language is plain."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def text_of(page: Path) -> str:
 
 
 def without_code(text: str) -> str:
-    """Prose only: code blocks and inline code are removed."""
+    """Remove code blocks and inline code."""
     return re.sub(r"`[^`\n]+`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 
 def slug(heading: str) -> str:
-    """The anchor that both GitHub and MkDocs give a heading of plain words."""
+    """Make the anchor that both GitHub and MkDocs give a heading of plain words."""
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
 
 

@@ -1,4 +1,4 @@
-"""What is exported loads in stock diffusers, without code of ours, and computes what was trained."""
+"""Exports load in stock diffusers without this package, and have the outputs of the trained model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def export(trained: Path, out: Path, **options) -> Path:
 
 
 def velocity(network, trained: Path, weights: str = "ema") -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of an exported network and of the trainer's model."""
+    """Compute outputs of an exported network and of the trained model."""
     model = load_trained_network(trained, weights)
     probe = verify.Probe.of(model.config)
     return verify.flow_map_outputs(network, probe), verify.flow_map_outputs(model, probe)
@@ -172,7 +172,7 @@ def test_a_pipeline_needs_a_codec(tmp_path: Path):
 
 
 class _Named:
-    """A scheduler class that forgets the shift, as leaving it out would."""
+    """Scheduler class that loses the shift, as if it were not set."""
 
     def __init__(self, scheduler: type) -> None:
         self._scheduler = scheduler
