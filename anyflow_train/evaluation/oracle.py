@@ -1,4 +1,4 @@
-"""Does a video show what its caption says? Answered by a closed-form oracle where the data set has one."""
+"""Closed-form check that a video shows its caption, for data sets that have such an oracle."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from anyflow_train.tiny.world import label_of, recognise
 
 @dataclass(frozen=True)
 class Recognition:
-    """The oracle's verdict on a set of videos.
+    """Result of the oracle for a set of videos.
 
     Attributes:
         accuracy: share of videos that show the class of their caption.
-        purity: mean share of a video's variation that is the recognised pattern; low for blur and noise.
+        purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
     """
 
     accuracy: Estimate
@@ -33,8 +33,8 @@ def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor
     Args:
         latents: (m >= n, F, C, H, W) normalised, float32.
         captions: n captions of the stripes world.
-        decode: latents -> videos (B, 3, F, H, W) in [-1, 1].
-        batch: videos per decoding.
+        decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
+        batch: videos per call of `decode`.
     """
     labels = torch.tensor([label_of(caption) for caption in captions])
     latents, right, purity = latents[: len(captions)], [], []
@@ -47,10 +47,10 @@ def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor
 
 
 def wilson(hits: int, trials: int) -> Estimate:
-    """A share with Wilson's 95 % interval, which stays honest at 0 and 1 where a bootstrap has no width."""
+    """Estimate a share with Wilson's 95 % interval. At 0 and 1 a bootstrap interval would have no width."""
     z = 1.959964
     share, spread = hits / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    # At 0 and 1 the interval ends there exactly; rounding must not take the value out of it.
+    # For shares 0 and 1 the interval ends exactly there. Rounding must not exclude the value.
     return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))

@@ -1,4 +1,4 @@
-"""The folder of the tiny pipeline's frozen parts, and the command that makes it."""
+"""Folder of the tiny pipeline's frozen parts, and the command that makes it."""
 
 import json
 import tomllib

@@ -1,4 +1,4 @@
-"""The codec's recipe: its start, its penalties and what each phase may change. The shipped codec: its quality."""
+"""Recipe of the codec: initial weights, penalties, and the weights that each phase changes. Quality of the asset."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SHORT = vae.CodecSettings(
 
 @pytest.fixture(scope="module")
 def started() -> AutoencoderKLWan:
-    """An initialised codec, as the first phase finds it."""
+    """Initialised codec, before the first phase."""
     torch.manual_seed(0)
     codec = vae.build()
     initialise(codec, _crops())
@@ -67,7 +67,7 @@ def test_moment_penalty_judges_each_frame_by_itself() -> None:
 
 def test_psnr_of_a_known_error() -> None:
     real = torch.zeros(2, 3, 1, 4, 4)
-    assert vae.psnr(real + 0.02, real) == pytest.approx(40, abs=1e-3)  # .01 of the range of 2
+    assert vae.psnr(real + 0.02, real) == pytest.approx(40, abs=1e-3)  # 0.01 of the range of 2
 
 
 def test_the_second_phase_leaves_the_latents_alone(started: AutoencoderKLWan) -> None:

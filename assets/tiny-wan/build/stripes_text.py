@@ -1,6 +1,6 @@
-"""The text side of the stripes world: a word-level tokenizer and a random, frozen UMT5 encoder.
+"""Text encoder of the stripes world: a word-level tokenizer and a random, frozen UMT5 encoder.
 
-Twelve words need no training: random embeddings mixed by random attention already tell all captions apart.
+Twelve words need no training: random embeddings and random attention already give different outputs for all captions.
 """
 
 import torch
@@ -11,14 +11,14 @@ from anyflow_train.tiny import world
 
 WIDTH = 64
 LAYERS = 2
-# The length that Wan's pipeline pads prompts to unless told otherwise.
+# Default length to which Wan's pipeline pads prompts.
 LONGEST_PROMPT = 512
 
 _PADDING, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the captions, in a fixed order, and an end token, as UMT5's tokenizer has it."""
+    """Build a tokenizer with one token per word, in a fixed order, and an end token, as in UMT5's tokenizer."""
     vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *world.WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -35,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_encoder(seed: int) -> UMT5EncoderModel:
-    """The random encoder, float32, frozen: the same weights for the same seed, whatever was drawn before."""
+    """Build the random, frozen encoder in float32. The weights depend on the seed alone."""
     config = UMT5Config(
         vocab_size=len(build_tokenizer()),
         d_model=WIDTH,
