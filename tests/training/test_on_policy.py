@@ -245,7 +245,7 @@ def test_a_network_of_other_latents_is_refused(folder: Path, tmp_path: Path, key
     with pytest.raises(UserErrors) as refused:
         training.run(RunConfig.model_validate(config))
     assert [(error.where, error.problem.partition("has ")[2]) for error in refused.value.errors] == [
-        (key, f"text_dim=4, the student {TEXT_DIM}")
+        (key, f"text_dim=4, but the student has {TEXT_DIM}")
     ]
 
 

@@ -76,7 +76,7 @@ def test_training_on_does_not_change_what_is_saved(
     found = torch.zeros(2, 3)
     restore_tensors(tmp_path / "checkpoints" / "step_00000001", "weights", {"w": Entry.of(found)})
     assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
-    assert lines == ["checkpoints are written beside the training, from a copy of 0.0 GiB in memory"]
+    assert lines == ["checkpoints are written in the background, from a copy of 0.0 GiB in memory"]
 
 
 def test_a_save_waits_for_the_one_before_and_says_so(
@@ -100,7 +100,7 @@ def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
     with monkeypatch.context() as patch:
         patch.setattr(saving, "free_memory", lambda: 0)
         reference = train(settings(tmp_path, name="reference"))
-        assert "the training waits until checkpoints are written: a copy of" in capsys.readouterr().out
+        assert "training pauses while checkpoints are written: a copy of" in capsys.readouterr().out
     original = writing.write_synced
 
     def slow(*arguments: Any) -> str:
@@ -110,7 +110,7 @@ def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
     monkeypatch.setattr(writing, "write_synced", slow)
     run = train(settings(tmp_path))
     output = capsys.readouterr().out
-    assert output.count("checkpoints are written beside the training") == 1
+    assert output.count("checkpoints are written in the background") == 1
     assert "until the checkpoint before was written" in output
     pairs = list(zip(*(list_checkpoints(path / "checkpoints") for path in (run, reference)), strict=True))
     assert [path.name for path, _ in pairs] == ["step_00000006", "step_00000008"]

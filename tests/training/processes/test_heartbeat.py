@@ -59,7 +59,7 @@ def test_silence_of_the_store_is_process_0_s() -> None:
     assert beat._verdict(NOW + limit - 0.1) is None
     verdict = beat._verdict(NOW + limit)
     assert verdict is not None
-    assert verdict.text.startswith("no sign of life for 90 s from process 0")
+    assert verdict.text.startswith("no report for 90 s from process 0")
     assert [silent.rank for silent in verdict.silent] == [0]
 
 
@@ -112,7 +112,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
 def end(beat: Heartbeat, *silent: ProcessReport) -> None:
     with pytest.raises(Ended):
-        beat._end(Verdict("no sign of life from somebody", silent))
+        beat._end(Verdict("no report from process 0", silent))
 
 
 def test_the_first_that_can_speak_does_and_kills_what_is_stopped(
@@ -121,7 +121,7 @@ def test_the_first_that_can_speak_does_and_kills_what_is_stopped(
     stopped = report(0)
     end(beating(1, stopped, report(1), report(2), logs=tmp_path), stopped)
     (_, text), *others = done
-    assert str(text).startswith("error: no sign of life from somebody; process 1 is at step 7, training; the run ends")
+    assert str(text).startswith("error: no report from process 0; process 1 is at step 7, training; the run ends")
     assert others == [("kill", 100, signal.SIGKILL), ("exit", HUNG)]
 
 
@@ -129,7 +129,7 @@ def test_the_others_only_leave_a_log_of_where_they_stand(done: list[tuple[object
     end(beating(2, report(0), report(1), report(2), logs=tmp_path))
     assert done == [("exit", HUNG)]
     text = (tmp_path / "process_00002.txt").read_text()
-    assert text.startswith("error: no sign of life from somebody")
+    assert text.startswith("error: no report from process 0")
     assert "Where process 2 stands" in text
     assert "test_heartbeat.py" in text  # the stacks
 
