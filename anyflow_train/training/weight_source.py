@@ -111,7 +111,7 @@ def is_run(source: str) -> bool:
 
 
 def open_student_start(student: Student) -> WeightSource:
-    """Open `student.init`. A run with the same adapter as the student keeps it apart; others are merged.
+    """Open `student.init`. If it is a run with the student's kind of adapter, its adapter is not merged.
 
     Raises:
         UserErrors: it cannot be loaded, or its shape or times differ from the student's.
@@ -171,7 +171,7 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
     requeued job and an export find the same base.
 
     Raises:
-        UserError: the run directory holds no checkpoint.
+        UserError: the run directory contains no checkpoint.
     """
     init = config.student.init
     if init is None or not (Path(init).expanduser() / "checkpoints").is_dir():
@@ -306,7 +306,7 @@ def _check_shape(actual: Mapping[str, Any], student: Student, source: str) -> No
 
 
 def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> list[UserError]:
-    """One error for each (key, value, value of the source) that differ."""
+    """Make one error for each (key, value, value of the source) whose values differ."""
     return [
         UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or start elsewhere")
         for key, value, found in pairs

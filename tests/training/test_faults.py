@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["ddp", "zero2"])
 def launch(folder: Path, request: pytest.FixtureRequest) -> Launch:
-    """One launch that goes through all that its processes survive; a name twice is a run that is started again."""
+    """Do all cases that the processes survive in one launch. A repeated name is a run that is started again."""
     place = folder / request.param
     place.mkdir()
     cases = [

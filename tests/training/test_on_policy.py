@@ -1,4 +1,4 @@
-"""Stage 2 in the trainer: two roles, their turns, what is saved of them, and going on in the middle of a turn."""
+"""Stage 2 in the trainer: two roles, their turns, their saved tensors, and a resume in the middle of a turn."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedde
 
 
 def on_one_base(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The same with adapters on the teacher's network."""
+    """Return a stage-2 run with adapters on the teacher's network."""
     config = on_policy(folder, **changes)
     config["student"] |= {"init": str(folder / "teacher"), "adapter": LORA}
     config["on_policy"]["fake_score"]["adapter"] = LORA

@@ -51,7 +51,7 @@ def whole(run: Path) -> dict[str, Tensor]:
 
 
 def build_base(settings: Student) -> nn.Module:
-    """What a student's adapter sits on."""
+    """Base of a student's adapter."""
     source = open_student_start(settings)
     return assemble(source.arguments, source.read)
 

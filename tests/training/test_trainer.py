@@ -40,7 +40,7 @@ from tests.training.helpers import (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_latents(folder / "shards")
     return train(settings(folder))

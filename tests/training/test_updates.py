@@ -1,4 +1,4 @@
-"""One update: accumulation, rebalancing across micro-steps, and what is reported of it."""
+"""One update: accumulation, rebalancing across micro-steps, and its report."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_gradient_alone_that_is_not_finite_names_all_samples() -> None:
 
 
 class OneOf(World):
-    """One of two processes; the other one's sum is known."""
+    """A process of two. The other process's sum is 10."""
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values + 10

@@ -202,7 +202,7 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
     """
     paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
     if not paths:
-        raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")
+        raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
     files = [safe_open(path, framework="pt") for path in paths]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 

@@ -71,7 +71,7 @@ class Saver:
         with world.activity.untimed("saving"):
             with world.together():
                 self._end_last(state.step)
-            with world.together():  # `streams` communicate, but every process reads all of them whatever happens
+            with world.together():  # reading `streams` communicates, but every process always reads all of them
                 if world.is_main:
                     self._begin(state, adam_steps, streams, size)
                 else:

@@ -146,7 +146,7 @@ class World:
         return self.broadcast(result)
 
     def _where(self, ranks: list[int]) -> str:
-        # Rank 0 alone usually means `on_main`: then the error concerns all processes.
+        # Errors of rank 0 only usually come from `on_main`, so they concern all processes.
         if len(ranks) == self.size or ranks == [0]:
             return ""
         return f" (on process {', '.join(map(str, ranks))} of {self.size})"

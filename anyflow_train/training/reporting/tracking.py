@@ -78,7 +78,7 @@ class Wandb:
 
 
 class Tensorboard:
-    """TensorBoard event files in the run directory. Videos are named by path: the event format holds only GIFs."""
+    """TensorBoard event files in the run directory. Videos are logged by path: the format only supports GIFs."""
 
     def __init__(self, directory: RunDirectory, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -72,7 +72,7 @@ def test_files_are_bounded_and_named_by_group(tmp_path: Path) -> None:
 
 
 def test_tensors_are_streamed(tmp_path: Path) -> None:
-    """Tensors may be gathered from other ranks one by one: none may be asked for before its file's turn."""
+    """Tensors may be gathered from other ranks one by one: none may be read before its file is written."""
 
     def produce() -> Iterator[tuple[str, Tensor]]:
         for number in range(6):

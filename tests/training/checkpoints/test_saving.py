@@ -1,4 +1,4 @@
-"""Saving beside the training: what is saved is that moment's, and what goes wrong is not lost."""
+"""Saving in the background: the tensors are those of the saved step, and errors of the writer are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saver(tmp_path: Path, lines: list[str]) -> Iterator[Saver]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is written before it is set."""
+    """Let the writer wait until the returned event is set."""
     gate, original = threading.Event(), writing.write_synced
 
     def gated(*arguments: Any) -> str:
@@ -95,7 +95,7 @@ def test_a_save_waits_for_the_one_before_and_says_so(
 def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a writer so slow that several steps pass until a checkpoint is whole."""
+    """Save with a writer so slow that several steps are done before a checkpoint is complete."""
     write_latents(tmp_path / "shards")
     with monkeypatch.context() as patch:
         patch.setattr(saving, "free_memory", lambda: 0)
@@ -122,7 +122,7 @@ def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
 
 
 def fail_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk, from the n-th file on."""
+    """Let writing fail as on a full disk, from the n-th file on."""
     original, calls = writing.write_synced, 0
 
     def full(*arguments: Any) -> str:

@@ -1,4 +1,4 @@
-"""Who is to blame for a wait: judged from what the processes say of themselves."""
+"""The hang detector names the process that makes the others wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report(rank: int, **changes: object) -> ProcessReport:
 
 
 def after(seconds: float, first: list[ProcessReport], then: list[ProcessReport]) -> Verdict | None:
-    """What a watch says that saw the one, and so much later the other."""
+    """Verdict of a hang detector that saw the first reports and, some seconds later, the second ones."""
     detector = HangDetector(SECONDS)
     assert detector.judge(first, 100.0) is None
     return detector.judge(then, 100.0 + seconds)

@@ -1,4 +1,4 @@
-"""What one process concludes from silence, and what it does about it; real processes are in `test_faults`."""
+"""The verdict and the actions of one process if another one is silent. `test_faults` has real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOW = 1000.0
 
 
 class Ended(Exception):
-    """In place of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 def report(rank: int, **changes: object) -> ProcessReport:
@@ -32,7 +32,7 @@ def report(rank: int, **changes: object) -> ProcessReport:
 
 
 def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbeat:
-    """A process that has just heard of all of them."""
+    """A process that has just received all reports."""
     world = World(torch.device("cpu"), rank, len(reports))
     world.activity.begin("training", step=6)
     found = Heartbeat(world, SECONDS, logs)
@@ -42,7 +42,7 @@ def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbea
 
 
 def test_a_hang_is_reported_within_the_timeout() -> None:
-    """Judged two intervals early: for the last report to come out, and to be read."""
+    """The limit is two intervals shorter, because sending and reading a report takes up to one interval each."""
     beat = beating(0, report(0), report(1))
     assert beat._hang_detector.seconds + 2 * beat._interval == SECONDS
     assert beat._interval == heartbeat.LONGEST_INTERVAL
@@ -97,7 +97,7 @@ def test_others_are_judged_by_the_watch() -> None:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What a process that ends itself says and does."""
+    """A process that ends itself, with the recorded output and signals."""
     acts: list[tuple[object, ...]] = []
 
     def leave(code: int) -> NoReturn:
