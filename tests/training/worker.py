@@ -81,7 +81,7 @@ def while_loading(step: int, act: Callable[[], Any]) -> None:
 
 
 def note_runs(notes: list[dict[str, Any]]) -> None:
-    """Record for every run of this process the checksum of its parameters at the end, the dtypes of its layers' results,
+    """Record for every run of this process the final checksum of its parameters, the dtypes of its layers' results,
     and whether its masters share the memory of its weights.
     """
     from anyflow_train.training.trainer import Trainer

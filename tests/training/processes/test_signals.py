@@ -36,4 +36,4 @@ with stop_requests():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 130
     assert ended.stdout == "still here\n"
-    assert "at once" in ended.stderr
+    assert "stopped immediately" in ended.stderr
