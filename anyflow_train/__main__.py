@@ -37,7 +37,7 @@ class Command:
 
 
 COMMANDS = {
-    "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.commands.clips:run"),
+    "clips": Command("render clips of an embedded world, with captions", "anyflow_train.commands.clips:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
     "check": Command(
         "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False

@@ -134,7 +134,7 @@ class Evaluation(Model):
 
     held_out: shards of real samples that training never sees; null leaves out the distances.
     best_metric: the checkpoint with the lowest value is kept: `<metric>_<steps>`.
-    oracle: closed-form class accuracy on decoded video (`stripes`: the embedded world).
+    oracle: closed-form class accuracy on decoded video (`stripes`, `shapes`: the embedded worlds).
     videos: how many of the manifest's validation prompts are decoded and saved.
     """
 
@@ -147,7 +147,7 @@ class Evaluation(Model):
     shift: PositiveFloat = 5.0
     guidance_scale: PositiveFloat = 1.0
     best_metric: str = "energy_distance_4"
-    oracle: Literal["none", "stripes"] = "none"
+    oracle: Literal["none", "stripes", "shapes"] = "none"
     videos: NonNegativeInt = 4
 
 
