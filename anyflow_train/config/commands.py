@@ -65,9 +65,13 @@ class PlanOptions(Model):
 
 
 class ClipsConfig(Model):
-    """`anyflow clips`: render clips of the embedded stripes world as mp4 with captions."""
+    """`anyflow clips`: render clips of an embedded world as mp4 with captions.
+
+    world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
+    """
 
     out: str
+    world: Literal["stripes", "shapes"] = "stripes"
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
 
@@ -186,7 +190,7 @@ class EvaluateConfig(Model):
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
-    oracle: Literal["none", "stripes"] = "none"
+    oracle: Literal["none", "stripes", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000

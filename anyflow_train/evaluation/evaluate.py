@@ -21,7 +21,7 @@ from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, c
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
-from anyflow_train.evaluation.oracle import Recognition, judge_stripes
+from anyflow_train.evaluation.oracle import Recognition, judge_clips
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
@@ -140,7 +140,9 @@ def prepare(
     evaluator = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
-    class_oracle = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
+    class_oracle = None
+    if config.oracle != "none":
+        class_oracle = partial(judge_clips, captions=judged, decode=decode, batch=32, world=config.oracle)
     comparison = Comparison(config, held_out, captions, inputs, conditioning, evaluator, class_oracle, say)
     return comparison, evaluator.sampled(fine, config.shift)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.tiny.world import label_of, recognise
+from anyflow_train.tiny.worlds import WORLDS
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,42 @@ class Recognition:
     Attributes:
         accuracy: share of videos that show the class of their caption.
         purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
+        sharpness: mean match of a video's edges with those of the recognised pattern; None if the world has none.
     """
 
     accuracy: Estimate
     purity: float
+    sharpness: Estimate | None = None
 
 
 @torch.inference_mode()
-def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
-    """Decode the first n latents in batches and recognise the stripes in them.
+def judge_clips(
+    latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int, world: str
+) -> Recognition:
+    """Decode the first n latents in batches and recognise what they show.
 
     Args:
         latents: (m >= n, F, C, H, W) normalised, float32.
-        captions: n captions of the stripes world.
+        captions: n captions of the world.
         decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
         batch: videos per call of `decode`.
+        world: name of the embedded world (`tiny.worlds`).
     """
-    labels = torch.tensor([label_of(caption) for caption in captions])
-    latents, right, purity = latents[: len(captions)], [], []
+    oracle = WORLDS[world]
+    labels = torch.tensor([oracle.label_of(caption) for caption in captions])
+    latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
-        reading = recognise(decode(latents[start : start + batch]).float().cpu())
-        right.append(reading.labels == labels[start : start + batch])
-        purity.append(reading.purity)
-    hits = int(torch.cat(right).sum())
-    return Recognition(wilson(hits, len(labels)), float(torch.cat(purity).mean()))
+        readings.append(oracle.recognise(decode(latents[start : start + batch]).float().cpu()))
+    seen, purity, *sharpness = (torch.cat(values) for values in zip(*readings, strict=True))
+    hits = int((seen == labels).sum())
+    sharp = mean_of(sharpness[0]) if sharpness else None
+    return Recognition(wilson(hits, len(labels)), float(purity.mean()), sharp)
+
+
+def mean_of(values: Tensor) -> Estimate:
+    """The mean of (n,) values with the 95 % interval of its normal approximation."""
+    mean, half = float(values.mean()), float(1.959964 * values.std(correction=0) / math.sqrt(len(values)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def wilson(hits: int, trials: int) -> Estimate:

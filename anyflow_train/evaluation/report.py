@@ -68,9 +68,10 @@ def table_lines(report: EvaluationReport) -> list[str]:
     """Make the lines of a Markdown table with one row for each model and number of calls."""
     oracle = any(cell.recognition for cell in report.cells)
     head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
-    head += ["class accuracy", "purity"] * oracle
+    sharp = any(cell.recognition and cell.recognition.sharpness for cell in report.cells)
+    head += ["class accuracy", "purity"] * oracle + ["sharpness"] * sharp
     head += ["to nearest training clip", "1 %", "minimum"] * bool(report.training)
-    rows = [head, *(_row(cell, oracle) for cell in report.cells)]
+    rows = [head, *(_row(cell, oracle, sharp) for cell in report.cells)]
     if report.training:
         near = _nearest(report.training.held_out)
         rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
@@ -109,12 +110,13 @@ def _curves(report: EvaluationReport, measure: Any) -> tuple[Curve, ...]:
     return tuple(curve for curve in curves if curve.steps)
 
 
-def _row(cell: ResultRow, oracle: bool) -> list[str]:
+def _row(cell: ResultRow, oracle: bool, sharp: bool) -> list[str]:
     row = [cell.model, str(cell.steps), f"{cell.shift:g}", _interval(cell.energy_distance)]
     row += [_interval(cell.energy_ratio), _interval(cell.sliced_wasserstein), _interval(cell.trajectory_error)]
     if oracle:
         seen = cell.recognition
         row += [_interval(seen.accuracy), f"{seen.purity:.3f}"] if seen else ["", ""]
+        row += [_interval(seen.sharpness if seen else None)] * sharp
     return row + (_nearest(cell.nearest) if cell.nearest else [])
 
 

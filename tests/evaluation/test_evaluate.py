@@ -16,7 +16,7 @@ from anyflow_train.evaluation import evaluate
 from anyflow_train.evaluation.clip_choice import balanced_order, cycle
 from anyflow_train.evaluation.report import EvaluationReport
 from anyflow_train.flow.causal import ClipSampler
-from anyflow_train.tiny import world
+from anyflow_train.tiny import stripes as world
 from tests.export.runs import CHUNKS, FULL, make_run
 from tests.shards import describe, write_shards
 

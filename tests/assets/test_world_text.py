@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from anyflow_train.tiny import world
-from stripes_text import build_text_encoder, build_tokenizer
+from anyflow_train.tiny import stripes as world
+from world_text import build_text_encoder, build_tokenizer
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
