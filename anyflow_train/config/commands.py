@@ -15,7 +15,7 @@ from pydantic import (
 from anyflow_train.config.base import Model
 
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
-EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -43,18 +43,26 @@ class CheckOptions(Model):
 class PlanOptions(Model):
     """Keys of `anyflow plan`, in addition to the keys of a run.
 
+<<<<<<< HEAD
     gpus: GPUs per node.
     nodes: number of nodes.
     gpu: GPU model, with its memory in GB.
     engine: file of `launch/` that starts the run.
     utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
     price: price of one GPU for one hour, in any currency; null leaves out the cost.
+=======
+    gpus: per node; nodes: how many of them.
+    gpu: kind of GPU, with its memory in GB.
+    strategy: file of `launch/` that the run is started with: how tensors are distributed over the GPUs.
+    utilisation: share of the GPU's peak that matrix products reach over a whole step, recomputation included.
+    price: of one GPU for an hour, in any currency; null leaves out the cost.
+>>>>>>> plan
     """
 
     gpus: PositiveInt = 8
     nodes: PositiveInt = 1
     gpu: GpuName = "h100-80"
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
     price: NonNegativeFloat | None = None
 
