@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
@@ -64,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe must raise here, inside the try, and not at exit
         return launched.record_exit_code(code, everywhere=True)
-    except UserErrors as errors:
-        return _report(errors.errors, everywhere=isinstance(errors, SharedErrors))
     except UserError as error:
-        return _report([error], everywhere=False)
+        return _report(error.each(), everywhere=isinstance(error, SharedErrors))
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr)
         return LOST_PROCESS

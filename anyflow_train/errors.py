@@ -1,5 +1,7 @@
 """Exceptions and warnings that users see as one line, without a traceback."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A user error: printed as one line without a traceback, with exit code 2.
@@ -14,6 +16,10 @@ class UserError(ValueError):
         self.problem = problem
         super().__init__(f"{where}: {problem}")
 
+    def each(self) -> tuple[UserError, ...]:
+        """Return the single errors, one for each line."""
+        return (self,)
+
 
 class UserErrors(UserError):
     """Several user errors, printed together with one line each."""
@@ -21,6 +27,9 @@ class UserErrors(UserError):
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = tuple(errors)
         ValueError.__init__(self, "\n".join(str(error) for error in errors))
+
+    def each(self) -> tuple[UserError, ...]:
+        return self.errors
 
 
 class SharedErrors(UserErrors):

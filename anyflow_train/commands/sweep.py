@@ -104,10 +104,8 @@ def _check_directories(plan: SweepPlan) -> None:
             continue
         try:
             check_unchanged(directory.read_config(), combination.config, str(directory.path))
-        except UserErrors as several:
-            errors += [UserError(error.where, f"{error.problem} ({directory.path})") for error in several.errors]
         except UserError as error:
-            errors.append(UserError(error.where, f"{error.problem} ({directory.path})"))
+            errors += [UserError(one.where, f"{one.problem} ({directory.path})") for one in error.each()]
     if errors:
         raise UserErrors(errors)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from anyflow_train.config.compose import compose
-from anyflow_train.config.overrides import Setting, parse
+from anyflow_train.config.overrides import parse
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 
@@ -66,7 +66,9 @@ def make_plan(overrides: Sequence[str], config_dir: Path | None) -> SweepPlan:
     if errors:
         raise UserErrors(errors)
     fixed = [f"{setting.key}={setting.text}" for setting in settings if setting not in axes]
-    values = [dict(zip((axis.key for axis in axes), texts, strict=True)) for texts in _product(axes)]
+    keys = [axis.key for axis in axes]
+    products = itertools.product(*(axis.alternatives() for axis in axes))
+    values = [dict(zip(keys, texts, strict=True)) for texts in products]
     configs = _decode_all([[*fixed, *_written(chosen)] for chosen in values], config_dir)
     folder = Path(configs[0].out) / configs[0].name
     return SweepPlan(folder, tuple(map(partial(_combination, folder, fixed), values, _labels(values), configs)))
@@ -84,10 +86,6 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _product(axes: Sequence[Setting]) -> list[tuple[str, ...]]:
-    return list(itertools.product(*(axis.alternatives() for axis in axes)))
-
-
 def _written(chosen: dict[str, str]) -> list[str]:
     return [f"{key}={text}" for key, text in chosen.items()]
 
@@ -98,10 +96,8 @@ def _decode_all(all_overrides: Sequence[list[str]], config_dir: Path | None) -> 
     for overrides in all_overrides:
         try:
             configs.append(compose("train", overrides, config_dir))
-        except UserErrors as several:
-            errors |= {str(error): error for error in several.errors}
         except UserError as error:
-            errors[str(error)] = error
+            errors |= {str(one): one for one in error.each()}
     if errors:
         raise UserErrors(list(errors.values()))
     return configs

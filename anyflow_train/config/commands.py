@@ -43,20 +43,12 @@ class CheckOptions(Model):
 class PlanOptions(Model):
     """Keys of `anyflow plan`, in addition to the keys of a run.
 
-<<<<<<< HEAD
     gpus: GPUs per node.
     nodes: number of nodes.
     gpu: GPU model, with its memory in GB.
-    engine: file of `launch/` that starts the run.
+    strategy: file of `launch/` that starts the run: how tensors are distributed over the GPUs.
     utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
     price: price of one GPU for one hour, in any currency; null leaves out the cost.
-=======
-    gpus: per node; nodes: how many of them.
-    gpu: kind of GPU, with its memory in GB.
-    strategy: file of `launch/` that the run is started with: how tensors are distributed over the GPUs.
-    utilisation: share of the GPU's peak that matrix products reach over a whole step, recomputation included.
-    price: of one GPU for an hour, in any currency; null leaves out the cost.
->>>>>>> plan
     """
 
     gpus: PositiveInt = 8
@@ -73,9 +65,11 @@ class PlanOptions(Model):
 
 
 class ClipsConfig(Model):
-    """`anyflow clips`: render clips of an embedded world as mp4 with captions.
+    """`anyflow clips`: render mp4 clips with captions from an embedded world.
 
+    out: folder for the clips.
     world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
+    count: number of clips.
     """
 
     out: str
@@ -87,9 +81,16 @@ class ClipsConfig(Model):
 class PrepareConfig(Model):
     """`anyflow prepare`: video and captions -> shards of latents and text embeddings.
 
-    source: folder or WebDataset of clips (`.txt`/`.json` beside each), or a JSONL/CSV manifest; null for prompts only.
-    prompts: text file of prompts, one a line, for prompt-only shards.
+    out: folder for the shards and their manifest.
+    source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a JSONL/CSV manifest; null for
+        prompts only.
+    prompts: text file with one prompt per line, for shards of prompts only.
     codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
+    frames: frames per clip, 4n + 1.
+    height, width: size of the clips in pixels.
+    fps: frame rate to which clips are resampled.
+    max_text_length: largest number of tokens per text; longer texts are cut.
+    negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
     batch: clips that the VAE encodes at a time.
     precision: precision of the text encoder; embeddings are stored in the same precision.
@@ -120,11 +121,24 @@ class PrepareConfig(Model):
 class SampleConfig(Model):
     """`anyflow sample`: videos from a run, a checkpoint or an exported folder.
 
+    model: run, checkpoint, exported folder or hub id.
+    out: folder for the videos.
+    prompts: list of prompts.
+    prompt_file: text file with one prompt per line.
     image: image file that becomes the first frame of every clip.
     video: video file that every clip continues.
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
         frame for a student that is not causal).
     chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
+    steps: numbers of network calls; each makes its own video.
+    seeds: seeds of the noise; each makes its own video.
+    weights: ema (moving average) or raw (last weights of the run).
+    frames: frames per video, 4n + 1; null uses the size of the training clips.
+    height, width: size of the videos in pixels; null uses the size of the training clips.
+    guidance_scale: CFG scale w; 1 means no guidance.
+    shift: timestep shift of the sampler.
+    text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    threads: CPU threads of torch; 0 lets torch choose.
     """
 
     model: str
@@ -156,6 +170,14 @@ class ExportConfig(Model):
 
     format: pipeline (AnyFlowPipeline, or AnyFlowFARPipeline for a causal student), transformer (only the pipeline's
         transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0).
+    checkpoint: run or checkpoint folder.
+    out: folder to write.
+    weights: ema (moving average) or raw (last weights of the run).
+    precision: type of the exported weights.
+    codec: pipeline folder or hub id of the VAE and text encoder; null uses the run's.
+    shift: timestep shift of the exported scheduler.
+    max_shard_gib: largest size of one weights file, in GiB.
+    overwrite: replace an earlier export in `out`.
     """
 
     checkpoint: str
@@ -172,15 +194,24 @@ class ExportConfig(Model):
 class EvaluateConfig(Model):
     """`anyflow evaluate`: compare teacher and students at several step counts, from the same noise.
 
+    out: folder for the report, plots and videos.
     models: runs, checkpoints or exported folders of students; an empty list measures only the teacher.
     held_out: shards that samples are compared with.
+    teacher: Wan2.1 pipeline folder or hub id.
+    guidance_scale: CFG scale w of the teacher; 1 means no guidance.
+    steps: numbers of network calls to compare.
+    samples: samples per model and number of calls.
+    held_out_samples: number of held-out samples to compare with.
     reference: data (held-out shards) or guided_teacher (the teacher's guided samples at fine_steps).
     fine_steps: Euler steps of the teacher's fine ODE solution.
     shifts: timestep shifts to try for the teacher; the best one is reported.
+    shift: timestep shift of the students' samples and of the teacher's fine solution.
     oracle_samples: number of samples to decode for the oracle; decoding takes longer than sampling.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
     conditioning_frames: latent frames of held-out clips that students continue. Samples are compared with other clips.
     training_shards: shards that the models were trained on; if set, the distance of samples to them is measured too.
+    bootstrap: number of bootstrap resamples for the confidence intervals.
+    videos: number of sample videos to write.
     """
 
     out: str

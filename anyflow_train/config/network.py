@@ -59,7 +59,13 @@ class FullTraining(Model):
 
 
 class Lora(Model):
-    """Low-rank adapters on `targets`; `full_modules` are trained in full. Dropout would break finite differences."""
+    """Low-rank adapters on `targets`; `full_modules` are trained in full. Dropout would break finite differences.
+
+    rank: rank of the adapters.
+    alpha: scale of the adapters is alpha / rank.
+    targets: names of linear layers, or the last parts of their names.
+    full_modules: names of modules, or the last parts of their names.
+    """
 
     kind: Literal["lora"]
     rank: PositiveInt = 256
@@ -76,6 +82,8 @@ class Student(Model):
         adapter if this run has the same one); null starts from random weights.
     gradient_checkpointing: what the backward pass recomputes: none; block (every transformer block); or selective (the
         blocks except attention, whose results are stored).
+    gate_value: fixed weight of the second time's embedding, in [0, 1]; 0 hides the target time r.
+    deltatime_type: second time of the network: r (target time) or t-r (length of the jump).
     time_frequency_limit: fastest time feature that is not damped, in radians per 1/1000 of time; only for random
         weights.
     """

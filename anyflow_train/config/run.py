@@ -28,6 +28,7 @@ class Optimizer(Model):
     moments: 8bit stores the moments in a quarter of the memory, with one scale per block (bitsandbytes). Only for one
         process or DDP; ZeRO splits the moments over the processes instead.
     final_lr_share: final learning rate of the cosine schedule, as a share of lr.
+    warmup_steps: steps in which the learning rate rises linearly from 0.
     clip_norm: largest norm of the gradient.
     """
 
@@ -46,6 +47,10 @@ class Optimizer(Model):
 class Data(Model):
     """Shards of latents and text embeddings, written by `anyflow prepare`.
 
+    shards: folder or remote address of the shards.
+    frames: frames per clip, 4n + 1.
+    height, width: size of the clips in pixels.
+    workers: threads that read ahead; 0 reads each batch when it is needed.
     text_lengths: lengths to which text is padded; each step draws one of them (Wan2.1 pads to 512 without a mask).
     max_bad_share: share of unreadable samples at which a run stops.
     cache: folder for copies of remote shards; cache_gib limits its size.
@@ -72,6 +77,10 @@ class Engine(Model):
         Requires a GPU of compute capability 8.9 or newer (L40, H100); a CPU also works, for tests.
     attention: kernel of softmax attention. auto uses cuDNN on Hopper and newer GPUs, else flash. sdpa lets torch
         choose; so does any input that the kernel does not support, such as float32 on a GPU.
+    precision: precision of matrix products.
+    global_batch: samples per step over all processes.
+    micro_batch: samples of one process in one forward pass.
+    compile: compile the networks with torch.compile.
     threads: CPU threads of torch; 0 lets torch choose.
     sequence_parallel: number of neighbouring processes that split the tokens of each sample; it must divide the heads.
     timeout_seconds: longest time that a process may keep the others waiting; the run then ends.
@@ -167,6 +176,11 @@ Tracker = Annotated[WandbTracker | TensorboardTracker | NoTracker, Field(discrim
 class RunConfig(Model):
     """A whole run. The run directory is always `<out>/<name>`, so that a requeued job finds its checkpoint.
 
+    name: name of the run.
+    out: parent folder of run directories.
+    seed: seed of all random numbers.
+    steps: number of training steps.
+    log_every: steps between two lines of the log.
     max_nonfinite_steps: number of consecutive steps with a non-finite loss or gradient after which the run stops.
     profile: print the time of each part of a step, and write a trace to the run directory.
     """

@@ -55,24 +55,14 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
-<<<<<<< HEAD
-def _transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
-=======
 def transformed() -> bool:
-    """Whether something else than plain eager mode runs this code."""
->>>>>>> plan
+    """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _by_hand(x: Tensor) -> bool:
-<<<<<<< HEAD
     """Whether to use the functions below. Elsewhere torch's kernels are as fast and save as little."""
-    return for_cpu(x) and x.dtype == torch.float32 and not _transformed()
-=======
-    """Elsewhere torch's own fused kernels are as fast and keep as little."""
     return for_cpu(x) and x.dtype == torch.float32 and not transformed()
->>>>>>> plan
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:

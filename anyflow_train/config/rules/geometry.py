@@ -76,10 +76,7 @@ def network_shape(config: RunConfig) -> Iterator[Finding]:
     patch = architecture.patch_size
     if patch[0] != 1 or patch[1] != patch[2]:
         yield Finding((f"{prefix}.patch_size",), f"{list(patch)} must have the form [1, p, p] (Wan2.1: [1, 2, 2])")
-    for name, reason in (
-        ("attention_head_dim", "the rotary embedding rotates pairs"),
-        ("freq_dim", "features are pairs"),
-    ):
+    for name, reason in (("attention_head_dim", "rotary embedding rotates pairs"), ("freq_dim", "features are pairs")):
         if (size := getattr(architecture, name)) % 2:
             yield Finding((f"{prefix}.{name}",), f"{size} must be even, because {reason}")
     if architecture.in_channels != architecture.out_channels:

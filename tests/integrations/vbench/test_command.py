@@ -288,5 +288,5 @@ def test_the_command_line_takes_its_keys(root: Path, capfd: pytest.CaptureFixtur
     assert main(["vbench", *arguments]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith(f"error: python: {sys.executable} has no VBench (ModuleNotFoundError")
+    assert error.startswith(f"error: python: {sys.executable} cannot import VBench (ModuleNotFoundError")
     assert not (root / "out").exists()

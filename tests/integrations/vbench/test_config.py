@@ -19,7 +19,7 @@ def found(values: dict[str, Any]) -> dict[str, str]:
     ("values", "key", "words"),
     [
         ({"models": []}, "models", "at least one model"),
-        ({"dimensions": []}, "dimensions", "score=false writes the videos"),
+        ({"dimensions": []}, "dimensions", "score=false to write videos"),
         ({"dimensions": ["scenes"]}, "dimensions.0", "nearest is 'scene'"),
         ({"frames": 80}, "frames", "77 and 81"),
         ({"width": 100}, "width", "96 and 112"),
