@@ -1,7 +1,7 @@
 """Distil a video diffusion teacher into an any-step student (AnyFlow, arXiv 2605.13724).
 
-The public names are those in `_EXPORTS`. Each is imported on first use. Importing the package therefore does not import
-torch, and the command line starts at once.
+`_EXPORTS` lists the public names. They are imported on first use: importing this package does not import torch, so that
+the command line starts quickly.
 """
 
 from __future__ import annotations

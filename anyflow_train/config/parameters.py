@@ -1,6 +1,6 @@
-"""Names of the student's layers and parameters, from its architecture alone: for rules, which know no torch.
+"""Names of the student's layers and parameters, for rules, which do not import torch.
 
-A test compares them with the network itself. Sizes are not known here: `anyflow plan` counts the network.
+A test compares them with the network itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def linear_layers(architecture: Architecture) -> list[str]:
-    """Names of the layers that an adapter can change: those with a matrix as weight."""
+    """List the names of the linear layers, which adapters can change."""
     embedder = "condition_embedder"
     embedders = ["time_embedder", "delta_embedder", "text_embedder"]
     layers = [f"{embedder}.{part}.linear_{number}" for part in embedders for number in (1, 2)]
@@ -25,7 +25,7 @@ def linear_layers(architecture: Architecture) -> list[str]:
 
 
 def parameter_names(architecture: Architecture) -> list[str]:
-    """Names of all parameters."""
+    """List the names of all parameters."""
     with_bias = [*linear_layers(architecture), "patch_embedding"]
     bare = ["scale_shift_table"]
     if architecture.causal is not None:
@@ -44,7 +44,7 @@ def matches(name: str, targets: Iterable[str]) -> bool:
 
 
 def in_modules(parameter: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter lies inside of one of `modules` (given whole or by their last parts)."""
+    """Whether a parameter is inside one of `modules` (full names or their last parts)."""
     parents = parameter.split(".")[:-1]
     return any(matches(".".join(parents[:depth]), modules) for depth in range(1, len(parents) + 1))
 

@@ -49,20 +49,20 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     x: (B, S, D), tokens frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for all tokens of a
     frame. Returns (B, S, D) in the dtype of x.
     """
-    if _transformed():
+    if transformed():
         normed = F.layer_norm(at_least_float32(x), x.shape[-1:], None, None, eps)
         return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _by_hand(x: Tensor) -> bool:
     """Whether to use the functions below. Elsewhere torch's kernels are as fast and save as little."""
-    return for_cpu(x) and x.dtype == torch.float32 and not _transformed()
+    return for_cpu(x) and x.dtype == torch.float32 and not transformed()
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:

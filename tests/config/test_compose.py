@@ -108,7 +108,7 @@ ONE_BY_ONE: list[dict[str, tuple[str, str]]] = [
         "data={}": ("data", "not a choice of this group"),
         "times.shift=1,2": ("times.shift", "`anyflow sweep`"),
         "engine=cpu,gpu": ("engine", "`anyflow sweep`"),
-        "~steps": ("~steps", "not possible"),
+        "~steps": ("~steps", "cannot be removed"),
         "=3": ("=3", "key=value"),
         "name=it's": ("name", "in quotes"),
         "tracker@x=none": ("tracker@x=none", "key=value"),
