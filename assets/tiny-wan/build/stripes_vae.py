@@ -1,8 +1,8 @@
 """Train the tiny causal video autoencoder of the stripes world, an `AutoencoderKLWan` of 668 thousand parameters.
 
 There are two phases. The first one trains encoder and decoder together on short, small crops. This is cheap, and
-enough to learn the causal recurrence over frames. The second one trains the decoder alone on frozen latents, half of the
-time on whole clips, for picture quality. Three measures make the latents easy for a small diffusion model:
+enough to learn the causal recurrence over frames. The second one trains the decoder alone on frozen latents, half of
+the time on whole clips, for picture quality. Three measures make the latents easy for a small diffusion model:
 
 * A penalty pulls each channel to mean 0 and standard deviation 1 *in each latent frame separately*. The pipeline
   normalises a channel with one mean and one deviation for all frames. But the first latent frame contains one picture
