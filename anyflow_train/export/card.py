@@ -73,15 +73,15 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def model_card(provenance: Provenance) -> str:
     """Make the model card as Markdown, with front matter for the Hugging Face Hub."""
-    network = provenance.network
+    network, options = provenance.network, provenance.options
     size, training = network.sampling, network.training
     far = "" if network.causal is None else "FAR"
-    use = _USES[provenance.format].format(
-        dtype=_DTYPES[provenance.precision],
+    use = _USES[options.format].format(
+        dtype=_DTYPES[options.precision],
         frames=size.frames,
         height=size.height,
         width=size.width,
-        shift=provenance.shift,
+        shift=options.shift,
         base=provenance.base or "the Wan2.1 pipeline that the run started from",
         gate=network.times["gate_value"],
         deltatime=network.times["deltatime_type"],
@@ -90,7 +90,7 @@ def model_card(provenance: Provenance) -> str:
     )
     facts = [
         f"Trained with anyflow_train {provenance.version}: run `{network.run}`, step {provenance.step}, "
-        f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
+        f"{'averaged' if options.weights == 'ema' else 'raw'} weights, stored in {options.precision}.",
         f"Started from: {provenance.base or 'random weights'}.",
         f"Objective: {training.objective}.",
         f"Trained on {size.frames} frames of {size.width}x{size.height}, global batch {training.global_batch}.",
@@ -101,5 +101,5 @@ def model_card(provenance: Provenance) -> str:
     hub_id = base if base.count("/") == 1 else None
     front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", base_model=hub_id).to_yaml()
     lines = "\n".join(f"* {fact}" for fact in facts)
-    title = f"# {network.run}\n\n{_KINDS[provenance.format]}."
+    title = f"# {network.run}\n\n{_KINDS[options.format]}."
     return f"---\n{front}\n---\n\n{title}\n\n{use}\n## Origin\n\n{lines}\n"

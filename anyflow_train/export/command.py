@@ -30,18 +30,8 @@ def run(config: ExportConfig) -> Provenance:
     with new_folder(out, config.overwrite) as folder:
         difference = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
         base = public_name(base_of(trained))
-        provenance = Provenance(
-            config.format,
-            config.weights,
-            config.precision,
-            config.shift,
-            trained,
-            public_config(checkpoint),
-            checkpoint.name,
-            step,
-            base,
-            difference,
-        )
+        saved = public_config(checkpoint)
+        provenance = Provenance(config, trained, saved, checkpoint.name, step, base, difference)
         (folder / "README.md").write_text(model_card(provenance))
         write_marker(folder, provenance.to_json())
     print(f"checked with stock diffusers: its outputs differ from the trained model by {difference:.1e} (relative)")

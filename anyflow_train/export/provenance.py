@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
+from anyflow_train.config.commands import ExportConfig
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
 # Paths on the training machine are private, and of no use to others.
@@ -25,7 +26,7 @@ class Provenance:
     """Facts for the marker file and the model card.
 
     Attributes:
-        format, weights, precision, shift: as in `ExportConfig`.
+        options: config of the export.
         network: contents of the checkpoint's `network.json`.
         config: saved config of the run, not decoded, without paths on the training machine.
         checkpoint: name of the checkpoint's folder.
@@ -34,10 +35,7 @@ class Provenance:
         difference: relative root mean square difference between stock diffusers' outputs and the trained model's.
     """
 
-    format: str
-    weights: str
-    precision: str
-    shift: float
+    options: ExportConfig
     network: NetworkFile
     config: Mapping[str, Any]
     checkpoint: str
@@ -52,10 +50,11 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts for the marker file, without paths on the training machine."""
-        facts = ("format", "weights", "precision", "shift", "checkpoint", "step", "base", "difference")
-        sampling = self.network.sampling.model_dump(mode="json")
+        facts = ("checkpoint", "step", "base", "difference", "config")
         stated = {name: getattr(self, name) for name in facts}
-        return {"run": self.network.run, **stated, "sampling": sampling, "config": self.config}
+        sampling = self.network.sampling.model_dump(mode="json")
+        options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
+        return {"run": self.network.run, **options, **stated, "sampling": sampling}
 
 
 def public_config(checkpoint: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def nav_pages(entries: Any) -> list[str]:
 
 
 def runs(text: str) -> list[tuple[str, str]]:
-    """(command, its arguments) of every command line; `\\` at a line's end continues it."""
+    """Find (command, arguments) of every command line; `\\` at the end of a line continues it."""
     return RUN.findall(text.replace("\\\n", " "))
 
 
