@@ -12,9 +12,9 @@ import torch.distributed as dist
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
-from anyflow_train.plan.shortage import foresee
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.memory_check import Forecast
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,7 +41,7 @@ def run(config: RunConfig) -> int:
         LostProcess: another process of the run is gone.
     """
     try:
-        return training.run(config, build_validator, foresee)
+        return training.run(config, build_validator, _foresee)
     except torch.OutOfMemoryError as error:
         sizes = f"engine.micro_batch={config.engine.micro_batch}"
         advice = "use a smaller engine.micro_batch, or student.gradient_checkpointing=true"
@@ -59,6 +59,13 @@ def run(config: RunConfig) -> int:
         reason = str(error).strip().splitlines()[0]
         advice = "start again to go on from the last checkpoint"
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
+
+
+def _foresee(config: RunConfig, world: int) -> Forecast:
+    """Dry-run a config. Imported here, because only a start on GPUs needs it."""
+    from anyflow_train.plan.shortage import foresee
+
+    return foresee(config, world)
 
 
 def _is_communication(error: RuntimeError) -> bool:
