@@ -16,7 +16,6 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.models.build import build_network
 from anyflow_train.objectives.types import Loss, Roles
-from anyflow_train.plan import dry_run as dry_runs
 from anyflow_train.plan.dry_run import DryRun, dry_run, from_all_blocks
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training import recipe
@@ -113,19 +112,6 @@ def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig])
     assert quick.sizes == slow.sizes
     planned = [plan_memory(config, found, "zero2", 4).tensors for found in (quick, slow)]
     assert planned[0] == pytest.approx(planned[1], rel=1e-3)
-
-
-def test_a_repeated_call_takes_what_the_first_one_took(
-    small: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Moments and operations of a step whose calls are all computed."""
-    config = small(*CASES["stage 2, lora"])
-    quick = on_cpu(config)
-    monkeypatch.setattr(dry_runs, "remembered", lambda recipe, meter: recipe)
-    slow = dry_run(config, 1, nullcontext)
-    assert quick.operations == slow.operations
-    assert dict(quick.samples) == dict(slow.samples)
-    assert plan_memory(config, quick, "zero2", 4) == plan_memory(config, slow, "zero2", 4)
 
 
 @dataclass(frozen=True)
