@@ -12,9 +12,9 @@ import torch.distributed as dist
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
-from anyflow_train.plan.shortage import foresee
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.memory_check import Forecast
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,7 +41,7 @@ def run(config: RunConfig) -> int:
         LostProcess: another process of the run has died.
     """
     try:
-        return training.run(config, build_validator, foresee)
+        return training.run(config, build_validator, _foresee)
     except torch.OutOfMemoryError as error:
         problem = f"{config.engine.micro_batch} needs more memory than the GPU has"
         advice = "use a smaller value, or student.gradient_checkpointing=block"
@@ -57,6 +57,13 @@ def run(config: RunConfig) -> int:
         reason = str(error).strip().splitlines()[0]
         advice = "start again to resume from the last checkpoint"
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
+
+
+def _foresee(config: RunConfig, world: int) -> Forecast:
+    """Dry-run a config. Imported here, because only a start on GPUs needs it."""
+    from anyflow_train.plan.shortage import foresee
+
+    return foresee(config, world)
 
 
 def _is_communication(error: RuntimeError) -> bool:
