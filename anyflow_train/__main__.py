@@ -39,7 +39,7 @@ class Command:
 
 
 COMMANDS = {
-    "clips": Command("render clips and captions of the embedded stripes data", "anyflow_train.commands.clips:run"),
+    "clips": Command("render clips and captions of an embedded world", "anyflow_train.commands.clips:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),

@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training: written in its way against beside it, in one run.
+"""Measure the cost of a checkpoint for the training: written while the training waits, and in the background.
 
-* waiting: tensors are streamed to the disk, and the next step begins when the checkpoint has its name;
-* beside: tensors are copied, and a thread writes the copy while the next steps run.
+* waiting: tensors are streamed to the disk, and the next step begins when the checkpoint is complete;
+* background: tensors are copied, and a thread writes the copy while the next steps run.
 
-Stall is the time in which no step can run. Steps are slower while the thread writes, the more so where they want every
-core of the machine; that is counted apart, and both together are what a save costs. Sides take turns; medians are
-compared. The folder decides about the disk that is measured.
+Stall is the time in which no step can run. Steps are slower while the thread writes, especially if they use all cores;
+this time is measured separately. The cost of a save is the sum of both. The two ways alternate; medians are compared.
+The folder determines which disk is measured.
 
     python benchmarks/checkpoint.py --size 100m --threads 1 --repeats 3 --json checkpoint.json
     python benchmarks/checkpoint.py --size 1.3b --device cuda --folder /scratch
@@ -41,7 +41,7 @@ from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine
 from anyflow_train.training.processes.world import World
 
-FREE_MEMORY = {"waiting": lambda: 0, "beside": saving.free_memory}
+FREE_MEMORY = {"waiting": lambda: 0, "background": saving.free_memory}
 CONFIG = {
     "name": "benchmark",
     "steps": 1,
@@ -54,13 +54,13 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one save, in seconds.
+    """Cost of one save, in seconds.
 
     Attributes:
-        stall: until the next step may begin.
-        durable: until the checkpoint is whole, on the disk.
-        slower: what the steps meanwhile took longer than steps usually do.
-        total: stall and slower.
+        stall: time until the next step may begin.
+        durable: time until the checkpoint is complete on the disk.
+        slower: additional time of the steps that ran during the save.
+        total: sum of stall and slower.
     """
 
     stall: float
@@ -75,7 +75,7 @@ class Training:
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype | None) -> None:
         self.world = World(device)
         network = build(size)
-        nn.Module.to(network, device)  # diffusers' own `to` only adds checks of quantised networks
+        nn.Module.to(network, device)  # diffusers' `to` only adds checks for quantised networks
         if size.checkpointing:
             network.enable_gradient_checkpointing()
         parameters = dict(network.named_parameters())
@@ -86,12 +86,12 @@ class Training:
         self._text = Condition(torch.randn(1, size.text, size.text_dim, device=device))
 
     def groups(self) -> dict[str, dict[str, Entry]]:
-        """What a checkpoint of a fully trained student holds."""
+        """Entries of a checkpoint of a fully trained student, by group."""
         groups = {kind: self._engine.entries(kind) for kind in self._engine.kinds}
         return groups | {"ema": {name: Entry.of(tensor) for name, tensor in self._ema.tensors()}}
 
     def step(self) -> float:
-        """One step of flow matching. Returns its seconds."""
+        """Do one step of flow matching. Returns its seconds."""
         start = time.perf_counter()
         t = torch.full((1,), 0.5, device=self.world.device)
         loss = self._flow_map(self._latents, t, t, self._text).square().mean()
@@ -117,27 +117,27 @@ def main() -> None:
     print(f"{'':10s}{'stall':>10s}{'durable':>10s}{'slower steps':>14s}{'cost':>10s}")
     for name, cost in costs.items():
         print(f"{name:10s}{cost.stall:9.2f}s{cost.durable:9.2f}s{cost.slower:13.2f}s{cost.total:9.2f}s")
-    ratios = {key: getattr(costs["waiting"], key) / getattr(costs["beside"], key) for key in ("stall", "total")}
-    print(f"beside the training: stall {ratios['stall']:.1f}x shorter, cost {ratios['total']:.1f}x smaller")
+    ratios = {key: getattr(costs["waiting"], key) / getattr(costs["background"], key) for key in ("stall", "total")}
+    print(f"in the background: stall {ratios['stall']:.1f}x shorter, cost {ratios['total']:.1f}x smaller")
     facts = {"size": options.size, "repeats": options.repeats, "bytes": saved, "step": usual}
     seconds = {name: asdict(cost) for name, cost in costs.items()}
     write_json(options.json, device, {**facts, "seconds": seconds, "ratios": ratios})
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="saves of each kind, after one that is not timed")
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    parser.add_argument("--repeats", type=int, default=3, help="measured saves of each kind, after one warm-up")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's default")
+    parser.add_argument("--folder", type=Path, default=None, help="folder to write to; default: temporary")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     return parser.parse_args()
 
 
 def measure(training: Training, folder: Path, repeats: int) -> tuple[float, dict[str, Cost]]:
-    """Seconds of a step that nothing disturbs, and of each kind of save; medians."""
+    """Measure median seconds of a step without a save, and the median costs of each kind of save."""
     found: dict[str, list[Cost]] = {name: [] for name in FREE_MEMORY}
     usual: list[float] = []
     training.step()
@@ -153,7 +153,7 @@ def measure(training: Training, folder: Path, repeats: int) -> tuple[float, dict
 
 
 def one_save(training: Training, saver: Saver, step: int, usual: float) -> Cost:
-    """Save, and train on until the checkpoint is whole."""
+    """Save, and run steps until the checkpoint is complete."""
     whole: list[float] = []
     with patch.object(saving, "prune_checkpoints", _noting(saving.prune_checkpoints, whole)):
         start = time.perf_counter()
@@ -167,7 +167,7 @@ def one_save(training: Training, saver: Saver, step: int, usual: float) -> Cost:
 
 
 def _noting(prune: Callable[..., Any], moments: list[float]) -> Callable[..., None]:
-    """The last thing that a save does, after which the checkpoint has its name."""
+    """Wrap the last function of a save, so that the time of the complete checkpoint is recorded."""
 
     def wrapped(*arguments: Any) -> None:
         moments.append(time.perf_counter())

@@ -1,9 +1,10 @@
-"""Every engine against one process: the same losses and weights, and what the engine itself costs.
+"""Compare every strategy of the launcher with one process: losses, weights, and the overhead of the strategy.
 
     python benchmarks/engines.py --shards SHARDS [--experiment tiny] [--steps 20] [--engines ddp zero2]
 
-Each engine trains the experiment's global batch on 2 processes. Its losses and weights are compared with one process on
-the same global batch; its time per step with one process on half of it, which is what each of the two has to do.
+Each strategy trains the experiment's global batch on 2 processes. Its losses and weights are compared with those of one
+process on the same global batch. Its time per step is compared with one process on half of the global batch, because
+each of the two processes has that much work.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ class Run:
     seconds: float
 
     def losses(self) -> torch.Tensor:
-        """(steps,) float64."""
+        """Loss of every step, (steps,) float64."""
         return torch.tensor([row["loss"] for row in self.rows()], dtype=torch.float64)
 
     def rows(self) -> list[dict[str, float]]:
-        """What was logged at each step."""
+        """Read the logged values of each step."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def tensors(self, group: str) -> dict[str, torch.Tensor]:
-        """The final checkpoint's tensors of one group."""
+        """Read one group of tensors from the last checkpoint."""
         found = {}
         for path in sorted(self.folder.glob(f"checkpoints/step_*/{group}-*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -61,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One engine against one process. `overhead` is a ratio of times, the rest relative differences."""
+    """Results of one strategy. `overhead` is a ratio of times; losses and weights are relative differences."""
 
     engine: str
     adapter: str
@@ -131,7 +132,7 @@ def _compare(engine: str, adapter: str, run: Run, whole: Run, half: Run) -> Row:
 
 
 def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest over all tensors of the difference's norm, relative to the tensor's."""
+    """Largest relative difference over all tensors: the norm of the difference divided by the norm of the tensor."""
     assert ours.keys() == theirs.keys()
     return max(((tensor - theirs[name]).norm() / theirs[name].norm()).item() for name, tensor in ours.items())
 

@@ -1,17 +1,17 @@
-"""How fast a run's samples are read from shards, against stock WebDataset, and against what the training step needs.
+"""Measure how fast samples are read from shards, compared with stock WebDataset and with the training step.
 
-Shards of random numbers at the run's size are written into a temporary folder, by the project's own writer. Then, in
-turns:
+Shards of random numbers with the run's sizes are written to a temporary folder with the package's writer. Then these
+alternate:
 
-* ours, at several numbers of workers (threads; 0 reads when asked): checksums, finiteness, texts padded to float32,
-  whole micro-batches, as one of the run's processes takes them. Its first batches are those of a whole step;
-* stock: one process that loops over `webdataset.WebDataset(...).decode()` and turns the bytes into tensors, no more;
-* stock, batched: the same loop, and the micro-batches that training takes.
+* ours, with several numbers of workers (threads; 0 reads on demand): checksums, check for finite values, texts padded
+  and cast to float32, whole micro-batches, as for one process of the run. The first batches are those of a whole step;
+* stock: one process that loops over `webdataset.WebDataset(...).decode()` and converts the bytes to tensors;
+* stock, batched: the same loop, with micro-batches as in training.
 
-What was just written lies in the machine's page cache, so that the disk is not measured; `--cold` drops the shards from
-it before every reading (Linux). Workers read ahead, also beyond what is counted, which their processor seconds show.
-What a step needs is the plan's prediction (`anyflow plan`), or a measured time given as `--step-seconds`. The processes
-of one machine share its cores and disks: multiply the need by their number.
+The new shards are in the page cache, so the disk is not measured; `--cold` drops them from the cache before every
+reading (Linux). Workers also read samples ahead that are not counted; their CPU seconds include these. The need of a
+step is predicted as in `anyflow plan`, or computed from a measured `--step-seconds`. The processes of one machine share
+its cores and disks: multiply the need by their number.
 
     python benchmarks/loader.py --repeats 3 --json loader.json
     python benchmarks/loader.py --experiment wan1_3b_on_policy --gpu a100-80 --step-seconds 200 --folder /scratch --cold
@@ -48,8 +48,7 @@ from anyflow_train.training.gpus import GPUS
 
 SHARDS = 2
 MIB = 1 << 20
-AIM = 10  # times what the step of one GPU needs
-# A side opens the shards and yields, one after another, how many samples came.
+# A side opens the shards and yields the number of samples of every batch.
 Side = Callable[[], Iterable[int]]
 
 
@@ -71,14 +70,14 @@ def main() -> None:
     print(f"each of {options.processes} x {options.gpu} needs {need:.3g} samples/s, {origin(options)}")
     print_table(found)
     slowest = min(figures["of_need"] for name, figures in found.items() if name.startswith("ours"))
-    print(f"ours at its slowest reads {times(slowest)} as fast as the step of one GPU needs (aim: {AIM}x)")
+    print(f"the slowest setting of ours reads {times(slowest)} as fast as the step of one GPU needs")
     named = ("experiment", "samples", "repeats", "processes", "threads", "cold", "gpu", "step_seconds")
     facts = {name: getattr(options, name) for name in named}
     write_json(options.json, "cpu", {**facts, "bytes": size, "needed_samples_per_second": need, "sides": found})
 
 
 def needed(config: RunConfig, options: argparse.Namespace) -> float:
-    """Samples a second that one process of the run trains on."""
+    """Samples per second that one process of the run trains on."""
     seconds, world = options.step_seconds, options.processes
     if seconds is None:
         operations = dry_run(config, world).operations
@@ -87,14 +86,14 @@ def needed(config: RunConfig, options: argparse.Namespace) -> float:
 
 
 def origin(options: argparse.Namespace) -> str:
-    """Where the step's time comes from."""
+    """Source of the step's time, for the printed line."""
     if options.step_seconds is not None:
         return f"at a step of {options.step_seconds:g} s, as given"
     return f"as planned at {options.utilisation:.0%} of its peak"
 
 
 def sides(config: RunConfig, folder: str, options: argparse.Namespace) -> Iterator[tuple[str, Side]]:
-    """What is compared, by name."""
+    """Yield the compared sides with their names."""
     passes = 1 if options.cold else options.passes
     for workers in options.workers:
         name = f"ours, {workers} worker{'s' * (workers != 1)}"
@@ -104,7 +103,7 @@ def sides(config: RunConfig, folder: str, options: argparse.Namespace) -> Iterat
 
 
 def measure(side: Side, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Read all samples, opening the shards included. The first batch is whatever a side gives first."""
+    """Read all samples, including opening the shards. The first batch is the first item of a side."""
     if options.cold:
         drop_from_page_cache(folder)
     start, processor = time.perf_counter(), time.process_time()
@@ -120,7 +119,7 @@ def measure(side: Side, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def our_batches(config: RunConfig, folder: str, passes: int, workers: int, processes: int) -> Iterator[int]:
-    """Samples per step of one process's loader, for as many samples as the passes have."""
+    """Yield the number of samples of every step of one process's loader, for the given number of passes."""
     shards, engine = ShardSet.open(folder), config.engine
     positions = local_positions(engine.global_batch, engine.micro_batch, processes, 0)
     with Loader(shards, 0, engine.global_batch, positions, config.data.text_lengths, workers) as loader:
@@ -129,12 +128,12 @@ def our_batches(config: RunConfig, folder: str, passes: int, workers: int, proce
 
 
 def stock_samples(folder: str, passes: int) -> Iterator[int]:
-    """One by one, as they lie in the shards."""
+    """Yield 1 for every sample, in the order of the shards."""
     return (1 for _ in stock_tensors(folder, passes))
 
 
 def stock_batches(config: RunConfig, folder: str, passes: int) -> Iterator[int]:
-    """Micro-batches with texts padded to the longest length, as a loop around WebDataset would make them."""
+    """Yield the sizes of micro-batches with texts padded to the longest length, made by a loop around WebDataset."""
     waiting: list[dict[str, Tensor]] = []
     for sample in stock_tensors(folder, passes):
         waiting.append(sample)
@@ -146,7 +145,7 @@ def stock_batches(config: RunConfig, folder: str, passes: int) -> Iterator[int]:
 
 
 def stock_tensors(folder: str, passes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each sample. WebDataset decodes the caption, and leaves safetensors as bytes."""
+    """Yield the tensors of each sample. WebDataset decodes the caption, and returns safetensors as bytes."""
     shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
     for _ in range(passes):
         samples: Any = WebDataset(shards, shardshuffle=False).decode()
@@ -155,7 +154,7 @@ def stock_tensors(folder: str, passes: int) -> Iterator[dict[str, Tensor]]:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """What is next read of the files comes from the disk."""
+    """Drop the files from the page cache, so that they are read from the disk next time."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -163,8 +162,8 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def print_table(found: dict[str, dict[str, float]]) -> None:
-    """A line for each side."""
-    titles = f"{'of stock':>10s}{'of need':>11s}{'processor ms/sample':>21s}{'first batch':>13s}"
+    """Print a line for each side."""
+    titles = f"{'of stock':>10s}{'of need':>11s}{'CPU ms/sample':>21s}{'first batch':>13s}"
     print(f"{'':18s}{'samples/s':>11s}{titles}")
     for name, figures in found.items():
         ratios = f"{times(figures['of_stock']):>10s}{times(figures['of_need']):>11s}"
@@ -173,26 +172,26 @@ def print_table(found: dict[str, dict[str, float]]) -> None:
 
 
 def times(ratio: float) -> str:
-    """A ratio, as exact as it is of interest."""
+    """Format a ratio, with two decimals below 10."""
     return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     plan = PlanOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", default="wan1_3b_forward")
-    parser.add_argument("--samples", type=int, default=32, help="to write and to read; some 9 MiB each at 480x832")
-    parser.add_argument("--passes", type=int, default=4, help="over the samples in every reading; one with --cold")
+    parser.add_argument("--samples", type=int, default=32, help="samples to write and read; about 9 MiB each at 480p")
+    parser.add_argument("--passes", type=int, default=4, help="passes over the samples per reading; 1 with --cold")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--threads", type=int, default=1, help="of torch, in every worker")
-    parser.add_argument("--repeats", type=int, default=3, help="counted rounds, after one that is not")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads in every worker")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds, after one warm-up")
     parser.add_argument("--cold", action="store_true", help="read from the disk")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
     parser.add_argument("--gpu", choices=GPUS, default=plan.gpu)
-    parser.add_argument("--utilisation", type=float, default=plan.utilisation, help="share of its peak, as planned")
-    parser.add_argument("--processes", type=int, default=plan.gpus, help="of the run; this one reads for one of them")
-    parser.add_argument("--step-seconds", type=float, default=None, help="of the run, measured")
+    parser.add_argument("--utilisation", type=float, default=plan.utilisation, help="predicted share of the GPU's peak")
+    parser.add_argument("--processes", type=int, default=plan.gpus, help="processes of the run; one is measured")
+    parser.add_argument("--step-seconds", type=float, default=None, help="measured time of a step")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""A step of stage 2, part by part: seconds, and what each part holds for its backward pass.
+"""Measure a step of stage 2 part by part: seconds, and memory that each part keeps for its backward pass.
 
-The parts are the trainer's own: the recipe of an experiment, its objectives, its engines. Rollouts differ from step to
-step in length (N and g are drawn), so several steps are measured and the means compared. Shares are of the whole step.
+The parts are those of the trainer: the recipe of an experiment, its objectives and engines. The length of rollouts
+differs from step to step (N and g are drawn), so the table has means over several steps. Shares are shares of a step.
 
     python benchmarks/on_policy.py                                       # experiment=tiny_on_policy
     python benchmarks/on_policy.py --experiment tiny_causal_on_policy --steps 16 --clock process
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 class Meter:
-    """Sums over the measured steps, by part: seconds, and the most that was held."""
+    """Measures parts of a step: total seconds over all steps, and the largest memory kept for the backward pass."""
 
     def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
         self._clock, self._device = clock, device
@@ -43,7 +43,7 @@ class Meter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what is inside, and add up the storages that its graph keeps."""
+        """Time the block, and add up the bytes of the storages that its graph keeps."""
         storages: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def main() -> None:
     recipe = build_recipe(config, world)
     meter = Meter(CLOCKS[options.clock], world.device)
     for step in range(options.steps + 1):
-        if step == 1:  # the first one only warms up
+        if step == 1:  # step 0 is a warm-up
             meter = Meter(CLOCKS[options.clock], world.device)
         one_step(recipe, batch_of(config, world.device, step), Draw(0, step, positions(config), world.device), meter)
     samples = f"{config.engine.micro_batch} samples"
@@ -87,9 +87,9 @@ def main() -> None:
 
 
 def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
-    """A step as the trainer makes it, its distribution matching taken apart. Rate 0: every step starts alike."""
+    """Do a step like the trainer, with distribution matching in separate parts. The learning rate is 0."""
     student, score = recipe.updates
-    matching, *beside = student.terms
+    matching, *others = student.terms
     engine, roles = recipe.trainables["student"].engine, recipe.roles
     objective = matching.objective
     assert isinstance(objective, DistributionMatchingObjective)
@@ -104,9 +104,9 @@ def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
         found = direction(roles.teacher, roles.fake_score, made.x.detach(), batch.condition, scoped, objective.times)
     with meter.part("back through the rollout"):
         engine.backward((made.x - (made.x - found.gradient).detach()).square().mean())
-    for term in beside:
+    for term in others:
         if term.due(draw):
-            beside_it(recipe, term, batch, draw, meter)
+            other_term(recipe, term, batch, draw, meter)
     with meter.part("the student's optimizer and averages"):
         engine.step(0.0, torch.zeros(1, device=batch.latents.device))
         ema = recipe.trainables["student"].ema
@@ -116,8 +116,8 @@ def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
         make_update(score, recipe.trainables["fake_score"], roles, [batch], [draw], 0.0, "")
 
 
-def beside_it(recipe: Recipe, term: Term, batch: Batch, draw: Draw, meter: Meter) -> None:
-    """A term of stage 1, whose loss needs no rebalancing to take its time."""
+def other_term(recipe: Recipe, term: Term, batch: Batch, draw: Draw, meter: Meter) -> None:
+    """Measure a term of stage 1, without rebalancing, which takes no time."""
     with meter.part(f"{term.name}: forwards"):
         loss = term.objective(recipe.roles, batch, draw).per_sample.mean()
     with meter.part(f"{term.name}: backward"):
@@ -125,12 +125,12 @@ def beside_it(recipe: Recipe, term: Term, batch: Batch, draw: Draw, meter: Meter
 
 
 def positions(config: RunConfig) -> tuple[int, ...]:
-    """All of a step's samples in one micro-batch."""
+    """Positions of a step's samples, all in one micro-batch."""
     return tuple(range(config.engine.global_batch))
 
 
 def batch_of(config: RunConfig, device: torch.device, step: int) -> Batch:
-    """Random samples of the run's size."""
+    """Make a batch of random samples with the run's sizes."""
     draw = Draw(1, step, positions(config), torch.device("cpu"))
     length, width = min(config.data.text_lengths), config.student.architecture.text_dim
     latents = draw.normal("data", latent_shape(config.data, config.student.architecture.in_channels))
@@ -140,11 +140,11 @@ def batch_of(config: RunConfig, device: torch.device, step: int) -> Batch:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="tiny_on_policy", help="of stage 2, on the embedded teacher")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps, after one that is not")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a busy machine")
+    parser.add_argument("--experiment", default="tiny_on_policy", help="experiment of stage 2")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps, after one warm-up")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     return parser.parse_args()
 

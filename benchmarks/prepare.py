@@ -1,11 +1,12 @@
-"""How fast clips become shards, against the plain way: one clip at a time through diffusers' VAE and the text encoder.
+"""Measure how fast clips become shards, compared with encoding one clip at a time with diffusers.
 
 * ours: `anyflow prepare`, which decodes in the background, encodes videos in batches, and each different caption once;
-* one by one: the same pixels and captions, a call of `AutoencoderKLWan` and one of the text encoder (padded to the full
-  length, as diffusers' pipeline does) for every clip, and a file each.
+* one by one: for every clip, one call of `AutoencoderKLWan`, one call of the text encoder (padded to the full length,
+  as in diffusers' pipeline), and one file. Pixels and captions are the same.
 
-Both load their models and write their files within the measured time; they take turns, and what they wrote is compared.
-Then the parts of ours, each alone, on a few clips. Without a source the clips are those of the embedded stripes world.
+The measured time includes loading the models and writing the files. Both ways alternate, and their results are
+compared. Then the parts of ours are measured separately on a few clips. Without `--source` the clips are rendered from
+the embedded stripes world.
 
     python benchmarks/prepare.py --clips 96 --repeats 3 --json prepare.json
     python benchmarks/prepare.py --experiment wan_480p --source CLIPS --device cuda      # Wan's own codec
@@ -46,7 +47,7 @@ from anyflow_train.devices import DTYPES
 from anyflow_train.models.codec import Codec, clean_prompt
 from anyflow_train.tiny.clips import write_clips
 
-PART_CLIPS = 8  # whose pixels are held at once: 3 GiB at 81 frames of 480x832
+PART_CLIPS = 8  # clips whose pixels are in memory at once: 3 GiB at 81 frames of 480x832
 Cost = dict[str, float]
 
 
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def configure(options: argparse.Namespace, folder: Path) -> PrepareConfig:
-    """The command's config; clips of the embedded world are rendered where no others are named."""
+    """Compose the command's config. Without `--source`, clips of the embedded world are rendered."""
     source = options.source
     if source is None:
         source = folder / "clips"
@@ -83,7 +84,7 @@ def configure(options: argparse.Namespace, folder: Path) -> PrepareConfig:
 
 
 def cost(way: Callable[[], None], clips: int) -> Cost:
-    """Of a way, from the start to its last file."""
+    """Measure a call: clips per second, and CPU seconds per clip."""
     start, processor = time.perf_counter(), time.process_time()
     way()
     seconds, spent = time.perf_counter() - start, time.process_time() - processor
@@ -91,7 +92,7 @@ def cost(way: Callable[[], None], clips: int) -> Cost:
 
 
 def ours(config: PrepareConfig) -> None:
-    """The command, into an empty folder."""
+    """Run the command with an empty output folder."""
     shutil.rmtree(config.out, ignore_errors=True)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         prepare.run(config)
@@ -99,7 +100,7 @@ def ours(config: PrepareConfig) -> None:
 
 @torch.no_grad()
 def one_by_one(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> None:
-    """The plain way; one file `NUMBER.safetensors` a clip."""
+    """Encode one clip at a time into one file `NUMBER.safetensors` per clip."""
     folder.mkdir(exist_ok=True)
     device, vae_dtype = torch.device(config.device), DTYPES[config.vae_precision]
     text_dtype = DTYPES[config.precision]
@@ -124,13 +125,13 @@ def one_by_one(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> 
 
 
 def pixels(config: PrepareConfig, clip: Clip) -> Tensor:
-    """(3, F, H, W) in [-1, 1]."""
+    """Decode a clip, (3, F, H, W) in [-1, 1]."""
     assert clip.video is not None
     return read_clip(clip.video.seekable(), config.frames, config.height, config.width, config.fps)
 
 
 def compare(out: Path, clips: tuple[Clip, ...], folder: Path) -> dict[str, float]:
-    """The largest differences between what both wrote; latents have variance 1."""
+    """Largest absolute differences between the results of both ways. Latents have variance 1."""
     shards = ShardSet.open(str(out))
     found = {"latents": 0.0, "text": 0.0}
     for number in range(len(clips)):
@@ -142,7 +143,7 @@ def compare(out: Path, clips: tuple[Clip, ...], folder: Path) -> dict[str, float
 
 
 def measure_parts(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> dict[str, Cost]:
-    """Each part of ours alone, with models that are loaded already."""
+    """Measure each part of ours separately, with models that are already loaded."""
     folder.mkdir()
     device = torch.device(config.device)
     texts = Codec.load(config.codec, device, DTYPES[config.precision])
@@ -175,7 +176,7 @@ def measure_parts(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) 
 
 
 def ratios(found: dict[str, Cost]) -> dict[str, float]:
-    """How many times faster ours is."""
+    """Ratios of speed and of CPU seconds, above 1 if ours is faster."""
     ours, plain = found["ours"], found["one by one"]
     return {
         "wall": ours["clips_per_second"] / plain["clips_per_second"],
@@ -191,29 +192,29 @@ def show(
     differences: dict[str, float],
     parts: dict[str, Cost],
 ) -> None:
-    """The tables."""
+    """Print the tables."""
     print(heading(options.device, f"{torch.get_num_threads()} torch threads", f"load {os.getloadavg()[0]:.1f}"))
     size = f"{config.frames} frames {config.height}x{config.width}"
     print(f"{clips} clips of {size}, {Path(config.codec).name}, batch {config.batch}")
-    print(f"{'':14s}{'clips/s':>10s}{'processor s/clip':>18s}")
+    print(f"{'':14s}{'clips/s':>10s}{'CPU s/clip':>18s}")
     for name, figures in [*found.items(), *((f"  {part}", figures) for part, figures in parts.items())]:
         print(f"{name:14s}{figures['clips_per_second']:10.2f}{figures['processor_seconds_per_clip']:18.4f}")
     factor = ratios(found)
-    print(f"ours is {factor['wall']:.2f}x as fast, and takes 1/{factor['processor']:.2f} of the processor seconds")
+    print(f"ours is {factor['wall']:.2f}x as fast, and takes 1/{factor['processor']:.2f} of the CPU seconds")
     print(f"largest differences: latents {differences['latents']:.1e}, texts {differences['text']:.1e}")
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", default="tiny_prepare", help="of `anyflow prepare`")
-    parser.add_argument("--codec", default=None, help="pipeline folder or hub id; the experiment's by default")
+    parser.add_argument("--experiment", default="tiny_prepare", help="experiment of `anyflow prepare`")
+    parser.add_argument("--codec", default=None, help="pipeline folder or hub id; default: the experiment's")
     parser.add_argument("--source", default=None, help="clips with captions, all of which are used")
-    parser.add_argument("--clips", type=int, default=96, help="of the embedded world, where no source is named")
+    parser.add_argument("--clips", type=int, default=96, help="clips of the embedded world, without --source")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
-    parser.add_argument("--repeats", type=int, default=3, help="counted runs of each, after one that is not")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder by default")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's default")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each way, after one warm-up")
+    parser.add_argument("--folder", type=Path, default=None, help="folder to write to; default: temporary")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     return parser.parse_args()
 

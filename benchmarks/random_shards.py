@@ -1,4 +1,4 @@
-"""Shards of random samples at the size of a run, so that loading and starting are measured without anybody's data."""
+"""Write shards of random samples with the sizes of a run, to measure loading and starting without a data set."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from anyflow_train.data.manifest import (
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
 
-PROMPTS = ("one", "two", "three", "four")  # runs show videos of them, so the VAE is loaded before the first step
-SHORTEST_TEXT, LONGEST_TEXT = 60, 200  # tokens of usual captions, where the run has room for them
+PROMPTS = ("one", "two", "three", "four")  # validation makes videos of them, so the VAE is loaded before the first step
+SHORTEST_TEXT, LONGEST_TEXT = 60, 200  # tokens of usual captions, cut to the run's text length
 
 
 def write_random_shards(folder: Path, config: RunConfig, samples: int, shards: int) -> int:
-    """Fill a folder with what `anyflow prepare` would make for the run: float32 latents, bfloat16 texts.
+    """Fill a folder with shards like those of `anyflow prepare`: float32 latents, bfloat16 texts.
 
     Args:
-        samples: of all shards together.
+        samples: total number of samples.
+        shards: number of shards.
 
     Returns:
-        The bytes of all shards.
+        Total bytes of the shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
@@ -53,7 +54,7 @@ def _samples(config: RunConfig, numbers: range) -> Iterator[Sample]:
     for number in numbers:
         torch.manual_seed(number)
         latents = torch.randn(latent_shape(config.data, architecture.in_channels))
-        length = shortest + number * 37 % (longest - shortest + 1)  # all lengths come up, in no order
+        length = shortest + number * 37 % (longest - shortest + 1)  # all lengths occur, in mixed order
         text = torch.randn(length, architecture.text_dim, dtype=torch.bfloat16)
         yield Sample(f"clip-{number:06d}", latents, text, f"caption {number}")
 

@@ -1,13 +1,13 @@
-"""What a process holds while a trained network is loaded: whole on every process, or cut into shards from the first.
+"""Measure the memory of a process while a trained network is loaded, whole on every process or directly in shards.
 
     python benchmarks/start.py --size 100m --engines zero2 zero3
     python benchmarks/start.py --size 1.3b --engines zero3 --processes 8        # on one GPU each
 
-Random weights are written to the disk, and processes started that load them as a run does. Under ZeRO-3 process 0 reads
-every weight once, and none is meant to hold more than its shard and one weight. Counted is memory that only the process
-itself can give back (RssAnon, sampled every millisecond), and on a GPU what torch allocated. Pages of the weights' file
-(RssFile) stand apart: processes share them, and the system drops them when it wants. A small network is loaded first,
-so that libraries are not counted.
+Random weights are written to the disk, and processes are started that load them as a run does. Under ZeRO-3 process 0
+reads every weight once, and no process should hold more than its shard and one weight. The table counts memory that
+only the process itself can free (RssAnon, sampled every millisecond), and on a GPU the memory that torch allocated.
+Pages of the weights' file (RssFile) are listed separately: processes share them, and the system can drop them. A small
+network is loaded first, so that libraries are not counted.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from anyflow_train.training.processes.world import World, start_world
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 SAMPLE_SECONDS = 0.001
-# Every weight gets memory of its own, which goes back when it is freed: what is left in a heap would be counted on.
+# Every weight is allocated separately and returned to the system when it is freed. A heap would keep freed memory.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
 
 
 class Peak:
-    """The most that this process held while a block ran, beyond what it held before; in MiB.
+    """Memory of this process during a block, minus its memory before the block, in MiB.
 
     Attributes:
-        most: at any time in the block.
-        kept: at its end.
-        pages: of files, at its end.
+        most: largest value during the block.
+        kept: value at the end of the block.
+        pages: pages of files at the end of the block.
     """
 
     most = 0.0
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def launch(engine: str, folder: Path, processes: int) -> list[dict[str, float]]:
-    """What each process found, by rank."""
+    """Start the processes under a strategy of `launch/`. Returns the results of each process, by rank."""
     file = ROOT / "launch" / f"{engine}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["--num_processes", str(processes), "--main_process_port", "0", __file__, "--measure", str(folder)]
@@ -98,7 +98,7 @@ def launch(engine: str, folder: Path, processes: int) -> list[dict[str, float]]:
 
 
 def measure(folder: Path) -> int:
-    """One process of a launch."""
+    """Measure in one process of a launch."""
     world = start_world(Engine())
     load(folder / "small", world)
     with peak(world) as loading:
@@ -121,7 +121,7 @@ def measure(folder: Path) -> int:
 
 
 def load(folder: Path, world: World) -> nn.Module:
-    """A student as a run makes it."""
+    """Load a student as a run does."""
     config = json.loads((folder / "config.json").read_text())
     names = Student.model_fields["architecture"].annotation.model_fields  # pyright: ignore
     architecture = {name: config[name] for name in names if name in config}
@@ -131,7 +131,7 @@ def load(folder: Path, world: World) -> nn.Module:
 
 @contextmanager
 def peak(world: World) -> Iterator[Peak]:
-    """Watch this process while a block runs."""
+    """Measure the memory of this process while a block runs."""
     found, over = Peak(), threading.Event()
     held = _on_gpu if world.device.type == "cuda" else _in_memory
     _give_back()
@@ -159,7 +159,7 @@ def peak(world: World) -> Iterator[Peak]:
 
 
 def line(engine: str, row: dict[str, float]) -> str:
-    """One process's figures."""
+    """Format the results of one process."""
     loading = f"loading {row['loading']:5.0f} MiB, {row['ratio']:.2f}x the weights"
     loaded = f"then {row['loaded']:5.0f} and {row['pages']:4.0f} of the file"
     start = f"with moments and averages {row['start']:5.0f}, then {row['ready']:5.0f}"
@@ -187,12 +187,12 @@ def _give_back() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="100m")
     parser.add_argument("--engines", nargs="+", default=["zero2", "zero3"], help="files of launch/")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None, help="for the weights; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the weights; default: temporary")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers, in MiB, to this file")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

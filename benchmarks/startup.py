@@ -1,9 +1,9 @@
-"""How long a command takes from the start of its process: help, a check, and a tiny run until its first step is done.
+"""Measure the time of a command from the start of its process: help, a check, and a tiny run until its first step.
 
-Beside them, in turns with them, the imports that nobody who trains a Wan can do without. Seconds of the clock depend on
-what else the machine does; processor seconds (user and system, all threads) do so less. Python keeps its compiled
-files, as it does for users, and the first round, which may write them, is not counted. The tiny run has the
-experiment's network, teacher, VAE and validation; its shards hold random numbers.
+For comparison, the imports of torch and diffusers, which every training needs, are measured alternately with the
+commands. Wall-clock seconds depend on the load of the machine; CPU seconds (user and system, all threads) depend on it
+less. Python keeps its compiled files, as it does for users, and the first round, which may write them, is not counted.
+The tiny run has the experiment's network, teacher, VAE and validation; its shards contain random numbers.
 
     python benchmarks/startup.py --repeats 5 --json startup.json
     python benchmarks/startup.py --only help check --repeats 20
@@ -42,7 +42,7 @@ TITLES = {
     "check": "anyflow check experiment=tiny",
     "train": "anyflow train experiment=tiny, first step",
 }
-AIMS = {"help": 0.3, "train": 8.0}  # seconds on a quiet core
+
 CLIPS, SHARDS = 64, 2
 Cost = dict[str, float]
 
@@ -57,18 +57,18 @@ def main() -> None:
             programs["train"] = partial(until_first_step, shards, Path(folder))
         chosen = {name: call for name, call in programs.items() if name in ("torch", *options.only)}
         found = {name: summary(costs) for name, costs in in_turns(chosen, options.repeats).items()}
-    print(f"{heading('cpu', f'load {os.getloadavg()[0]:.1f}')}; {options.repeats} runs each, in turns")
-    print(f"{'':42s}{'seconds':>16s}{'processor s':>18s}{'ratio to':>11s}")
+    print(f"{heading('cpu', f'load {os.getloadavg()[0]:.1f}')}; {options.repeats} runs each, alternating")
+    print(f"{'':42s}{'seconds':>16s}{'CPU seconds':>18s}{'ratio to':>11s}")
     print(f"{'':42s}{'best':>8s}{'median':>8s}{'best':>10s}{'median':>8s}{'torch':>11s}")
     for name, costs in found.items():
         costs["ratio"] = costs["processor_median"] / found["torch"]["processor_median"]
         print(row(name, costs))
-    print("the ratio is of the medians of processor seconds; aims are for a quiet core")
-    write_json(options.json, "cpu", {"repeats": options.repeats, "aims": AIMS, "programs": found})
+    print("the ratio is between the medians of CPU seconds")
+    write_json(options.json, "cpu", {"repeats": options.repeats, "programs": found})
 
 
 def whole(words: tuple[str, ...]) -> Cost:
-    """A process from its start to its end."""
+    """Measure a process from its start to its end."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *words], env=environment(), stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -80,7 +80,7 @@ def whole(words: tuple[str, ...]) -> Cost:
 
 
 def until_first_step(shards: Path, folder: Path) -> Cost:
-    """A new tiny run from its start to the line of its first step; it is ended there."""
+    """Measure a new tiny run from its start to the log line of its first step, and end it there."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         words = [*TRAIN, f"out={out}", f"data.shards={shards}", f"evaluation.held_out={shards}"]
         start = time.perf_counter()
@@ -97,13 +97,13 @@ def until_first_step(shards: Path, folder: Path) -> Cost:
 
 
 def processor_seconds(process: int) -> float:
-    """Of a running process, all its threads, user and system."""
+    """CPU seconds of a running process, all threads, user and system."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def environment() -> dict[str, str]:
-    """This process's; but Python keeps what it compiles."""
+    """Environment of this process, with which Python keeps its compiled files."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -115,21 +115,19 @@ def summary(costs: list[Cost]) -> Cost:
 
 
 def row(name: str, costs: Cost) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     keys = ("wall_best", "wall_median", "processor_best", "processor_median")
     wall, wall_median, processor, processor_median = (costs[key] for key in keys)
     cells = f"{wall:8.2f}{wall_median:8.2f}{processor:10.2f}{processor_median:8.2f}{costs['ratio']:10.2f}x"
-    return f"{TITLES[name]:42s}{cells}" + (f"   aim {AIMS[name]:g} s" if name in AIMS else "")
+    return f"{TITLES[name]:42s}{cells}"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     others = [name for name in TITLES if name != "torch"]
-    parser.add_argument(
-        "--only", nargs="+", choices=others, default=others, help="beside torch, to which all are compared"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each")
+    parser.add_argument("--only", nargs="+", choices=others, default=others, help="in addition to torch")
+    parser.add_argument("--repeats", type=int, default=5, help="measured runs of each program, after one warm-up")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
     return parser.parse_args()
 

@@ -1,14 +1,15 @@
-"""A whole stage-1 step of this package against the same step done the reference way, in one run.
+"""Compare a whole stage-1 step of this package with the same step done the reference way, in one run.
 
-Three sides take the same samples, times and noise:
+Three sides use the same samples, times and noise:
 
-* ours: the time derivative is taken only of the samples with r < t;
-* reference way: of all samples, where it is then multiplied by zero for r = t; same network, so loss and gradient
-  must be equal to float32 rounding, which is checked first;
+* ours: the time derivative is computed only for the samples with r < t;
+* reference way: the derivative is computed for all samples and multiplied by zero for r = t. The network is the same,
+  so loss and gradient must be equal up to float32 rounding, which is checked first;
 * reference way with diffusers' network: the same weights in stock `AnyFlowTransformer3DModel`.
 
-A step is the objective, backward, clipping, AdamW and EMA. Sides take turns on a CPU; medians are compared. Utilisation
-is the method's operations over those that large matrix products reach on the same device in the same run.
+A step is the objective, backward, clipping, AdamW and EMA. On a CPU the sides alternate; medians are compared.
+Utilisation is the rate of the method's operations, divided by the rate of large matrix products on the same device in
+the same run.
 
     python benchmarks/step.py --size tiny --repeats 7 --json step.json
     python benchmarks/step.py --size 1.3b-81 --device cuda --attention cudnn --compile
@@ -78,7 +79,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a sample."""
+        """Number of tokens of a sample."""
         frames, _, height, width = self.latents
         return frames * (height // 2) * (width // 2)
 
@@ -94,7 +95,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class StockFlowMap:
-    """diffusers' network as a flow map: it wants times per frame."""
+    """diffusers' network as a flow map. It requires times per frame."""
 
     network: StockTransformer
     dtype: torch.dtype | None
@@ -110,8 +111,10 @@ class Side:
     """One way to do the step.
 
     Attributes:
-        trainable, ema, roles: the network with its optimizer, its averages, and as a flow map.
-        everywhere: the context in which the derivative is taken of all samples, or an empty one.
+        trainable: the network with its optimizer.
+        ema: averages of the network.
+        roles: the network as flow maps.
+        everywhere: context in which the derivative is computed for all samples, or an empty one.
     """
 
     trainable: Trainable
@@ -120,7 +123,7 @@ class Side:
     everywhere: Any
 
     def step(self, update: Update, batches: Sequence[Batch], draws: Sequence[Draw]) -> UpdateReport:
-        """One step. The learning rate is 0: weights stay, so that every repeat does the same."""
+        """Do one step. The learning rate is 0, so that every repeat does the same work."""
         with self.everywhere():
             report = make_update(update, self.trainable, self.roles, batches, draws, 0.0, "")
         self.ema.update(0)
@@ -129,7 +132,7 @@ class Side:
 
 @contextmanager
 def derivative_everywhere() -> Iterator[None]:
-    """The reference's way: difference forwards of all samples, r = t or not."""
+    """Compute the derivative for all samples, as the reference does, also for r = t."""
     with patch(
         "anyflow_train.objectives.flow_map.rows_with_second_term", lambda counts, positions, world: len(positions)
     ):
@@ -158,7 +161,7 @@ def main() -> None:
         stock = stock_network(build(size), size, device)
         return {REFERENCE: make_side(stock, StockFlowMap(stock, dtype), device, derivative_everywhere)}
 
-    # On a GPU, whose clock is steady and whose memory is short, one network after the other.
+    # On a GPU one network after the other: its clock is steady and its memory is limited.
     groups = [own, diffusers_own] if device.type == "cuda" else [lambda: own() | diffusers_own()]
     figures: dict[str, dict[str, float]] = {}
     equality: dict[str, float] = {}
@@ -184,22 +187,22 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--batch", type=int, default=0, help="global batch; 0: the size's own")
-    parser.add_argument("--micro", type=int, default=0, help="micro-batch; 0: the size's own")
+    parser.add_argument("--batch", type=int, default=0, help="global batch; 0 uses the size's default")
+    parser.add_argument("--micro", type=int, default=0, help="micro-batch; 0 uses the size's default")
     parser.add_argument(
-        "--checkpointing", choices=("none", *RECOMPUTE), default=None, help="ours; the other's is block"
+        "--checkpointing", choices=("none", *RECOMPUTE), default=None, help="for our network; diffusers' uses block"
     )
-    parser.add_argument("--attention", choices=("sdpa", *KERNELS), default="sdpa", help="kernel, of both networks")
-    parser.add_argument("--compile", action="store_true", help="our blocks; that takes a minute or more")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of every side, after one that is not timed")
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
+    parser.add_argument("--attention", choices=("sdpa", *KERNELS), default="sdpa", help="kernel of both networks")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks; takes a minute or more")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of every side, after one warm-up")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's default")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers to this file")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a busy machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU seconds, for a shared machine")
     options = parser.parse_args()
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
     if options.checkpointing is None:
@@ -208,7 +211,7 @@ def parse() -> argparse.Namespace:
 
 
 def build(size: Size) -> Any:
-    """Our network with random weights, float32, on the CPU."""
+    """Build our network with random weights, float32, on the CPU."""
     config = {
         "num_attention_heads": size.heads,
         "attention_head_dim": size.head_dim,
@@ -219,12 +222,12 @@ def build(size: Size) -> Any:
         "ffn_dim": size.ffn,
         "num_layers": size.layers,
     }
-    # Undamped random networks are rough in time; what is compared here must not drown in that.
+    # Random networks vary strongly over time, which would hide the compared differences. The limit makes them smooth.
     return build_network(config, seed=0, time_frequency_limit=0.03)
 
 
 def prepared(network: AnyFlowTransformer3DModel, options: argparse.Namespace, size: Size, device: torch.device):
-    """Ours, as a run has it."""
+    """Set up our network as a run does: device, compilation, gradient checkpointing."""
     nn.Module.to(network, device)
     recompute = RECOMPUTE.get(options.checkpointing)
     if options.compile:
@@ -236,7 +239,7 @@ def prepared(network: AnyFlowTransformer3DModel, options: argparse.Namespace, si
 
 
 def stock_network(network: AnyFlowTransformer3DModel, size: Size, device: torch.device) -> StockTransformer:
-    """diffusers' network with the same weights."""
+    """Build diffusers' network with the same weights."""
     config: dict[str, Any] = dict(network.config)
     stock = StockTransformer(**{name: value for name, value in config.items() if not name.startswith("_")})
     stock.load_state_dict(network.state_dict())
@@ -247,7 +250,7 @@ def stock_network(network: AnyFlowTransformer3DModel, size: Size, device: torch.
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Operations in a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     side, repeats = (8192, 20) if device.type == "cuda" else (1024, 10)
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     best = float("inf")
@@ -261,7 +264,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
 
 
 def work(size: Size) -> float:
-    """Operations of a step that are the method's: nothing that is computed again, or multiplied by zero."""
+    """Operations that the method requires in a step, without recomputation and without products with zero."""
     shape = Architecture(
         num_attention_heads=size.heads,
         attention_head_dim=size.head_dim,
@@ -286,7 +289,7 @@ def work(size: Size) -> float:
 
 
 def make_step(size: Size, device: torch.device) -> Step:
-    """The update of stage 1 with the published shares, and a step's micro-batches of random samples."""
+    """Build the update of stage 1 with the published shares, and the micro-batches of a step with random samples."""
     times = Times()
     counts = branch_counts(size.batch, times.diffusion_share, times.consistency_share)
     objective = FlowMapObjective(FlowMapConfig(kind="flow_map"), times, counts)
@@ -305,7 +308,7 @@ def make_step(size: Size, device: torch.device) -> Step:
 
 
 def make_side(network: nn.Module, flow_map: Any, device: torch.device, everywhere: Any) -> Side:
-    """A network with an optimizer and averages of its own."""
+    """Build a side: a network with its optimizer and averages."""
     parameters = dict(network.named_parameters())
     ema = Ema(parameters, EmaConfig(decay=0.999, start_step=0))
     optimizer = Optimizer(betas=(FIRST_MOMENT, 0.95))
@@ -314,7 +317,7 @@ def make_side(network: nn.Module, flow_map: Any, device: torch.device, everywher
 
 
 def compare(left: Side, right: Side, step: Step) -> dict[str, float]:
-    """Relative differences of the loss and of the (clipped) gradient, which Adam's first moment holds after a step."""
+    """Relative differences of the loss and of the clipped gradient, which is computed from Adam's first moment."""
     losses, gradients = [], []
     for side in (left, right):
         before = [entry.read().clone() for entry in side.trainable.engine.entries("exp_avg").values()]
@@ -329,7 +332,7 @@ def compare(left: Side, right: Side, step: Step) -> dict[str, float]:
 def measure(
     sides: dict[str, Side], step: Step, clock: Callable[[], float], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median seconds per step, and a GPU's peak memory. Sides take turns: a slow minute strikes all of them."""
+    """Measure median seconds per step, and a GPU's peak memory. The sides alternate."""
 
     def one(side: Side) -> dict[str, float]:
         gpu = torch.cuda.is_available()

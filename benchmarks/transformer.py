@@ -1,13 +1,13 @@
-"""Our transformer against diffusers' own: time of forward and forward + backward, and peak memory.
+"""Compare our transformer with diffusers': time of forward and forward + backward, and peak memory.
 
-Same weights, same inputs, one run: the two alternate, and the medians of their times are compared. Memory is measured
-apart, each network in a process of its own: on a CPU the largest growth of the resident set during one forward +
-backward (after one at a much smaller size, so that libraries are loaded and weights have gradients); on a GPU what the
-allocator held at most, less the weights and gradients.
+Both have the same weights and inputs. They alternate in one run, and the medians of their times are compared. Memory is
+measured separately, each network in a new process: on a CPU the largest growth of the resident set during one forward +
+backward, after one at a much smaller size that loads libraries and creates gradients; on a GPU the allocator's peak
+without weights and gradients.
 
     python benchmarks/transformer.py                              # three sizes on the CPU, 1 thread and all of them
     python benchmarks/transformer.py --size quickstart --threads 1 --json result.json
-    python benchmarks/transformer.py --clock cpu --threads 1      # on a machine that others use too
+    python benchmarks/transformer.py --clock cpu --threads 1      # on a shared machine
     python benchmarks/transformer.py --device cuda --size 1.3b --dtype bf16
 """
 
@@ -73,7 +73,7 @@ CPU_SIZES = ("quickstart", "9x12x16", "21x15x26")
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in seconds and peaks in bytes, of one size with one number of threads."""
+    """Median seconds and peak bytes for one size and one number of threads."""
 
     size: str
     threads: int
@@ -83,7 +83,7 @@ class Result:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Speed of ours over diffusers', and our memory over diffusers'."""
+        """Ratios of speed and memory, ours divided by diffusers'."""
         return {
             "forward": self.forward["diffusers"] / self.forward["ours"],
             "forward+backward": self.both["diffusers"] / self.both["ours"],
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def compare(size: Size, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of forward and of forward + backward, by network; the two alternate."""
+    """Measure median seconds of forward and of forward + backward, by network. The networks alternate."""
     device, dtype = options.device, DTYPES[options.dtype]
     networks = {kind: build(kind, size, device, dtype) for kind in NETWORKS}
     networks["ours"].load_state_dict(networks["diffusers"].state_dict())
@@ -133,14 +133,14 @@ def _medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def build(kind: str, size: Size, device: str, dtype: torch.dtype) -> Any:
-    """A network with random weights, the same for every call."""
+    """Build a network with random weights, which are the same in every call."""
     torch.manual_seed(0)
     network = NETWORKS[kind](**size.network).to(device)
     return network if dtype == torch.float32 else network.to(dtype)
 
 
 def draw(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The arguments of a call; times per sample and frame, the only shape that diffusers takes."""
+    """Draw the arguments of a call. Times are per sample and frame, the only shape that diffusers supports."""
     torch.manual_seed(1)
     t = torch.rand(size.batch, 1).expand(-1, size.frames) * 1000
     text_dim = size.network.get("text_dim", 4096)
@@ -162,7 +162,7 @@ def forward_and_backward(network: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def peak_memory(kind: str, size: Size, device: str, dtype: torch.dtype) -> int:
-    """Bytes that one forward + backward holds at most beside weights and gradients. Run it in a fresh process."""
+    """Peak bytes of one forward + backward, in addition to weights and gradients. Call it in a new process."""
     network = build(kind, size, device, dtype)
     forward_and_backward(network, draw(Size(1, 1, 4, 4, 4, size.network), device, dtype))
     inputs = draw(size, device, dtype)
@@ -175,7 +175,7 @@ def peak_memory(kind: str, size: Size, device: str, dtype: torch.dtype) -> int:
 
 
 def _peak_resident(call: Callable[[], None]) -> int:
-    """Growth of the resident set during a call, in bytes, read every millisecond by a thread beside it."""
+    """Growth of the resident set during a call, in bytes, read every millisecond by another thread."""
     page = resource.getpagesize()
 
     def resident() -> int:
@@ -197,7 +197,7 @@ def _peak_resident(call: Callable[[], None]) -> int:
 
 
 def _memory_in_a_process(kind: str, size: str, options: argparse.Namespace) -> int:
-    """In a process of its own: what another network has freed would otherwise be used again unseen."""
+    """Measure in a new process, so that memory that another network has freed is not reused uncounted."""
     command = [sys.executable, __file__, "--memory-of", kind, "--size", size]
     command += ["--device", options.device, "--dtype", options.dtype]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -225,12 +225,12 @@ def _row(result: Result) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(CPU_SIZES))
-    parser.add_argument("--threads", nargs="+", type=int, default=None, help="CPU threads, one row for each")
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="numbers of CPU threads, one row for each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, of one thread")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU time, for one thread")
     parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--json", type=Path, default=None, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, default=None, help="file for the results")
     parser.add_argument("--memory-of", choices=NETWORKS, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads is None:

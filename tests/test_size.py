@@ -32,6 +32,7 @@ STEP = (
     "models/flow_map.py",
     "training/trainer.py",
     "training/updates.py",
+    "training/step_statistics.py",
     "training/recipe.py",
     "training/engine",
     "data/loader.py",

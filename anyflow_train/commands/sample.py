@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
+from anyflow_train.data.captions import read_lines
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Size, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
-from anyflow_train.evaluation.prompts import distinct, read_lines, slug
+from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
 from anyflow_train.files import write_json

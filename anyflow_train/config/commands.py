@@ -15,7 +15,7 @@ from pydantic import (
 from anyflow_train.config.base import Model
 
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
-EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -43,35 +43,15 @@ class CheckOptions(Model):
 class PlanOptions(Model):
     """Keys of `anyflow plan`, in addition to the keys of a run.
 
-    gpus: GPUs per node.
-    nodes: number of nodes.
-    gpu: GPU model, with its memory in GB.
-    engine: file of `launch/` that starts the run.
-    utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
-    price: price of one GPU for one hour, in any currency; null leaves out the cost.
-    """
+    """`anyflow clips`: render mp4 clips with captions from an embedded data set.
 
-    gpus: PositiveInt = 8
-    nodes: PositiveInt = 1
-    gpu: GpuName = "h100-80"
-    engine: EngineName = "ddp"
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
-    price: NonNegativeFloat | None = None
-
-    @property
-    def world(self) -> int:
-        """Number of processes: one for each GPU."""
-        return self.gpus * self.nodes
-
-
-class ClipsConfig(Model):
-    """`anyflow clips`: render mp4 clips with captions from the embedded stripes data set.
-
+    world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
     out: folder for the clips.
     count: number of clips.
     """
 
     out: str
+    world: Literal["stripes", "shapes"] = "stripes"
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
 
@@ -227,7 +207,7 @@ class EvaluateConfig(Model):
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
-    oracle: Literal["none", "stripes"] = "none"
+    oracle: Literal["none", "stripes", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000

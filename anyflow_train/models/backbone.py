@@ -1,6 +1,6 @@
-"""What the bidirectional and the causal network have in common: all weights but one, the loop over blocks, the checks.
+"""Base class of the bidirectional and the causal network, both Wan2.1's video transformer with two times.
 
-Both are Wan2.1's video transformer with two times.
+It holds all weights except the causal network's second patch embedding, the loop over blocks, and the checks.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from anyflow_train.models.kv_cache import StopAfterKV
 
 
 class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
-    """Base of both networks; their constructors document the arguments and register them as the config.
+    """Base class of both networks. Their constructors document the arguments and register them as the config.
 
     Raises:
-        ValueError: a `patch_size`, `attention_head_dim` or `deltatime_type` that the network cannot have.
+        ValueError: invalid `patch_size`, `attention_head_dim` or `deltatime_type`.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules: ClassVar = ["AnyFlowTransformerBlock"]
-    # diffusers' list and `delta_embedder`, which needs the precision as much as its twin.
+    # diffusers' list, and `delta_embedder`, which needs as much precision as `time_embedder`.
     _keep_in_fp32_modules: ClassVar = [
         "time_embedder",
         "delta_embedder",
@@ -76,7 +76,11 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, but the config of another class is refused: its weights would only half fit."""
+        """Build a network from a config, as in diffusers.
+
+        Raises:
+            ValueError: the config is of another class, whose weights would not all fit.
+        """
         name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
         if name != cls.__name__:
             raise ValueError(
@@ -86,7 +90,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
 
     @property
     def config(self) -> Any:
-        """The constructor's arguments as attributes and keys; diffusers' own type for them has keys only."""
+        """Constructor arguments, as attributes and keys. The type in diffusers' annotation has only keys."""
         return self._internal_dict
 
     def _run_blocks(
@@ -95,39 +99,39 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         context: Tensor,
         modulation: Tensor,
         rotation: Tensor,
-        views: Sequence[AttentionPattern | StopAfterKV | None],
+        patterns: Sequence[AttentionPattern | StopAfterKV | None],
     ) -> Tensor:
-        """All blocks, one after the other, each checkpointed if that is on.
+        """Run all blocks, with gradient checkpointing if it is enabled.
 
-        Arguments and result are those of a block, but for its view: `views` has one for every block.
+        Arguments and result are those of a block, except that `patterns` has one attention pattern per block.
         """
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
-        for block, view in zip(self.blocks, views, strict=True):
+        for block, pattern in zip(self.blocks, patterns, strict=True):
             if checkpoint is None or not self.gradient_checkpointing:
-                x = block(x, context, modulation, rotation, view)
+                x = block(x, context, modulation, rotation, pattern)
             else:
-                x = checkpoint(block, x, context, modulation, rotation, view)
+                x = checkpoint(block, x, context, modulation, rotation, pattern)
         return x
 
     def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens to patches of the output: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
+        """Project tokens to output patches: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
         shift, scale = (at_least_float32(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
         return self.proj_out(modulated_layer_norm(x, shift, scale, self.config.eps))
 
     def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        """Tokens of frames of a grid of patches to latents: (B, S, D) -> (B, F, C_out, H, W)."""
+        """Project tokens to latents: (B, S, D) -> (B, F, C_out, H, W). `grid`: rows and columns of a frame."""
         return unpatchify(self._project(x, embedding), frames, *grid, self.config.patch_size[1])
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of a frame."""
+        """Number of rows and columns of patches in a frame."""
         patch = self.config.patch_size[1]
         return latents.shape[3] // patch, latents.shape[4] // patch
 
     def _check_latents(self, latents: Tensor) -> torch.Size:
-        """The shape (B, F, C, H, W).
+        """Check latents and return their shape (B, F, C, H, W).
 
         Raises:
-            ValueError: another shape, sides that the patch does not divide, or a grid that is too long.
+            ValueError: wrong shape, height or width not divisible by the patch, or a grid that is too long.
         """
         shape = tuple(latents.shape)
         if len(shape) != 5 or shape[2] != self.config.in_channels:
@@ -172,7 +176,11 @@ def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_ty
 
 
 def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
-    """Times of shape (), (B,) or (B, F) as (1, 1), (B, 1) or (B, F): as few rows as carry the information."""
+    """Reshape times of shape (), (B,) or (B, F) to (1, 1), (B, 1) or (B, F).
+
+    Raises:
+        ValueError: another shape.
+    """
     shape = tuple(times.shape)
     if shape == ():
         return times.view(1, 1)
@@ -184,7 +192,7 @@ def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, frames: int, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
+    """Join patches: (B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
     patches = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
-    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies of long runs are fast
+    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies long runs
     return pixels.permute(0, 1, 4, 2, 3).contiguous()

@@ -1,4 +1,4 @@
-"""Which of torch's kernels computes softmax attention in a run: chosen, tried on the device, and said."""
+"""Choose the torch kernel that computes softmax attention, and test it on the device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# For what the chosen kernel cannot do, in the order of their speed.
+# Kernels for inputs that the chosen kernel does not support, fastest first.
 OTHERS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 HOPPER = (9, 0)
 
 
 def choose_kernel(config: RunConfig, device: torch.device) -> str:
-    """The kernel's name: `cudnn`, `flash`, or `sdpa` for torch's own choice.
+    """Choose the kernel: `cudnn`, `flash`, or `sdpa` for torch's own choice.
 
-    `auto` is not measured at the start: a run that goes on must not change its kernel with the machine's mood. On
-    Hopper and later cuDNN's is the fastest for Wan's shapes, before them flash.
+    A resumed run must use the same kernel, so `auto` does not measure speed. For Wan's shapes cuDNN is the fastest on
+    Hopper and later GPUs, and flash on earlier ones.
 
     Raises:
-        UserError: the one that is asked for does not run here.
+        UserError: the kernel of `engine.attention` does not run on this device.
     """
     wanted = config.engine.attention
     if wanted == "sdpa":
@@ -43,7 +43,7 @@ def choose_kernel(config: RunConfig, device: torch.device) -> str:
 
 @contextmanager
 def attention_by(name: str) -> Iterator[None]:
-    """Inside, attention is computed by this kernel wherever it can be."""
+    """Compute attention with this kernel inside the block, wherever the kernel supports the inputs."""
     if name == "sdpa":
         yield
         return
@@ -53,7 +53,7 @@ def attention_by(name: str) -> Iterator[None]:
 
 
 def _problem(config: RunConfig, device: torch.device, name: str) -> str | None:
-    """Why a kernel does not run here, forward and backward; None if it does."""
+    """Run a kernel forward and backward on the device. Returns the problem, or None if it works."""
     architecture, half = config.student.architecture, config.engine.precision == "bf16"
     shape = (1, architecture.num_attention_heads, 256, architecture.attention_head_dim)
     dtype = torch.bfloat16 if half else torch.float32

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable parameters, on their device, tied to the step."""
+"""Exponential moving average of the trained parameters, on their device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 
 class Ema:
-    """Averages by model name. A plain copy of the parameters before `start_step`; it has no state but its tensors.
+    """Averages by model name. Before `start_step` they are copies of the parameters. The tensors are its only state.
 
     Args:
-        shards: what this process holds of every parameter, as the engine says: under ZeRO-3 a part of it.
+        shards: this process's part of every parameter, from `Engine.shards`; the whole parameter except under ZeRO-3.
     """
 
     def __init__(self, shards: Mapping[str, Tensor], config: EmaConfig) -> None:
@@ -29,7 +29,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the parameters after 0-based `step` was applied: `average += (1 - decay) (parameter - average)`."""
+        """Update the averages after 0-based `step`: `average += (1 - decay) (parameter - average)`."""
         if step < self._config.start_step:
             torch._foreach_copy_(self._averages, self._live)  # pyright: ignore[reportPrivateImportUsage]
         else:
@@ -38,10 +38,10 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the network holds the averages. Storage is swapped, not copied: cheap enough for every forward.
+        """Put the averages into the network for a block. Storage is swapped, not copied: which is cheap.
 
-        Only for forwards without gradient. A graph recorded before stays valid: by the time of its backward the
-        parameters hold their own storage again.
+        The block may only run forwards without gradient. Graphs that were recorded before stay valid, because the
+        parameters have their own storage again when their backward runs.
         """
         self._swap()
         try:
@@ -50,7 +50,7 @@ class Ema:
             self._swap()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The averages, or this process's parts of them, by model name."""
+        """Yield the averages, or this process's parts of them, by model name."""
         yield from zip(self._names, self._averages, strict=True)
 
     def _swap(self) -> None:

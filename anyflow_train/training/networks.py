@@ -1,4 +1,4 @@
-"""The networks of a run, on their device: from files, from random weights, from a checkpoint."""
+"""Build the networks of a run on their device: from files, from random weights, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ from anyflow_train.training.weight_source import (
     raise_all,
 )
 
-# In what networks must agree that are called with the same latents and texts.
+# Arguments that must be equal for networks that take the same latents and texts.
 INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
 def start_student(config: Student, seed: int, world: World, materials: Materials = REAL) -> Backbone:
-    """The student on its device; under ZeRO-3 one that starts from trained weights is in shards from the first."""
+    """Build the student on its device. Under ZeRO-3, a student with `init` is read straight into shards."""
     if config.init is None or materials.zero_stage() < 3:
-        return on_device(world.together(lambda: build_student(config, seed, materials)), world.device)
-    start = world.together(lambda: materials.open_student(config))
+        with world.together():
+            network = build_student(config, seed, materials)
+        return on_device(network, world.device)
+    with world.together():
+        start = materials.open_student(config)
     return _adapted(_on_device(start.arguments, start.read_trained, world, materials), config.adapter, seed, start)
 
 
 def build_student(config: Student, seed: int, materials: Materials = REAL) -> Backbone:
-    """The student on the CPU in float32, adapters attached.
+    """Build the student on the CPU in float32, with its adapters.
 
     Raises:
-        UserError: `student.init` cannot be loaded; UserErrors: it has another shape or other times than the student.
+        UserError: `student.init` cannot be loaded. UserErrors: its shape or times differ from the student's.
     """
     if config.init is not None:
         start = materials.open_student(config)
@@ -55,64 +58,64 @@ def build_student(config: Student, seed: int, materials: Materials = REAL) -> Ba
 
 
 def start_shared(config: Student, seed: int, world: World, materials: Materials = REAL) -> SharedBase:
-    """The student as the role `student` on a base that others can share; its adapters begin as `start_student`'s do.
+    """Build the student as the role `student` on a base that other roles can share. Adapters as in `start_student`.
 
     Raises:
-        UserError: the student has no adapters, or cannot start.
+        UserError: the student has no adapters, or `student.init` cannot be loaded.
     """
     if config.init is None or not isinstance(config.adapter, Lora):
-        raise UserError(
-            "student.adapter", "trains the whole network, which nobody can share; choose student/adapter=lora"
-        )
-    start = world.together(lambda: materials.open_student(config))
+        problem = "trains the whole network, so other roles cannot share it; choose student/adapter=lora"
+        raise UserError("student.adapter", problem)
+    with world.together():
+        start = materials.open_student(config)
     network = _on_device(start.arguments, start.read, world, materials)
     shared = SharedBase(network, start.read if materials.zero_stage() == 3 else None)
     shared.add("student", config.adapter, seed, "student.adapter")
     if start.adapter is not None:
-        _hand_on(start.adapter, shared.parameters("student"))
+        _copy_trained(start.adapter, shared.parameters("student"))
     return shared
 
 
 def share_frozen(
     shared: SharedBase, role: str, source: str | None, student: Student, key: str, materials: Materials = REAL
 ) -> str | None:
-    """As which role a shared base is the network of a source, frozen: None for the bare base, else `role`, now added.
+    """Find a frozen source on the student's base. Returns None for the base itself, else `role`, which is then added.
 
     Args:
-        source: the network that the student's base is, or a run that trained an adapter on it.
-        student: whose base it is.
+        source: network of the student's base, or a run that trained an adapter on it.
+        student: config of the student.
         key: config key that names the source.
 
     Raises:
-        UserError: the source is another network, or is not itself under the student's second time.
+        UserError: the source has another base, or the student's second time changes what the base computes at r = t.
     """
     if student.deltatime_type != "r" and student.gate_value != 0:
-        problem = f"{student.deltatime_type!r} gives a base another meaning than {key}'s, also at r = t; set it to r"
-        raise UserError("student.deltatime_type", f"{problem}, or give each role a network of its own")
+        problem = f"is {student.deltatime_type!r}, which changes the network of {key} also at r = t; set it to r"
+        raise UserError("student.deltatime_type", f"{problem}, or load one network per role")
     base, wanted = materials.open_student(student), materials.open_role(key, str(source))
     paths = [[part.path for part in start.parts] for start in (base, wanted)]
     if wanted.source == base.source and paths[0] == paths[1]:
         return None
     last = wanted.parts[-1] if wanted.parts else None
     if last is None or last.network.adapter is None or wanted.source != base.source or paths[0] != paths[1][:-1]:
-        problem = f"{source} is not {base.source}, on which the student's adapter sits, nor an adapter on it"
-        raise UserError(key, f"{problem}; give each role a network of its own")
+        problem = f"{source} is neither {base.source}, the base of the student's adapter, nor an adapter on it"
+        raise UserError(key, f"{problem}; load one network per role")
     if last.network.times["gate_value"] != student.gate_value and any("time_embedder" in name for name in last.tensors):
-        raise UserError(key, f"{source} trained its time embedder at another gate; give each role a network of its own")
+        raise UserError(key, f"{source} trained its time embedder with another gate_value; load one network per role")
     shared.add(role, last.network.adapter, 0, key)
-    _hand_on(last, shared.parameters(role))
+    _copy_trained(last, shared.parameters(role))
     shared.freeze(role)
     return role
 
 
 def start_teacher(source: str | None, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
-    """The frozen teacher on its device, under ZeRO-3 in shards. At r = t it is the teacher, whatever its gate.
+    """Build the frozen teacher on its device, in shards under ZeRO-3. It is only called at r = t: its gate is unused.
 
     Raises:
-        UserError: `teacher.source` names none; UserErrors: it has other latents or texts than the student.
+        UserError: `teacher.source` is null. UserErrors: its latents or texts differ from the student's.
     """
     if source is None:
-        raise UserError("teacher.source", "is null, but the run needs a teacher; name the teacher's folder")
+        raise UserError("teacher.source", "is null, but the run needs a teacher; set it to the teacher's folder")
     network = _start("teacher.source", source, student, world, materials)
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
@@ -120,23 +123,24 @@ def start_teacher(source: str | None, student: Architecture, world: World, mater
 
 
 def start_fake_score(source: str, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
-    """The fake score on its device, under ZeRO-3 in shards, all of it to be trained. It is only called at r = t.
+    """Build the fake score on its device, in shards under ZeRO-3. All of it is trained; it is only called at r = t.
 
     Raises:
-        UserError: `on_policy.fake_score.init` names none; UserErrors: it has other latents or texts than the student.
+        UserError: `on_policy.fake_score.init` cannot be loaded. UserErrors: its latents or texts differ from the
+            student's.
     """
     return _start("on_policy.fake_score.init", source, student, world, materials)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbone:
-    """A trained student on the CPU in float32, adapters attached but not merged.
+    """Load a trained student on the CPU in float32. Its adapters are attached but not merged.
 
     Args:
         checkpoint: run directory (its best checkpoint, else its latest) or checkpoint folder.
         weights: `ema` or `raw`.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or what it started from is gone.
+        UserError: there is no checkpoint, it is damaged, or its base is missing.
     """
     source = open_source(checkpoint, weights)
     settings = None if source.adapter is None else source.adapter.network.adapter
@@ -144,14 +148,15 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbo
 
 
 def _start(key: str, source: str, student: Architecture, world: World, materials: Materials) -> Backbone:
-    """The whole network of a source, or its shards under ZeRO-3. It may have another size than the student."""
-    start = world.together(lambda: materials.open_role(key, source))
+    """Build the network of a source, in shards under ZeRO-3. Its size may differ from the student's."""
+    with world.together():
+        start = materials.open_role(key, source)
     if "chunk_partition" in start.arguments:
-        raise UserError(key, f"{source} is a causal student; name a network that makes whole clips")
+        raise UserError(key, f"{source} is a causal student; choose a network that generates whole clips")
     wanted = student.model_dump()
     raise_all(
         [
-            UserError(key, f"{source} has {name}={start.arguments.get(name, wanted[name])}, the student {wanted[name]}")
+            UserError(key, f"{source} has {name}={start.arguments[name]}, but the student has {wanted[name]}")
             for name in INTERFACE
             if start.arguments.get(name, wanted[name]) != wanted[name]
         ]
@@ -160,24 +165,27 @@ def _start(key: str, source: str, student: Architecture, world: World, materials
 
 
 def _on_device(arguments: Mapping[str, Any], read: Read, world: World, materials: Materials) -> Backbone:
-    """A network whose weights are read one by one; under ZeRO-3 by rank 0, each once, straight into shards."""
+    """Build a network and read its weights one by one. Under ZeRO-3 rank 0 reads each once, straight into shards."""
     if materials.zero_stage() < 3:
-        return on_device(world.together(lambda: assemble(arguments, read)), world.device)
+        with world.together():
+            network = assemble(arguments, read)
+        return on_device(network, world.device)
     return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
 
 
 def _adapted(network: Backbone, adapter: FullTraining | Lora | None, seed: int, source: WeightSource) -> Backbone:
-    """With adapters; if the source has the same ones, with their weights."""
+    """Add the adapters to a network, with the source's weights if it has an adapter."""
     if isinstance(adapter, Lora):
         add_lora(network, adapter, seed)
     if source.adapter is not None:
         factors = {name: p for name, p in trainable_parameters(network).items() if ".lora_" in name}
-        _hand_on(source.adapter, factors)  # its whole modules were read with the network, where they may be in shards
+        # Modules that the adapter trains whole were read with the network, where they may be in shards.
+        _copy_trained(source.adapter, factors)
     return network
 
 
 @torch.no_grad()
-def _hand_on(part: TrainedWeights, parameters: Mapping[str, Parameter]) -> None:
-    """Put what a run trained into parameters of the same names."""
+def _copy_trained(part: TrainedWeights, parameters: Mapping[str, Parameter]) -> None:
+    """Copy a run's trained weights into the parameters of the same names."""
     for name, parameter in parameters.items():
         parameter.copy_(part.tensors[name]())

@@ -1,4 +1,4 @@
-"""The only factory: config -> networks, roles, updates, data. What cannot be built is named by its config key."""
+"""Build everything that a run trains with from its config: networks, roles, updates and data."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from anyflow_train.training.updates import Term, Trainable, Update
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run trains with.
+    """Everything that a run trains with, except the data.
 
     Attributes:
         world: the processes.
-        trainables: by role; every run has a `student`.
-        roles: the flow maps that objectives see.
-        averaged: the student under its averaged weights.
-        updates: what a step does, in order.
+        trainables: trained roles by name; every run has a `student`.
+        roles: flow maps that are passed to the objectives.
+        averaged: flow map of the student with its averaged weights.
+        updates: updates of a step, in order.
     """
 
     world: World
@@ -50,7 +50,7 @@ class Recipe:
     updates: tuple[Update, ...]
 
     def groups(self, role: str) -> dict[str, dict[str, Entry]]:
-        """A role's tensors as a checkpoint names them: the student's groups have no prefix."""
+        """A role's tensors, by the checkpoint's group names. Only the student's groups have no prefix."""
         trainable, prefix = self.trainables[role], "" if role == "student" else f"{role}."
         engine = trainable.engine
         groups = {kind: engine.entries(kind) for kind in engine.kinds}
@@ -60,33 +60,34 @@ class Recipe:
 
 
 def build_recipe(config: RunConfig, world: World, materials: Materials = REAL) -> Recipe:
-    """Networks on the device, optimizer and averages at their start, and the list of updates.
+    """Build the networks on the device, new optimizers and averages, and the list of updates.
 
     Raises:
-        UserError: a network cannot be loaded, or is not what the config says.
+        UserError: a network cannot be loaded, or differs from the config.
     """
-    players = build_roles(config, world, materials)
+    networks = build_roles(config, world, materials)
+    student, fake_score = networks.student, networks.fake_score
     dtype = autocast_dtype(config.engine.precision)
-    engine = materials.build_engine(world, players.student.network, players.student.parameters, config.optimizer)
+    engine = materials.build_engine(world, student.network, student.parameters, config.optimizer)
     ema = Ema(engine.shards(), config.optimizer.ema)
-    live = players.student.flow_map(engine.network, dtype)
-    teacher = None if players.teacher is None else players.teacher(engine.network, dtype)
-    roles = Roles(live, _derivative_role(config, players.student, engine.network, ema), teacher)
-    trainables = {"student": Trainable(players.student.network, engine, config.optimizer, ema)}
+    live = student.flow_map(engine.network, dtype)
+    teacher = None if networks.teacher is None else networks.teacher(engine.network, dtype)
+    roles = Roles(live, _derivative_role(config, student, engine.network, ema), teacher)
+    trainables = {"student": Trainable(student.network, engine, config.optimizer, ema)}
     updates = (_student_update(config, world),)
     matching = config.on_policy.matching
-    if matching is not None and players.fake_score is not None:
-        trainables["fake_score"] = fake = _fake_score(config, matching, players.fake_score, world, materials)
-        roles = replace(roles, fake_score=players.fake_score.flow_map(fake.engine.network, dtype))
+    if matching is not None and fake_score is not None:
+        trainables["fake_score"] = fake = _fake_score(config, matching, fake_score, world, materials)
+        roles = replace(roles, fake_score=fake_score.flow_map(fake.engine.network, dtype))
         updates = _on_policy_updates(config, matching, updates[0])
     return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
 
 
 def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
-    """This process's batches from `start_step` on.
+    """Build the loader of this process's batches, from `start_step` on.
 
     Raises:
-        UserError: the shards cannot be read, or were made for something else.
+        UserError: the shards cannot be read, or do not fit the config.
     """
     data, engine = config.data, config.engine
     shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
@@ -107,7 +108,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
 
 
 def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: Ema) -> FlowMap:
-    """What the time derivative is taken of: the student or its average, in the precision of the derivative."""
+    """Build the flow map whose time derivative is taken: the student or its average, in the derivative's precision."""
     derivative = config.objective.derivative
     if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
@@ -116,23 +117,23 @@ def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: 
 
 
 def _fake_score(
-    config: RunConfig, on_policy: DistributionMatching, player: RoleNetwork, world: World, materials: Materials
+    config: RunConfig, on_policy: DistributionMatching, role: RoleNetwork, world: World, materials: Materials
 ) -> Trainable:
-    """Without averages: it is only a means."""
+    """Build the fake score. It has no averages, because nothing but training uses it."""
     optimizer = config.optimizer.model_copy(update={"lr": on_policy.fake_score.lr})
-    engine = materials.build_engine(world, player.network, player.parameters, optimizer)
-    return Trainable(player.network, engine, optimizer, None)
+    engine = materials.build_engine(world, role.network, role.parameters, optimizer)
+    return Trainable(role.network, engine, optimizer, None)
 
 
 def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, student: Update) -> tuple[Update, Update]:
-    """The student's update with distribution matching before its own term, then the fake score's."""
+    """Build both updates: the student's, with distribution matching before its own terms, and the fake score's."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     chunks = Chunks.of(config.student.architecture)
     rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
-    beside = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
-    terms = (Term(name="distribution_matching", objective=matching, weight=on_policy.weight), *beside)
+    kept = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
+    terms = (Term(name="distribution_matching", objective=matching, weight=on_policy.weight), *kept)
     score = FakeScoreObjective(rollouts, on_policy.fake_score.times, endpoints)
     return (
         Update("student", terms, every=on_policy.fake_score.updates),
@@ -155,7 +156,7 @@ def _student_update(config: RunConfig, world: World) -> Update:
 
 
 def _main_term(config: RunConfig, world: World) -> Term:
-    """The run's objective, of whatever kind."""
+    """Build the term of the run's objective."""
     objective, size = config.objective, config.engine.global_batch
     counts, balance = objective.branch_counts(config.times, size), objective.rebalancing
     return Term(

@@ -1,4 +1,4 @@
-"""The networks of all roles of a run before they have engines: each with one of its own, or all on one frozen base."""
+"""Build the networks of all roles, before their optimizers: one network per role, or adapters on one frozen base."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ MakeFlowMap = Callable[[Any, torch.dtype | None], FlowMap]
 
 @dataclass(frozen=True)
 class RoleNetwork:
-    """A role that is trained.
+    """The network of a trained role.
 
     Attributes:
-        network: what its engine is made of.
-        parameters: those that it trains, by the names of checkpoints.
-        flow_map: its flow map, from the engine's network and the half precision of its products.
+        network: the network that the role's engine wraps.
+        parameters: trained parameters, by their names in checkpoints.
+        flow_map: builds the role's flow map from the engine's network and the dtype of autocast (None: no autocast).
     """
 
     network: Backbone
@@ -48,7 +48,7 @@ class RoleNetwork:
 
 @dataclass(frozen=True)
 class RoleNetworks:
-    """All roles. The teacher is called through the student's engine where it shares its network."""
+    """The networks of all roles. A teacher that shares the student's network is called through the student's engine."""
 
     student: RoleNetwork
     teacher: MakeFlowMap | None
@@ -56,15 +56,15 @@ class RoleNetworks:
 
 
 def build_roles(config: RunConfig, world: World, materials: Materials = REAL) -> RoleNetworks:
-    """The networks of a run, on their device.
+    """Build the networks of a run on their device.
 
     Raises:
-        UserError: one cannot be loaded, is not what the config says, or cannot share the base.
+        UserError: a network cannot be loaded, differs from the config, or cannot share the base.
     """
     settings, shape = config.on_policy.matching, config.student.architecture
     if shares_base(config):
         return _on_one_base(config, world, materials)
-    student = _own(start_student(config.student, config.seed, world, materials), config, world)
+    student = _role_network(start_student(config.student, config.seed, world, materials), config, world)
     if not needs_teacher(config):
         return RoleNetworks(student, None, None)
     frozen = start_teacher(config.teacher.source, shape, world, materials)
@@ -73,48 +73,48 @@ def build_roles(config: RunConfig, world: World, materials: Materials = REAL) ->
     fake_score = None
     if settings is not None:
         network = start_fake_score(settings.fake_score.init, shape, world, materials)
-        fake_score = _own(network, config, world)
+        fake_score = _role_network(network, config, world)
     return RoleNetworks(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 
 
-def _own(network: Backbone, config: RunConfig, world: World) -> RoleNetwork:
+def _role_network(network: Backbone, config: RunConfig, world: World) -> RoleNetwork:
     if config.engine.fp8 == "frozen":
         multiply_in_fp8(network)
     return RoleNetwork(_prepared(network, config, world), trainable_parameters(network), NetworkFlowMap)
 
 
 def _on_one_base(config: RunConfig, world: World, materials: Materials) -> RoleNetworks:
-    """Student, and fake score where there is one, as adapters on the teacher's frozen network."""
+    """Build the student, and the fake score if there is one, as adapters on the teacher's frozen network."""
     shared = start_shared(config.student, config.seed, world, materials)
     shared.compiled = config.engine.compile
     network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
     if fake_adapter is not None:
-        # Another seed than the student's: equal random halves would couple the two.
+        # The seed differs from the student's: with equal random factors the two adapters would start correlated.
         shared.add("fake_score", fake_adapter, config.seed + 1, "on_policy.fake_score.adapter")
-    teacher = world.together(
-        lambda: share_frozen(shared, "teacher", config.teacher.source, config.student, "teacher.source", materials)
-    )
+    with world.together():
+        source = config.teacher.source
+        teacher = share_frozen(shared, "teacher", source, config.student, "teacher.source", materials)
 
     def as_role(role: str | None) -> MakeFlowMap:
         return lambda called, dtype: shared.flow_map(role, NetworkFlowMap(called, dtype))
 
-    def player(role: str) -> RoleNetwork:
+    def trained(role: str) -> RoleNetwork:
         return RoleNetwork(network, shared.parameters(role), as_role(role))
 
     if config.engine.fp8 == "frozen":
         multiply_in_fp8(network)
-    return RoleNetworks(player("student"), as_role(teacher), None if fake_adapter is None else player("fake_score"))
+    return RoleNetworks(trained("student"), as_role(teacher), None if fake_adapter is None else trained("fake_score"))
 
 
 def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
-    """A network that is trained, as the config has them computed."""
+    """Set up a trained network as the config says: sequence parallelism, compilation, gradient checkpointing."""
     if world.sequence_group is not None:
         network.split_sequence(world.sequence_group)
     recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
     if config.engine.compile:
-        # Block by block: all blocks are one function to the compiler, which sees with it what is computed again. It is
-        # compiled for every role, sequence of chunks, number of samples and length of text, with and without gradient:
-        # dozens of times, where torch would give up after 8.
+        # Blocks are compiled one by one, together with their recomputation: all of them share one compiled function.
+        # It is compiled again for every role, sequence of chunks, number of samples and text length, with and without
+        # gradient. That is dozens of times; torch's default limit is 8.
         limits: Any = torch._dynamo.config
         limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
         network.compile_repeated_blocks(fullgraph=True)

@@ -1,4 +1,4 @@
-"""From a config to a finished run: who takes part, what they agree on, what they go on from, and how it ends."""
+"""Run training from a config: start the processes, compare what they see, resume or begin, train, and end."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ BuildValidator = Callable[[RunConfig, World], Validator]
 
 
 def run(config: RunConfig, build_validator: BuildValidator | None = None, foresee: Foresee | None = None) -> int:
-    """Train, or continue, until `config.steps`, a stop signal, or too many non-finite steps.
+    """Train until `config.steps`, a stop signal, or too many non-finite steps. Resumes if there is a checkpoint.
 
     Args:
-        config: of the run; its directory is `<out>/<name>`.
-        build_validator: makes the judge of `config.evaluation`; None trains without validation.
-        foresee: tells what the run needs, before it starts on GPUs; None leaves out the memory check and `mfu`.
+        config: config of the run; its directory is `<out>/<name>`.
+        build_validator: builds the validator for `config.evaluation`; None trains without validation.
+        foresee: predicts what the run needs, before it starts on GPUs; None skips the memory check and `mfu`.
 
     Returns:
-        The exit code: `PREEMPTED` if a scheduler asked it to stop, else 0.
+        The exit code: `PREEMPTED` if a scheduler stopped the run before its last step, else 0.
 
     Raises:
-        UserError: the run cannot start, continue, or go on. SharedErrors where every process says so.
+        UserError: the run cannot start, resume, or continue. SharedErrors if every process reports it.
     """
     directory = RunDirectory.of(config)
     with ExitStack() as stack:
@@ -58,29 +58,32 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         stack.enter_context(Heartbeat(world, config.engine.timeout_seconds, directory.logs))
         check_agreement(world, run_facts(config))
         start = world.on_main(lambda: stack.enter_context(directory.locked()))
-        world.together(lambda: None if world.is_main else directory.check_shared(start))
+        with world.together():
+            if not world.is_main:
+                directory.check_shared(start)
         config = world.on_main(lambda: resolve_init_checkpoint(config, directory))
         finished = world.on_main(lambda: check_finished(directory, config))
         if finished:
             print(finished)
             return 0
-        world.together(lambda: check_fp8(config.engine, world.device))
-        world.together(lambda: check_moments(config.optimizer))
-        kernel = world.together(lambda: choose_kernel(config, world.device))
+        with world.together():
+            check_fp8(config.engine, world.device)
+            check_moments(config.optimizer)
+            kernel = choose_kernel(config, world.device)
         work = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
         world.on_main(lambda: check_start(config))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
-        judge = build_validator if config.evaluation.every else None
-        validator = world.together(lambda: judge(config, world)) if judge else None
-        loader = stack.enter_context(closing(world.together(lambda: build_loader(config, world, state.step))))
+        with world.together():
+            validator = build_validator(config, world) if build_validator and config.evaluation.every else None
+            loader = stack.enter_context(closing(build_loader(config, world, state.step)))
         check_agreement(world, data_facts(loader.manifest))
         world.on_main(lambda: directory.begin(config))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:
-            progress.say(f"going on from {point.path}")
+            progress.say(f"resuming from {point.path}")
         progress.say(f"attention: {kernel}")
         stream: Iterable[Sequence[Batch]] = loader
         if config.profile:
@@ -94,7 +97,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
 
 
 def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
-    """Put a checkpoint's tensors into the roles that are trained; the state at the beginning without one."""
+    """Copy a checkpoint's tensors into the trained roles. Returns its state; without one, the initial state."""
     if point is None:
         return TrainState()
     for role, trainable in recipe.trainables.items():
@@ -105,12 +108,12 @@ def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:
-    """What all processes of a run must agree on before they do anything together."""
+    """Facts on which all processes must agree before they communicate: the config's keys, and the versions."""
     keys = {key: json.dumps(value) for key, value in flatten(config.model_dump(mode="json")).items()}
     return {**keys, "the version of anyflow_train": __version__, "the version of torch": torch.__version__}
 
 
 def data_facts(manifest: Manifest) -> dict[str, str]:
-    """What all processes must find in `data.shards`."""
+    """Facts about `data.shards` on which all processes must agree."""
     checksum = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
-    return {"data.shards: the manifest": f"one of {manifest.samples} samples ({checksum})"}
+    return {"data.shards": f"a manifest of {manifest.samples} samples ({checksum})"}

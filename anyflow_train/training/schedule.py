@@ -8,10 +8,10 @@ from anyflow_train.config.run import Optimizer
 
 
 def learning_rate(step: int, steps: int, config: Optimizer) -> float:
-    """Learning rate of 0-based `step` of a run of `steps`.
+    """Learning rate of 0-based `step` in a run of `steps` steps.
 
-    Linear warm-up that reaches `lr` in step `warmup_steps - 1`, then constant, or a half cosine from `lr` at the end of
-    the warm-up to `final_lr_share * lr` at the run's end.
+    A linear warm-up reaches `lr` in step `warmup_steps - 1`. Then the rate is constant, or it follows a half cosine
+    from `lr` down to `final_lr_share * lr` at the end of the run.
     """
     warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if config.schedule == "constant" or step < config.warmup_steps:

@@ -1,4 +1,4 @@
-"""Whether a run may start from what `student.init` names, and where it does: refused before anything slow is done."""
+"""Check, before anything slow, that the device fits the config and that the run may start from `student.init`."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ FP8_CAPABILITY = (8, 9)
 
 
 def check_fp8(engine: Engine, device: torch.device) -> None:
-    """A CPU multiplies in fp8 too, slowly.
+    """Check that `engine.fp8` works on the device. A CPU supports fp8 too, slowly.
 
     Raises:
-        UserError: the GPU cannot, or the launcher cuts the weights into shards.
+        UserError: the GPU does not support fp8, or ZeRO-3 shards the weights.
     """
     if engine.fp8 == "none":
         return
     if zero_stage() == 3:
-        problem = "frozen takes whole weights, and ZeRO-3 leaves each process a shard; start with zero2 or ddp"
+        problem = "is frozen, which requires whole weights, but ZeRO-3 shards them; start with zero2 or ddp"
         raise UserError("engine.fp8", f"{problem}, or set it to none")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        problem = f"frozen needs a GPU of compute capability 8.9 or more, and {torch.cuda.get_device_name(device)} has"
         major, minor = torch.cuda.get_device_capability(device)
+        problem = f"is frozen, which requires compute capability 8.9, but {torch.cuda.get_device_name(device)} has"
         raise UserError("engine.fp8", f"{problem} {major}.{minor}; set it to none")
 
 
 def check_moments(optimizer: Optimizer) -> None:
-    """Where Adam's moments may be kept in 8 bits.
+    """Check that `optimizer.moments` works with the launcher's strategy and the installed packages.
 
     Raises:
-        UserError: the library is missing, or the launcher cuts the moments into shards.
+        UserError: bitsandbytes is missing, or ZeRO shards the moments.
     """
     if optimizer.moments == "fp32":
         return
     if zero_stage():
-        problem = "8bit is for one process and DDP, and ZeRO cuts the moments over the processes instead"
+        problem = "is 8bit, which requires one process or DDP, but ZeRO shards the moments"
         raise UserError("optimizer.moments", f"{problem}; set it to fp32, or start with ddp")
     try:
         library()
     except ImportError as error:
-        problem = f"8bit needs bitsandbytes, which cannot be imported ({error})"
+        problem = f"is 8bit, which requires bitsandbytes, but it cannot be imported ({error})"
         advice = "pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
         raise UserError("optimizer.moments", f"{problem}; {advice}") from error
 
 
 def check_start(config: RunConfig) -> None:
-    """Compare a config with the run, or exported folder, that its student starts from.
+    """Compare a config with the run or exported folder that its student starts from.
 
-    Another gate, second time or shift gives the same weights another meaning, and so does another VAE. Another number
-    of frames, or another size of the picture, is a change that training may make.
+    The weights only make sense with the same gate, second time, shift and VAE. The number of frames and their size may
+    change.
 
     Raises:
-        UserErrors: all the differences, with the config key and both values.
+        UserErrors: one line for every difference, with the config key and both values.
     """
     init = config.student.init
     if init is None:
@@ -87,7 +87,7 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
         return [UserError("student.init", str(error))]
     ours = NetworkFile.of_student(config.student)
     pairs = [(f"student.{name}", value, before.times[name]) for name, value in ours.times.items()]
-    # Whether it is causal, and how, is compared where it is opened: another network can become it.
+    # `causal` is compared when the weights are opened: a network that is not causal can become causal.
     shape = config.student.architecture.model_dump(exclude={"causal"})
     pairs += [(f"student.architecture.{name}", value, before.arguments.get(name)) for name, value in shape.items()]
     pairs.append(("times.shift", config.times.shift, before.sampling.shift))
@@ -95,15 +95,13 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
     vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
-        problem = (
-            f"has another VAE ({vae}) than {checkpoint} was trained with ({vae_before}); its latents mean nothing here"
-        )
+        problem = f"has the VAE {vae}, but {checkpoint} was trained with {vae_before}; use the same VAE"
         errors.append(UserError("teacher.codec", problem))
     return errors
 
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
-    """An AnyFlow pipeline says its shift and its latents; a Wan2.1 pipeline was trained with all shifts."""
+    """Compare the shift and the VAE of a pipeline folder. A Wan2.1 pipeline has no shift: it works with any."""
     scheduler, vae = _json(folder / "scheduler" / "scheduler_config.json"), _json(folder / "vae" / "config.json")
     errors = []
     if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler":
@@ -112,12 +110,12 @@ def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
     ours = {} if codec is None else _json(Path(codec).expanduser() / "vae" / "config.json")
     for name in LATENT_SPACE if ours and vae else ():
         if ours.get(name) != vae.get(name):
-            errors.append(UserError("teacher.codec", f"{codec} has another VAE than {folder}: their {name} differ"))
+            errors.append(UserError("teacher.codec", f"is {codec}, whose VAE differs from {folder} in {name}"))
     return errors
 
 
 def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
-    """The fingerprint of a run's VAE, of its files or else of its shards; None where both are out of reach."""
+    """Fingerprint of a run's VAE, from its files or from its shards. None if neither can be read."""
     found = known_fingerprint(codec, "vae")
     if found is None and shards is not None:
         with suppress(UserError):

@@ -1,4 +1,4 @@
-"""The loop: one trainer for every stage, because a run is a list of updates."""
+"""The training loop: one trainer for every stage, because a run is a list of updates."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Trainer:
     """A run in progress.
 
     Attributes:
-        state: where the run stands.
-        validator: judges the student; None for a run without validation.
-        stop: whether someone asked the run to end.
-        work: operations of a step of all processes together; None leaves `mfu` out of the log.
+        state: steps done, and everything else that resume needs in addition to the tensors.
+        validator: evaluates the student; None for a run without validation.
+        stop: whether the run has received a stop signal.
+        work: operations of one step, summed over all processes; None leaves `mfu` out of the log.
     """
 
     config: RunConfig
@@ -64,13 +64,13 @@ class Trainer:
         self._seconds_before = self.state.seconds - time.monotonic()
 
     def train(self, stream: Iterable[Sequence[Batch]]) -> None:
-        """Run the remaining steps over this process's micro-batches, or fewer if asked to stop."""
+        """Run the remaining steps on this process's micro-batches, or fewer after a stop signal."""
         with closing(self._saver):
             self._run(iter(stream))
 
     def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
         self._validate_if_due()
-        while self.state.step < self.config.steps and not self._asked_to_stop():
+        while self.state.step < self.config.steps and not self._should_stop():
             self._pace.begin()
             self._activity.begin("loading data", self.state.step)
             batches = next(steps)
@@ -84,7 +84,7 @@ class Trainer:
         self._saver.wait()
         self._activity.begin_untimed("ending")
         if self.state.step < self.config.steps:
-            self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to go on")
+            self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to resume")
         else:
             self._finish()
 
@@ -107,7 +107,7 @@ class Trainer:
         self._advance(values, nonfinite_samples)
 
     def _advance(self, values: dict[str, float], nonfinite_samples: tuple[str, ...]) -> None:
-        """Count the step. A skipped one moves on in the data, but its numbers stay out of the means."""
+        """Count the step. A skipped step also consumes its data, but its values are left out of the logged means."""
         state, size = self.state, self.config.engine.global_batch
         self.state = dataclasses.replace(
             state,
@@ -121,16 +121,15 @@ class Trainer:
         if not nonfinite_samples:
             self._window.append(values)
             return
-        names = ", ".join(nonfinite_samples[:8]) + (
-            f" and {len(nonfinite_samples) - 8} more" if len(nonfinite_samples) > 8 else ""
-        )
+        shown, more = nonfinite_samples[:8], len(nonfinite_samples[8:])
+        names = ", ".join(shown) + (f" and {more} more" if more else "")
         problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
         if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
             self._give_up(f"{self.state.skipped_in_row} such steps in a row: {problem}")
         self.progress.say(f"warning: {problem}; skipped")
 
     def _log_if_due(self) -> None:
-        """Show and record the means since the last time; not only the last step's, which are noisy."""
+        """Show and record the means since the last logged step; the values of a single step would be noisy."""
         if not (self._due(self.config.log_every) and self._window):
             return
         names = dict.fromkeys(name for row in self._window for name in row)
@@ -148,17 +147,13 @@ class Trainer:
         self.trackers.log(self.state.step, means)
 
     def _validate_if_due(self) -> None:
-        """Validate the averaged student. One that was interrupted is done first thing after the next start."""
-        if (
-            self.validator is None
-            or self.state.validated == self.state.step
-            or not self._due(self.config.evaluation.every)
-        ):
+        """Validate the averaged student. An interrupted validation is repeated directly after the next start."""
+        done = self.state.validated == self.state.step
+        if self.validator is None or done or not self._due(self.config.evaluation.every):
             return
-        student = self.recipe.averaged
         folder = self.directory.validation(self.state.step)
         with self._activity.untimed("validating"):
-            validation = self.validator(student, folder, self._asked_to_stop)
+            validation = self.validator(self.recipe.averaged, folder, self._should_stop)
         if validation is None:
             return
         metrics = validation.metrics
@@ -181,7 +176,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        """Begin a checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step, unless it has one already."""
         if self._saved == self.state.step:
             return
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
@@ -202,8 +197,8 @@ class Trainer:
         self.recipe.world.on_main(lambda: self.directory.write_done(summary))
         self.progress.say(f"finished {self.state.step} steps in {summary['seconds']:.0f} s: {self.directory.path}")
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was, or a checkpoint could not be written: all must stop after the same step."""
+    def _should_stop(self) -> bool:
+        """Whether any process received a stop signal or could not save. All processes stop after the same step."""
         return self.recipe.world.any(self.stop.signal is not None or self._saver.failed)
 
     def _due(self, every: int) -> bool:
@@ -214,10 +209,6 @@ class Trainer:
         return self._seconds_before + time.monotonic()
 
     def _give_up(self, problem: str) -> NoReturn:
-        """End with what all processes have found."""
-
-        def fail() -> NoReturn:
+        """End all processes with the same error."""
+        with self.recipe.world.together():
             raise UserError("max_nonfinite_steps", problem)
-
-        self.recipe.world.together(fail)
-        raise AssertionError

@@ -1,4 +1,4 @@
-"""What the trainer knows of validation; how it is done is `evaluation`'s business."""
+"""The interface between the trainer and validation. The implementation is in `evaluation`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from anyflow_train.flow.types import FlowMap
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation's numbers by name, and mp4 files by caption."""
+    """Results of one validation: numbers by name, and mp4 files by caption."""
 
     metrics: dict[str, float]
     videos: dict[str, Path] = field(default_factory=dict)
 
 
 class Validator(Protocol):
-    """Judges a student from fixed noise."""
+    """Evaluates a student from fixed noise."""
 
     def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
-        """Sample, measure, and write videos into `folder`; None as soon as `interrupted` says so."""
+        """Sample, measure, and write videos into `folder`. Returns None as soon as `interrupted` returns True."""
         ...

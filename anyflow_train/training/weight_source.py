@@ -1,6 +1,6 @@
-"""Where a network's weights come from: a network in diffusers' layout, or a run of ours and what it started from.
+"""Open the weights of a network: in diffusers' layout, or of a run and everything that it started from.
 
-Everything reads weights through `WeightSource.read(name)`: nothing is read before, and no process holds all of them.
+All code reads weights through `WeightSource.read(name)`, one by one. Opening a source reads no weights.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """What a run trained, by model name. Nothing has been read yet.
+    """Weights that a run trained, by model name. They are read when they are needed.
 
     Attributes:
-        path: of the checkpoint.
-        network: the trained network.
-        tensors: reads each of them.
+        path: folder of the checkpoint.
+        network: description of the trained network.
+        tensors: model name -> function that reads the weight.
     """
 
     path: Path
@@ -49,11 +49,11 @@ class TrainedWeights:
     tensors: Mapping[str, Callable[[], Tensor]]
 
     def replaced(self, name: str, weight: Tensor) -> Tensor:
-        """A weight of the network below, or the one that was trained whole in its place, float32."""
+        """Return the trained weight of this name, float32, or the given weight of the base if it was not trained."""
         return self.tensors[name]().float() if name in self.tensors else weight
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """A weight of the network below with everything that was trained, float32."""
+        """Return a weight of the base with everything that was trained merged into it, float32."""
         path, lora = name.removesuffix(".weight"), self.network.adapter
         if lora is None or f"{path}.lora_A.weight" not in self.tensors:
             return self.replaced(name, weight)
@@ -63,13 +63,13 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights of a network. Nothing has been read yet.
+    """The weights of a network. They are read when they are needed.
 
     Attributes:
-        source: of the root: folder, hub id or checkpoint.
-        root: the first network of a chain of runs: in diffusers' layout, or of a run that trained all of it.
-        parts: adapters to be merged into the root, in their order.
-        adapter: the adapter that sits on all that and is not merged; None if there is none.
+        source: folder, hub id or checkpoint of the root.
+        root: first network of a chain of runs, in diffusers' layout or from a run that trained the whole network.
+        parts: adapters to merge into the root, in order.
+        adapter: the adapter on top, which is not merged; None if there is none.
     """
 
     source: str
@@ -79,28 +79,28 @@ class WeightSource:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """Of the network's constructor."""
+        """Arguments of the network's constructor."""
         return self.root.arguments
 
     @property
     def base(self) -> str:
-        """What the adapter sits on: folder, hub id or checkpoint."""
+        """Base of the adapter: folder, hub id or checkpoint."""
         return str(self.parts[-1].path) if self.parts else self.source
 
     def read(self, name: str) -> Tensor:
-        """A weight of the network without `adapter`, float32, on the CPU."""
+        """Read a weight of the network without `adapter`, float32, on the CPU."""
         weight = self.root.read(name)
         for part in self.parts:
             weight = part.merged(name, weight)
         return weight
 
     def read_trained(self, name: str) -> Tensor:
-        """Like `read`, except for modules that the adapter trains whole: those have its weights."""
+        """Read a weight like `read`, but take modules that the adapter trains whole from the adapter."""
         weight = self.read(name)
         return weight if self.adapter is None else self.adapter.replaced(name, weight)
 
     def merged(self) -> WeightSource:
-        """The same network with its adapter merged into the weights."""
+        """Return the network with its adapter merged into the weights."""
         return self if self.adapter is None else replace(self, parts=(*self.parts, self.adapter), adapter=None)
 
 
@@ -111,10 +111,10 @@ def is_run(source: str) -> bool:
 
 
 def open_student_start(student: Student) -> WeightSource:
-    """What `student.init` names. A run with the same adapter hands it on; any other gives merged weights.
+    """Open `student.init`. If it is a run with the student's kind of adapter, its adapter is not merged.
 
     Raises:
-        UserErrors: it cannot be loaded, or has another shape or other times than the student.
+        UserErrors: it cannot be loaded, or its shape or times differ from the student's.
     """
     source, wanted = str(student.init), NetworkFile.of_student(student)
     if not is_run(source):
@@ -129,26 +129,26 @@ def open_student_start(student: Student) -> WeightSource:
     return _explained("student.init", lambda: _base_of_adapter(wanted, ()))
 
 
-def open_source(source: str | Path, weights: str = "ema", of_wan: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
-    """The network of any source as it is; the adapter of a run stays apart (see `WeightSource.merged`).
+def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
+    """Open the network of any source. The adapter of a run is not merged (see `WeightSource.merged`).
 
     Args:
         source: Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id; run directory (its best checkpoint,
             else its latest) or checkpoint folder.
-        weights: `ema` or `raw`, of a run; everything below its adapter is averaged.
-        of_wan: `gate_value` and `deltatime_type` of a network made of a Wan2.1 transformer.
+        weights: `ema` or `raw` weights of a run. The base of its adapter always has averaged weights.
+        wan_times: `gate_value` and `deltatime_type` of a network that is built from a Wan2.1 transformer.
 
     Raises:
-        UserError: there is no such network, it is damaged, or what it started from is gone.
+        UserError: there is no such network, it is damaged, or its base is missing.
     """
     if is_run(str(source)):
         return _of_run(_trained(str(source), "ema" if weights == "ema" else "weights", ()), ())
     path = Path(source).expanduser()
-    return _in_diffusers_layout(str(path if path.exists() else source), None, of_wan)
+    return _in_diffusers_layout(str(path if path.exists() else source), None, wan_times)
 
 
 def open_role(key: str, source: str) -> WeightSource:
-    """The network of a role that is not the student; the adapters of a run are merged.
+    """Open the network of a role other than the student. The adapters of a run are merged.
 
     Args:
         key: config key that names the source, for errors.
@@ -160,18 +160,18 @@ def open_role(key: str, source: str) -> WeightSource:
 
 
 def base_of(network: NetworkFile) -> str | None:
-    """What a network began as, or what its adapter sits on: folder, hub id or checkpoint; None for random weights."""
+    """Folder, hub id or checkpoint of a network's start, or of its adapter's base. None for random weights."""
     return network.init if network.init is None or network.adapter is None else _base_of_adapter(network, ()).base
 
 
 def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The config with one checkpoint for its start, where it names a run directory, whose best may change; also for a
-    teacher of the same name.
+    """Replace a run directory in `student.init`, and an equal `teacher.source`, by one of its checkpoints.
 
-    The checkpoint is the one that the run began with, if it did. So a requeued job, and an export, find the same base.
+    The best checkpoint of a run directory may change. A run that has started before keeps its first choice, so that a
+    requeued job and an export find the same base.
 
     Raises:
-        UserError: the run directory holds none.
+        UserError: the run directory contains no checkpoint.
     """
     init = config.student.init
     if init is None or not (Path(init).expanduser() / "checkpoints").is_dir():
@@ -192,33 +192,33 @@ def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
 
 
 def _in_diffusers_layout(
-    source: str, wanted: NetworkFile | None, of_wan: Mapping[str, Any] = STUDENT_TIMES
+    source: str, wanted: NetworkFile | None, wan_times: Mapping[str, Any] = STUDENT_TIMES
 ) -> WeightSource:
-    """A folder or hub id that is no run.
+    """Open a folder or hub id in diffusers' layout.
 
     Args:
-        wanted: the network to make of it; None: as it is.
+        wanted: the network to build from it; None keeps its own times and chunks.
     """
     times, causal = (None, None) if wanted is None else (wanted.times, wanted.causal)
     name = str(Path(source).resolve()) if Path(source).is_dir() else source
     try:
-        return WeightSource(name, open_pretrained(source, times, causal, of_wan))
+        return WeightSource(name, open_pretrained(source, times, causal, wan_times))
     except UserError as error:
         if times is None:
             raise
-        asked = ", ".join(f"student.{name}={value}" for name, value in times.items())
-        raise UserError(error.where, f"{error.problem} (asked for: {asked})") from error
+        keys = ", ".join(f"student.{name}={value}" for name, value in times.items())
+        raise UserError(error.where, f"{error.problem} (the config has {keys})") from error
 
 
 def _of_run(trained: TrainedWeights, seen: tuple[Path, ...]) -> WeightSource:
-    """The network that a run trained, its adapter apart."""
+    """Open the network that a run trained. Its adapter is not merged."""
     if trained.network.adapter is not None:
         return replace(_base_of_adapter(trained.network, (*seen, trained.path)), adapter=trained)
     return WeightSource(str(trained.path), PretrainedWeights(trained.network.arguments, trained.tensors))
 
 
 def _base_of_adapter(network: NetworkFile, seen: tuple[Path, ...]) -> WeightSource:
-    """What a network's adapter sits on, and the run with the same adapter, if it began with one."""
+    """Open the base of a network's adapter, and the adapter that the training started from, if there is one."""
     source = str(network.init)
     if is_run(source):
         before = _trained(source, "ema", seen)
@@ -232,24 +232,32 @@ def _base_of_adapter(network: NetworkFile, seen: tuple[Path, ...]) -> WeightSour
         except UserError as error:
             if not seen:
                 raise
-            problem = f"was trained on {source}, which is missing or changed: {error}"
+            problem = f"was trained on {source}, which is missing or has changed: {error}"
             raise UserError(str(seen[-1]), problem) from error
     return replace(below, root=replace(below.root, arguments=_made_causal(below.arguments, network)))
 
 
 def _made_causal(arguments: Mapping[str, Any], network: NetworkFile) -> Mapping[str, Any]:
-    """A network whose frames were made together can become causal; what it lacks it makes of what it has."""
+    """Add the arguments of a causal network. A network of whole clips can become causal."""
     if network.causal is None:
         return arguments
-    # The partition is that of the clips, which may be others than before.
+    # The chunk partition depends on the length of the clips, which may change.
     return {**network.causal, **arguments, "chunk_partition": network.causal["chunk_partition"]}
 
 
 def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
-    """Raises UserError: the checkpoint is damaged, or stands for itself."""
+    """Open the trained weights of a run or checkpoint.
+
+    Args:
+        group: group of tensors, `ema` or `weights`.
+        seen: checkpoints that were trained on this one.
+
+    Raises:
+        UserError: the checkpoint is damaged, or it is its own base.
+    """
     path = resolve_checkpoint(source).resolve()
     if path in seen:
-        raise UserError(str(path), f"is a start of itself: {' <- '.join(map(str, (*seen, path)))}")
+        raise UserError(str(path), f"started from itself: {' <- '.join(map(str, (*seen, path)))}")
     try:
         network, files = read_network(path), open_tensors(path, group)
     except DamagedCheckpoint as damage:
@@ -259,7 +267,7 @@ def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
 
 
 def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
-    """Of everything that a run trains, by model name."""
+    """Shapes of all weights that a run trains, by model name."""
     built = build_empty(network.arguments)
     if network.adapter is not None:
         with device("meta"):
@@ -268,11 +276,9 @@ def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
 
 
 def _same_adapter(one: Lora | None, other: Lora | None) -> bool:
-    """Whether two runs train adapters with the same parameters, used in the same way."""
-    if one is None or other is None:
-        return False
-    rows = [(lora.rank, lora.alpha, set(lora.targets), set(lora.full_modules)) for lora in (one, other)]
-    return rows[0] == rows[1]
+    """Whether two runs train adapters with the same parameters and the same scale."""
+    rows = [lora and (lora.rank, lora.alpha, set(lora.targets), set(lora.full_modules)) for lora in (one, other)]
+    return one is not None and rows[0] == rows[1]
 
 
 def _explained(key: str, work: Callable[[], T]) -> T:
@@ -288,27 +294,27 @@ def _check_shape(actual: Mapping[str, Any], student: Student, source: str) -> No
     for name, value in student.architecture.arguments().items():
         is_own = name in Architecture.model_fields
         fields = Architecture.model_fields if is_own else Causal.model_fields
-        found = actual.get(name, fields[name].default)  # the constructor's own
+        found = actual.get(name, fields[name].default)  # equal to the constructor's default
         found = tuple(found) if isinstance(found, list) else found
         if found != value:
-            problem = f"is {value!r}, but {source} was made with {found!r}"
+            problem = f"is {value!r}, but {source} was built with {found!r}"
             errors.append(UserError(f"student.architecture.{name if is_own else f'causal.{name}'}", problem))
     if student.architecture.causal is None and "chunk_partition" in actual:
-        problem = f"is null, but {source} is a causal student; choose a student of configs/student that is causal too"
+        problem = f"is null, but {source} is a causal student; choose a causal student from configs/student"
         errors.append(UserError("student.architecture.causal", problem))
     raise_all(errors)
 
 
 def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> list[UserError]:
-    """One error for each (key, value, value of the source) that differ."""
+    """Make one error for each (key, value, value of the source) whose values differ."""
     return [
-        UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or another start")
+        UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or start elsewhere")
         for key, value, found in pairs
         if value != found
     ]
 
 
 def raise_all(errors: list[UserError]) -> None:
-    """Raises UserErrors if there is one."""
+    """Raise UserErrors if the list is not empty."""
     if errors:
         raise UserErrors(errors)

@@ -1,4 +1,4 @@
-"""Clips made chunk by chunk: against a closed form, in which every chunk depends on the one before it."""
+"""Clips generated chunk by chunk, against a closed form in which each chunk depends on the one before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEAN, STD, FOLLOW = 0.7, 0.5, 0.6
 
 @dataclass
 class Oracle:
-    """The exact flow map of that law; notes what it was asked to remember."""
+    """The exact flow map of that distribution; records the context that it encodes."""
 
     asked: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -45,7 +45,7 @@ def noise(batch: int = 3) -> Tensor:
 
 
 def exact(z: Tensor) -> Tensor:
-    """What the law's own map makes of noise, chunk by chunk."""
+    """Exact clip for given noise, chunk by chunk."""
     first = MEAN + STD * z[:, :1]
     second = FOLLOW * first.mean(dim=(1, 2, 3, 4), keepdim=True) + STD * z[:, 1:3]
     third = FOLLOW * second.mean(dim=(1, 2, 3, 4), keepdim=True) + STD * z[:, 3:]
@@ -75,7 +75,7 @@ def test_given_frames_must_be_whole_chunks_and_leave_one(frames: int, possible: 
 
 
 def test_a_clip_of_other_frames_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"4 latent frames are not those of the chunks \[1, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"the chunks \[1, 2, 2\] do not add up to 4 latent frames"):
         ClipSampler(sample, CHUNKS)(Oracle(), noise()[:, :4], NO_TEXT, 2, 5.0)
 
 
@@ -90,13 +90,13 @@ def test_a_rollout_is_the_law_too_and_its_gradient_stays_inside_of_a_chunk(steps
     x = chunk_by_chunk(oracle, z, NO_TEXT, CHUNKS, generate)
     torch.testing.assert_close(x, exact(z.detach()), rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad(x[:, 3:].sum(), z)
-    # d x / d z is STD inside of the chunk; what it remembers of the others is without gradient.
+    # d x / d z is STD inside the chunk; the cached context has no gradient.
     torch.testing.assert_close(gradient[:, 3:], torch.full_like(gradient[:, 3:], STD), rtol=0, atol=1e-12)
     assert gradient[:, :3].abs().max() == 0
 
 
 def test_guidance_remembers_both_texts() -> None:
-    """Both maps of a chunk start from their own past; with linear maps the guided clip has a closed form."""
+    """The maps with and without text have separate caches. With linear maps the guided clip has a closed form."""
 
     @dataclass
     class ByText(Oracle):
@@ -136,7 +136,7 @@ def test_rows_of_a_condition() -> None:
     assert past.context.flatten().tolist() == [1, 2]
     assert past.clean.flatten().tolist() == [2, 3]
     assert isinstance(condition.with_text(torch.ones(1, 1, 1)).past, TeacherForced)
-    with pytest.raises(ValueError, match="cannot be taken apart"):
+    with pytest.raises(ValueError, match="cannot be split by sample"):
         condition.after(CachedContext((1,), None))[1:]
 
 

@@ -32,7 +32,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(changes):
         output = each(**arguments | {"hidden_states": latents}).sample
         output.square().sum().backward()
         each.seen = (output.detach(), latents.grad)
-    # Both compute in float32, in another order: a dozen layers of roundings on numbers of size one.
+    # Both compute in float32, in different order: roundings of a dozen layers on numbers of size one.
     torch.testing.assert_close(network.seen[0], stock.seen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(network.seen[1], stock.seen[1], rtol=1e-4, atol=1e-4)
     gradients = {name: weight.grad for name, weight in stock.named_parameters()}
@@ -65,7 +65,7 @@ def test_saved_folders_load_in_diffusers_and_back(tmp_path, gate):
     assert ours["_class_name"] == "AnyFlowTransformer3DModel"
     with torch.no_grad():
         expected = network(**inputs()).sample
-        # The gate is not among the weights: it must have come from the config, or the outputs would differ.
+        # The gate is not a weight. If it did not come from the config, the outputs would differ.
         torch.testing.assert_close(stock(**inputs()).sample, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(back(**inputs()).sample, expected)
 
@@ -211,5 +211,5 @@ def test_forward_mode_derivative_agrees_with_finite_differences():
         derivative = torch.func.jvp(velocity, (arguments["hidden_states"],), (tangent,))[1]
     step = 1e-4
     plus, minus = (velocity(arguments["hidden_states"] + sign * step * tangent) for sign in (1, -1))
-    # float64 throughout: the error of the difference is step^2 times a third derivative of size one to ten.
+    # All in float64: the error of the difference is step^2 times a third derivative of size one to ten.
     torch.testing.assert_close(derivative, (plus - minus) / (2 * step), rtol=0, atol=1e-7)

@@ -1,10 +1,10 @@
-"""Kill a run of two processes again and again, at random, and see whether it ends as an undisturbed one.
+"""Kill a run of two processes repeatedly at random, and check that it ends like an undisturbed run.
 
 python tests/soak/soak.py [--kills 20] [--steps 200] [--engine zero2] [--seed N] [--folder FOLDER]
 
-Every kill hits one process, the launcher, or all of them, by SIGKILL, after a random number of new steps, and every
-second one inside of a save. The last line says how it went; exit code 0 if weights, averages and moments are
-equal bit for bit.
+Every kill sends SIGKILL to one process, the launcher, or all of them, after a random number of new steps. Every second
+kill is during a save. The last line has the result; the exit code is 0 if weights, averages and moments are equal bit
+for bit.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def last_step(run: Path) -> int:
 
 
 def compare(run: Path, other: Path) -> list[str]:
-    """What differs between the last checkpoints of two runs."""
+    """Differences between the last checkpoints of two runs."""
     tensors, others = final_tensors(run), final_tensors(other)
     different = [name for name in tensors if not torch.equal(tensors[name], others[name])]
     states = [read_info(list_checkpoints(path / "checkpoints")[-1]) for path in (run, other)]

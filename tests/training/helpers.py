@@ -108,7 +108,7 @@ def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def causal(config: dict[str, Any]) -> dict[str, Any]:
-    """The same run with a causal student, on clips of three latent frames: one or two noised, or two after context."""
+    """Return a run with a causal student, on clips of three latent frames: one or two noised, or two after context."""
     student = config["student"]
     architecture = {**student["architecture"], "causal": {"chunk_partition": [1, 1, 1], "full_chunk_limit": 2}}
     return {
@@ -128,14 +128,14 @@ def train(config: dict[str, Any]) -> Path:
 
 
 def final_tensors(run: Path, step: int | None = None) -> dict[str, Tensor]:
-    """Every tensor of the newest checkpoint, or of that of a step: weights, averages, Adam's moments."""
+    """Read all tensors of the newest checkpoint, or of that of a step: weights, averages, Adam's moments."""
     files = sorted(_checkpoint(run, step).glob("*.safetensors"))
     return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_equal_runs(run: Path, other: Path, step: int | None = None) -> None:
-    """At their ends, or after a step that both have saved: weights, averages and moments bit for bit; Adam's count, the
-    step and the position in the data too.
+    """Compare two runs at their ends, or after a step that both have saved: weights, averages and moments bit for bit,
+    Adam's step count, the step, and the position in the data.
     """
     tensors, others = final_tensors(run, step), final_tensors(other, step)
     assert tensors.keys() == others.keys()
@@ -160,7 +160,7 @@ def train_with_log(config: dict[str, Any], log: Path) -> None:
 
 
 def train_and_die(config: dict[str, Any], place: str, count: int) -> None:
-    """Train, and SIGKILL this process at the `count`-th call of a place: `backward`, `step` or `write`."""
+    """Train, and kill this process (SIGKILL) at the `count`-th call of a place: `backward`, `step` or `write`."""
     owner, name = {
         "backward": (ReplicatedEngine, "backward"),
         "step": (ReplicatedEngine, "step"),
@@ -180,7 +180,7 @@ def train_and_die(config: dict[str, Any], place: str, count: int) -> None:
 
 
 def in_process(target: Any, *arguments: Any) -> BaseProcess:
-    """Start a function in a process of its own: forked from a clean one in which the imports are done."""
+    """Start a function in a new process, forked from a clean one in which the imports are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=target, args=arguments, daemon=True)

@@ -1,4 +1,4 @@
-"""Runs to start from, that need no training: checkpoints with drawn weights."""
+"""Runs to start from that need no training: checkpoints with random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(folder: Path, name: str, init: Path | str, adapter: dict[str, Any], *
 
 
 def network(folder: Path, **changes: Any) -> Path:
-    """In diffusers' layout."""
+    """Write a network in diffusers' layout."""
     if not (folder / "network").exists():
         architecture = settings(folder, **changes)["student"]["architecture"]
         build_network({**architecture, "gate_value": 0.25}, 3, 0.03).save_pretrained(folder / "network")

@@ -1,4 +1,4 @@
-"""Adam's moments in 8 bits: their size, how far they lead from float32's, and runs that go on exactly."""
+"""Adam's 8-bit moments: their size, their difference from float32 moments, and exact resume."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def test_large_weights_have_codes_and_scales_and_small_ones_floats(bitsandbytes:
 
 
 def test_weights_stay_near_those_of_float32_moments(bitsandbytes: None) -> None:
-    """The map's codes lie at most 1 % of a moment apart but for the smallest (arXiv 2110.02861, figure 3), so steps
-    differ by percents and their sums, which are not biased, by less: a wrong moment or count is an error of tenths."""
+    """Neighbouring codes differ by at most 1 % of a moment, except the smallest ones (arXiv 2110.02861, figure 3). So
+    steps differ by a few percent, and their sums, which are unbiased, by less. A wrong moment or step count would cause
+    an error of more than 10 %."""
     (network, engine), (reference, exact) = engine_of(EIGHT), engine_of(Optimizer(lr=1e-3))
     start = network.weight.detach().clone()
     for number in range(60):
@@ -103,7 +104,7 @@ def test_other_moments_are_another_run(tmp_path: Path, bitsandbytes: None) -> No
 def test_shards_of_moments_are_refused(monkeypatch: pytest.MonkeyPatch, bitsandbytes: None) -> None:
     check_moments(EIGHT)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"ZeRO cuts the moments .*; set it to fp32, or start with ddp") as caught:
+    with pytest.raises(UserError, match=r"ZeRO shards the moments; set it to fp32, or start with ddp") as caught:
         check_moments(EIGHT)
     assert caught.value.where == "optimizer.moments"
     check_moments(Optimizer())
@@ -111,12 +112,12 @@ def test_shards_of_moments_are_refused(monkeypatch: pytest.MonkeyPatch, bitsandb
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes, .*; pip install 'anyflow_train\[bitsandbytes\]'"):
+    with pytest.raises(UserError, match=r"requires bitsandbytes, .*; pip install 'anyflow_train\[bitsandbytes\]'"):
         check_moments(EIGHT)
 
 
 def test_the_plan_counts_what_the_optimizer_keeps(bitsandbytes: None) -> None:
-    """To the byte: codes, scales, and the small weights' floats."""
+    """Codes, scales, and the float32 moments of small weights have exactly the planned number of bytes."""
     size = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_layers": 2, "text_dim": 64}
     given = [f"student.architecture.{name}={value}" for name, value in size.items()]
     config = compose("train", ["experiment=tiny", "optimizer.moments=8bit", *given], None, 1)

@@ -1,4 +1,4 @@
-"""All three stages on a world that takes a minute: what each of them must bring, measured against real clips."""
+"""All three stages on a small world in a minute: the quality that each stage must reach, compared with real clips."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 def node(kernel: str) -> str:
-    """What autograd calls the attention that was computed."""
+    """Name of the computed attention in the autograd graph."""
     query = torch.randn(1, 2, 64, 16, requires_grad=True)
     with attention_by(kernel):
         return str(F.scaled_dot_product_attention(query, query, query).grad_fn)
@@ -45,7 +45,7 @@ def test_what_is_asked_for_is_used() -> None:
 
 
 def test_the_order_decides_and_the_rest_stays_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unfused is the only one that a CPU can do of these two: cuDNN's, which comes first, is passed over."""
+    """A CPU supports only the unfused kernel of these two, so cuDNN's, which comes first, is skipped."""
     monkeypatch.setattr(attention, "OTHERS", (torch.nn.attention.SDPBackend.MATH,))
     assert "FlashAttention" not in node("cudnn")
 
@@ -62,7 +62,7 @@ def test_the_order_decides_and_the_rest_stays_allowed(monkeypatch: pytest.Monkey
 def test_auto_by_generation(
     capability: tuple[int, int], cudnn: bool, flash: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No GPU is here: what it says of itself is given."""
+    """Pretend that there is a GPU of this compute capability."""
     runs = {"cudnn": cudnn, "flash": flash}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention, "_problem", lambda config, device, name: None if runs[name] else "does not")

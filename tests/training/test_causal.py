@@ -1,4 +1,4 @@
-"""Causal students in training: both stages, exact resume, where they start, and what they become."""
+"""Causal students in training: both stages, exact resume, and the weights that they can start from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logged(run: Path) -> list[dict[str, float]]:
 
 
 def in_two_parts(config: dict[str, Any], name: str, first: int) -> Path:
-    """The same run, stopped and started again."""
+    """Train a run that is stopped and started again."""
     config = {**config, "name": name}
     train({**config, "steps": first})
     return train(config)

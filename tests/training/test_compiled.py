@@ -45,8 +45,8 @@ def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # By then a run has met both text lengths and every mix of branches in a micro-batch.
 @pytest.mark.parametrize("settles", [(4, "aot_eager")], indirect=True)
 def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -> None:
-    """With accumulation: micro-batches of other branches have other numbers of difference forwards, and those of other
-    texts other numbers of forwards for the negative prompt."""
+    """Accumulate gradients: the number of difference forwards depends on a micro-batch's branches, and the number of
+    forwards for the negative prompt on its texts."""
     write_latents(tmp_path / "shards")
     options = {"engine__micro_batch": 2, "student__gradient_checkpointing": "selective", "steps": 8}
     options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.4}
@@ -55,7 +55,7 @@ def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -
 
 @pytest.mark.parametrize("settles", both_backends(6), indirect=True)
 def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: Path, settles: None) -> None:
-    """Of three chunks with a limit of two: of one, of two, or of two after a context; and whole clips."""
+    """Train on one chunk, two chunks, two chunks after a context, and on whole clips, with a limit of two of three."""
     write_latents(tmp_path / "shards", frames=3)
     options = {"steps": 13, "data__text_lengths": [4], "student__gradient_checkpointing": "selective"}
     config = causal(settings(tmp_path, **options))

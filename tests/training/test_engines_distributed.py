@@ -1,4 +1,4 @@
-"""The same run under every engine and any number of processes: losses, averages, weights and moments."""
+"""Equal losses, averages, weights and moments under every strategy of the launcher and any number of processes."""
 
 from __future__ import annotations
 

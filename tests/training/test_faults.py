@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["ddp", "zero2"])
 def launch(folder: Path, request: pytest.FixtureRequest) -> Launch:
-    """One launch that goes through all that its processes survive; a name twice is a run that is started again."""
+    """Do all cases that the processes survive in one launch. A repeated name is a run that is started again."""
     place = folder / request.param
     place.mkdir()
     cases = [
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_costs_the_steps_since_the_
     failed = re.findall(r"the checkpoint of step (\d+) could not be written \(File too large\)", text)
     assert failed in (["6"], ["4"])  # 4 if it was still on its way to the disk when that became full
     last = f"step_{int(failed[0]) - 2:08d}"
-    assert f"going on from {launch.folder / 'full' / 'checkpoints' / last}" in text
+    assert f"resuming from {launch.folder / 'full' / 'checkpoints' / last}" in text
     assert_equal_runs(launch.folder / "full", launch.folder / "whole")
     assert list((launch.folder / "full" / "checkpoints").glob(".*")) == []
 
@@ -124,7 +124,7 @@ def test_processes_with_other_configs_end_with_one_line_a_key(refused: Launch) -
 
 def test_processes_with_other_data_are_refused(refused: Launch) -> None:
     assert refused.codes("manifest") == [2, 2]
-    assert refused.text().count("error: data.shards: the manifest: is one of 20 samples") == 1
+    assert refused.text().count("error: data.shards: is a manifest of 20 samples") == 1
     assert "but one of 21 samples" in refused.text()
 
 
@@ -135,7 +135,7 @@ def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch,
     assert "SIGTERM: finishing this step" in text
     assert "stopped after step 5 of 12" in text
     assert "step_00000005/exp_avg-00001.safetensors does not match its checksum" in text
-    assert f"going on from {run / 'checkpoints' / 'step_00000004'}" in text
+    assert f"resuming from {run / 'checkpoints' / 'step_00000004'}" in text
     assert_equal_runs(run, launch.folder / "whole")
 
 
@@ -160,7 +160,7 @@ def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch
     place.mkdir()
     one = killed(fork, "zero2", folder, place, 1, "signal", 5, "itself", signal.SIGKILL)
     assert "lost contact with another process; start again" in one.text()
-    assert "going on from" in killed(fork, "zero2", folder, place).text()
+    assert "resuming from" in killed(fork, "zero2", folder, place).text()
     assert_equal_runs(place / "killed", launch.folder / "whole")
 
 
@@ -173,7 +173,7 @@ def test_a_killed_launch_ends_bit_equal(folder: Path, launch: Launch) -> None:
     stopped = killed(
         accelerate, "ddp", folder, place, 0, "signal", 9, "launcher", signal.SIGTERM
     )  # it makes every code a 1
-    assert "going on from" in stopped.text()
+    assert "resuming from" in stopped.text()
     assert "stopped after step 10 of 12" in stopped.text()
     assert_equal_runs(place / "killed", launch.folder / "whole", step=10)
 

@@ -35,7 +35,7 @@ class Waits(TorchFunctionMode):
 
     @contextmanager
     def of_the_host(self) -> Iterator[None]:
-        """Inside, tensors are in the host's memory on a GPU's machine too."""
+        """Keep tensors in the host's memory inside the block, also on a machine with a GPU."""
         self.on_host = True
         yield
         self.on_host = False
@@ -57,7 +57,7 @@ def gives_a_number(event: Any) -> bool:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
-    """Of every step: what would wait, and the profiler's count of kernels that give the host a number."""
+    """Return for every step the calls that synchronise, and the number of kernels that return a value to the host."""
     steps: list[tuple[Counter[str], int]] = []
     waits, original = Waits(), Trainer._step
 

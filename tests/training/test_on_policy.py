@@ -1,4 +1,4 @@
-"""Stage 2 in the trainer: two roles, their turns, what is saved of them, and going on in the middle of a turn."""
+"""Stage 2 in the trainer: two roles, their turns, their saved tensors, and a resume in the middle of a turn."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["delta_embedde
 
 
 def on_one_base(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The same with adapters on the teacher's network."""
+    """Return a stage-2 run with adapters on the teacher's network."""
     config = on_policy(folder, **changes)
     config["student"] |= {"init": str(folder / "teacher"), "adapter": LORA}
     config["on_policy"]["fake_score"]["adapter"] = LORA
@@ -245,7 +245,7 @@ def test_a_network_of_other_latents_is_refused(folder: Path, tmp_path: Path, key
     with pytest.raises(UserErrors) as refused:
         training.run(RunConfig.model_validate(config))
     assert [(error.where, error.problem.partition("has ")[2]) for error in refused.value.errors] == [
-        (key, f"text_dim=4, the student {TEXT_DIM}")
+        (key, f"text_dim=4, but the student has {TEXT_DIM}")
     ]
 
 

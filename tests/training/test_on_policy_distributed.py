@@ -53,7 +53,7 @@ def config(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[st
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """One run by one process, the same by two under each engine, and two that move: to one process, and from one."""
+    """Run with one process, with two under each strategy, and two runs that change the number of processes."""
     folder = tmp_path_factory.mktemp("on-policy")
     write_latents(folder / "shards")
     write_networks(folder)
@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     wanted = {name: RUNS[name] for name in asked_for(request, "name", RUNS)}
     cases = [{"engine": engine, "config": config(folder, name, micro)} for name, (engine, micro) in wanted.items()]
     cases.append({"engine": "zero3", "config": config(folder, "moved", 4, steps=HALF)})
-    # Of two engines on one network DeepSpeed takes the last one's word for everything.
+    # With two engines on one network, DeepSpeed's functions use the last engine.
     alone(config(folder, "back-shared", 8, steps=HALF))
     cases.append({"engine": "zero3", "config": config(folder, "back-shared", 2)})
     place = folder / "launch"

@@ -56,7 +56,7 @@ def test_the_teacher_is_loaded_only_for_its_velocity_and_frozen(tmp_path: Path) 
 
 
 def test_adapters_on_the_teacher_train_the_same_with_and_without_a_network_of_its_own(tmp_path: Path) -> None:
-    """In float32; the teacher's velocity then comes from the student's own frozen base."""
+    """Train in float32, where the teacher's velocity comes from the student's frozen base."""
     write_latents(tmp_path / "shards")
     source = saved_network(tmp_path)
     shutil.copytree(source, tmp_path / "twin")

@@ -51,7 +51,7 @@ def whole(run: Path) -> dict[str, Tensor]:
 
 
 def build_base(settings: Student) -> nn.Module:
-    """What a student's adapter sits on."""
+    """Base of a student's adapter."""
     source = open_student_start(settings)
     return assemble(source.arguments, source.read)
 
@@ -134,7 +134,7 @@ def test_another_vae_is_refused(tmp_path: Path) -> None:
     run = trained(tmp_path, "first", network(tmp_path), FULL, teacher__codec=ours)
     check_start(config(tmp_path, "new", run, FULL, teacher__codec=ours))
     check_start(config(tmp_path, "new", run, FULL, teacher__codec=str(tmp_path / "gone")))
-    with pytest.raises(UserErrors, match=r"teacher\.codec: has another VAE"):
+    with pytest.raises(UserErrors, match=r"teacher\.codec: has the VAE"):
         check_start(config(tmp_path, "new", run, FULL, teacher__codec=others))
     exported = Path(codec("exported", 1.0))
     (exported / "scheduler").mkdir()
@@ -154,7 +154,7 @@ def test_a_missing_base_and_a_circle_are_named(tmp_path: Path) -> None:
     shutil.move(tmp_path / "elsewhere", tmp_path / "network")
     shutil.rmtree(run)
     shutil.copytree(second, run)  # now `first` says that it began with `first`
-    with pytest.raises(UserError, match=r"^student\.init: .*is a start of itself: .* <- "):
+    with pytest.raises(UserError, match=r"^student\.init: .*started from itself: .* <- "):
         build_student(student(tmp_path, run, LORA), 0)
     shutil.rmtree(run)
     with pytest.raises(UserError, match=r"^.*/second/.*: was trained on .*/first, which is missing"):

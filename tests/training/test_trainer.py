@@ -40,7 +40,7 @@ from tests.training.helpers import (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_latents(folder / "shards")
     return train(settings(folder))
@@ -94,7 +94,7 @@ def test_a_run_in_two_halves_equals_one(undisturbed: Path, tmp_path: Path, capsy
     write_latents(tmp_path / "shards")
     train(settings(tmp_path, steps=3))
     run = train(settings(tmp_path))
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert_equal_runs(run, undisturbed)
     train(settings(tmp_path))
     assert "is finished: 8 steps" in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_a_stop_signal_saves_and_exits_well(undisturbed: Path, tmp_path: Path, n
     process.join(200)
     assert process.exitcode == 0, log.read_text()
     assert number.name in log.read_text()
-    assert "start again to go on" in log.read_text()
+    assert "start again to resume" in log.read_text()
     stopped = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert len(stopped) == 1
     if read_info(stopped[0]).state.step < 8:

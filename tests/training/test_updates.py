@@ -1,4 +1,4 @@
-"""One update: accumulation, rebalancing across micro-steps, and what is reported of it."""
+"""One update: accumulation, rebalancing across micro-steps, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from anyflow_train.objectives.types import Loss, Roles
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import ReplicatedEngine, adam_steps
 from anyflow_train.training.processes.world import World
-from anyflow_train.training.updates import DiffusionMean, Term, Trainable, Update, make_update
+from anyflow_train.training.step_statistics import DiffusionMean
+from anyflow_train.training.updates import Term, Trainable, Update, make_update
 
 CPU = World(torch.device("cpu"))
 COUNTS = BranchCounts(3, 2, 3)  # three diffusion slots: with micro-batches of 2 the boundary lies inside of one
@@ -136,7 +137,7 @@ def test_a_gradient_alone_that_is_not_finite_names_all_samples() -> None:
 
 
 class OneOf(World):
-    """One of two processes; the other one's sum is known."""
+    """A process of two. The other process's sum is 10."""
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values + 10
@@ -145,9 +146,7 @@ class OneOf(World):
 def test_the_diffusion_mean_is_reduced_once_by_all_processes_in_the_same_micro_step() -> None:
     """Two processes, 3 diffusion slots, micro-batches of 1: the second micro-step, slots 2 and 3, is the boundary."""
     world = OneOf(CPU.device, rank=1, size=2)
-    objective = flow_map_update("none").terms[0].objective
-    term = Term(name="flow_map", objective=objective, rebalance="weighted", diffusion=3)
-    mean = DiffusionMean(term, world)
+    mean = DiffusionMean("weighted", 3, world)
 
     def loss(value: float, branch: Branch) -> Loss:
         return Loss(torch.tensor([value]), torch.ones(1), torch.tensor([int(branch)]), {})
@@ -159,5 +158,5 @@ def test_the_diffusion_mean_is_reduced_once_by_all_processes_in_the_same_micro_s
 
 def test_rebalancing_without_diffusion_samples_is_refused() -> None:
     objective = flow_map_update("none").terms[0].objective
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="diffusion is 0"):
         Term(name="flow_map", objective=objective, rebalance="weighted")

@@ -62,7 +62,7 @@ def unit() -> float:
 
 
 def texts() -> tuple[Tensor, Tensor]:
-    """Of each class, (4, 2, 16), and the negative one, (2, 16)."""
+    """Texts of the classes, (4, 2, 16), and the negative text, (2, 16)."""
     generator = torch.Generator().manual_seed(9)
     return torch.randn(CLASSES, 2, TEXT_DIM, generator=generator), torch.randn(2, TEXT_DIM, generator=generator)
 

@@ -1,4 +1,4 @@
-"""What a launch and its processes both know. It imports no torch: a process that starts has enough to import."""
+"""Constants of launches and their processes. This module does not import torch, so that processes start faster."""
 
 from __future__ import annotations
 

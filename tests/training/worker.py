@@ -30,10 +30,10 @@ def no_compilation() -> None:
 
 
 def as_on_a_gpu() -> None:
-    """Two things that DeepSpeed does on GPUs only.
+    """Make DeepSpeed do two things that it does on GPUs only.
 
-    Of a moment that lies in the host's memory it gives a copy, which nobody's write reaches. It looks for an autocast
-    around a forward, which it ends unless its config asks for one; on a CPU it looks for that of a GPU.
+    It returns a copy of an offloaded moment, so that writes to it have no effect. It disables an autocast around a
+    forward unless its config enables one; on a CPU it checks the autocast of a GPU.
     """
     import torch
     from deepspeed import utils
@@ -44,7 +44,7 @@ def as_on_a_gpu() -> None:
 
 
 def small_messages() -> None:
-    """So that the gradients of a small network take several."""
+    """Make buckets so small that the gradients of a small network take several."""
     from anyflow_train.training.engine import replicated
 
     replicated.BUCKET = 1000
@@ -81,8 +81,8 @@ def while_loading(step: int, act: Callable[[], Any]) -> None:
 
 
 def note_runs(notes: list[dict[str, Any]]) -> None:
-    """Note of every run what this process ends with: a checksum of its parameters, the types that its layers gave, and
-    whether its masters are in the memory of its weights.
+    """Record for every run of this process the final checksum of its parameters, the dtypes of its layers' results,
+    and whether its masters share the memory of its weights.
     """
     from anyflow_train.training.trainer import Trainer
 
@@ -143,7 +143,7 @@ FAULTS = {
 
 
 def choose_engine(name: str) -> None:
-    """What `accelerate launch` would tell the process with this file of `launch/`."""
+    """Environment variables that `accelerate launch` sets for this file of `launch/`."""
     settings = yaml.safe_load((ROOT / "launch" / f"{name}.yaml").read_text()).get("deepspeed_config")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(settings is not None).lower()
     for key in ("zero_stage", "offload_optimizer_device", "offload_param_device"):

@@ -1,7 +1,7 @@
-"""`config.json` of a run or a checkpoint: the resolved config, with the format of its keys.
+"""`config.json` of a run or a checkpoint: the resolved config and its format version.
 
-Only a resumed run decodes it, to compare it with its own config. Everything that loads a trained network reads
-`network_file.NetworkFile` instead, so that no other key can make a network unreadable.
+Only a resumed run decodes it, to compare it with the current config. Code that loads a trained network reads
+`network_file.NetworkFile` instead, so that unrelated keys cannot make a network unreadable.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ FORMAT = 1
 RENAMES: Mapping[int, Mapping[str, str]] = {}
 """Format -> {old dotted key: new dotted key}, for the keys that this format renamed. A key may name a whole group.
 
-Whoever renames a key adds an entry under `FORMAT + 1`, and raises `FORMAT`.
+To rename a key, add an entry under `FORMAT + 1` and increase `FORMAT`.
 """
 
 
 def saved_config(config: RunConfig) -> dict[str, Any]:
-    """The content of `config.json`."""
+    """Content of `config.json`."""
     return {"format": FORMAT, **config.model_dump(mode="json")}
 
 
 def under_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A saved config, not decoded, with today's keys.
+    """Apply all renames to a saved config, without decoding it.
 
     Args:
-        saved: content of `config.json`; without a format it is of format 1.
+        saved: content of `config.json`; without a `format` it has format 1.
         where: file or folder that it was read from, for errors.
 
     Raises:
@@ -52,7 +52,7 @@ def decode_saved(saved: Mapping[str, Any], where: str) -> RunConfig:
     """Decode a saved config.
 
     Raises:
-        UserError: it has a key or a value that this version does not know.
+        UserError: it has a key or a value that this version does not support.
     """
     content = under_new_names(saved, where)
     try:

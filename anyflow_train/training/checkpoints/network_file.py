@@ -1,7 +1,7 @@
-"""`network.json` of a checkpoint: all that is needed to load its network and to sample from it.
+"""`network.json` of a checkpoint: everything that is needed to load its network and to sample from it.
 
-It is small and has a format of its own, so a key of the config may be renamed or removed and old networks still load.
-Checkpoints of before there was such a file say the same in parts of their `config.json`.
+The file is small and has its own format version, so that old networks load after keys of the config are renamed or
+removed. For older checkpoints without this file, the values are read from their `config.json`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CHUNKS = ("chunk_partition", "full_chunk_limit", "compressed_patch_size")
 
 
 class _Stored(BaseModel):
-    """Keys that a later version adds are ignored."""
+    """Base class that ignores unknown keys, so that later versions can add keys."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 def _adapter(value: Any) -> Any:
-    """What this version knows of an adapter; None for `kind: full`."""
+    """Keep the keys of an adapter that this version knows. Returns None for `kind: full`."""
     if not isinstance(value, Mapping):
         return value
     known = {name: entry for name, entry in value.items() if name in Lora.model_fields}
@@ -36,17 +36,17 @@ def _adapter(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and constructors take no lists."""
+    """Convert lists to tuples: JSON has no tuples, but constructors require them."""
     return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in dict(value).items()}
 
 
 class Sampling(_Stored):
-    """How clips are sampled.
+    """Settings for sampling clips.
 
     any_step: whether the network jumps between any two times; otherwise it takes Euler steps.
-    conditioning_frames: whether it was trained to continue given frames.
-    frames, height, width: size of the training clips in pixels; None: not known.
-    shift: of the times in training.
+    conditioning_frames: whether it was trained with conditioning frames.
+    frames, height, width: number of frames and size in pixels of the training clips; None if not known.
+    shift: shift of the times in training.
     """
 
     any_step: bool = True
@@ -58,7 +58,7 @@ class Sampling(_Stored):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Sampling:
-        """What a saved config says, with the default for whatever it does not say."""
+        """Read the settings from a saved config. Missing keys have their defaults."""
         data, context = _part(config, "data"), _part(config, "context")
         known = {name: data.get(name) for name in ("frames", "height", "width")}
         return cls(
@@ -70,20 +70,20 @@ class Sampling(_Stored):
 
 
 class Training(_Stored):
-    """What a model card says about the training: a few words on the objective, samples per step."""
+    """Facts for a model card: a short description of the objective, and samples per step."""
 
     objective: str = "unknown"
     global_batch: int = 0
 
 
 class NetworkFile(_Stored):
-    """A trained network, apart from its weights.
+    """Description of a trained network, without its weights.
 
-    format: of the file.
+    format: format version of the file.
     run: name of the run.
-    arguments: of the network's constructor; the class follows from them.
-    adapter: the low-rank adapter that was trained; None if the whole network was trained.
-    init: what the network, or its adapter, started from: folder, hub id, run or checkpoint; None: random weights.
+    arguments: arguments of the network's constructor, which also determine its class.
+    adapter: the LoRA adapter that was trained; None if the whole network was trained.
+    init: start of the network or base of its adapter: folder, hub id, run or checkpoint; None for random weights.
     codec: pipeline folder or hub id of the VAE and the text encoder.
     shards: folder of the training data.
     """
@@ -100,24 +100,24 @@ class NetworkFile(_Stored):
 
     @property
     def times(self) -> dict[str, Any]:
-        """How the network takes its second time."""
+        """Arguments for the network's second time."""
         return {name: self.arguments[name] for name in TIMES}
 
     @property
     def causal(self) -> dict[str, Any] | None:
-        """The arguments of a causal network that others do not have; None if it is not causal."""
+        """Arguments that only a causal network has; None if the network is not causal."""
         return {name: self.arguments[name] for name in CHUNKS} if CHUNKS[0] in self.arguments else None
 
     @classmethod
     def of_student(cls, student: Student) -> NetworkFile:
-        """The network that a config asks for."""
+        """Describe the network of a config."""
         times = {name: getattr(student, name) for name in TIMES}
         adapter = student.adapter.model_dump()
         return cls(arguments={**student.architecture.arguments(), **times}, adapter=adapter, init=student.init)  # pyright: ignore[reportArgumentType] # validated
 
     @classmethod
     def of_run(cls, config: RunConfig) -> NetworkFile:
-        """The file that a run writes beside the weights of its student."""
+        """Describe the network that a run trains, for its checkpoints."""
         saved = cls.of_saved(config.model_dump(mode="json"), config.name)
         sampling = saved.sampling.model_copy(update={"any_step": config.objective.any_step})
         training = saved.training.model_copy(update={"objective": config.objective.summary})
@@ -125,10 +125,10 @@ class NetworkFile(_Stored):
 
     @classmethod
     def of_saved(cls, config: Mapping[str, Any], where: str) -> NetworkFile:
-        """What a saved config, which need not be valid, says of its student.
+        """Describe the network of a saved config. The rest of the config does not need to be valid.
 
         Raises:
-            UserError: it does not say the shape of the network.
+            UserError: the config does not define the shape of the network.
         """
         student, teacher = _part(config, "student"), _part(config, "teacher")
         shape = dict(_part(student, "architecture"))
@@ -150,15 +150,15 @@ class NetworkFile(_Stored):
             },
         }
         if not shape:
-            raise UserError(where, "lacks student.architecture, without which its network cannot be built")
+            raise UserError(where, "lacks student.architecture, so its network cannot be built")
         return cls._checked(content, where)
 
     @classmethod
     def of_file(cls, content: Any, where: str) -> NetworkFile:
-        """The content of `network.json`.
+        """Decode the content of `network.json`.
 
         Raises:
-            UserError: a newer version wrote it, or it is not such a file.
+            UserError: a newer version wrote it, or it has another structure.
         """
         written = content.get("format") if isinstance(content, Mapping) else None
         if isinstance(written, int) and written > FORMAT:
@@ -173,7 +173,7 @@ class NetworkFile(_Stored):
             key = ""
             if isinstance(error, ValidationError):
                 key = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"]) + " "
-            raise UserError(where, f"{key}does not describe a network that this version knows") from None
+            raise UserError(where, f"{key}does not describe a network that this version supports") from None
 
 
 def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
-"""Reading checkpoints: one safetensors entry per parameter under its model name, and JSON, for any engine and reader.
+"""Read checkpoints: JSON files, and one safetensors entry per parameter under its model name, for any engine.
 
-A folder `step_00000123` holds `config.json`, `network.json`, `state.json` and, for each group of tensors (`weights`,
-`ema`, `exp_avg`, `exp_avg_sq`; of moments in 8 bits the codes, and `exp_avg_scale`, `exp_avg_sq_scale`), files
-`<group>-00001.safetensors` ... It appears whole, by a rename, or not at all.
+A folder `step_00000123` holds `config.json`, `network.json`, `state.json` and, for each group of tensors, files
+`<group>-00001.safetensors` ... Groups are `weights`, `ema`, `exp_avg` and `exp_avg_sq`; 8-bit moments are codes with
+the additional groups `exp_avg_scale` and `exp_avg_sq_scale`. A checkpoint is written to a temporary folder and renamed,
+so that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import file_sha256, to_json
@@ -33,18 +33,18 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that is not what was written: a file is missing, cut off or changed."""
+    """A checkpoint has a missing, truncated or changed file."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says about itself.
+    """The JSON part of a checkpoint.
 
     Attributes:
-        config: the run's resolved config, undecoded.
-        state: the run's state.
-        adam_steps: Adam's step count of every trainable role.
-        files: sha256 of every other file of the folder.
+        config: resolved config of the run, not decoded.
+        state: state of the run.
+        adam_steps: Adam's step count of every trained role.
+        files: sha256 of every other file in the folder.
     """
 
     config: dict[str, Any]
@@ -59,7 +59,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -71,7 +71,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
 
     Raises:
         DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
-        UserError: it was written in a format that this version does not know.
+        UserError: it was written in a format that this version does not support.
     """
     content = _read_state(checkpoint)
     _verify(checkpoint, {"config.json": content["files"]["config.json"]})
@@ -80,17 +80,17 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         best = None if state["best"] is None else Best(**state["best"])
         state = TrainState(**{**state, "best": best})
     except (KeyError, TypeError) as error:
-        raise UserError(str(checkpoint), f"its state is not of this version of anyflow_train ({error})") from None
+        raise UserError(str(checkpoint), f"was written by another version of anyflow_train ({error})") from None
     config = json.loads((checkpoint / "config.json").read_text())
     return CheckpointInfo(config, state, content["adam_steps"], content["files"])
 
 
 def read_network(checkpoint: Path) -> NetworkFile:
-    """Read what a checkpoint says of its network. No other part of the run's config needs to be readable.
+    """Read the description of a checkpoint's network. The rest of its config does not need to be valid.
 
     Raises:
         DamagedCheckpoint: a file is missing or changed.
-        UserError: it was written in a format that this version does not know.
+        UserError: it was written in a format that this version does not support.
     """
     files = _read_state(checkpoint)["files"]
     own = network_file.NAME in files
@@ -103,11 +103,11 @@ def read_network(checkpoint: Path) -> NetworkFile:
 
 
 def read_step(checkpoint: Path) -> int:
-    """The number of training steps before a checkpoint.
+    """Read the number of training steps before a checkpoint.
 
     Raises:
         DamagedCheckpoint: `state.json` is missing or changed.
-        UserError: it was written in a format that this version does not know.
+        UserError: it was written in a format that this version does not support.
     """
     return _read_state(checkpoint)["state"]["step"]
 
@@ -123,22 +123,12 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     return info
 
 
-def read_tensors(checkpoint: Path, group: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one group by model name, on the CPU, one at a time.
-
-    Raises:
-        DamagedCheckpoint: there is no such group.
-    """
-    for name, file in open_tensors(checkpoint, group).items():
-        yield name, file.get_tensor(name)
-
-
 @torch.no_grad()
 def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], world: World = ALONE) -> None:
-    """Put a group's tensors in their places; names and shapes must agree exactly. Rank 0 alone reads.
+    """Copy a group's tensors into the entries. Names and shapes must be equal. Only rank 0 reads the files.
 
     Raises:
-        UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
+        UserError: a tensor is missing, unexpected, or of another shape; names the checkpoint and the tensor.
     """
     world.on_main(lambda: check_shapes(checkpoint, group, {name: entry.shape for name, entry in entries.items()}))
     stored = open_tensors(checkpoint, group) if world.is_main else {}
@@ -148,10 +138,10 @@ def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], 
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a run directory (its best, else its latest) or a checkpoint folder stands for.
+    """Find the checkpoint of a path: a checkpoint folder itself, or the best, else the latest, of a run directory.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     path = Path(path).expanduser()
     if (path / "state.json").is_file():
@@ -159,7 +149,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = path / "checkpoints"
     found = list_checkpoints(folder)
     if not found:
-        raise UserError(str(path), "is neither a checkpoint nor a run directory that holds one")
+        raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
     try:
         best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
     except (OSError, ValueError, KeyError):
@@ -168,20 +158,20 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def content_checksum(content: dict[str, Any]) -> str:
-    """Checksum of `state.json`'s own content, kept in it beside the rest."""
+    """Checksum of the content of `state.json`, which is stored in the same file."""
     return hashlib.sha256(to_json(content)).hexdigest()
 
 
 def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size]) -> None:
-    """Compare the tensors of a group with those that a network trains, by name and shape.
+    """Compare the names and shapes of a group's tensors with those of the trained parameters.
 
     Raises:
-        UserError: a tensor is missing, left over, or of another shape; names the checkpoint and the tensor.
+        UserError: a tensor is missing, unexpected, or of another shape; names the checkpoint and the tensor.
     """
     stored = open_tensors(checkpoint, group)
     for name, file in stored.items():
         if name not in shapes:
-            raise UserError(str(checkpoint), f"holds '{name}' ({group}), which its network does not train")
+            raise UserError(str(checkpoint), f"contains '{name}' ({group}), which its network does not train")
         shape, wanted = tuple(file.get_slice(name).get_shape()), tuple(shapes[name])
         if shape != wanted:
             raise UserError(str(checkpoint), f"'{name}' ({group}) has shape {shape}, but its network's has {wanted}")
@@ -191,7 +181,7 @@ def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size])
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of `state.json`, which holds the checksums of all other files."""
+    """Read `state.json`, which contains the checksums of all other files."""
     try:
         content = json.loads((checkpoint / "state.json").read_text())
         checksum = content.pop("checksum")
@@ -205,14 +195,14 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
-    """The open file of every tensor of a group, by its name; nothing is read yet.
+    """Open the files of a group. Returns the file of every tensor by model name; no tensor is read yet.
 
     Raises:
         DamagedCheckpoint: there is no such group.
     """
     paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
     if not paths:
-        raise DamagedCheckpoint(f"{checkpoint} holds no '{group}' tensors")
+        raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
     files = [safe_open(path, framework="pt") for path in paths]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 

@@ -1,4 +1,4 @@
-"""What a run continues from, and whether it may."""
+"""Find the checkpoint that a run resumes from, and check that its config still fits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from anyflow_train.training.checkpoints.reading import (
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
-# What may change between two starts of a run: none of it changes what is trained on what. The micro-batch changes only
-# how a step is cut, and the order of its sums.
+# Keys that may change between two starts of a run, because they do not change what is trained on which data. The
+# micro-batch only changes how a step is split, and the order of its sums.
 FREE_KEYS = (
     "name",
     "out",
@@ -57,28 +57,28 @@ class ResumePoint:
 
 
 def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
-    """What to say if the run has already done all its steps; None if there is something left to do.
+    """Return a message if the run has already done all its steps; None if there are steps left.
 
     Raises:
-        UserErrors: it is finished, but with another config.
+        UserErrors: the run is finished, but its config was different.
     """
     done = directory.read_done()
     if done is None or done["step"] < config.steps:
         return None
     check_unchanged(directory.read_config(), config, str(directory.path))
-    return f"{directory.path} is finished: {done['step']} steps; raise steps to go on, or choose another name"
+    return f"{directory.path} is finished: {done['step']} steps; increase steps to continue, or choose another name"
 
 
 def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
-    """The newest checkpoint that is whole; None where the run has none. Damaged ones are set aside, with a warning.
+    """Find the newest intact checkpoint; None if the run has none. Damaged ones are renamed, with a warning.
 
     Raises:
-        UserError: checkpoints exist but `checkpoint.resume` is `never`, or all of them are damaged, or the config
-            changed in a way that makes going on meaningless.
+        UserError: checkpoints exist but `checkpoint.resume` is `never`, or all of them are damaged, or the config has
+            changed so that the run cannot resume.
     """
     found = list_checkpoints(folder)
     if found and config.checkpoint.resume == "never":
-        problem = f"is 'never', but {folder} holds {found[-1].name}; use 'auto' or another name"
+        problem = f"is 'never', but {folder} contains {found[-1].name}; use 'auto' or another name"
         raise UserError("checkpoint.resume", problem)
     damaged: dict[Path, DamagedCheckpoint] = {}
     for path in reversed(found):
@@ -98,21 +98,20 @@ def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
 
 
 def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> None:
-    """Compare a saved config with the present one.
+    """Compare a saved config with the current one.
 
     Args:
         where: file or folder that it was read from, for errors.
 
     Raises:
-        UserErrors: one line for every changed key that is not free to change. UserError: another version wrote it.
+        UserErrors: one line for every changed key that must not change. UserError: another version wrote it.
     """
     before = flatten(decode_saved(saved, where).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    advice = "set it back or choose another name"
     errors = [
-        UserError(
-            key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; set it back or choose another name"
-        )
+        UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {advice}")
         for key in changed
         if not _is_free(key)
     ]
@@ -121,7 +120,7 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> Non
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys."""
+    """Flatten a nested mapping to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
@@ -133,11 +132,11 @@ def _is_free(key: str) -> bool:
 
 
 def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
-    """Rename a damaged checkpoint, so that it is neither read again nor written over."""
+    """Rename a damaged checkpoint, so that it is neither read again nor overwritten."""
     aside = path.with_name(f"damaged_{path.name}")
     number = 1
     while aside.exists():
         number += 1
         aside = path.with_name(f"damaged_{path.name}_{number}")
     path.rename(aside)
-    print(f"warning: {damage}; moved to {aside.name}, going on from {instead}", file=sys.stderr)
+    print(f"warning: {damage}; moved to {aside.name}, resuming from {instead}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The run's own folder, and the lock that keeps a second start out of it."""
+"""The folder of a run, and the lock that prevents a second start in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anyflow_train.files import replace_file, take_lock, to_json
 from anyflow_train.training.checkpoints.config_file import saved_config
 
 SHARED_SECONDS = 30.0
-"""How long a network file system may take to show on one node what another has written."""
+"""Longest time until a network file system shows a new file on another node."""
 
 
 @dataclass(frozen=True)
@@ -31,61 +31,61 @@ class RunDirectory:
 
     @classmethod
     def of(cls, config: RunConfig) -> RunDirectory:
-        """The directory of a run; it need not exist yet."""
+        """Return the directory of a run; it may not exist yet."""
         return cls(Path(config.out).expanduser() / config.name)
 
     @property
     def checkpoints(self) -> Path:
-        """One folder per kept checkpoint, and the file `best`."""
+        """Folder with one folder per kept checkpoint, and the file `best`."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line for every logged step."""
+        """File with one JSON object per line for every logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def logs(self) -> Path:
-        """The output of every process but the first, and what processes leave that found the run hanging."""
+        """Folder with the output of every process except process 0, and the reports of a hanging run."""
         return self.path / "logs"
 
     @property
     def profile(self) -> Path:
-        """Traces of a few steps, one file of every process."""
+        """Folder with traces of a few steps, one file per process."""
         return self.path / "profile"
 
     def validation(self, step: int) -> Path:
-        """Where the videos of one validation go."""
+        """Folder with the videos of one validation."""
         return self.path / "validation" / f"step_{step:08d}"
 
     def begin(self, config: RunConfig) -> None:
-        """Save the resolved config. A finished run that was given more steps is unfinished again."""
+        """Save the resolved config. Removes the summary of a finished run, which now continues with more steps."""
         (self.path / "done.json").unlink(missing_ok=True)
         replace_file(self.path / "config.json", to_json(saved_config(config)))
 
     def read_config(self) -> dict[str, Any]:
-        """The config of the last start, undecoded."""
+        """Read the config of the last start, not decoded."""
         return json.loads((self.path / "config.json").read_text())
 
     def write_done(self, summary: dict[str, Any]) -> None:
-        """Say that the run has ended, and how."""
+        """Write the summary of the finished run."""
         replace_file(self.path / "done.json", to_json(summary))
 
     def read_done(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
+        """Read the summary of a finished run; None if the run is not finished."""
         with suppress(FileNotFoundError):
             return json.loads((self.path / "done.json").read_text())
         return None
 
     @contextmanager
     def locked(self) -> Iterator[str]:
-        """Hold the directory. The kernel drops the lock with the process, so a killed run leaves none behind.
+        """Lock the directory. The kernel releases the lock when the process ends, also when it is killed.
 
         Returns:
-            A word for this start, which is now in the directory, for `check_shared`.
+            A random id of this start, which is also in the lock file, for `check_shared`.
 
         Raises:
-            UserError: another process holds it, named with its host; or it cannot be made.
+            UserError: another process holds the lock, or the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,10 +102,10 @@ class RunDirectory:
             os.close(descriptor)
 
     def check_shared(self, start: str) -> None:
-        """Look for the word of process 0's start. Not for process 0: closing the file would drop its lock.
+        """Wait for the id of process 0's start in the lock file. Process 0 must not call it: closing the file unlocks.
 
         Raises:
-            UserError: this process sees another directory than process 0.
+            UserError: this process does not see the directory of process 0.
         """
         deadline = time.monotonic() + SHARED_SECONDS
         while time.monotonic() < deadline:
@@ -113,11 +113,11 @@ class RunDirectory:
                 if json.loads((self.path / "lock").read_text())["start"] == start:
                     return
             time.sleep(0.1)
-        problem = f"on {socket.gethostname()} is not the run directory of process 0; put it where all nodes see it"
+        problem = f"on {socket.gethostname()} is not the run directory of process 0; use a folder that all nodes share"
         raise UserError(str(self.path), problem)
 
     def _take(self, descriptor: int) -> None:
-        # A record lock, not flock(2): forked data workers would inherit the latter and hold it after a killed run.
+        # A record lock, because forked data workers would inherit a flock(2) lock and hold it after a killed run.
         if not take_lock(fcntl.lockf, descriptor, fcntl.LOCK_EX, self.path):
             raise UserError(str(self.path), f"is in use by {self._holder()}; wait for it or choose another name")
 

@@ -1,4 +1,4 @@
-"""Saving beside the training: a copy in memory, which a thread writes while the next steps run."""
+"""Save checkpoints in the background: copy the tensors to memory, and write the copy while the next steps run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoi
 from anyflow_train.training.processes.host_memory import free_memory
 from anyflow_train.training.processes.world import World
 
-# A copy may take this share of the memory that is free. The rest is for the data, and for the files on their way to
-# the disk; memory that the training itself comes to need later must not be taken away from it.
+# Largest share of the free memory that a copy may take. The rest is left for the data, for the page cache of the files
+# being written, and for memory that the training needs later.
 COPY_SHARE = 0.5
 
 Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
@@ -29,14 +29,14 @@ Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
 class Saver:
     """Writes a run's checkpoints, at most one at a time.
 
-    The tensors are copied to the memory of process 0, one whole copy of all that is saved (16 bytes per trained
-    parameter: master, average and two moments; 10 with moments in 8 bits). From it a thread writes, checksums, syncs
-    and renames. Where a copy would take more than half of the free memory, tensors are streamed to the disk instead,
-    and the training waits.
+    The tensors are copied to the memory of process 0: one copy of everything that is saved (16 bytes per trained
+    parameter: master, average and two moments; 10 bytes with 8-bit moments). A thread writes, checksums, syncs and
+    renames it. If a copy would take more than half of the free memory, tensors are streamed to the disk instead, and
+    the training waits.
 
     Args:
         folder: the run's `checkpoints`.
-        say: shows a line to people.
+        say: prints a line for the user.
     """
 
     def __init__(self, config: RunConfig, folder: Path, world: World, say: Callable[[str], object]) -> None:
@@ -50,55 +50,57 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last checkpoint could not be written, on process 0; `wait` says why."""
+        """Whether process 0 could not write the last checkpoint. `wait` raises the reason."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def save(self, state: TrainState, adam_steps: Mapping[str, int], groups: Mapping[str, Mapping[str, Entry]]) -> None:
-        """Save this moment's tensors; all processes must call it. Waits for the checkpoint before, if it must.
+        """Save the current tensors. All processes must call it. Waits if the previous checkpoint is still written.
 
         Args:
             adam_steps: Adam's step count of every trainable role.
             groups: group name -> entries by model name.
 
         Raises:
-            UserError: on all processes, this checkpoint or the one before could not be written.
+            UserError: this checkpoint or the previous one could not be written. Raised on all processes.
         """
         world = self._world
         saved = (entry for entries in groups.values() for entry in entries.values())
         size = sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
         streams = {group: world.activity.touch_each(read_entries(entries)) for group, entries in groups.items()}
         with world.activity.untimed("saving"):
-            world.together(lambda: self._end_last(state.step))
-            if world.is_main:
-                world.together(lambda: self._begin(state, adam_steps, streams, size))
-            else:
-                world.together(lambda: _take_part(streams))
+            with world.together():
+                self._end_last(state.step)
+            with world.together():  # reading `streams` communicates, but every process always reads all of them
+                if world.is_main:
+                    self._begin(state, adam_steps, streams, size)
+                else:
+                    _read_rest(streams)
 
     def wait(self) -> None:
-        """Wait until all is on the disk; all processes must call it.
+        """Wait until the last checkpoint is on the disk. All processes must call it.
 
         Raises:
-            UserError: on all processes, the last checkpoint could not be written.
+            UserError: the last checkpoint could not be written. Raised on all processes.
         """
-        with self._world.activity.untimed("saving"):
-            self._world.together(self._result)
+        with self._world.activity.untimed("saving"), self._world.together():
+            self._result()
 
     def close(self) -> None:
-        """Wait for the thread, whatever comes of it: for a run that ends with an error of its own."""
+        """Wait for the thread and ignore its result: for a run that ends with another error."""
         self._thread.shutdown()
 
     def _begin(self, state: TrainState, adam_steps: Mapping[str, int], streams: Tensors, size: int) -> None:
         free = free_memory()
         if free is not None and size > COPY_SHARE * free:
             problem = f"a copy of {_gib(size)} would take more than half of the {_gib(free)} of free memory"
-            self._say_once(f"the training waits until checkpoints are written: {problem}")
+            self._say_once(f"training pauses while checkpoints are written: {problem}")
             try:
                 self._write(state, adam_steps, streams)
             finally:
-                _take_part(streams)  # or the others would wait for ever
+                _read_rest(streams)  # otherwise the other processes would wait forever
             return
-        self._say_once(f"checkpoints are written beside the training, from a copy of {_gib(size)} in memory")
+        self._say_once(f"checkpoints are written in the background, from a copy of {_gib(size)} in memory")
         copies = {group: _drained(deque(_copied(tensors))) for group, tensors in streams.items()}
         self._writing = self._thread.submit(self._write, state, adam_steps, copies)
 
@@ -109,7 +111,7 @@ class Saver:
             prune_checkpoints(self._folder, self._config.checkpoint.keep, state.best)
         except OSError as error:
             problem = f"the checkpoint of step {state.step} could not be written ({error.strerror or error})"
-            advice = "the one before is intact, make room and start again"
+            advice = "the previous one is intact; free some space and start again"
             raise UserError(str(self._folder), f"{problem}; {advice}") from error
 
     def _end_last(self, step: int) -> None:
@@ -118,7 +120,7 @@ class Saver:
         start = time.monotonic()
         self._result()
         waited = time.monotonic() - start
-        self._say(f"step {step}: waited {waited:.1f} s until the checkpoint before was written; save less often")
+        self._say(f"step {step}: waited {waited:.1f} s for the previous checkpoint; increase checkpoint.every")
 
     def _result(self) -> None:
         writing, self._writing = self._writing, None
@@ -138,13 +140,13 @@ def _copied(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
 
 
 def _drained(copies: deque[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The copies, each forgotten as it is handed out."""
+    """Yield the copies, and release each one as it is yielded."""
     while copies:
         yield copies.popleft()
 
 
-def _take_part(streams: Tensors) -> None:
-    """Read what is left, and drop it: every process takes part in every reading."""
+def _read_rest(streams: Tensors) -> None:
+    """Read the remaining tensors and drop them: every process must take part in reading every tensor."""
     for tensors in streams.values():
         deque(tensors, maxlen=0)
 

@@ -1,4 +1,4 @@
-"""What a run is beside its tensors."""
+"""The state of a run, without its tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ class Best:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that resume needs beside the tensors: every random draw is a function of (seed, step, position, purpose).
+    """Everything that resume needs in addition to the tensors. Random draws depend on (seed, step, position, purpose).
 
     Attributes:
-        step: steps done, skipped ones included.
+        step: steps done, including skipped ones.
         samples_seen: training samples consumed.
-        data_position: the next sample's place in the endless stream of epochs.
-        skipped: steps skipped because a loss or gradient was not finite; skipped_in_row of them were the last ones.
+        data_position: position of the next sample in the endless stream of epochs.
+        skipped: steps skipped because a loss or gradient was not finite.
+        skipped_in_row: skipped steps since the last applied one.
         seconds: time spent so far, over all starts of the run.
-        last_loss: of the last applied step.
-        metrics: the last validation's, which was after `validated` steps.
+        last_loss: logged loss before this state.
+        metrics: metrics of the last validation.
+        validated: steps before the last validation.
         best: the best checkpoint so far.
     """
 

@@ -1,4 +1,4 @@
-"""One tensor of a run as a checkpoint names it, wherever its parts lie."""
+"""A handle to one saved tensor, which may be sharded over processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that may be spread over processes.
+    """A handle to a tensor that may be sharded over processes.
 
     Attributes:
-        shape: of the whole.
-        read: the whole; every process must call it, and each gets it.
-        write: put the whole in its place; every process must call it, with equal tensors.
-        dtype: of the whole.
+        shape: shape of the whole tensor.
+        read: returns the whole tensor; every process must call it, and each gets the tensor.
+        write: stores the whole tensor; every process must call it, with equal tensors.
+        dtype: dtype of the whole tensor.
     """
 
     shape: torch.Size
@@ -27,12 +27,12 @@ class Entry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
-        """A tensor that this process holds whole."""
+        """Wrap a tensor that this process holds whole."""
         return cls(tensor.shape, tensor.detach, tensor.detach().copy_, tensor.dtype)
 
 
 @torch.no_grad()
 def read_entries(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors, one at a time; every process must take all of them."""
+    """Yield names and whole tensors, one at a time. Every process must consume all of them."""
     for name, entry in entries.items():
         yield name, entry.read()

@@ -1,4 +1,4 @@
-"""Writing checkpoints: atomically, streamed, and no more of them than wanted. The format is `checkpoint`'s."""
+"""Write checkpoints atomically and streamed, and delete old ones. `reading` describes the format."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def save_checkpoint(
     groups: Mapping[str, Iterable[tuple[str, Tensor]]],
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write `folder/step_...` atomically. Tensors are streamed: at most one shard of a group is in memory.
+    """Write `folder/step_...` atomically. Tensors are streamed: at most one file's tensors are in memory.
 
     Args:
         folder: the run's `checkpoints`.
-        adam_steps: Adam's step count of every trainable role.
+        adam_steps: Adam's step count of every trained role.
         groups: group name -> (model name, tensor) pairs, produced one at a time.
-        shard_bytes: size at which a new file begins.
+        shard_bytes: largest size of a file, in bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(state.step)
@@ -75,13 +75,13 @@ def save_checkpoint(
 
 
 def mark_best(folder: Path, best: Best | None) -> None:
-    """Name the best checkpoint in the file `best`, for readers without the run's state."""
+    """Write the name of the best checkpoint to the file `best`, for readers without the run's state."""
     if best is not None:
         replace_file(folder / "best", to_json(dataclasses.asdict(best)))
 
 
 def prune_checkpoints(folder: Path, keep: int, best: Best | None) -> None:
-    """Delete all checkpoints but the last `keep` and the best, and what a killed save left behind."""
+    """Delete all checkpoints except the last `keep` and the best, and the temporary folders of killed saves."""
     kept = {path.name for path in list_checkpoints(folder)[-keep:]}
     if best is not None:
         kept.add(checkpoint_name(best.step))
@@ -106,9 +106,9 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece: length of the header, header, the tensors' own memory.
+    """Yield a safetensors file piece by piece: length of the header, header, memory of the tensors.
 
-    The library's `save` copies everything twice, and holds the interpreter, and with it the training, all the time.
+    The library's `save` copies everything twice and holds the GIL, which would stop the training.
     """
     header: dict[str, object] = {}
     end = 0
@@ -123,7 +123,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
-    """Rename into place. A folder of that name is moved aside first: it is equal, or damaged."""
+    """Rename the temporary folder to its final name. An existing folder, equal or damaged, is deleted first."""
     if final.exists():
         _delete_folder(final)
     os.rename(temporary, final)
@@ -131,7 +131,7 @@ def _replace_folder(temporary: Path, final: Path) -> None:
 
 
 def _delete_folder(path: Path) -> None:
-    """Hide, then delete: a reader never sees a half-deleted checkpoint."""
+    """Rename the folder before deleting it, so that readers never see a half-deleted checkpoint."""
     hidden = path.with_name(f".{path.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

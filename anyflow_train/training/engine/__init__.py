@@ -1,7 +1,7 @@
-"""One optimizer per trainable role, with an explicit step boundary: replicated on every process, or sharded by ZeRO.
+"""Engines: one optimizer per trained role, replicated on every process or sharded by ZeRO.
 
-Parameters are float32 masters under every engine. bf16 is an autocast over them, so that the modules that must stay
-float32 do, and gradients are summed in float32.
+All engines keep float32 master parameters. bf16 is an autocast over them, so that some modules can stay in float32 and
+gradients are summed in float32.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = [
 def build_engine(
     world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: OptimizerConfig
 ) -> Engine:
-    """The engine that the launcher asks for.
+    """Build the engine for the launcher's strategy.
 
     Args:
-        network: on `world.device`, holds the parameters.
-        parameters: the trained ones by model name; float32.
+        network: network on `world.device` that holds the parameters.
+        parameters: trained parameters by model name, float32.
     """
     if zero_stage() == 0:
         return ReplicatedEngine(world, network, parameters, config)

@@ -1,4 +1,4 @@
-"""AdamW, with a state that exists from the start."""
+"""AdamW whose state exists before the first step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 
-# What it keeps of every parameter.
+# Names of the optimizer's state for every parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_masters(parameters: Mapping[str, Parameter]) -> None:
-    """Raises ValueError for a master in half precision: small updates would be lost in it."""
+    """Check that master parameters are float32. In half precision small updates would be lost.
+
+    Raises:
+        ValueError: a parameter has another dtype.
+    """
     half = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
     if half:
         raise ValueError(f"masters must be float32, but {half[0]} is {parameters[half[0]].dtype}")
 
 
 def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Torch's own, whose moments `start_moments` makes."""
+    """Build torch's AdamW. Its state is created by `start_moments`."""
     check_masters(parameters)
     return torch.optim.AdamW(
         list(parameters.values()),
@@ -35,7 +39,7 @@ def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch
 
 
 def start_moments(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
-    """Adam's state exists from the start, so that saving and restoring need no special first step."""
+    """Create Adam's state before the first step, so that saving and restoring need no special case."""
     for master in masters:
         optimizer.state[master] = {
             # the fused kernel reads its step count on the parameter's device
@@ -46,12 +50,12 @@ def start_moments(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -
 
 
 def adam_steps(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates the bias correction has counted."""
+    """Number of updates that the bias correction has counted."""
     return int(next(iter(optimizer.state.values()))["step"])
 
 
 def set_adam_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Set that count, which torch keeps in a tensor and bitsandbytes as a number."""
+    """Set the number of updates, which torch keeps in a tensor and bitsandbytes in an int."""
     for state in optimizer.state.values():
         if isinstance(state["step"], Tensor):
             state["step"].fill_(count)

@@ -1,6 +1,6 @@
-"""AdamW whose moments are kept in 8 bits (bitsandbytes; arXiv 2110.02861): blocks of 256 codes, each with a scale.
+"""AdamW with 8-bit moments (bitsandbytes; arXiv 2110.02861): blocks of 256 codes, each with a scale.
 
-Weights of fewer than 4096 numbers keep moments in float32. On a GPU the library waits for the device after each weight.
+Weights with fewer than 4096 elements keep float32 moments. On a GPU bitsandbytes synchronises after each weight.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.optim import Optimizer
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.training.engine.adamw import check_masters
 
-# Its names of what a checkpoint holds: codes, and the scales of their blocks.
+# Name in a checkpoint -> name in bitsandbytes: codes, and the scales of their blocks.
 STATE = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1", "exp_avg_sq_scale": "absmax2"}
 
 
 def library() -> Any:
-    """The library's optimizers. Raises ImportError."""
+    """Import the optimizers of bitsandbytes."""
     log = logging.getLogger("bitsandbytes")
     before = log.level
-    log.setLevel(logging.ERROR)  # it warns of kernels that only inference would use
+    log.setLevel(logging.ERROR)  # hides warnings about kernels that only inference uses
     try:
         return importlib.import_module("bitsandbytes.optim")
     finally:
@@ -32,7 +32,7 @@ def library() -> Any:
 
 
 def adamw_8bit(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> Optimizer:
-    """Its moments exist from the start."""
+    """Build bitsandbytes' AdamW. Its moments exist before the first step."""
     check_masters(parameters)
     optimizer = library().AdamW8bit(
         list(parameters.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay

@@ -1,4 +1,4 @@
-"""The engine of one process, and of several that each hold everything (DDP)."""
+"""The engine for one process, and for several processes that each hold all parameters (DDP)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ BUCKET = 1 << 24
 
 
 class ReplicatedEngine:
-    """Every process holds everything; gradients are summed at the step boundary. Also the engine of a single process.
+    """Engine that holds all parameters and moments on every process. Also used with a single process.
 
-    They are summed once per step, not once per micro-batch, in few large messages. There is nothing to overlap these
-    with: at Wan's sizes they take a hundredth of a step.
+    Gradients are summed over the processes once per step, not once per micro-batch, in a few large messages. At Wan's
+    sizes this takes about 1 % of a step, so it is not overlapped with the backward pass.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ReplicatedEngine:
         return {name: self.entry(name, state[key]) for name, state in states.items() if key in state}
 
     def _gradients(self) -> list[Tensor]:
-        """All gradients. A parameter that no loss reached gets zeros, so that every step count stays the same."""
+        """Collect all gradients. Parameters without a gradient get zeros, so that all step counts stay equal."""
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -87,7 +87,7 @@ class ReplicatedEngine:
     def _add_up(self, gradients: list[Tensor]) -> None:
         if self.world.size == 1:
             return
-        self.world.activity.touch()  # who hangs before this is behind those who wait here
+        self.world.activity.touch()  # marks progress before the blocking all-reduce, to identify a hung process
         for bucket in _buckets(gradients):
             message = bucket[0] if len(bucket) == 1 else torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(message)
@@ -97,7 +97,7 @@ class ReplicatedEngine:
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of at most `BUCKET` numbers together; a larger gradient is alone."""
+    """Group consecutive gradients into buckets of at most `BUCKET` elements. A larger gradient gets its own bucket."""
     bucket: list[Tensor] = []
     filled = 0
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""What an engine is, and what it gives and takes."""
+"""The interface of an engine: the optimizer of one trained role."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from anyflow_train.training.processes.world import World
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one optimizer step.
+    """The result of one optimizer step.
 
     Attributes:
         applied: False if a watched value or the gradient was not finite; then nothing has changed.
-        gradient_norm: of all processes' gradient together, before clipping.
-        values: the watched values, summed over all processes.
+        gradient_norm: norm of the gradient summed over all processes, before clipping.
+        values: watched values, summed over all processes.
     """
 
     applied: bool
@@ -28,16 +28,16 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Optimizer of one trainable role.
+    """Optimizer of one trained role.
 
-    `backward` only accumulates gradients; `step` clips them and updates the parameters. So one step may hold any
-    number of losses and micro-batches. Losses are sums over this process's samples, divided by the global batch: the
-    engine adds up what the processes found.
+    `backward` only accumulates gradients; `step` clips them and updates the parameters. So one step may have any number
+    of losses and micro-batches. A loss is the sum over this process's samples, divided by the global batch. The engine
+    sums the gradients of all processes.
 
     Attributes:
         world: the processes.
-        network: what to call for a forward: the network itself, or a wrapper that passes calls and attributes on.
-        optimizer: its state exists from the start, see `adam_steps`.
+        network: the network to call: the network itself, or a wrapper that forwards calls and attributes.
+        optimizer: torch optimizer, whose state exists before the first step.
     """
 
     world: World
@@ -49,28 +49,28 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float, watched: Tensor) -> Outcome:
-        """Clip, update, and forget the gradients; one host synchronisation.
+        """Clip the gradients, update the parameters, and release the gradients, with one host synchronisation.
 
         Args:
-            learning_rate: of this step.
-            watched: (K,) float32, sums over this process's samples, such as losses. They come back as numbers together
-                with the gradient norm; if any of them is not finite, the step is not applied.
+            learning_rate: learning rate of this step.
+            watched: (K,) float32, sums over this process's samples, such as losses. They are returned as numbers with
+                the gradient norm. If one of them is not finite, the step is not applied.
         """
         ...
 
     def shards(self) -> dict[str, Tensor]:
-        """What this process holds of every trained parameter, by model name: averages are kept likewise."""
+        """This process's part of every trained parameter, by model name. Averages are sharded in the same way."""
         ...
 
     def entry(self, name: str, shard: Tensor) -> Entry:
-        """A tensor that is laid out as the parameter `name` is, such as its average."""
+        """Wrap a tensor that is sharded like the parameter `name`, such as its average."""
         ...
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What a checkpoint holds: `weights` (masters), `exp_avg` and `exp_avg_sq`, of 8 bits with their scales."""
+        """Kinds of saved tensors: `weights` (masters), `exp_avg`, `exp_avg_sq`, and the scales of 8-bit moments."""
         ...
 
     def entries(self, kind: str) -> dict[str, Entry]:
-        """One of `kinds`, by model name. Small weights have no scales."""
+        """Tensors of one kind, by model name. Small weights have no scales."""
         ...

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO as an engine: the only module that imports DeepSpeed and accelerate."""
+"""The engine for DeepSpeed ZeRO. Only this module imports DeepSpeed and accelerate."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def zero_stage() -> int:
 
 
 def engine_name() -> str:
-    """The file of `launch/` that the processes were started with, as `anyflow plan` names it."""
+    """Name of the launcher's strategy, as in `launch/` and `anyflow plan`."""
     stage = zero_stage()
     offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
     return f"zero{stage}{'_offload' if stage == 3 and offload else ''}" if stage else "ddp"
 
 
 def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], world: World) -> Network:
-    """A network that is cut into shards while it is made (ZeRO-3): no process ever holds more than one whole weight.
+    """Build a network in ZeRO-3 shards. No process ever holds more than one whole weight.
 
     Args:
-        build: makes the network, with any weights.
-        read: gives a weight by model name; asked on rank 0 only, once for each.
+        build: builds the network, with any weights.
+        read: reads a weight by model name; called on rank 0 only, once for each weight.
     """
     deepspeed = _deepspeed(world)
     with deepspeed.zero.Init(config_dict_or_path=_settings(1.0)):
@@ -55,15 +55,15 @@ def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], w
 
 
 def shard_frozen(network: nn.Module) -> Any:
-    """A network of `build_sharded` that is only called, never trained."""
+    """Wrap a network of `build_sharded` that is only called, never trained."""
     return _initialize(network, None, 1.0)
 
 
 def _initialize(network: nn.Module, optimizer: torch.optim.AdamW | None, clip_norm: float) -> Any:
-    """DeepSpeed's engine around a network; whether its products run in bfloat16 is the caller's autocast alone.
+    """Wrap a network in DeepSpeed's engine, so that the caller's autocast alone decides on bfloat16.
 
-    On a GPU DeepSpeed ends an autocast that its own config does not ask for. One that the config asked for would reach
-    the forwards that must be float32. So it is told what is so around it.
+    On a GPU DeepSpeed disables an autocast that its config does not enable. Enabling it there would also affect the
+    forwards that must run in float32. So the engine reports the state of the surrounding autocast.
     """
     import deepspeed
 
@@ -76,12 +76,16 @@ def _initialize(network: nn.Module, optimizer: torch.optim.AdamW | None, clip_no
 
 
 def _deepspeed(world: World) -> Any:
-    """DeepSpeed, on the processes that the world has joined."""
+    """Import DeepSpeed and initialise it on the world's processes.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or the process has no launcher.
+    """
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # read when DeepSpeed is imported
     try:
         import deepspeed
     except ImportError as error:
-        problem = "is missing, but the launcher asks for ZeRO; pip install 'anyflow_train[deepspeed]'"
+        problem = "is not installed, but the launcher's strategy is ZeRO; pip install 'anyflow_train[deepspeed]'"
         raise UserError("deepspeed", problem) from error
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR", "is missing; start with launch/train.sh")
@@ -90,11 +94,11 @@ def _deepspeed(world: World) -> Any:
 
 
 class ZeroEngine:
-    """DeepSpeed ZeRO 1, 2 or 3, in float32: masters and moments are sharded, at stage 3 the parameters too.
+    """Engine with DeepSpeed ZeRO 1, 2 or 3. Moments and float32 masters are sharded, in stage 3 the parameters too.
 
-    DeepSpeed's own step decides on the gradient; a loss that is not finite poisons the whole gradient, so that a step
-    is skipped on all processes or on none; what else is watched stops no step here. Its checkpoints fit one world size
-    only; `entries` give the whole tensors.
+    DeepSpeed skips a step whose gradient is not finite. A loss that is not finite makes the whole gradient NaN, so that
+    all processes skip the step or none does. Other watched values do not stop a step. DeepSpeed's own checkpoints
+    require the same number of processes; `entries` give whole tensors instead.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class ZeroEngine:
     ) -> None:
         _deepspeed(world)
         self.world = world
-        self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed hangs its own attributes on them
+        self._parameters: dict[str, Any] = dict(parameters)  # Any: DeepSpeed adds attributes to them
         self._stage = zero_stage()
         self.optimizer: Optimizer = adamw(self._parameters, config)
         self._deepspeed = _initialize(network, self.optimizer, config.clip_norm)
@@ -111,7 +115,7 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         poison = torch.where(loss.isfinite(), 1.0, math.nan)
-        # DeepSpeed means over all processes, where the sum is wanted
+        # DeepSpeed averages over the processes, but the sum is required
         self._deepspeed.backward(loss * poison * self.world.size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, watched: Tensor) -> Outcome:
@@ -145,7 +149,7 @@ class ZeroEngine:
         return {name: self._moment(name, kind) for name in self._parameters}
 
     def _weight(self, name: str, shard: Tensor) -> Entry:
-        """The parameter is float32, so it is its own master; writing must reach DeepSpeed's copy too."""
+        """Entry of a master. The parameter itself is read; writing also updates DeepSpeed's copy."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         parameter, entry = self._parameters[name], self.entry(name, shard)
@@ -155,15 +159,13 @@ class ZeroEngine:
             if self._stage < 3:
                 safe_set_full_fp32_param(parameter, whole)
             else:
-                # Not through DeepSpeed's own function: the last engine on a network claims every parameter.
+                # DeepSpeed's function would use the last engine that was created on the network.
                 self._deepspeed.optimizer.set_local_hp_param(self._cut(whole, shard), parameter)
 
         return Entry(entry.shape, entry.read, write)
 
     def _moment(self, name: str, kind: str) -> Entry:
-        """DeepSpeed is asked when a moment is read, and told what is written: of a moment in the host's memory it gives
-        a copy on the GPU.
-        """
+        """Entry of a moment. It is read and written by DeepSpeed, because reading an offloaded moment gives a copy."""
         from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 
         parameter = self._parameters[name]
@@ -178,21 +180,21 @@ class ZeroEngine:
         )
 
     def _forget_gradients(self) -> None:
-        """Of a parameter that no loss of a step reaches, DeepSpeed would take an earlier step's gradient once more."""
+        """Set all gradients to zero. Otherwise DeepSpeed reuses an old gradient if no loss reaches a parameter."""
         optimizer = self._deepspeed.optimizer
         optimizer.grad_partitions_flat_buffer.zero_()
         for master in optimizer.fp32_partitioned_groups_flat:
-            if master.grad is not None:  # where it is offloaded
+            if master.grad is not None:  # only if it is offloaded
                 master.grad.zero_()
 
     def _start_moments(self) -> None:
-        """DeepSpeed moves the optimizer onto flat shards of the masters; its moments start there."""
+        """Create the moments on DeepSpeed's flat shards of the masters, which replace the optimizer's parameters."""
         optimizer = self._deepspeed.optimizer
         if self._stage < 3:
             start_moments(self.optimizer, optimizer.single_partition_of_fp32_groups)
             optimizer._lazy_init_hp_params_optimizer_state()
             return
-        # DeepSpeed means to keep no masters beside shards that are float32, but compares their device with its name.
+        # With float32 shards DeepSpeed should need no separate masters, but its check compares a device with a string.
         for master, shards in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
         ):
@@ -206,32 +208,32 @@ class ZeroEngine:
         return whole[: shape.numel()].view(shape)
 
     def _cut(self, whole: Tensor, shard: Tensor) -> Tensor:
-        """This process's part of a whole tensor; the last part is filled up with zeros."""
+        """Return this process's part of a whole tensor. The last part is padded with zeros."""
         size = shard.numel()
         part = whole.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
         return nn.functional.pad(part, (0, size - part.numel())).view(shard.shape)
 
 
 def _settings(clip_norm: float) -> dict[str, Any]:
-    """DeepSpeed's config. Stage and offload are the launcher's; nothing else is, and nothing is `auto`."""
+    """Build DeepSpeed's config. Only the stage and the offload come from the launcher, and nothing is `auto`."""
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin()
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # only counted, never used: the loader makes the batches
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, but the loader makes the batches
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # `step` is the boundary, not the n-th `backward`
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,
-        # Offloaded, torch's own fused Adam is as fast on a CPU as DeepSpeed's, which takes a compiler and two minutes.
+        # On a CPU torch's fused Adam is as fast as DeepSpeed's, which requires a compiler and two minutes to build.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": plugin.zero_stage,
             "overlap_comm": False,
             "reduce_bucket_size": 1 << 28,
             "allgather_bucket_size": 1 << 28,
-            # Averages are swapped into the shards between forwards: no whole parameter may outlive its own forward, and
-            # none may be fetched ahead of it.
+            # Averages are swapped into the shards between forwards, so a gathered parameter must not be kept after its
+            # forward or fetched before it.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,

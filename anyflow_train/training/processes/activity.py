@@ -1,4 +1,4 @@
-"""What a process's main thread is at, for the threads that watch it."""
+"""The current activity of a process's main thread, for the heartbeat threads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 @dataclass
 class Activity:
-    """Where a process's main thread is.
+    """The current activity of a process's main thread.
 
     Attributes:
         step: steps done.
-        doing: what it is at, in words.
-        changes: how often it went on to something else. All processes of a run go the same way, so the one with the
-            fewest moves is behind, and the others wait for it.
-        exempt_from_timeout: it is at something that may take any time, such as loading a model.
+        doing: description of the current activity.
+        changes: number of activities begun so far. All processes of a run do the same things in the same order, so the
+            process with the smallest number is behind, and the others wait for it.
+        exempt_from_timeout: whether the activity may take any time, such as loading a model.
     """
 
     step: int = 0
@@ -28,22 +28,22 @@ class Activity:
     exempt_from_timeout: bool = True
 
     def touch(self) -> None:
-        """One thing further: called before every wait for other processes."""
+        """Count a change. Called before every wait for other processes."""
         self.changes += 1
 
     def begin(self, doing: str, step: int) -> None:
-        """Begin something that must not take longer than `engine.timeout_seconds`."""
+        """Begin an activity that must not take longer than `engine.timeout_seconds`."""
         self.step, self.doing, self.exempt_from_timeout = step, doing, False
         self.changes += 1
 
     def begin_untimed(self, doing: str) -> None:
-        """Begin something that may take any time."""
+        """Begin an activity that may take any time."""
         self.doing, self.exempt_from_timeout = doing, True
         self.changes += 1
 
     @contextmanager
     def untimed(self, doing: str) -> Iterator[None]:
-        """Do something that may take any time."""
+        """Run a block that may take any time."""
         before = self.doing, self.exempt_from_timeout
         self.begin_untimed(doing)
         try:
@@ -52,8 +52,8 @@ class Activity:
             self.doing, self.exempt_from_timeout = before
             self.changes += 1
 
-    def touch_each(self, things: Iterable[T]) -> Iterator[T]:
-        """The same things; each is a move."""
-        for thing in things:
+    def touch_each(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, and count a change for each."""
+        for item in items:
             self.changes += 1
-            yield thing
+            yield item

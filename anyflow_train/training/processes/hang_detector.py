@@ -1,4 +1,4 @@
-"""Which process keeps the others waiting: a rule over what each process last said of itself."""
+"""Find the process that makes a run hang, from the last report of every process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessReport:
-    """What a process says of itself, again and again.
+    """A process's regular report about itself.
 
     Attributes:
-        rank, host, pid, launcher: who it is; `launcher` is its parent's process id.
-        beats: how often its heartbeat thread has spoken.
-        step, doing, moves, exempt_from_timeout: of its main thread, see `Activity`.
-        exited: whether it has taken leave.
+        rank: number of the process.
+        host: name of its machine.
+        pid: process id.
+        launcher: process id of its parent.
+        beats: number of reports that its heartbeat thread has sent.
+        step: see `Activity`, like the next three.
+        doing: description of the main thread's activity.
+        changes: number of activities that the main thread has begun.
+        exempt_from_timeout: whether the activity may take any time.
+        exited: whether the process has ended.
     """
 
     rank: int
@@ -29,16 +35,16 @@ class ProcessReport:
     exited: bool = False
 
     def __str__(self) -> str:
-        return f"process {self.rank} ({self.host}, pid {self.pid}), last heard of at step {self.step + 1}, {self.doing}"
+        return f"process {self.rank} ({self.host}, pid {self.pid}), last report: step {self.step + 1}, {self.doing}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a run cannot go on.
+    """The reason why a run cannot continue.
 
     Attributes:
-        text: for people.
-        silent: processes that do not even speak any more; they cannot end themselves.
+        text: message for the user.
+        silent: processes that no longer report; they cannot end themselves.
     """
 
     text: str
@@ -46,43 +52,44 @@ class Verdict:
 
 
 class HangDetector:
-    """Judges the reports of all processes.
+    """Finds silent and hanging processes in the reports of all processes.
 
-    A process that no longer speaks was stopped or is lost. One that speaks while its main thread does not move hangs,
-    or waits for another that does: the fewest moves tell which. What may take any time is left in peace.
+    A process that no longer reports was stopped or is lost. If a process reports but its main thread makes no progress,
+    it hangs or waits for another process. The process with the fewest changes is the one that hangs. Activities that
+    may take any time are exempt.
 
     Args:
-        seconds: how long a process may be silent, or its main thread at one thing.
+        seconds: longest time without a report, or with one activity of the main thread.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._spoke: dict[int, tuple[int, float]] = {}
-        self._moved: dict[int, tuple[int, float]] = {}
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._changes: dict[int, tuple[int, float]] = {}
 
     def judge(self, reports: Sequence[ProcessReport], now: float) -> Verdict | None:
-        """Take in the newest reports of all processes, at a time in seconds."""
+        """Judge the newest reports of all processes at the time `now`, in seconds. Returns None if nothing is wrong."""
         present = [report for report in reports if not report.exited]
-        silent = [r for r in present if _unchanged(self._spoke, r.rank, r.beats, now) >= self.seconds]
-        waits = {r.rank: _unchanged(self._moved, r.rank, r.changes, now) for r in present}
+        silent = [r for r in present if _unchanged(self._beats, r.rank, r.beats, now) >= self.seconds]
+        waits = {r.rank: _unchanged(self._changes, r.rank, r.changes, now) for r in present}
         if silent:
             names = "; ".join(map(str, silent))
-            return Verdict(f"no sign of life for {self.seconds:.0f} s from {names}", tuple(silent))
+            return Verdict(f"no report for {self.seconds:.0f} s from {names}", tuple(silent))
         last = min((report.changes for report in present), default=0)
         behind = [report for report in present if report.changes == last]
         if any(report.exempt_from_timeout or waits[report.rank] < self.seconds for report in behind):
             return None
         names = "; ".join(map(str, behind))
-        return Verdict(f"nothing has moved for {self.seconds:.0f} s in {names}") if behind else None
+        return Verdict(f"no progress for {self.seconds:.0f} s in {names}") if behind else None
 
     def forget(self) -> None:
-        """Start all clocks anew: the time that has passed was no process's fault."""
-        self._spoke.clear()
-        self._moved.clear()
+        """Restart all clocks, after this process itself was stopped for a while."""
+        self._beats.clear()
+        self._changes.clear()
 
 
 def _unchanged(seen: dict[int, tuple[int, float]], rank: int, count: int, now: float) -> float:
-    """For how long a process's count has been the same."""
+    """Seconds since a process's count last changed."""
     before = seen.get(rank)
     if before is None or before[0] != count:
         seen[rank] = (count, now)

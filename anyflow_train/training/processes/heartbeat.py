@@ -1,7 +1,7 @@
-"""A sign of life of every process, beside the training and not in its way.
+"""Exchange regular reports between all processes, and end the run if a process hangs or is lost.
 
-Two threads a process: one exchanges reports through a small store that process 0 hosts, the other judges them. So a
-process notices even that the store itself has stopped. The training's own communication is not touched.
+Each process has two threads. One exchanges reports through a small store on process 0, the other judges them, so that
+a process also notices if the store stops. The training's own communication is not used.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ HUNG = 1
 
 
 class Heartbeat:
-    """Speaks for this process while the block runs, and ends the process if the run cannot go on.
+    """Reports for this process while the block runs, and ends the process if the run cannot continue.
 
     Args:
-        seconds: within which a hanging process is reported.
-        logs: folder in which the processes that noticed it leave the report and where they stood.
+        seconds: time within which a hanging process is reported.
+        logs: folder for the message and the stack traces of the processes that noticed it.
     """
 
     def __init__(self, world: World, seconds: float, logs: Path) -> None:
         self._world, self._logs = world, logs
         self._interval = min(seconds / 10, LONGEST_INTERVAL)
-        # two intervals pass until the last report is out and read
+        # the other processes read a report up to two intervals after the activity began
         self._hang_detector = HangDetector(seconds - 2 * self._interval)
         self._own = ProcessReport(world.rank, socket.gethostname(), os.getpid(), os.getppid())
         self._leaving = threading.Event()
@@ -51,7 +51,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self._world.size > 1:
             self._store = _open_store(self._world)
-            self._say(exited=False)
+            self._report(exited=False)
             self._reports = self._world.gather(self._own)
             self._heard = time.monotonic()
             self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
@@ -65,30 +65,30 @@ class Heartbeat:
         if self._world.size == 1:
             return
         if isinstance(error, RuntimeError):
-            # Another process may have ended on a verdict that this one is about to reach, and should be told here.
+            # Communication fails after another process has ended because of a hang. Let the guard report the hang.
             time.sleep(3 * self._interval)
         self._leaving.set()
         if error is None:
-            self._world.gather(None)  # process 0 holds the store until all have come this far
-        self._threads[0].join(self._interval)  # or its last word could come after this one
+            self._world.gather(None)  # process 0 keeps the store until all processes are here
+        self._threads[0].join(self._interval)  # otherwise its last report could overwrite this one
         with suppress(RuntimeError):
-            self._say(exited=True)
+            self._report(exited=True)
 
     def _exchange(self) -> None:
-        """Speak and listen until the block ends, or the store does."""
+        """Send and read reports until the block ends or the store stops."""
         keys = [str(rank) for rank in range(self._world.size)]
         beats = 0
-        with suppress(RuntimeError):  # the store has gone with process 0
+        with suppress(RuntimeError):  # the store ended with process 0
             while not self._leaving.is_set():
                 beats += 1
                 self._own = dataclasses.replace(self._own, beats=beats)
-                self._say(exited=False)
+                self._report(exited=False)
                 self._reports = [ProcessReport(**json.loads(text)) for text in self._store.multi_get(keys)]
                 self._heard = time.monotonic()
                 self._leaving.wait(self._interval)
         self._lost_since = time.monotonic()
 
-    def _say(self, exited: bool) -> None:
+    def _report(self, exited: bool) -> None:
         activity = dataclasses.asdict(self._world.activity)
         report = dataclasses.replace(self._own, exited=exited, **activity)
         self._store.set(str(self._world.rank), json.dumps(dataclasses.asdict(report)))
@@ -98,7 +98,7 @@ class Heartbeat:
         while not self._leaving.wait(self._interval):
             now = time.monotonic()
             if now - before > 5 * self._interval:
-                self._hang_detector.forget()  # this process itself was stopped meanwhile
+                self._hang_detector.forget()  # this process itself was stopped for a while
                 self._heard = now
             before = now
             verdict = self._verdict(now)
@@ -111,25 +111,25 @@ class Heartbeat:
             text = f"lost contact with {first}"
             return Verdict(text) if now - self._lost_since > LEAVING_SECONDS else None
         exited = [report for report in self._reports if report.exited]
-        if exited:  # not in order, or this process would be leaving too
+        if exited:  # not at the regular end, where this process would be leaving too
             self._left_since = self._left_since or now
-            text = f"{'; '.join(map(str, exited))}, has ended, and its own output says why"
+            text = f"{'; '.join(map(str, exited))}, has ended; its own output says why"
             return Verdict(text) if now - self._left_since > LEAVING_SECONDS else None
         if now - self._heard >= self._hang_detector.seconds:  # the store hangs, and process 0 with it
-            return Verdict(f"no sign of life for {self._hang_detector.seconds:.0f} s from {first}", (first,))
+            return Verdict(f"no report for {self._hang_detector.seconds:.0f} s from {first}", (first,))
         return self._hang_detector.judge(self._reports, now)
 
     def _end(self, verdict: Verdict) -> None:
-        """Say why, kill what cannot end itself, and end."""
+        """Report the reason, kill the silent processes that this one may kill, and end."""
         activity, rank = self._world.activity, self._world.rank
         waits = f"process {rank} is at step {activity.step + 1}, {activity.doing}"
-        text = f"error: {verdict.text}; {waits}; the run ends, start it again to go on from the last checkpoint"
+        text = f"error: {verdict.text}; {waits}; the run ends; start it again to resume from the last checkpoint"
         silent = {report.rank for report in verdict.silent}
         present = [report.rank for report in self._reports if not report.exited and report.rank not in silent]
-        if self._world.rank == min(present, default=self._world.rank):
+        if rank == min(present, default=rank):
             tell_terminal(f"\n{text}")
-        with suppress(OSError), log_file(self._logs, self._world.rank).open("a") as file:
-            file.write(f"{text}\nWhere process {self._world.rank} stands:\n")
+        with suppress(OSError), log_file(self._logs, rank).open("a") as file:
+            file.write(f"{text}\nStack traces of process {rank}:\n")
             faulthandler.dump_traceback(file)
         for report in verdict.silent:
             if (report.host, report.launcher) == (self._own.host, self._own.launcher):
@@ -139,7 +139,7 @@ class Heartbeat:
 
 
 def _open_store(world: World) -> TCPStore:
-    """A store of our own, on a free port of process 0's node."""
+    """Open a separate store on a free port of process 0's node."""
     host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if world.is_main else None
     port = world.broadcast(store.port if store else None)

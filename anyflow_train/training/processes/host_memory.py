@@ -1,4 +1,4 @@
-"""How much memory of the machine is free for this process: the machine's, or what a container or job may use."""
+"""Measure the host memory that is free for this process, including the limits of its container or job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Bytes; None where the system does not say (it is not Linux)."""
+    """Free memory in bytes; None if the system is not Linux."""
     known = [size for size in (_of_machine(), *_of_groups()) if size is not None]
     return min(known, default=None)
 
@@ -25,7 +25,7 @@ def _of_machine() -> int | None:
 
 
 def _of_groups() -> list[int | None]:
-    """What is left in the control group of this process, and in each that holds it (cgroup v2)."""
+    """Free bytes in the control group of this process and in each of its parents (cgroup v2)."""
     with suppress(OSError, StopIteration):
         line = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
         own = GROUPS / line.removeprefix("0::").lstrip("/")
@@ -37,6 +37,6 @@ def _of_group(folder: Path) -> int | None:
     with suppress(OSError, ValueError):  # no such file, or the limit is "max"
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # files that were read or written count as used, but give way
+        # the page cache counts as used, but the system can free it
         return limit - used + int(counts["inactive_file"]) + int(counts["active_file"])
     return None

@@ -1,6 +1,6 @@
-"""A process and its launcher: where its output goes, whose death it follows, and how its exit code gets home.
+"""Connect a process with its launcher: output files, exit codes, and ending together with the launcher.
 
-No torch here: all of it is in force before torch is imported.
+This module does not import torch, so that it works before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from typing import NoReturn
 PREEMPTED = 75
 """Exit code of a run that a scheduler interrupted and should start again (EX_TEMPFAIL of sysexits.h)."""
 
-# launch/train.sh's folder: `launcher` holds its process id; the processes add theirs to `processes`, and those that
-# leave in order their exit code to `codes`, because torch's launcher makes every code a 1 and adds a page of its own.
+# Folder of launch/train.sh. Its file `launcher` holds the script's process id. Each process adds its process id to
+# `processes`, and its exit code to `codes`, because torch's launcher turns every code into 1 and prints a long report.
 FOLDER = "ANYFLOW_LAUNCH"
-# A descriptor of the terminal, for processes whose output goes to a file.
+# File descriptor of the terminal, for processes whose output goes to a file.
 TERMINAL = "ANYFLOW_TERMINAL"
 LOOK_SECONDS = 0.5
 
 
 def rank() -> int:
-    """This process's number among all of the launch; 0 without a launcher."""
+    """Number of this process in the launch; 0 without a launcher."""
     return _number("RANK")
 
 
 def local_rank() -> int:
-    """This process's number among those of its node; 0 without a launcher."""
+    """Number of this process on its node; 0 without a launcher."""
     return _number("LOCAL_RANK")
 
 
 def owns_terminal() -> bool:
-    """Whether this process may report where its output goes: on a terminal one process of a node is enough."""
+    """Whether this process may report errors: all whose output goes to a file, and one per node on the terminal."""
     return local_rank() == 0 or TERMINAL in os.environ
 
 
 def register_with_launcher() -> None:
-    """Make this process known to the launcher, and follow the launcher into its death.
+    """Register this process with the launcher, and end it when the launcher ends.
 
-    Nobody would wait for processes whose launcher is gone, and the run's directory would stay locked.
+    Processes that outlive their launcher would keep the run's directory locked.
     """
     folder = os.environ.get(FOLDER)
     if folder:
@@ -59,10 +59,11 @@ def register_with_launcher() -> None:
 
 
 def record_exit_code(code: int, everywhere: bool) -> int:
-    """The exit code for the operating system, after the true one was left with launch/train.sh.
+    """Record the exit code for launch/train.sh. Returns the exit code for the operating system.
 
     Args:
-        everywhere: all processes of the launch leave with this code, so that none need be ended by the launcher.
+        everywhere: whether all processes of the launch end with this code. Then the process ends with 0, because the
+            launcher does not need to end the others.
     """
     folder = os.environ.get(FOLDER)
     if code == 0 or not folder:
@@ -72,10 +73,10 @@ def record_exit_code(code: int, everywhere: bool) -> int:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Leave the process, as `sys.exit` does. One of several skips the interpreter's own end.
+    """End the process like `sys.exit`. A process of a launch skips the interpreter's shutdown.
 
-    Gloo's threads may still hold tensors then, and abort the process when they drop them: a finished run would look
-    like a failed one.
+    Gloo's threads may still hold tensors during the shutdown and abort the process when they release them. A finished
+    run would look like a failed one.
     """
     if "RANK" not in os.environ:
         sys.exit(code)
@@ -86,18 +87,18 @@ def exit_process(code: int) -> NoReturn:
 
 
 def log_file(logs: Path, number: int) -> Path:
-    """Where the output of a process goes."""
+    """File for the output of a process."""
     return logs / f"process_{number:05d}.txt"
 
 
 def send_output_to(logs: Path) -> None:
-    """Only process 0 talks to the terminal: append this one's stdout and stderr to a file, after a line about it."""
+    """Append stdout and stderr of every process except process 0 to a file, after a line that names the process."""
     if rank() == 0:
         return
     try:
         logs.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log_file(logs, rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:  # process 0 will say more about the folder
+    except OSError as error:  # process 0 reports the folder's problem
         print(f"warning: process {rank()} has no log file: {error}", file=sys.stderr)
         return
     sys.stdout.flush()
@@ -112,18 +113,18 @@ def send_output_to(logs: Path) -> None:
 
 
 def tell_terminal(text: str) -> None:
-    """Write a line where a person sees it, whichever process this is."""
+    """Write a line to the terminal, from any process."""
     os.write(int(os.environ.get(TERMINAL, "2")), f"{text}\n".encode())
 
 
 def print_to_terminal(text: str) -> None:
-    """Write a line on the terminal too, from a process whose output goes to a file."""
+    """Write a line to the terminal if this process's output goes to a file."""
     if TERMINAL in os.environ:
         tell_terminal(f"{text} (process {rank()})")
 
 
 def _launchers(environment: Mapping[str, str]) -> list[int]:
-    """The processes that this one must not outlive. None for one that a person started."""
+    """Process ids that this process must not outlive. Empty for a process that was started by hand."""
     parents = []
     if "TORCHELASTIC_RUN_ID" in environment or environment.get(FOLDER):
         parents.append(os.getppid())
@@ -135,7 +136,7 @@ def _launchers(environment: Mapping[str, str]) -> list[int]:
 def _follow(parent: int, launchers: list[int]) -> None:
     while os.getppid() == parent and all(_lives(launcher) for launcher in launchers):
         time.sleep(LOOK_SECONDS)
-    os.write(2, b"\nerror: the launcher is gone, so this process ends; start again to go on\n")
+    os.write(2, b"\nerror: the launcher has ended, so this process ends; start again to resume\n")
     os._exit(1)
 
 
@@ -150,7 +151,7 @@ def _lives(process: int) -> bool:
 
 
 def _leave_early(_number: int, _frame: FrameType | None) -> None:
-    """The scheduler's signal before there is anything to save."""
+    """Handle the scheduler's signal before the run starts, when there is nothing to save."""
     record_exit_code(PREEMPTED, everywhere=False)
     os._exit(PREEMPTED)
 

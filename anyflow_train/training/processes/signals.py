@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a request: the loop finishes its step, saves, and ends."""
+"""Turn SIGTERM, SIGINT and SIGUSR1 into a stop request: the loop finishes its step, saves, and ends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGUSR1 is how a scheduler is told to announce that it will take the machine away.
+# Schedulers are configured to send SIGUSR1 before they take the machine away.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Ctrl-C reaches a process of a launch twice, from the terminal and from the launcher. A person's second takes longer.
+# Ctrl-C reaches a process of a launch twice, from the terminal and from the launcher. A second Ctrl-C comes later.
 AGAIN_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether someone asked the run to stop, and by which signal."""
+    """A request to stop the run. `signal` is the signal that was received; None if there was none."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -25,22 +25,22 @@ class StopRequest:
         self._owner = os.getpid()
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler. The first request is noted; a later Ctrl-C ends the process at once."""
+        """Handle a signal. The first one is stored; a later Ctrl-C ends the process immediately."""
         if os.getpid() != self._owner:
-            return  # a forked data worker: the run's own process decides
+            return  # in a forked data worker: the main process decides
         if self.signal is not None:
             if number != signal.SIGINT or time.monotonic() - self._since < self._again_seconds:
                 return
-            os.write(2, b"\nstopped at once; the last checkpoint is intact\n")
+            os.write(2, b"\nstopped immediately; the last checkpoint is intact\n")
             os._exit(130)
         self.signal, self._since = signal.Signals(number), time.monotonic()
-        text = f"\n{self.signal.name}: finishing this step and saving; Ctrl-C again to stop at once\n"
+        text = f"\n{self.signal.name}: finishing this step and saving; press Ctrl-C again to stop immediately\n"
         os.write(2, text.encode())
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Listen for stop signals inside the block; the handlers from before come back after it."""
+    """Handle stop signals inside the block, and restore the previous handlers after it."""
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
     try:

@@ -1,10 +1,11 @@
-"""The processes of a run: who is who, what they share, and how a mistake of one becomes the clear end of all."""
+"""The processes of a run: ranks and groups, communication, and errors that end all processes together."""
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,26 +23,27 @@ from anyflow_train.training.processes.launched import local_rank
 
 T = TypeVar("T")
 
-# The heartbeat ends a run that hangs, and names who is behind. Communication waits longer: for what may take long, such
-# as a validation, and so that it is not the first to complain.
+# The heartbeat ends a run that hangs, and names the process that hangs. Collectives have a longer timeout, so that they
+# can wait for slow work such as a validation, and so that the heartbeat reports first.
 WAIT = 2
 WAIT_MORE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees it.
+    """The processes of a run, seen from one of them.
 
-    `sequence_parallel` neighbours hold the same samples and split their tokens; so there are
-    `size / sequence_parallel` shares of the data.
+    `sequence_parallel` neighbouring processes hold the same samples and split their tokens. So the data are split into
+    `size / sequence_parallel` shares.
 
     Attributes:
-        device: of this process.
-        rank, size: of this process among all.
+        device: device of this process.
+        rank: number of this process, from 0.
+        size: number of processes.
         sequence_parallel: processes per sample.
-        data_group: the processes at the same place of their sample, one for each share of the data; None: all.
-        sequence_group: the processes of this process's samples; None where `sequence_parallel` is 1.
-        activity: what this process is at.
+        data_group: processes that hold the same part of their samples, one per share of the data; None means all.
+        sequence_group: processes that hold the same samples as this one; None if `sequence_parallel` is 1.
+        activity: what this process is doing, for the heartbeat.
     """
 
     device: torch.device
@@ -59,16 +61,16 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Which share of every global batch is this process's."""
+        """Index of this process's share of every global batch."""
         return self.rank // self.sequence_parallel
 
     @property
     def data_size(self) -> int:
-        """How many shares a global batch is cut into."""
+        """Number of shares of a global batch."""
         return self.size // self.sequence_parallel
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum of a small tensor over the shares of the data; with one share the tensor itself."""
+        """Sum a small tensor over the shares of the data. Returns the tensor itself if there is one share."""
         if self.data_size == 1:
             return values
         self.activity.touch()
@@ -77,7 +79,7 @@ class World:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. Waits for all of them."""
+        """Whether the flag is set on any process. All processes must call it."""
         if self.size == 1:
             return flag
         self.activity.touch()
@@ -86,7 +88,7 @@ class World:
         return bool(count)
 
     def gather(self, value: T) -> list[T]:
-        """One value of every process, by rank. Waits for all of them."""
+        """Collect one value from every process, by rank. All processes must call it."""
         if self.size == 1:
             return [value]
         self.activity.touch()
@@ -95,7 +97,7 @@ class World:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value on every process."""
         if self.size == 1:
             return value
         self.activity.touch()
@@ -104,39 +106,47 @@ class World:
         return box[0]
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, in the given one, which has its shape and dtype on every process."""
+        """Copy rank 0's tensor into the given one, which has the same shape and dtype on every process."""
         if self.size > 1:
             self.activity.touch()
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Do a piece of work on every process; if one of them cannot, all raise what it says.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every process. If one process raises UserErrors, all of them raise these at the block's end.
+
+        The block must not communicate. A process that raised has left its block, and waits for the others at the end.
 
         Raises:
-            SharedErrors: as `work` does, here or elsewhere. What not all processes found names those that did.
+            SharedErrors: the block raised a UserError, here or on another process. If only some processes raised it,
+                the message lists them.
         """
         if self.size == 1:
-            return work()
-        result, found = None, []
+            yield
+            return
+        found: list[tuple[str, str]] = []
         try:
-            result = work()
+            yield
         except UserErrors as errors:
             found = [(error.where, error.problem) for error in errors.errors]
         except UserError as error:
             found = [(error.where, error.problem)]
         everywhere = self.gather(found)
-        if not any(everywhere):
-            return result  # pyright: ignore[reportReturnType]
-        errors = [UserError(key, text + self._where(ranks)) for (key, text), ranks in _by_problem(everywhere)]
-        raise SharedErrors(errors)
+        if any(everywhere):
+            problems = _by_problem(everywhere)
+            raise SharedErrors([UserError(key, text + self._where(ranks)) for (key, text), ranks in problems])
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do a piece of work on rank 0 alone; every process gets its result, or its UserErrors."""
-        return self.broadcast(self.together(lambda: work() if self.is_main else None))  # pyright: ignore
+        """Call a function on rank 0 only. Every process gets its result, or its UserErrors."""
+        result: Any = None
+        with self.together():
+            if self.is_main:
+                result = work()
+        return self.broadcast(result)
 
     def _where(self, ranks: list[int]) -> str:
-        # What rank 0 alone looked at, it saw for all.
+        # Errors of rank 0 only usually come from `on_main`, so they concern all processes.
         if len(ranks) == self.size or ranks == [0]:
             return ""
         return f" (on process {', '.join(map(str, ranks))} of {self.size})"
@@ -150,7 +160,7 @@ def start_world(config: EngineConfig) -> World:
     """Choose the device, and join the processes that a launcher started.
 
     Raises:
-        UserError: the processes do not fit the config, or each other.
+        UserError: the launcher's variables contradict each other or the config.
     """
     device = pick_device(config.device, config.threads, "engine.device", local_rank())
     size = world_size()
@@ -163,7 +173,7 @@ def start_world(config: EngineConfig) -> World:
         dist.init_process_group(backend, timeout=WAIT * timedelta(seconds=config.timeout_seconds) + WAIT_MORE)
         atexit.register(dist.destroy_process_group)
     rank = dist.get_rank()
-    if dist.get_world_size() != size:  # some set-ups fall back to a world of one without a word
+    if dist.get_world_size() != size:  # some environments silently fall back to one process
         raise UserError("WORLD_SIZE", f"is {size}, but {dist.get_world_size()} processes joined")
     width = config.sequence_parallel
     if size % width:
@@ -172,25 +182,25 @@ def start_world(config: EngineConfig) -> World:
 
 
 def shared_rows(count: int, world: World) -> list[int]:
-    """Which of `count` equal pieces of work are this process's: as many for every one.
+    """Indices of this process's share of `count` equal pieces of work. Every process gets the same number of pieces.
 
-    Where they do not come out even the last piece is done more than once: under ZeRO-3 a process that runs fewer
-    forwards than the others hangs them all.
+    If `count` cannot be divided evenly, several processes do the last piece. Under ZeRO-3 all processes must run the
+    same number of forwards, otherwise the run hangs.
     """
     return [min(row, count - 1) for row in range(world.data_rank, count + (-count) % world.data_size, world.data_size)]
 
 
 def collect_rows(count: int, mine: list[T], world: World) -> list[T]:
-    """The results of `shared_rows`, in order, on every process."""
+    """Collect the results for the indices of `shared_rows` from all processes, in order, on every process."""
     everyone = world.gather(mine)[:: world.sequence_parallel]
     return [everyone[row % world.data_size][row // world.data_size] for row in range(count)]
 
 
 def check_agreement(world: World, facts: dict[str, str]) -> None:
-    """Compare what must be the same on every process.
+    """Check that facts, by name, are equal on every process.
 
     Raises:
-        SharedErrors: one line for every fact that some process has otherwise than rank 0.
+        SharedErrors: one line for every fact that differs between rank 0 and another process.
     """
     everywhere = world.gather(facts)
     names = dict.fromkeys(name for found in everywhere for name in found)
@@ -208,7 +218,7 @@ def _difference(everywhere: list[dict[str, str]], name: str) -> str | None:
 
 
 def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:
-    """The data group and the sequence group. Every process takes part in the making of all groups."""
+    """Create the data group and the sequence group of a process. Every process must help to create all groups."""
     if width == 1:
         return None, None
     places = [dist.new_group(range(place, size, width)) for place in range(width)]

@@ -1,7 +1,7 @@
-"""`profile=true`: where the time of a step goes, part by part, and a trace of a few steps.
+"""`profile=true`: a table of the time that each part of a step takes, and a trace of a few steps.
 
-Parts are timed on the device's own clock, without the profiler, which slows a step down; the trace is of the steps
-after those.
+The parts are timed with the device's clock and without torch's profiler, which slows a step down. The trace is recorded
+in the steps after that.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from anyflow_train.training.processes.world import World
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.updates import Trainable
 
-# Steps after a start: for warming up (a compiled network meets its text lengths), for the table, and for the trace.
+# Numbers of steps after a start: warm-up (compilation for all text lengths), steps in the table, steps in the trace.
 WARMED_UP, PROFILED, TRACED = 4, 4, 2
 STEP = "step"
 
 
 class Watch(Protocol):
-    """Told of every part of a step."""
+    """Observes every part of a step."""
 
     def part(self, name: str, samples: int = 0) -> AbstractContextManager[None]:
-        """Inside is a call of this part.
+        """Observe the block as one call of a part.
 
         Args:
-            samples: in the call of a flow map; 0 for all other parts.
+            samples: number of samples if the part is a flow map, else 0.
         """
         ...
 
 
 class Clock:
-    """Adds up what parts take, on a device's own time line: a GPU is never waited for in a step."""
+    """Times parts with the device's clock. It does not synchronise with a GPU during a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
@@ -52,7 +52,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str, samples: int = 0) -> Iterator[None]:
-        """Inside is a call of this part, which is timed if the clock is running."""
+        """Time the block as one call of a part if the clock is running."""
         if not self.running:
             yield
             return
@@ -79,7 +79,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class WatchedFlowMap:
-    """A role's flow map, watched. Its calls with gradient are another part than those without."""
+    """An observed flow map of a role. Calls with and without gradient are different parts."""
 
     name: str
     flow_map: FlowMap
@@ -96,7 +96,7 @@ class WatchedFlowMap:
 
 
 class Watched:
-    """An engine or its averages, watched; all else is theirs."""
+    """An observed engine or its averages. All other attributes are forwarded."""
 
     def __init__(self, role: str, inner: Any, watch: Watch) -> None:
         self._role, self._inner, self._watch = role, inner, watch
@@ -118,7 +118,7 @@ class Watched:
 
 
 def watched(recipe: Recipe, watch: Watch) -> Recipe:
-    """The same recipe, which tells of its parts as it trains."""
+    """Return the recipe with flow maps, engines and averages that are observed by `watch`."""
 
     def trainable(role: str, inner: Trainable) -> Trainable:
         averages: Any = None if inner.ema is None else Watched(role, inner.ema, watch)
@@ -141,11 +141,11 @@ def watched(recipe: Recipe, watch: Watch) -> Recipe:
 
 
 class Profile:
-    """Of the first steps after a start; a run that ends before leaves what there is.
+    """Profiles the first steps after a start. A run that ends earlier shows the steps that it has.
 
     Args:
-        folder: where the trace goes, one file for each process.
-        say: prints a line on the terminal, or in this process's log.
+        folder: folder of the traces, one file per process.
+        say: prints a line to the terminal or to this process's log.
     """
 
     def __init__(self, folder: Path, world: World, say: Callable[[str], None]) -> None:
@@ -156,11 +156,11 @@ class Profile:
         self._shown = self._tracing = False
 
     def timed(self, recipe: Recipe) -> Recipe:
-        """The same recipe, whose parts are timed."""
+        """Return the recipe with timed parts."""
         return watched(recipe, self._clock)
 
     def stream(self, batches: Iterable[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
-        """The same micro-batches; a step lasts from one wait for them to the next."""
+        """Yield the micro-batches of each step. A step is timed from one request for them to the next."""
         source = iter(batches)
         while True:
             with self._clock.part(STEP):
@@ -183,7 +183,7 @@ class Profile:
             self._write_trace()
 
     def close(self) -> None:
-        """Leave what a run that ends early has."""
+        """Show the table and write the trace if the run ended before they were complete."""
         if not self._shown:
             self._show()
         if self._tracing:
@@ -191,21 +191,22 @@ class Profile:
 
     def _show(self) -> None:
         self._shown, spans = True, self._clock.spans()
-        for line in table(spans) if STEP in spans else [f"no profile: it begins with step {WARMED_UP + 1} of a start"]:
+        none = f"no profile: it begins with step {WARMED_UP + 1} after a start"
+        for line in table(spans) if STEP in spans else [none]:
             self._say(line)
 
     def _write_trace(self) -> None:
         self._tracing = False
         self._trace.stop()
         self._file.parent.mkdir(exist_ok=True)
-        partial = self._file.with_name(f"partial_{self._file.name}")  # the ending stays: it asks for compression
+        partial = self._file.with_name(f"partial_{self._file.name}")  # torch compresses the file because of its suffix
         self._trace.export_chrome_trace(str(partial))
         partial.replace(self._file)
-        self._say(f"a trace, for ui.perfetto.dev: {self._file}")
+        self._say(f"trace, to open in ui.perfetto.dev: {self._file}")
 
 
 def table(spans: dict[str, list[float]]) -> list[str]:
-    """Lines of a table: calls and seconds of every part in a step, and what is left."""
+    """Lines of a table: calls and seconds of every part per step, and the rest of the step."""
     steps = spans[STEP]
     whole, count = sum(steps), len(steps)
     parts = {name: (len(each), sum(each)) for name, each in spans.items() if name != STEP}
@@ -213,6 +214,6 @@ def table(spans: dict[str, list[float]]) -> list[str]:
     lines = [f"{f'profile of {count} steps':<34}{'calls':>7}{'seconds':>12}{'share':>8}"]
     for name, (calls, seconds) in parts.items():
         lines.append(f"  {name:<32}{calls / count:>7g}{seconds / count:>12.4f}{seconds / whole:>8.1%}")
-    lines.append(f"  {'draws, losses and all else':<32}{'':>7}{rest / count:>12.4f}{rest / whole:>8.1%}")
+    lines.append(f"  {'draws, losses and the rest':<32}{'':>7}{rest / count:>12.4f}{rest / whole:>8.1%}")
     lines.append(f"  {'a step':<32}{'':>7}{whole / count:>12.4f}{1:>8.1%}")
     return lines

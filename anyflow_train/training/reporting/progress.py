@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHORT = {
     "samples_per_second": "samples/s",
     "seconds_per_step": "s/step",
 }
-# For the trackers: too much for a line.
+# Values with this in their name go to the trackers only; a line has no room for them.
 HIDDEN = "/rollout_"
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: the GPU's for a GPU, the process's otherwise."""
+    """Peak memory in GiB: of the GPU if `device` is one, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -37,16 +37,16 @@ class Pace:
         self._since = time.monotonic()
 
     def begin(self) -> None:
-        """The wait for the next step's data begins."""
+        """Start the clock, before the step's data are loaded."""
         self._since = time.monotonic()
 
     def end(self) -> None:
-        """The step is done."""
+        """Stop the clock, after the step."""
         self._seconds += time.monotonic() - self._since
         self._steps += 1
 
     def seconds_per_step(self) -> float:
-        """Mean since the last call."""
+        """Mean seconds per step since the last call."""
         mean = self._seconds / max(self._steps, 1)
         self._seconds, self._steps = 0.0, 0
         return mean
@@ -56,7 +56,7 @@ class StepProgress:
     """Shows the numbers of logged steps.
 
     Args:
-        steps: of the whole run.
+        steps: steps of the whole run.
         done: steps done before this start.
     """
 
@@ -65,7 +65,7 @@ class StepProgress:
         self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one step on the bar."""
         if self._bar is not None:
             self._bar.update()
 
@@ -80,7 +80,7 @@ class StepProgress:
         print(f"step {step}/{self._steps}  {text}  eta {tqdm.format_interval(remaining)}", flush=True)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Where metrics and videos go beside the terminal: always `metrics.jsonl`, and one tracker if the config names one."""
+"""Record metrics and videos: always in `metrics.jsonl`, and in the tracker of the config if there is one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 
 class Tracker(Protocol):
-    """A sink for numbers and videos, by step."""
+    """Records numbers and videos by step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers."""
@@ -25,12 +25,12 @@ class Tracker(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and end."""
+        """Flush and close."""
         ...
 
 
 class MetricsFile:
-    """One JSON object a line. Lines of steps that a resumed run does again are dropped when it is opened."""
+    """One JSON object per line. Opening the file drops the lines of steps that a resumed run repeats."""
 
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
@@ -42,14 +42,14 @@ class MetricsFile:
         self._file.flush()
 
     def videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """The files themselves are in the run directory."""
+        """Record nothing: the video files are already in the run directory."""
 
     def close(self) -> None:
         self._file.close()
 
 
 class Wandb:
-    """Weights & Biases. The run id is the run directory's, so that a resumed run continues its curves."""
+    """Weights & Biases. The run id is stored in the run directory, so that a resumed run continues its curves."""
 
     def __init__(self, config: WandbTracker, run: RunConfig, directory: RunDirectory) -> None:
         import wandb
@@ -78,12 +78,12 @@ class Wandb:
 
 
 class Tensorboard:
-    """TensorBoard event files in the run directory. Videos are named by path: the event format holds only GIFs."""
+    """TensorBoard event files in the run directory. Videos are logged by path: the format only supports GIFs."""
 
     def __init__(self, directory: RunDirectory, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # a resumed run does some steps again: TensorBoard then hides what the killed one logged for them
+        # a resumed run repeats some steps; `purge_step` hides what the interrupted run logged for them
         self._writer = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -99,7 +99,7 @@ class Tensorboard:
 
 
 class Trackers:
-    """All sinks of a run as one. Without a directory there are none: only one process of a run records it."""
+    """All trackers of a run. Without a directory there are none, because only one process records the run."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory | None, step: int) -> None:
         self._sinks: list[Tracker] = []
@@ -122,13 +122,13 @@ class Trackers:
             sink.videos(step, videos)
 
     def close(self) -> None:
-        """Flush and end all."""
+        """Flush and close all trackers."""
         for sink in self._sinks:
             sink.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """Lines of steps up to `step`; a line that a kill cut off is dropped too."""
+    """Read the lines of steps up to `step`. An incomplete line, from a killed process, is dropped too."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
@@ -141,7 +141,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def _wandb_id(path: Path) -> str:
-    """A stable id: a file in the run directory keeps what was chosen at the first start."""
+    """Read the run's id from the run directory; the first start creates it."""
     file = path / "wandb_id"
     if not file.exists():
         replace_file(file, secrets.token_hex(4).encode())

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyflow_train.data.captions import read_lines
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.prompts import distinct, read_lines, slug
+from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_vbench.config import Dimension, VBenchConfig
 
 

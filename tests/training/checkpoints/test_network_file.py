@@ -33,7 +33,7 @@ TEACHER = {"source": "somewhere", "codec": "codec"}
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Of a run with an adapter."""
+    """Return the checkpoint of a run with an adapter."""
     run = trained(tmp_path, "run", network(tmp_path), LORA, teacher=TEACHER, context={"i2v_probability": 0.0})
     return list_checkpoints(run / "checkpoints")[0]
 
@@ -50,7 +50,7 @@ def rewrite(checkpoint: Path, name: str, change: Callable[[dict[str, Any]], Any]
 
 
 def without_network_file(checkpoint: Path) -> None:
-    """As checkpoints were before there was one."""
+    """Remove `network.json`, as in older checkpoints."""
     (checkpoint / "network.json").unlink()
     state = json.loads((checkpoint / "state.json").read_text())
     state.pop("checksum")

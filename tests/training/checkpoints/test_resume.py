@@ -1,4 +1,4 @@
-"""What a run may continue from."""
+"""Checkpoints from which a run may resume, and changes of the config that it refuses."""
 
 from __future__ import annotations
 

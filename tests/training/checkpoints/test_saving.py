@@ -1,4 +1,4 @@
-"""Saving beside the training: what is saved is that moment's, and what goes wrong is not lost."""
+"""Saving in the background: the tensors are those of the saved step, and errors of the writer are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def saver(tmp_path: Path, lines: list[str]) -> Iterator[Saver]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is written before it is set."""
+    """Let the writer wait until the returned event is set."""
     gate, original = threading.Event(), writing.write_synced
 
     def gated(*arguments: Any) -> str:
@@ -76,7 +76,7 @@ def test_training_on_does_not_change_what_is_saved(
     found = torch.zeros(2, 3)
     restore_tensors(tmp_path / "checkpoints" / "step_00000001", "weights", {"w": Entry.of(found)})
     assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
-    assert lines == ["checkpoints are written beside the training, from a copy of 0.0 GiB in memory"]
+    assert lines == ["checkpoints are written in the background, from a copy of 0.0 GiB in memory"]
 
 
 def test_a_save_waits_for_the_one_before_and_says_so(
@@ -95,12 +95,12 @@ def test_a_save_waits_for_the_one_before_and_says_so(
 def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a writer so slow that several steps pass until a checkpoint is whole."""
+    """Save with a writer so slow that several steps are done before a checkpoint is complete."""
     write_latents(tmp_path / "shards")
     with monkeypatch.context() as patch:
         patch.setattr(saving, "free_memory", lambda: 0)
         reference = train(settings(tmp_path, name="reference"))
-        assert "the training waits until checkpoints are written: a copy of" in capsys.readouterr().out
+        assert "training pauses while checkpoints are written: a copy of" in capsys.readouterr().out
     original = writing.write_synced
 
     def slow(*arguments: Any) -> str:
@@ -110,8 +110,8 @@ def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
     monkeypatch.setattr(writing, "write_synced", slow)
     run = train(settings(tmp_path))
     output = capsys.readouterr().out
-    assert output.count("checkpoints are written beside the training") == 1
-    assert "until the checkpoint before was written" in output
+    assert output.count("checkpoints are written in the background") == 1
+    assert "for the previous checkpoint; increase checkpoint.every" in output
     pairs = list(zip(*(list_checkpoints(path / "checkpoints") for path in (run, reference)), strict=True))
     assert [path.name for path, _ in pairs] == ["step_00000006", "step_00000008"]
     for path, other in pairs:
@@ -122,7 +122,7 @@ def test_a_run_saves_the_same_beside_the_training_as_in_its_way(
 
 
 def fail_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk, from the n-th file on."""
+    """Let writing fail as on a full disk, from the n-th file on."""
     original, calls = writing.write_synced, 0
 
     def full(*arguments: Any) -> str:

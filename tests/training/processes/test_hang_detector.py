@@ -1,4 +1,4 @@
-"""Who is to blame for a wait: judged from what the processes say of themselves."""
+"""The hang detector names the process that makes the others wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report(rank: int, **changes: object) -> ProcessReport:
 
 
 def after(seconds: float, first: list[ProcessReport], then: list[ProcessReport]) -> Verdict | None:
-    """What a watch says that saw the one, and so much later the other."""
+    """Verdict of a hang detector that saw the first reports and, some seconds later, the second ones."""
     detector = HangDetector(SECONDS)
     assert detector.judge(first, 100.0) is None
     return detector.judge(then, 100.0 + seconds)
@@ -38,7 +38,7 @@ def test_a_process_that_is_silent_is_named_with_its_host() -> None:
     verdict = after(SECONDS, first, then)
     assert verdict is not None
     assert [silent.rank for silent in verdict.silent] == [1]
-    assert "process 1 (host1, pid 101), last heard of at step 5, training" in verdict.text
+    assert "process 1 (host1, pid 101), last report: step 5, training" in verdict.text
     assert "process 0" not in verdict.text
 
 
@@ -47,7 +47,7 @@ def test_of_those_that_do_not_move_the_one_behind_is_named() -> None:
     verdict = after(SECONDS, first, [replace(r, beats=9) for r in first])
     assert verdict is not None
     assert verdict.silent == ()
-    assert "process 2 (host2, pid 102), last heard of at step 5, loading data" in verdict.text
+    assert "process 2 (host2, pid 102), last report: step 5, loading data" in verdict.text
     assert "process 0" not in verdict.text
     assert "process 1" not in verdict.text
 

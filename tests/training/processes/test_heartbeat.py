@@ -1,4 +1,4 @@
-"""What one process concludes from silence, and what it does about it; real processes are in `test_faults`."""
+"""The verdict and the actions of one process if another one is silent. `test_faults` has real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOW = 1000.0
 
 
 class Ended(Exception):
-    """In place of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 def report(rank: int, **changes: object) -> ProcessReport:
@@ -32,7 +32,7 @@ def report(rank: int, **changes: object) -> ProcessReport:
 
 
 def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbeat:
-    """A process that has just heard of all of them."""
+    """A process that has just received all reports."""
     world = World(torch.device("cpu"), rank, len(reports))
     world.activity.begin("training", step=6)
     found = Heartbeat(world, SECONDS, logs)
@@ -42,7 +42,7 @@ def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbea
 
 
 def test_a_hang_is_reported_within_the_timeout() -> None:
-    """Judged two intervals early: for the last report to come out, and to be read."""
+    """The limit is two intervals shorter, because sending and reading a report takes up to one interval each."""
     beat = beating(0, report(0), report(1))
     assert beat._hang_detector.seconds + 2 * beat._interval == SECONDS
     assert beat._interval == heartbeat.LONGEST_INTERVAL
@@ -59,7 +59,7 @@ def test_silence_of_the_store_is_process_0_s() -> None:
     assert beat._verdict(NOW + limit - 0.1) is None
     verdict = beat._verdict(NOW + limit)
     assert verdict is not None
-    assert verdict.text.startswith("no sign of life for 90 s from process 0")
+    assert verdict.text.startswith("no report for 90 s from process 0")
     assert [silent.rank for silent in verdict.silent] == [0]
 
 
@@ -97,7 +97,7 @@ def test_others_are_judged_by_the_watch() -> None:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What a process that ends itself says and does."""
+    """A process that ends itself, with the recorded output and signals."""
     acts: list[tuple[object, ...]] = []
 
     def leave(code: int) -> NoReturn:
@@ -112,7 +112,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 
 def end(beat: Heartbeat, *silent: ProcessReport) -> None:
     with pytest.raises(Ended):
-        beat._end(Verdict("no sign of life from somebody", silent))
+        beat._end(Verdict("no report from process 0", silent))
 
 
 def test_the_first_that_can_speak_does_and_kills_what_is_stopped(
@@ -121,7 +121,7 @@ def test_the_first_that_can_speak_does_and_kills_what_is_stopped(
     stopped = report(0)
     end(beating(1, stopped, report(1), report(2), logs=tmp_path), stopped)
     (_, text), *others = done
-    assert str(text).startswith("error: no sign of life from somebody; process 1 is at step 7, training; the run ends")
+    assert str(text).startswith("error: no report from process 0; process 1 is at step 7, training; the run ends")
     assert others == [("kill", 100, signal.SIGKILL), ("exit", HUNG)]
 
 
@@ -129,8 +129,8 @@ def test_the_others_only_leave_a_log_of_where_they_stand(done: list[tuple[object
     end(beating(2, report(0), report(1), report(2), logs=tmp_path))
     assert done == [("exit", HUNG)]
     text = (tmp_path / "process_00002.txt").read_text()
-    assert text.startswith("error: no sign of life from somebody")
-    assert "Where process 2 stands" in text
+    assert text.startswith("error: no report from process 0")
+    assert "Stack traces of process 2 stands" in text
     assert "test_heartbeat.py" in text  # the stacks
 
 

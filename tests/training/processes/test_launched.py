@@ -1,4 +1,4 @@
-"""Output, death and exit codes of a process that a launcher started; no torch in any of it."""
+"""Output, end and exit codes of a process that a launcher started, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that does so in a launch."""
+    """Start a process of a launch that runs these statements."""
     prelude = "import os, sys\nfrom pathlib import Path\nfrom anyflow_train.training.processes import launched\n"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
@@ -52,7 +52,7 @@ def test_a_log_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_a_process_follows_its_launcher_into_its_death(tmp_path: Path) -> None:
-    """The launcher is a shell that starts the process, and is gone."""
+    """The launcher is a shell that starts the process and ends."""
     (tmp_path / "launcher").write_text(str(os.getpid()))
     child = (
         "from anyflow_train.training.processes import launched; import time; "

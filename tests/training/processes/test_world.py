@@ -1,4 +1,4 @@
-"""Who takes part in a run, before any of them trains."""
+"""The processes of a run: ranks, devices and agreement, before they train."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_both_updates_of_stage_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_that_ends_early_leaves_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_latents(tmp_path / "shards")
     train(settings(tmp_path, name="none", steps=profile.WARMED_UP, profile=True))
-    assert f"no profile: it begins with step {profile.WARMED_UP + 1}" in capsys.readouterr().out
+    assert f"no profile: it begins with step {profile.WARMED_UP + 1} after a start" in capsys.readouterr().out
     run = train(settings(tmp_path, name="table", steps=profile.WARMED_UP + 2, profile=True))
     assert "profile of 1 steps" in capsys.readouterr().out
     assert not (run / "profile").exists()
