@@ -43,6 +43,28 @@ class CheckOptions(Model):
 class PlanOptions(Model):
     """Keys of `anyflow plan`, in addition to the keys of a run.
 
+    gpus: GPUs per node.
+    nodes: number of nodes.
+    gpu: GPU model, with its memory in GB.
+    strategy: file of `launch/` that starts the run; it decides how tensors are distributed over the GPUs.
+    utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
+    price: price of one GPU for one hour, in any currency; null leaves out the cost.
+    """
+
+    gpus: PositiveInt = 8
+    nodes: PositiveInt = 1
+    gpu: GpuName = "h100-80"
+    strategy: StrategyName = "ddp"
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
+    price: NonNegativeFloat | None = None
+
+    @property
+    def world(self) -> int:
+        """Number of processes: one for each GPU."""
+        return self.gpus * self.nodes
+
+
+class ClipsConfig(Model):
     """`anyflow clips`: render mp4 clips with captions from an embedded data set.
 
     world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
