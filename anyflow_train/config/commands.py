@@ -46,7 +46,7 @@ class PlanOptions(Model):
     gpus: GPUs per node.
     nodes: number of nodes.
     gpu: GPU model, with its memory in GB.
-    strategy: file of `launch/` that starts the run: how tensors are distributed over the GPUs.
+    strategy: file of `launch/` that starts the run; it decides how tensors are distributed over the GPUs.
     utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
     price: price of one GPU for one hour, in any currency; null leaves out the cost.
     """
