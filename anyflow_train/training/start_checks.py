@@ -81,10 +81,8 @@ def check_start(config: RunConfig) -> None:
 def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     try:
         before = read_network(checkpoint)
-    except DamagedCheckpoint as damage:
-        return [UserError("student.init", f"is damaged: {damage}")]
-    except UserError as error:
-        return [UserError("student.init", str(error))]
+    except (DamagedCheckpoint, UserError) as error:
+        return [UserError("student.init", f"cannot be read: {error}")]
     ours = NetworkFile.of_student(config.student)
     pairs = [(f"student.{name}", value, before.times[name]) for name, value in ours.times.items()]
     # `causal` is compared when the weights are opened: a network that is not causal can become causal.

@@ -22,7 +22,6 @@ __all__ = [
     "Engine",
     "Outcome",
     "ReplicatedEngine",
-    "ZeroEngine",
     "adam_steps",
     "build_engine",
     "build_sharded",

@@ -143,10 +143,8 @@ def _follow(parent: int, launchers: list[int]) -> None:
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:  # a process of another user gives PermissionError
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -127,17 +127,9 @@ def watched(recipe: Recipe, watch: Watch) -> Recipe:
     def flow_map(name: str, inner: FlowMap | None) -> Any:
         return None if inner is None else WatchedFlowMap(name, inner, watch)
 
-    roles = recipe.roles
-    return replace(
-        recipe,
-        roles=Roles(
-            flow_map("student", roles.student),
-            flow_map("derivative", roles.derivative),
-            flow_map("teacher", roles.teacher),
-            flow_map("fake_score", roles.fake_score),
-        ),
-        trainables={role: trainable(role, inner) for role, inner in recipe.trainables.items()},
-    )
+    roles = {field.name: flow_map(field.name, getattr(recipe.roles, field.name)) for field in fields(Roles)}
+    trainables = {role: trainable(role, inner) for role, inner in recipe.trainables.items()}
+    return replace(recipe, roles=Roles(**roles), trainables=trainables)
 
 
 class Profile:

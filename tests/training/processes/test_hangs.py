@@ -47,8 +47,7 @@ def test_a_process_that_hangs_is_named_in_time(launches: dict[str, Launch], hang
     # the waiting process names its step; the other one is named with its last report
     assert "step 4, " in line
     assert launch.text().count("error: ") == 1
-    noticed = [
-        path for path in (launch.folder / "run" / "logs").iterdir() if "Stack traces of process" in path.read_text()
-    ]
+    logs = launch.folder / "run" / "logs"
+    noticed = [path for path in logs.iterdir() if "Stack traces of process" in path.read_text()]
     assert all(f"error: {words}" in path.read_text() for path in noticed)
     assert noticed
