@@ -40,6 +40,8 @@ def call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     tensors = [value for value in args if isinstance(value, Tensor)]
     first = tensors[0]
+    if not isinstance(first, FakeTensor):
+        return func(*args, **kwargs)
     if any(not isinstance(tensor, FakeTensor) or tensor.fake_device != first.fake_device for tensor in tensors):
         return func(*args, **kwargs)
     with in_kernel_invocation_manager(first.fake_mode):
