@@ -1,7 +1,7 @@
 """Distil a video diffusion teacher into an any-step student (AnyFlow, arXiv 2605.13724).
 
-The names in `_EXPORTS` are the public ones. They are imported when they are first used: importing this package imports
-no torch, so that the command line starts at once.
+`_EXPORTS` lists the public names. They are imported on first use: importing this package does not import torch, so that
+the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -15,12 +15,24 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AnyFlowFARTransformer3DModel": "anyflow_train.models.far_transformer",
     "AnyFlowTransformer3DModel": "anyflow_train.models.transformer",
+    "Batch": "anyflow_train.data.batch",
     "Codec": "anyflow_train.models.codec",
     "Condition": "anyflow_train.flow.types",
+    "DistributionMatchingObjective": "anyflow_train.objectives.distribution_matching",
+    "Draw": "anyflow_train.flow.draw",
+    "FlowMapObjective": "anyflow_train.objectives.flow_map",
+    "FlowMatchingObjective": "anyflow_train.objectives.flow_matching",
     "LoadedNetwork": "anyflow_train.evaluation.load",
+    "Loss": "anyflow_train.objectives.types",
+    "ObjectiveConfig": "anyflow_train.config.objective",
+    "Roles": "anyflow_train.objectives.types",
+    "Setting": "anyflow_train.objectives.types",
+    "Times": "anyflow_train.config.objective",
+    "compose": "anyflow_train.config.compose",
     "load_student": "anyflow_train.evaluation.load",
     "load_teacher": "anyflow_train.evaluation.load",
     "sample": "anyflow_train.flow.sampler",
+    "train": "anyflow_train.commands.train",
 }
 
 

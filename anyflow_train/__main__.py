@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, UserErrors
+from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
@@ -26,9 +26,11 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, and `module:function`, imported only when it runs.
+    """One command.
 
-    decoded: the function takes the decoded config of the command; else the overrides as written and the config folder.
+    summary: one line for `anyflow --help`.
+    target: `module:function`, imported only when the command runs.
+    decoded: if True, the function takes the decoded config; else the overrides as written and the config folder.
     """
 
     summary: str
@@ -37,53 +39,49 @@ class Command:
 
 
 COMMANDS = {
-    "clips": Command("render clips of the embedded stripes world, with captions", "anyflow_train.commands.clips:run"),
+    "clips": Command("render clips and captions of an embedded world", "anyflow_train.commands.clips:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
-    "check": Command(
-        "print a run's config and what follows from it", "anyflow_train.commands.check:run", decoded=False
-    ),
-    "plan": Command("say what a run needs: memory, time, cost", "anyflow_train.plan.command:run", decoded=False),
+    "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
+    "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
-    "sweep": Command("train every combination of several values", "anyflow_train.commands.sweep:run", decoded=False),
+    "sweep": Command("train every combination of values", "anyflow_train.commands.sweep:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
-    "export": Command("write a checkpoint for stock diffusers", "anyflow_train.export:run"),
+    "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return its exit code.
 
-    Exit codes: 0; 1 (a sweep with failures, or a run that lost a process); 2 (a user's mistake); 75 (a run that a
-    scheduler interrupted: start it again); 130 (Ctrl-C).
+    Exit codes: 0; 1 (a run of a sweep failed, or a process of the run died); 2 (user error); 75 (a scheduler
+    interrupted the run: start it again); 130 (Ctrl-C).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = _dispatch(arguments)
-        sys.stdout.flush()  # here, where a reader that has gone is no error, not at the interpreter's exit
+        sys.stdout.flush()  # a closed pipe must raise here, inside the try, and not at exit
         return launched.record_exit_code(code, everywhere=True)
-    except UserErrors as errors:
-        return _report(errors.errors, everywhere=isinstance(errors, SharedErrors))
     except UserError as error:
-        return _report([error], everywhere=False)
+        return _report(error.each(), everywhere=isinstance(error, SharedErrors))
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr)
         return LOST_PROCESS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # a bug: its traceback goes where this process's output goes, which may be a file nobody reads
-        launched.print_to_terminal("error: stopped by a failure, see its log in the run's directory")
+    except Exception:  # a bug: this process's output, with the traceback, may go to a log file only
+        launched.print_to_terminal("error: a process failed; see its log in the run directory")
         raise
 
 
 def script() -> NoReturn:
-    """`main` as a process."""
+    """Run `main` and exit the process."""
     launched.exit_process(main())
 
 
@@ -108,7 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _extensions() -> dict[str, Command]:
-    """Commands of other packages; looked for only where they are needed, because it takes as long as an import."""
+    """Find the commands of other packages; called only if needed, because it takes as long as an import."""
     from anyflow_train.config.extensions import find_extensions
 
     return {name: Command(extension.summary, extension.target) for name, extension in find_extensions().items()}
@@ -125,7 +123,7 @@ def _run(name: str, command: Command, overrides: list[str], config_dir: Path | N
         launched.send_output_to(Path(config.out).expanduser() / config.name / "logs")
         _print_warnings(config)
     result = _load(command.target)(config)
-    return result if isinstance(result, int) else 0  # train's exit code; the others return what they made
+    return result if isinstance(result, int) else 0  # only train returns an exit code
 
 
 def _load(target: str) -> Any:
@@ -137,9 +135,9 @@ def _load(target: str) -> Any:
 
 
 def _import(module: str) -> None:
-    """Import without the garbage collector, which would take a sixth of the time that torch and diffusers need.
+    """Import without garbage collection, which takes a sixth of the import time of torch and diffusers.
 
-    It would walk all that was imported, again and again, and nearly all of it stays: so it never looks at it again.
+    Nearly all imported objects stay alive, so they are also excluded from later collections.
     """
     gc.disable()
     try:
@@ -150,7 +148,7 @@ def _import(module: str) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """A warning about the config is one line, once; any other is shown as Python does."""
+    """Show a ConfigWarning as one line on process 0, and any other warning as Python does."""
     if not issubclass(category, ConfigWarning):
         _PYTHONS_WARNING(message, category, *place, **more)
     elif launched.rank() == 0:
@@ -168,7 +166,7 @@ def _print_warnings(config: Any) -> None:
 
 
 def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
-    """Overrides, the value of --config-dir, and whether help is asked for."""
+    """Split the arguments into overrides, the value of --config-dir, and whether --help is given."""
     overrides: list[str] = []
     config_dir: Path | None = None
     wants_help = False
@@ -182,9 +180,7 @@ def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
                 raise UserError("--config-dir", "needs a folder")
             config_dir = Path(text)
         elif argument.startswith("-"):
-            raise UserError(
-                argument, "is not an option; there are --help and --config-dir FOLDER, all else is key=value"
-            )
+            raise UserError(argument, "is not an option; use --help, --config-dir FOLDER or key=value")
         else:
             overrides.append(argument)
     return overrides, config_dir, wants_help
@@ -198,7 +194,7 @@ def _overview() -> str:
         "",
         *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
-        "`anyflow <command> --help` lists its groups, experiments and keys.",
+        "`anyflow <command> --help` lists the experiments, groups and keys of a command.",
         "Start with `anyflow check experiment=tiny`.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where a command computes, and in which precision."""
+"""Devices and precisions of commands."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, threads: int, key: str = "device", local_rank: int | None = None) -> torch.device:
-    """Set the number of CPU threads, and choose the device; `auto` is a GPU if there is one.
+    """Set the number of CPU threads and return the device; `auto` uses a GPU if there is one.
 
     Args:
         name: auto, cpu or cuda.
-        threads: 0 leaves torch's choice.
+        threads: number of threads; 0 lets torch choose.
         key: config key of `name`, for errors.
-        local_rank: number of this process on its node, and of its GPU; None takes torch's current GPU.
+        local_rank: index of this process on its node, and of its GPU; None uses torch's current GPU.
 
     Raises:
-        UserError: there is no GPU, or none of that number.
+        UserError: there is no GPU, or no GPU with that index.
     """
     if threads:
         torch.set_num_threads(threads)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(key, "is 'cuda', but torch sees no GPU here; use 'auto' or 'cpu'")
+        raise UserError(key, "'cuda', but torch finds no GPU; use 'auto' or 'cpu'")
     if local_rank is None:
         return torch.device("cuda")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError("LOCAL_RANK", f"is {local_rank}, but this node has {count} GPUs; start one process per GPU")
+        raise UserError("LOCAL_RANK", f"{local_rank}, but this node has {count} GPUs; start one process per GPU")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The type of matrix products, over float32 weights; None computes in float32."""
+    """Return the dtype of matrix products with float32 weights; None for float32 products."""
     return None if precision == "fp32" else DTYPES[precision]

@@ -1,12 +1,14 @@
-"""The one exception that is meant for people."""
+"""Exceptions and warnings that users see as one line, without a traceback."""
+
+from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A user's mistake: becomes one line on the terminal and exit code 2, without a traceback.
+    """A user error: printed as one line without a traceback, with exit code 2.
 
     Args:
-        where: the dotted config key or the file that is wrong.
-        problem: the bad value and what would be right, as one sentence.
+        where: the wrong config key (dotted) or file.
+        problem: the bad value and what would be right, in one sentence.
     """
 
     def __init__(self, where: str, problem: str) -> None:
@@ -14,22 +16,29 @@ class UserError(ValueError):
         self.problem = problem
         super().__init__(f"{where}: {problem}")
 
+    def each(self) -> tuple[UserError, ...]:
+        """Return the single errors, one for each line."""
+        return (self,)
+
 
 class UserErrors(UserError):
-    """Several mistakes, reported together: one line each."""
+    """Several user errors, printed together with one line each."""
 
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = tuple(errors)
         ValueError.__init__(self, "\n".join(str(error) for error in errors))
 
+    def each(self) -> tuple[UserError, ...]:
+        return self.errors
+
 
 class SharedErrors(UserErrors):
-    """Mistakes that every process of a run raises, so that each of them ends by itself."""
+    """User errors that every process of a run raises, so that each process ends by itself."""
 
 
 class ConfigWarning(UserWarning):
-    """Something about a config that is worth a line on the terminal, and no error."""
+    """A warning about a config: printed as one line, and the command continues."""
 
 
 class LostProcess(Exception):
-    """Another process of the run is gone: no mistake of the user's, and one line says enough."""
+    """Another process of the run has died: printed as one line, with exit code 1."""

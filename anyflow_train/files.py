@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever dies in between; and locks of folders."""
+"""Atomic file writes, and locks on folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 TEMPORARY = ".tmp-"
 
 EXPORT_MARKER = "anyflow_export.json"
-"""In a folder that `anyflow export` made: where it comes from."""
+"""File in an exported folder that records its origin."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a hidden sibling that takes the name `path`, synced to disk, when the block ends without an error."""
+    """Write to a hidden file next to `path`; sync and rename it to `path` if the block ends without an error."""
     temporary = path.with_name(TEMPORARY + path.name)
     try:
         with open(temporary, "wb") as file:
@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers see either the old content or the new one, and after a power cut the new one."""
+    """Replace a file atomically. Readers see the old or the new content; the new one survives a power cut."""
     with atomic_file(path) as file:
         file.write(content)
     sync_folder(path.parent)
@@ -46,14 +46,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON that depends on the value alone."""
+    """Format readable JSON with sorted keys, so that equal values give equal bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
-    """Write and flush to the disk, for files in a folder that takes its name when it is whole. Returns the sha256.
+    """Write a file, sync it to disk and return its sha256; for files in a folder that is renamed once complete.
 
-    Other threads run meanwhile: neither writing nor the checksum holds the interpreter.
+    Writing and hashing release the interpreter lock, so that other threads can run.
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:
@@ -65,7 +65,7 @@ def write_synced(path: Path, *pieces: bytes | memoryview) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (names, renames) to the disk."""
+    """Sync a folder's entries (names, renames) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,17 +74,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, folder: Path) -> bool:
-    """Lock an open file of a folder, without waiting. The lock goes with the process, also where that is killed.
+    """Lock an open file of a folder without waiting. The lock ends with the process, even if the process is killed.
 
-    A file system without locks gives a warning, and counts as locked.
+    On a file system without locks, print a warning and return True.
 
     Args:
         lock: `fcntl.flock`, whose lock belongs to the open file and is inherited by forked processes, or
             `fcntl.lockf`, whose lock belongs to this process.
+        descriptor: descriptor of the open file.
         kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
 
     Returns:
-        Whether it is locked; False where another process holds it.
+        True if the file is now locked; False if another process holds the lock.
     """
     try:
         lock(descriptor, kind | fcntl.LOCK_NB)
@@ -93,12 +94,12 @@ def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, fold
             return False
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        print(f"warning: the file system of {folder} has no locks; do not start this twice", file=sys.stderr)
+        print(f"warning: the file system of {folder} does not support locks; start this only once", file=sys.stderr)
     return True
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file, read in pieces."""
+    """Compute the checksum of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

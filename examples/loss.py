@@ -15,7 +15,7 @@ from anyflow_train.objectives.types import Roles, Setting
 
 
 def flow_map_loss(samples: int = 8) -> torch.Tensor:
-    """The mean loss of stage 1 on random latents; its gradient flows into the network."""
+    """Compute the mean loss of stage 1 on random latents; its gradient flows into the network."""
     torch.manual_seed(0)
     network = AnyFlowTransformer3DModel(
         num_attention_heads=2,

@@ -1,4 +1,4 @@
-"""An objective in one file: shortcut models (arXiv 2410.12557), where one long jump is learned from two half jumps.
+"""An objective in one file: shortcut models (arXiv 2410.12557), which learn one long jump from two half jumps.
 
 Run it from this folder, or with this folder on PYTHONPATH:
 
@@ -25,9 +25,9 @@ from anyflow_train.objectives.types import Loss, Roles, Setting
 
 
 class ShortcutConfig(ObjectiveConfig):
-    """The velocity at r = t from data, and u(x, t, r) at r < t from two jumps of half the length.
+    """Learn the velocity at r = t from data, and u(x, t, r) at r < t from two jumps of half the length.
 
-    jumps: which weights make the half jumps: the student's or their average.
+    jumps: weights for the half jumps: the student's or their moving average.
     text_dropout: share of samples whose text is replaced by the negative prompt.
     """
 
@@ -41,13 +41,13 @@ class ShortcutConfig(ObjectiveConfig):
 
     @property
     def rebalancing(self) -> Rebalancing:
-        """As for the flow map: a sample with r < t counts as much as the average diffusion sample."""
+        """Scale samples with r < t to the mean diffusion loss, as for the flow map."""
         return Rebalancing("weighted", floor=0.05)
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """The losses of one process's micro-batches."""
+    """Compute the losses of one process's micro-batches."""
 
     Config = ShortcutConfig
 
@@ -58,11 +58,11 @@ class Shortcut:
 
     @classmethod
     def build(cls, config: ShortcutConfig, setting: Setting) -> Shortcut:
-        """The objective of a run."""
+        """Build the objective of a run."""
         return cls(config, setting.times, setting.counts, setting.world)
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
-        """The samples with r < t come last, so the half jumps are made for the last rows only."""
+        """Compute the loss per sample. Samples with r < t come last, so only the last rows need half jumps."""
         interval = draw_interval(draw, self.counts, self.times.shift, self.times.precision)
         sample = noised(batch, draw, interval.t, interval.r, self.config.text_dropout)
         rows = rows_with_second_term(self.counts, draw.positions, self.world)
@@ -77,7 +77,7 @@ class Shortcut:
 
 @torch.no_grad()
 def half_jumps(flow_map: FlowMap, sample: Noised, velocity: Tensor, rows: slice) -> Tensor:
-    """The mean velocity of two jumps, t -> (t + r) / 2 -> r; rows with r = t keep their velocity. (R, F, C, H, W)."""
+    """Compute the mean velocity (R, F, C, H, W) of two jumps t -> (t + r) / 2 -> r; rows with r = t keep theirs."""
     x, t, r, condition = sample.x[rows], sample.t[rows], sample.r[rows], sample.condition[rows]
     middle = (t + r) / 2
     first = flow_map(x, t, middle, condition)

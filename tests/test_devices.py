@@ -19,7 +19,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 0)
     assert pick_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(UserError, match=r"engine\.device: is 'cuda', but torch sees no GPU here"):
+    with pytest.raises(UserError, match=r"engine\.device: 'cuda', but torch finds no GPU"):
         pick_device("cuda", 0, "engine.device", 0)
     gpus(monkeypatch, 1)
     assert pick_device("auto", 0) == torch.device("cuda")
@@ -30,7 +30,7 @@ def test_every_process_of_a_node_has_a_gpu_of_its_own(monkeypatch: pytest.Monkey
     current = gpus(monkeypatch, 2)
     assert pick_device("cuda", 0, local_rank=1) == torch.device("cuda", 1)
     assert current == [1]
-    with pytest.raises(UserError, match="LOCAL_RANK: is 2, but this node has 2 GPUs"):
+    with pytest.raises(UserError, match="LOCAL_RANK: 2, but this node has 2 GPUs"):
         pick_device("auto", 0, local_rank=2)
 
 

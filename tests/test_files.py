@@ -61,6 +61,6 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, capsys: pyt
         return lock
 
     assert take_lock(refuse(errno.ENOLCK), 0, fcntl.LOCK_EX, tmp_path)
-    assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().err
+    assert f"the file system of {tmp_path} does not support locks" in capsys.readouterr().err
     with pytest.raises(OSError, match="refused"):
         take_lock(refuse(errno.EIO), 0, fcntl.LOCK_EX, tmp_path)

@@ -1,4 +1,4 @@
-"""`anyflow check`: the resolved config of a run, what follows from it, and nothing started."""
+"""`anyflow check`: print the resolved config of a run and its derived quantities, without starting it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from anyflow_train.config.run import RunConfig
 
 
 def run(overrides: Sequence[str], config_dir: Path | None) -> int:
-    """Print the config as YAML, derived quantities and warnings as comments, so that the whole output is valid YAML.
+    """Print the config as YAML, and derived quantities and warnings as comments. The whole output is valid YAML.
 
     Raises:
-        UserErrors: of the run's keys and of the command's own, together.
+        UserErrors: all errors of the run's keys and of the command's own keys.
     """
     options, config = compose_beside(CheckOptions, overrides, config_dir, lambda _: world_size())
     print(as_yaml(config), end="")
-    print("\n# What follows from it:")
+    print("\n# Derived quantities:")
     for name, value in table(derive(config, world_size())):
         print(f"#   {name:<14} {value}")
     for finding in run_warnings(config, world_size()):
         print(f"# warning: {finding.error()}")
     if options.derivative:
-        # Imported here, because it imports torch, which a plain check has no use for.
+        # Imported here, because it imports torch, which a plain check does not need.
         from anyflow_train.commands.derivative import measure
 
         silence_loading_bars()
@@ -39,5 +39,5 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """The config as it can be given back: every key with its value."""
+    """Format the config as YAML with every key, so that it can be used as a config file."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""`anyflow check derivative=true`: how far the time derivative is off, on a run's weights and data."""
+"""`anyflow check derivative=true`: measure the error of the time derivative on a run's weights and data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from anyflow_train.training.recipe import build_loader
 
 
 def measure(config: RunConfig, options: CheckOptions) -> str:
-    """A table: the central difference at several spans, in float32, float16 and bfloat16, against the exact derivative.
+    """Compare the central difference with the exact derivative, at several spans and in three precisions.
+
+    Returns:
+        A table of relative errors in float32, float16 and bfloat16.
 
     Raises:
         UserError: weights or data cannot be read.
     """
     world = start_world(config.engine)
     network = _weights(config, options).eval().requires_grad_(False)
-    nn.Module.to(network, world.device)  # diffusers' own `to` only adds checks of quantised networks
+    nn.Module.to(network, world.device)  # diffusers overrides `to` only for quantised networks
     networks = {name: NetworkFlowMap(network, autocast_dtype(name)) for name in ("fp32", "fp16", "bf16")}
     rows = derivative_errors(
         networks["fp32"],
@@ -51,7 +54,7 @@ def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
 
 
 def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batch, Draw]]:
-    """The run's own first micro-batches, with their own draws, until there are `count` samples."""
+    """Yield the first micro-batches of the run with their random draws, until there are `count` samples."""
     with closing(build_loader(config, world, 0)) as loader:
         for step, batches in enumerate(loader):
             for batch in batches:

@@ -1,4 +1,4 @@
-"""The command line shows its own progress, and not that of the libraries that load models."""
+"""Hide the progress bars of libraries that load models; the command line shows its own progress."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def silence_loading_bars() -> None:
-    """Take away "Loading weights" and "Loading pipeline components" where these libraries are imported already.
+    """Hide "Loading weights" and "Loading pipeline components" of libraries that are already imported.
 
-    What is not imported stays so: a command without models starts at once. Bars of downloads stay, as these take long.
+    Nothing is imported here, so that a command without models starts quickly. Bars of downloads stay visible.
     """
     if "diffusers" in sys.modules:
         importlib.import_module("diffusers.utils.logging").disable_progress_bar()
@@ -17,5 +17,5 @@ def silence_loading_bars() -> None:
         hub = importlib.import_module("huggingface_hub.utils")
         shown = not hub.are_progress_bars_disabled()
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
-        if shown:  # transformers also takes away the hub's
+        if shown:  # transformers also hides the bars of huggingface_hub
             hub.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""`anyflow sample`: videos from a run, a checkpoint, an exported folder or a hub id."""
+"""`anyflow sample`: make videos with a run, a checkpoint, an exported folder or a hub id."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
+from anyflow_train.data.captions import read_lines
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Size, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
-from anyflow_train.evaluation.prompts import distinct, read_lines, slug
+from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
 from anyflow_train.files import write_json
@@ -26,7 +27,7 @@ from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
 
 GRID_ROWS = 8
-# What `index.json` says of how the videos were made.
+# Settings that `index.json` records.
 SETTINGS = (
     "shift",
     "guidance_scale",
@@ -53,7 +54,7 @@ def run(config: SampleConfig) -> list[VideoEntry]:
     """Write one mp4 for every (prompt, seed, number of calls), `grid.mp4`, `grid.gif` and `index.json`.
 
     Raises:
-        UserError: there is no prompt, the model or its codec cannot be loaded, or the size does not fit it.
+        UserError: there is no prompt, the model or its codec cannot be loaded, or the size does not fit the model.
     """
     prompts = read_prompts(config)
     model = load_model(config.model, config.weights)
@@ -89,7 +90,7 @@ def run(config: SampleConfig) -> list[VideoEntry]:
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """The prompts of the arguments, then those of the file, one a line; empty lines are left out, repeated ones too.
+    """List the prompts of the arguments, then those of the file (one per line), without empty and repeated ones.
 
     Raises:
         UserError: the file cannot be read, or there is no prompt.
@@ -97,31 +98,34 @@ def read_prompts(config: SampleConfig) -> list[str]:
     given = [prompt.strip() for prompt in config.prompts]
     prompts = distinct(given + ([] if config.prompt_file is None else read_lines(config.prompt_file, "prompt_file")))
     if not prompts:
-        raise UserError("prompts", "there is none; give prompts=['a prompt'] or prompt_file=FILE with one a line")
+        raise UserError("prompts", "is empty; give prompts=['a prompt'] or prompt_file=FILE with one prompt per line")
     return prompts
 
 
 def _source(config: SampleConfig, model: LoadedNetwork) -> ConditioningSource | None:
-    """The file that clips begin with.
+    """Return the file with the conditioning frames of all clips; None if there is none.
 
     Raises:
-        UserError: the model was trained without given frames.
+        UserError: the model was trained without conditioning frames, or the file does not exist.
     """
     key = "image" if config.image is not None else "video"
     path = getattr(config, key)
     if path is None:
         return None
     if not model.sees_conditioning_frames:
-        problem = f"'{path}', but {model.name} never saw given frames (it was trained with context.i2v_probability=0)"
+        problem = (
+            f"'{path}', but {model.name} was trained without conditioning frames (context.i2v_probability=0); use "
+            f"another model, or leave out {key}"
+        )
         raise UserError(key, problem)
     if not Path(path).expanduser().is_file():
-        raise UserError(key, f"'{path}' is no file")
+        raise UserError(key, f"'{path}' does not exist or is not a file")
     frames = 1 if key == "image" else config.context_frames
     return ConditioningSource(key, Path(path), frames, config.fps)
 
 
 def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, calls: Sequence[int]) -> list[Frames]:
-    """Videos of one prompt and seed at all numbers of calls."""
+    """Make the videos of one prompt and seed, one for each number of calls."""
     row = []
     for steps in calls:
         start = time.monotonic()

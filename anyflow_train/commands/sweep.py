@@ -1,4 +1,4 @@
-"""`anyflow sweep`: one run per combination, each in a process and a directory of its own, and a table at the end."""
+"""`anyflow sweep`: train one run per combination, each in its own process and directory, and write a table."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
 
 def run(overrides: Sequence[str], config_dir: Path | None) -> int:
-    """Run what is not finished yet; a run that was cut off goes on from its checkpoint.
+    """Train all combinations that are not finished. An interrupted run resumes from its checkpoint.
 
     Returns:
-        0 when all combinations are finished, 1 when some failed, 130 when the sweep was asked to stop.
+        0 if all combinations are finished, 1 if some failed, 130 if a signal stopped the sweep.
 
     Raises:
-        UserErrors: of any combination, before the first one starts.
+        UserErrors: errors of all combinations, before the first run starts.
     """
     if world_size() > 1:
-        raise UserError("WORLD_SIZE", f"{world_size()}: a sweep starts its runs itself; start it without a launcher")
+        raise UserError("WORLD_SIZE", f"{world_size()}, but a sweep starts its own runs; start it without a launcher")
     plan = make_plan(overrides, config_dir)
     _check_directories(plan)
     runner = Runner(config_dir)
@@ -45,7 +45,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
 
 
 class Runner:
-    """Starts runs one after another; a signal ends the present one in order, and with it the sweep."""
+    """Starts runs one after another. A signal stops the current run cleanly and ends the sweep."""
 
     def __init__(self, config_dir: Path | None) -> None:
         self._options = ["--config-dir", str(config_dir)] if config_dir else []
@@ -54,7 +54,7 @@ class Runner:
 
     @contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM go to the present run, which finishes its step and saves."""
+        """Forward SIGINT and SIGTERM to the current run, which finishes its step and saves."""
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -63,21 +63,21 @@ class Runner:
                 signal.signal(number, handler)
 
     def finish(self, combination: Combination) -> RunOutcome:
-        """Run a combination to its end, unless it is there already."""
+        """Run a combination to its end, unless it is finished already."""
         finished = _outcome(combination, "waiting")
         if finished.state == "finished":
-            print("finished before", flush=True)
+            print("already finished", flush=True)
             return finished
         command = [sys.executable, "-m", "anyflow_train", "train", *combination.overrides, *self._options]
-        # A session of its own: the terminal's Ctrl-C then reaches the run once, through this process.
+        # In its own session, so that Ctrl-C reaches the run only once, through this process.
         self._process = subprocess.Popen(command, start_new_session=True)
-        if self.stopped:  # asked to stop while it was being started
+        if self.stopped:  # a signal arrived while the run was being started
             self._process.terminate()
         code = self._process.wait()
         self._process = None
         outcome = _outcome(combination, "stopped" if code == 0 or self.stopped else "failed")
         if outcome.state == "failed":
-            print(f"failed with exit code {code}; going on", file=sys.stderr, flush=True)
+            print(f"failed with exit code {code}; continuing with the next run", file=sys.stderr, flush=True)
         self.stopped |= outcome.state == "stopped"
         return outcome
 
@@ -88,12 +88,12 @@ class Runner:
 
 
 def _check_directories(plan: SweepPlan) -> None:
-    """Directories of an earlier sweep must hold runs of the same configs.
+    """Check that existing run directories have the same configs.
 
     Raises:
-        UserErrors: a key changed that a run cannot change on the way.
+        UserErrors: a key changed that a resumed run cannot change.
     """
-    # Imported here, because it imports torch, and errors of the configs are to come without that.
+    # Imported here, because it imports torch, and errors of the configs should not wait for that.
     from anyflow_train.training.checkpoints.resume import check_unchanged
     from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
@@ -104,16 +104,14 @@ def _check_directories(plan: SweepPlan) -> None:
             continue
         try:
             check_unchanged(directory.read_config(), combination.config, str(directory.path))
-        except UserErrors as several:
-            errors += [UserError(error.where, f"{error.problem} ({directory.path})") for error in several.errors]
         except UserError as error:
-            errors.append(UserError(error.where, f"{error.problem} ({directory.path})"))
+            errors += [UserError(one.where, f"{one.problem} ({directory.path})") for one in error.each()]
     if errors:
         raise UserErrors(errors)
 
 
 def _outcome(combination: Combination, otherwise: str) -> RunOutcome:
-    """What the run directory says; `otherwise` is its state unless it is finished."""
+    """Read the outcome from the run directory. `otherwise` is the state of a run that is not finished."""
     from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
     done = RunDirectory(combination.folder).read_done()
@@ -132,7 +130,7 @@ def _outcome(combination: Combination, otherwise: str) -> RunOutcome:
 
 
 def _report(plan: SweepPlan, outcomes: list[RunOutcome]) -> str:
-    """Write the table as it stands, so that it is there even if the sweep is killed; and return what to print."""
+    """Write the current table, so that it exists even if the sweep is killed. Return the text to print."""
     table = markdown(outcomes, plan.combinations[0].config.evaluation.best_metric)
     paths = write(plan, outcomes, table)
     failed = [outcome.label for outcome in outcomes if outcome.state == "failed"]

@@ -1,4 +1,4 @@
-"""Which runs a sweep makes: every combination of the keys with several values, each decoded before the first starts."""
+"""Combinations of a sweep: all are decoded before the first run starts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from anyflow_train.config.compose import compose
-from anyflow_train.config.overrides import Setting, parse
+from anyflow_train.config.overrides import parse
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 
-# File systems allow 255 bytes; a checkpoint's temporary sibling needs some of them.
+# File systems allow 255 bytes; names of temporary checkpoint folders add some.
 LONGEST_LABEL = 160
 
 
@@ -23,9 +23,10 @@ LONGEST_LABEL = 160
 class Combination:
     """One run of a sweep.
 
-    label: name of its run directory, such as `lr=0.001,guidance=target`.
+    label: name of the run directory, such as `lr=0.001,guidance=target`.
     values: swept key -> value, as written.
-    overrides: all that `anyflow train` is given.
+    overrides: arguments of `anyflow train`.
+    config: decoded config of the run.
     """
 
     label: str
@@ -41,31 +42,33 @@ class Combination:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's own folder, `<out>/<name>` of the runs' common config, and its runs."""
+    """The sweep's folder (`<out>/<name>` of the common config) and its runs."""
 
     folder: Path
     combinations: tuple[Combination, ...]
 
 
 def make_plan(overrides: Sequence[str], config_dir: Path | None) -> SweepPlan:
-    """All combinations, decoded.
+    """Decode all combinations.
 
     Raises:
-        UserErrors: every error of every combination, once; also where no key has several values.
+        UserErrors: all errors of all combinations, each once; or no key has several values.
     """
     settings, errors = parse(overrides)
     axes = [setting for setting in settings if len(setting.alternatives()) > 1]
     errors += [
-        UserError(axis.key, f"{axis.text!r}: a sweep keeps its runs in <out>/<name>/; give one value")
+        UserError(axis.key, f"{axis.text!r} has several values, but a sweep has one folder, <out>/<name>; give one")
         for axis in axes
         if axis.key in ("name", "out")
     ]
     if not axes and not errors:
-        errors.append(UserError("sweep", "no key has several values; write key=a,b (a list is written 'key=[a,b]')"))
+        errors.append(UserError("sweep", "no key has several values; write key=a,b (write a list as 'key=[a,b]')"))
     if errors:
         raise UserErrors(errors)
     fixed = [f"{setting.key}={setting.text}" for setting in settings if setting not in axes]
-    values = [dict(zip((axis.key for axis in axes), texts, strict=True)) for texts in _product(axes)]
+    keys = [axis.key for axis in axes]
+    products = itertools.product(*(axis.alternatives() for axis in axes))
+    values = [dict(zip(keys, texts, strict=True)) for texts in products]
     configs = _decode_all([[*fixed, *_written(chosen)] for chosen in values], config_dir)
     folder = Path(configs[0].out) / configs[0].name
     return SweepPlan(folder, tuple(map(partial(_combination, folder, fixed), values, _labels(values), configs)))
@@ -83,10 +86,6 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _product(axes: Sequence[Setting]) -> list[tuple[str, ...]]:
-    return list(itertools.product(*(axis.alternatives() for axis in axes)))
-
-
 def _written(chosen: dict[str, str]) -> list[str]:
     return [f"{key}={text}" for key, text in chosen.items()]
 
@@ -97,17 +96,15 @@ def _decode_all(all_overrides: Sequence[list[str]], config_dir: Path | None) -> 
     for overrides in all_overrides:
         try:
             configs.append(compose("train", overrides, config_dir))
-        except UserErrors as several:
-            errors |= {str(error): error for error in several.errors}
         except UserError as error:
-            errors[str(error)] = error
+            errors |= {str(one): one for one in error.each()}
     if errors:
         raise UserErrors(list(errors.values()))
     return configs
 
 
 def _labels(values: Sequence[dict[str, str]]) -> list[str]:
-    """Names of run directories: short keys where they are unambiguous, only characters that a name may hold."""
+    """Name the run directories: short keys if they are unambiguous, and only allowed characters."""
     short = _short_keys(list(values[0]))
     labels = [",".join(f"{short[key]}={_clean(text)}" for key, text in chosen.items()) for chosen in values]
     counts = Counter(labels)

@@ -1,4 +1,4 @@
-"""The end of a sweep: one table of what came out, on the terminal and in the sweep's folder."""
+"""Table of a sweep's results, for the terminal and the sweep's folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from anyflow_train.text import markdown_table
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What became of one combination.
+    """Result of one combination.
 
     state: finished, failed, stopped, or waiting.
-    seconds: of training, over all starts of the run.
+    seconds: training time over all starts of the run.
     """
 
     label: str
@@ -30,7 +30,7 @@ class RunOutcome:
 
 
 def markdown(outcomes: Sequence[RunOutcome], best_metric: str) -> str:
-    """A table that reads well as plain text: one row per combination, the best metric's family at all step counts."""
+    """Format one row per combination, with the best metric at all step counts."""
     metrics = _family(outcomes, best_metric)
     keys = list(outcomes[0].values)
     rows = [[*keys, "state", "last loss", *metrics, "time"]]
@@ -49,7 +49,7 @@ def markdown(outcomes: Sequence[RunOutcome], best_metric: str) -> str:
 
 
 def write(plan: SweepPlan, outcomes: Sequence[RunOutcome], table: str) -> list[Path]:
-    """Write `sweep.md` and `sweep.json` (which holds every metric) into the sweep's folder."""
+    """Write `sweep.md` and `sweep.json` (with all metrics) to the sweep's folder."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     paths = [plan.folder / "sweep.md", plan.folder / "sweep.json"]
     paths[0].write_text(table, encoding="utf-8")
@@ -58,7 +58,7 @@ def write(plan: SweepPlan, outcomes: Sequence[RunOutcome], table: str) -> list[P
 
 
 def _family(outcomes: Sequence[RunOutcome], best_metric: str) -> list[str]:
-    """`energy_distance_4` -> that distance at every step count that some run measured, in order."""
+    """List the same metric at every step count that a run measured: `energy_distance_4` -> `energy_distance_1`, ..."""
     stem = best_metric.rpartition("_")[0]
     found = {name for outcome in outcomes for name in outcome.metrics or {} if name.rpartition("_")[0] == stem}
     return sorted(found, key=lambda name: int(name.rpartition("_")[2]))

@@ -1,4 +1,4 @@
-"""Config of the commands beside training: clips, prepare, sample, export, evaluate."""
+"""Config of the commands other than `train`: check, plan, clips, prepare, sample, export, evaluate."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pydantic import (
 from anyflow_train.config.base import Model
 
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
-EngineName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class CheckOptions(Model):
-    """What `anyflow check` takes beside the keys of a run.
+    """Keys of `anyflow check`, in addition to the keys of a run.
 
-    derivative: also measure the time derivative's error, on weights and data.
-    derivative_weights: run or checkpoint whose averaged weights are measured; null: those that the run begins with.
-    derivative_samples: how many samples of the run's data it is measured on.
-    derivative_epsilons: half spans of the central difference, in time from 0 to 1.
+    derivative: also measure the error of the time derivative on real weights and data.
+    derivative_weights: run or checkpoint whose averaged weights are used; null uses the run's initial weights.
+    derivative_samples: number of samples of the run's data to measure on.
+    derivative_epsilons: half-widths of the central difference to compare; time runs from 0 to 1.
     """
 
     derivative: bool = False
@@ -41,32 +41,39 @@ class CheckOptions(Model):
 
 
 class PlanOptions(Model):
-    """What `anyflow plan` takes beside the keys of a run.
+    """Keys of `anyflow plan`, in addition to the keys of a run.
 
-    gpus: per node; nodes: how many of them.
-    gpu: kind of GPU, with its memory in GB.
-    engine: file of `launch/` that the run is started with.
-    utilisation: share of the GPU's peak that matrix products reach over a whole step, recomputation included.
-    price: of one GPU for an hour, in any currency; null leaves out the cost.
+    gpus: GPUs per node.
+    nodes: number of nodes.
+    gpu: GPU model, with its memory in GB.
+    strategy: file of `launch/` that starts the run; it decides how tensors are distributed over the GPUs.
+    utilisation: share of the GPU's peak that matrix products reach over a whole step, including recomputation.
+    price: price of one GPU for one hour, in any currency; null leaves out the cost.
     """
 
     gpus: PositiveInt = 8
     nodes: PositiveInt = 1
     gpu: GpuName = "h100-80"
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
     price: NonNegativeFloat | None = None
 
     @property
     def world(self) -> int:
-        """Processes: one for each GPU."""
+        """Number of processes: one for each GPU."""
         return self.gpus * self.nodes
 
 
 class ClipsConfig(Model):
-    """`anyflow clips`: render clips of the embedded stripes world as mp4 with captions."""
+    """`anyflow clips`: render mp4 clips with captions from an embedded world.
+
+    out: folder for the clips.
+    world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
+    count: number of clips.
+    """
 
     out: str
+    world: Literal["stripes", "shapes"] = "stripes"
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
 
@@ -74,14 +81,21 @@ class ClipsConfig(Model):
 class PrepareConfig(Model):
     """`anyflow prepare`: video and captions -> shards of latents and text embeddings.
 
-    source: folder or WebDataset of clips (`.txt`/`.json` beside each), or a JSONL/CSV manifest; null for prompts only.
-    prompts: text file of prompts, one a line, for prompt-only shards.
+    out: folder for the shards and their manifest.
+    source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a JSONL/CSV manifest; null for
+        prompts only.
+    prompts: text file with one prompt per line, for shards of prompts only.
     codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
-    validation_prompts: prompts, or one text file of them, whose embeddings go into the manifest.
+    frames: frames per clip, 4n + 1.
+    height, width: size of the clips in pixels.
+    fps: frame rate to which clips are resampled.
+    max_text_length: largest number of tokens per text; longer texts are cut.
+    negative_prompt: text for guidance and text dropout.
+    validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
     batch: clips that the VAE encodes at a time.
-    precision: of the text encoder; its embeddings are stored as they come out.
-    vae_precision: of the VAE, which Wan's own code runs in float32.
-    latent_dtype: how latents are stored; bf16 halves the disk space and rounds them by up to 0.4 %.
+    precision: precision of the text encoder; embeddings are stored in the same precision.
+    vae_precision: precision of the VAE; Wan's own code runs it in float32.
+    latent_dtype: type of the stored latents; bf16 halves the disk space and rounds values by up to 0.4 %.
     """
 
     out: str
@@ -107,10 +121,24 @@ class PrepareConfig(Model):
 class SampleConfig(Model):
     """`anyflow sample`: videos from a run, a checkpoint or an exported folder.
 
-    image: file whose picture every clip begins with.
-    video: file that every clip goes on from.
-    context_frames: of the video, 4n + 1; null: as many whole chunks as it has (one for a student that is not causal).
-    chunk_partition: latent frames of a causal student's chunks; null: those that it was trained with.
+    model: run, checkpoint, exported folder or hub id.
+    out: folder for the videos.
+    prompts: list of prompts.
+    prompt_file: text file with one prompt per line.
+    image: image file that becomes the first frame of every clip.
+    video: video file that every clip continues.
+    context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
+        frame for a student that is not causal).
+    chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
+    steps: numbers of network calls; each makes its own video.
+    seeds: seeds of the noise; each makes its own video.
+    weights: ema (moving average) or raw (last weights of the run).
+    frames: frames per video, 4n + 1; null uses the size of the training clips.
+    height, width: size of the videos in pixels; null uses the size of the training clips.
+    guidance_scale: CFG scale w; 1 means no guidance.
+    shift: timestep shift of the sampler.
+    text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    threads: CPU threads of torch; 0 lets torch choose.
     """
 
     model: str
@@ -140,8 +168,16 @@ class SampleConfig(Model):
 class ExportConfig(Model):
     """`anyflow export`: a checkpoint -> a folder that stock diffusers loads.
 
-    format: pipeline (AnyFlowPipeline, of a causal student AnyFlowFARPipeline), transformer (its transformer alone),
-        lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher, which needs gate 0).
+    format: pipeline (AnyFlowPipeline, or AnyFlowFARPipeline for a causal student), transformer (only the pipeline's
+        transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0).
+    checkpoint: run or checkpoint folder.
+    out: folder to write.
+    weights: ema (moving average) or raw (last weights of the run).
+    precision: type of the exported weights.
+    codec: pipeline folder or hub id of the VAE and text encoder; null uses the run's.
+    shift: timestep shift of the exported scheduler.
+    max_shard_gib: largest size of one weights file, in GiB.
+    overwrite: replace an earlier export in `out`.
     """
 
     checkpoint: str
@@ -156,16 +192,26 @@ class ExportConfig(Model):
 
 
 class EvaluateConfig(Model):
-    """`anyflow evaluate`: teacher and students at a list of step counts, same noise.
+    """`anyflow evaluate`: compare teacher and students at several step counts, from the same noise.
 
-    models: runs, checkpoints or exported folders of students; none, and the teacher is measured alone.
+    out: folder for the report, plots and videos.
+    models: runs, checkpoints or exported folders of students; an empty list measures only the teacher.
     held_out: shards that samples are compared with.
-    reference: data (held-out shards) or guided_teacher (the teacher's fine guided samples).
-    fine_steps: Euler steps of the teacher's fine ODE solution; shifts: the teacher is given the best of these.
-    oracle_samples: how many of the samples are decoded for the oracle, which takes longer than making them.
+    teacher: Wan2.1 pipeline folder or hub id.
+    guidance_scale: CFG scale w of the teacher; 1 means no guidance.
+    steps: numbers of network calls to compare.
+    samples: samples per model and number of calls.
+    held_out_samples: number of held-out samples to compare with.
+    reference: data (held-out shards) or guided_teacher (the teacher's guided samples at fine_steps).
+    fine_steps: Euler steps of the teacher's fine ODE solution.
+    shifts: timestep shifts to try for the teacher; the best one is reported.
+    shift: timestep shift of the students' samples and of the teacher's fine solution.
+    oracle_samples: number of samples to decode for the oracle; decoding takes longer than sampling.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
-    conditioning_frames: latent frames that students are given of held-out clips, others than samples are compared with.
-    training_shards: what the models were trained on; how near samples come to it is then measured too.
+    conditioning_frames: latent frames of held-out clips that students continue. Samples are compared with other clips.
+    training_shards: shards that the models were trained on; if set, the distance of samples to them is measured too.
+    bootstrap: number of bootstrap resamples for the confidence intervals.
+    videos: number of sample videos to write.
     """
 
     out: str
@@ -183,7 +229,7 @@ class EvaluateConfig(Model):
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
-    oracle: Literal["none", "stripes"] = "none"
+    oracle: Literal["none", "stripes", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000

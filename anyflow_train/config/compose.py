@@ -1,4 +1,4 @@
-"""Command line -> config: Hydra composes the files of `configs/`, the models and rules decide, every error at once."""
+"""Command line -> config. Hydra composes the files of `configs/`; models and rules then report all errors at once."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ MODELS: dict[str, type[Model]] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
 }
-# Stands for a value that nobody gave, while the rest is decoded: a possible name, path or hub id.
+# Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"
 
 
 def compose(command: str, overrides: Sequence[str], config_dir: Path | None = None, world: int | None = None) -> Any:
-    """The decoded config of a command.
+    """Decode the config of a command.
 
     Args:
-        command: one of `MODELS`, or one of another package.
+        command: one of `MODELS`, or a command of another package.
         overrides: `group=choice` and `key=value`, as written after the command.
-        config_dir: a folder of further config files, laid out as `configs/` is.
-        world: processes that a run is checked for; None: those of the launcher.
+        config_dir: a folder of additional config files with the same layout as `configs/`.
+        world: number of processes to check a run for; None uses the launcher's.
 
     Warns:
-        ConfigWarning: keys of the config files that the chosen kind does not know, and that were left out.
+        ConfigWarning: keys of the config files were left out, because the chosen kind does not know them.
 
     Raises:
         UserErrors: every error of the overrides, with dotted keys.
-        UserError: a config file that Hydra cannot compose, or an impossible WORLD_SIZE.
+        UserError: Hydra cannot compose a config file, or WORLD_SIZE is impossible.
     """
     extension = None if command in MODELS else find_extension(command)
     model = extension.model if extension else MODELS[command]
@@ -76,7 +76,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     choice_errors = [*stage_errors, *check(settings, command, groups)]
     refused = {error.where for error in choice_errors}
     accepted = [setting for setting in settings if setting.key not in refused]
-    # Hydra sees a group wherever there is a folder of that name.
+    # Hydra takes any name that is also a folder for a group.
     plain = [setting for setting in accepted if setting.key in every_group.keys() - groups.keys()]
     composed = _compose_files(command, to_hydra([item for item in accepted if item not in plain], groups), folders)
     for setting in plain:
@@ -87,7 +87,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         model, kind_errors = _run_model(values)
     dropped = list(drop_foreign_keys(model, values, [setting.key for setting in accepted]))
     if choice_errors:
-        # Without its groups the config is not what was meant: only the keys that were written can be judged.
+        # A refused group changes the whole config, so only keys that the user typed can be checked.
         written = {setting.key for setting in accepted}
         _, field_errors = decode(model, values, lambda _config: (), {}, dict)
         field_errors = [error for error in field_errors if error.where in written]
@@ -110,7 +110,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
 
 
 def _run_model(values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
-    """The model of a run's values, as their `objective.kind` says, and what is wrong with that kind."""
+    """Find the model for a run's `objective.kind`. Also return the errors of that kind."""
     objective = values.get("objective")
     try:
         return run_model(objective.get("kind") if isinstance(objective, dict) else None), []
@@ -119,12 +119,12 @@ def _run_model(values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
 
 
 def config_folders(config_dir: Path | None, extension: Extension | None = None) -> list[Path]:
-    """The folder of another package's command, the shipped one, and the user's own.
+    """List the config folders: that of another package's command, the shipped one, and the user's own.
 
     Raises:
         UserError: the user's folder does not exist.
     """
-    # Hydra looks for the file that it starts from in the first one only.
+    # Hydra searches only the first folder for the primary config.
     folders = [*([extension.configs] if extension else []), resource("configs")]
     if config_dir is None:
         return folders
@@ -162,7 +162,7 @@ def _missing_file(error: MissingConfigException) -> UserError:
 
 
 def _plain(composed: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Plain nested values; and the keys without one (`???`, or a reference that leads nowhere), with what to say."""
+    """Convert to plain nested values. Also return a message for each key without a value (`???`, a bad reference)."""
     known: dict[str, str] = {}
     texts = list(_texts(OmegaConf.to_container(composed, resolve=False)))
     for key, written in texts:
@@ -179,7 +179,7 @@ def _plain(composed: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _texts(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and value of every string."""
+    """Iterate over the dotted key and value of every string."""
     if isinstance(values, str):
         yield prefix, values
     entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()

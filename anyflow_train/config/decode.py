@@ -1,4 +1,4 @@
-"""Mapping -> model, strictly, with every error at once."""
+"""Mapping -> model, with strict types and all errors at once."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def decode(
     known: Mapping[str, str],
     fallback: Callable[[], Mapping[str, Any]],
 ) -> tuple[M | None, list[UserError]]:
-    """Decode `values`, and hold the result against `rules`.
+    """Decode `values` and check the result with `rules`.
 
-    Field errors do not hide rule errors: wrong keys take their value from `fallback`, or their default, and the rules
-    that do not involve a wrong key are still reported. Only a wrong key with neither ends it at the field errors.
+    Field errors do not hide rule errors: a wrong key takes its value from `fallback` or its default, and rules that do
+    not involve a wrong key are still checked. If a wrong key has neither, only field errors are reported.
 
     Args:
-        known: dotted keys that hold a placeholder because they have no value, and what to say about each.
-        fallback: gives the values of the same config before a person changed it; called only where it is needed.
+        known: dotted keys that hold a placeholder because they have no value, with the message for each.
+        fallback: returns the values of the same config before the user changed it; called only if needed.
 
     Returns:
-        The model, or None where there are errors; and the errors.
+        The model (None if there are errors) and the errors.
     """
     errors = [UserError(key, message) for key, message in known.items()]
     wrong = set(known)
@@ -52,7 +52,7 @@ def decode(
 
 
 def _replaced(values: Mapping[str, Any], keys: Iterable[str], fallback: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested mapping in which some dotted keys have the fallback's value, or are absent as there."""
+    """Copy a nested mapping with some dotted keys set to the fallback's value, or removed if it has none."""
     result = copy.deepcopy(dict(values))
     for key in keys:
         *parents, last = key.split(".")
@@ -69,8 +69,8 @@ def _replaced(values: Mapping[str, Any], keys: Iterable[str], fallback: Mapping[
 
 
 def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[ErrorDetails]]:
-    # Through JSON, because there strict pydantic takes a list for a tuple, and nothing else for anything else; it is
-    # also how a saved config.json is read back.
+    # Through JSON, because strict pydantic then accepts a list for a tuple and no other conversion. A saved
+    # config.json is read back in this way too.
     try:
         return model.model_validate_json(json.dumps(values), strict=True), []
     except ValidationError as error:
@@ -80,7 +80,7 @@ def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list
 def _field_errors(
     model: type[Model], values: Mapping[str, Any], details: Iterable[ErrorDetails]
 ) -> Iterator[tuple[str, str, str]]:
-    """The wrong field, the dotted key to name (a place inside of lists and unknown keys), and the message."""
+    """Iterate over the errors: wrong field, dotted key to report (may be a place inside the field), and message."""
     keys = [key.dotted for key in walk(model, values)]
     for detail in details:
         field, dotted = _dotted(detail, values)
@@ -95,14 +95,14 @@ def _field_errors(
         elif detail["type"] == "literal_error":
             yield field, dotted, _wrong_choice(detail)
         elif detail["type"] == "string_pattern_mismatch":
-            allowed = "letters, digits and . _ = , + - are possible, with a letter or digit first"
+            allowed = "use letters, digits and . _ = , + -, and start with a letter or digit"
             yield field, dotted, f"{_show(detail['input'])} is wrong: {allowed}"
         else:
             yield field, dotted, f"{_show(detail['input'])} is wrong: {_plain_words(detail['msg'])}"
 
 
 def _dotted(detail: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
-    """The field, and the location inside of it, as a person writes them: without pydantic's tags of unions."""
+    """Return the field and the place inside it as a user writes them, without pydantic's union tags."""
     node: Any = values
     parts: list[str] = []
     depth = 0
@@ -128,7 +128,7 @@ def _leaves(dotted: str, value: Any) -> Iterator[str]:
 
 
 def _kind_beside(dotted: str, values: Mapping[str, Any]) -> str:
-    """` with parent.kind=x` for a key in a mapping that has a kind: another kind may know that key."""
+    """Return ` with parent.kind=x` if the mapping of a key has a kind, because another kind may know the key."""
     parent = dotted.rpartition(".")[0]
     node: Any = values
     for part in parent.split("."):

@@ -1,4 +1,4 @@
-"""Quantities that follow from a run's config: what `anyflow check` prints, and what the rules measure by."""
+"""Quantities derived from a run's config, used by `anyflow check` and by the rules."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TEMPORAL_FACTOR = 4
 
 @dataclass(frozen=True)
 class Derived:
-    """What a run amounts to.
+    """Quantities derived from a run's config.
 
-    shares: groups of `sequence_parallel` processes that each have a part of the global batch.
+    shares: number of process groups (of `sequence_parallel` processes each) that split the global batch.
     latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
-    branches: samples of each branch per step; None for an objective without branches, or left out beside stage 2.
-    turns: steps in which the student is updated; None outside of stage 2, where it is updated in all.
-    chunks: of a causal student, None for others.
+    branches: samples of each branch per step; None if the objective has no branches or stage 2 leaves it out.
+    turns: steps in which the student is updated in stage 2; None outside stage 2, where every step updates it.
+    chunks: chunks of a causal student; None for other students.
     """
 
     shares: int
@@ -41,18 +41,18 @@ class Derived:
 
     @property
     def samples(self) -> int:
-        """That the run takes from its data."""
+        """Number of samples that the run reads from its data."""
         return self.steps * self.global_batch
 
     @property
     def tokens(self) -> int:
-        """Tokens of one sample."""
+        """Number of tokens of one sample."""
         frames, height, width = self.grid
         return frames * height * width
 
 
 def derive(config: RunConfig, world: int) -> Derived:
-    """Derived quantities of a config that its rules accept, on `world` processes."""
+    """Derive the quantities of a config without errors, on `world` processes."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     shares = world // config.engine.sequence_parallel
     matching = config.on_policy.matching
@@ -71,13 +71,13 @@ def derive(config: RunConfig, world: int) -> Derived:
 
 
 def latent_shape(data: Data, channels: int) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the latents of one clip."""
+    """Return (F, C, H, W) of the latents of one clip."""
     frames = (data.frames - 1) // TEMPORAL_FACTOR + 1
     return frames, channels, data.height // SPATIAL_FACTOR, data.width // SPATIAL_FACTOR
 
 
 def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) -> tuple[int, int, int]:
-    """Tokens along (F, H, W)."""
+    """Return the number of tokens along (F, H, W)."""
     frames, _, height, width = latent
     patch = architecture.patch_size
     return frames // patch[0], height // patch[1], width // patch[2]
@@ -89,26 +89,27 @@ def needs_teacher(config: RunConfig) -> bool:
 
 
 def adapter_on_shared_base(config: RunConfig) -> Lora | None:
-    """The fake score's, where it stands on the student's frozen base; None where each role has its own network."""
+    """Return the fake score's adapter on the student's frozen base; None if each role has its own network."""
     settings = config.on_policy.matching
     adapter = None if settings is None else settings.fake_score.adapter
     return adapter if isinstance(adapter, Lora) else None
 
 
 def shares_base(config: RunConfig) -> bool:
-    """Whether all roles stand on the student's frozen base: in stage 2 as the fake score's adapter says, and in stage 1
-    where the student's adapters sit on the teacher itself.
+    """Whether all roles share the student's frozen base.
+
+    In stage 2 the fake score's adapter decides. In stage 1 they do if the student's adapters are on the teacher itself.
     """
     if config.on_policy.matching is not None:
         return adapter_on_shared_base(config) is not None
     student = config.student
     same = student.init is not None and student.init == config.teacher.source
-    # With t - r as second time the base would not be the teacher at r = t.
+    # With t - r as the second time, the base would not equal the teacher at r = t.
     return needs_teacher(config) and isinstance(student.adapter, Lora) and same and student.deltatime_type == "r"
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started (`WORLD_SIZE`), 1 without a launcher.
+    """Return the number of processes that the launcher started (`WORLD_SIZE`); 1 without a launcher.
 
     Raises:
         UserError: the variable is not a positive number.
@@ -120,7 +121,7 @@ def world_size() -> int:
 
 
 def table(derived: Derived) -> list[tuple[str, str]]:
-    """Name and value, for people."""
+    """List the names and values that `anyflow check` prints."""
     frames, channels, height, width = derived.latent
     micro_batch = derived.global_batch // (derived.accumulation * derived.shares)
     share = "process" if derived.sequence_parallel == 1 else f"group of {derived.sequence_parallel} processes"
@@ -140,7 +141,7 @@ def table(derived: Derived) -> list[tuple[str, str]]:
     if derived.branches is not None:
         counts = derived.branches
         text = (
-            f"{counts.diffusion} diffusion, {counts.consistency} consistency, {counts.free} free (of each global batch)"
+            f"{counts.diffusion} diffusion, {counts.consistency} consistency, {counts.free} free (in each global batch)"
         )
         rows.insert(1, ("branches", text))
     return rows
@@ -150,14 +151,14 @@ def _chunk_rows(derived: Derived) -> list[tuple[str, str]]:
     if derived.chunks is None:
         return []
     chunks, limit = " + ".join(map(str, derived.chunks.partition)), derived.chunks.full_limit
-    return [("chunks", f"{chunks} latent frames, all but the newest {limit} of a sequence compressed")]
+    return [("chunks", f"{chunks} latent frames, all except the newest {limit} of a sequence compressed")]
 
 
 def _on_policy_rows(derived: Derived) -> list[tuple[str, str]]:
     if derived.turns is None:
         return []
     steps = f"{derived.turns:,} steps ({derived.turns * derived.global_batch:,} samples)"
-    return [("turns", f"the student's in {steps}, the fake score's in all {derived.steps:,}")]
+    return [("updates", f"student in {steps}, fake score in all {derived.steps:,}")]
 
 
 def _branches(config: RunConfig) -> BranchCounts | None:

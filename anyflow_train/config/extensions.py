@@ -19,14 +19,14 @@ GROUP = "anyflow_train.commands"
 
 @dataclass(frozen=True)
 class Extension:
-    """A command of another package, and its config; the module that defines it must not import torch.
+    """A command of another package and its config. The module that defines it must not import torch.
 
     Attributes:
         summary: one line for `anyflow --help`.
-        target: `module:function`; imported, and called with the decoded config, only when the command runs.
-        model: its keys.
-        rules: judges a decoded config.
-        configs: folder with `<command>.yaml`, the file that Hydra starts from, and experiments in `experiment/`.
+        target: `module:function`, imported and called with the decoded config only when the command runs.
+        model: config model with the command's keys.
+        rules: function that returns the findings of a decoded config.
+        configs: folder with `<command>.yaml` (Hydra's primary config) and experiments in `experiment/`.
     """
 
     summary: str
@@ -37,23 +37,23 @@ class Extension:
 
 
 def find_extensions() -> dict[str, Extension]:
-    """Every installed command of other packages, by name.
+    """Find every installed command of other packages, by name.
 
     Raises:
-        UserError: the package of one cannot be imported.
+        UserError: the package of a command cannot be imported.
     """
     return {point.name: extension for point in entry_points(group=GROUP) if (extension := find_extension(point.name))}
 
 
 def find_extension(name: str) -> Extension | None:
-    """The command of that name, None where no installed package has it.
+    """Find the command with this name; None if no installed package has it.
 
     Raises:
-        UserError: its package cannot be imported.
+        UserError: the package of the command cannot be imported.
     """
     for point in entry_points(group=GROUP, name=name):
         try:
             return point.load()
         except (ImportError, AttributeError) as error:
-            raise UserError(name, f"cannot be loaded from {point.value}: {error}; install its package again") from error
+            raise UserError(name, f"cannot be loaded from {point.value}: {error}; reinstall the package") from error
     return None

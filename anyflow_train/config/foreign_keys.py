@@ -1,7 +1,7 @@
-"""Keys that a config file sets for another kind than the chosen one: they are left out, with a warning.
+"""Drop keys that a config file sets for a different kind than the chosen one, with a warning.
 
-So `experiment=tiny objective=flow_matching` works, although the experiment tunes keys of the flow map. A key that the
-user typed stays an error, and so does one that no kind knows.
+For example, `experiment=tiny objective=flow_matching` works although the experiment sets keys of the flow map. A key
+that the user typed, or that no kind knows, is still an error.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from anyflow_train.config.keys import chosen, variants
 def drop_foreign_keys(
     model: type[Model], values: dict[str, Any], typed: Sequence[str], prefix: str = ""
 ) -> Iterator[Finding]:
-    """Remove such keys from nested `values`, and give one finding for each mapping that had some.
+    """Remove foreign keys from nested `values` in place. Yield one finding for each mapping that had some.
 
     Args:
         typed: keys and groups as the user wrote them.
-        prefix: of the dotted keys of `values`.
+        prefix: prefix of the dotted keys of `values`.
     """
     for name, field in model.model_fields.items():
         node, kinds, dotted = values.get(name), variants(field.annotation), f"{prefix}{name}"
         if not isinstance(node, dict) or not kinds:
             continue
         fitting = chosen(kinds, node)
-        if len(fitting) > 1:  # it names none of the kinds, which is an error of its own
+        if len(fitting) > 1:  # no kind matches: `decode` reports that
             continue
         foreign = [
             key
@@ -40,7 +40,7 @@ def drop_foreign_keys(
             for key in foreign:
                 del node[key]
             keys = tuple(f"{dotted}.{key}" for key in sorted(foreign))
-            text = f"{node['kind']} does not know {', '.join(keys)}; these keys of the config files are left out"
+            text = f"{node['kind']} does not have {', '.join(keys)}; these keys of the config files are ignored"
             yield Finding((f"{dotted}.kind", *keys), text)
         yield from drop_foreign_keys(fitting[0], node, typed, f"{dotted}.")
 
@@ -50,5 +50,5 @@ def _inside(typed: str, key: str) -> bool:
 
 
 def _changes_kind(dotted: str, typed: Sequence[str]) -> bool:
-    """Whether the user chose the group of this mapping, or its kind."""
+    """Whether the user chose the group or the kind of this mapping."""
     return bool({dotted.replace(".", "/"), f"{dotted}.kind"} & set(typed))

@@ -1,4 +1,4 @@
-"""What the config folders offer: groups, their choices, and which command an experiment is for."""
+"""Groups in the config folders, their choices, and the command of each experiment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TITLE = re.compile(r"^# anyflow (?P<command>\w+): (?P<title>.+)$")
 
 @dataclass(frozen=True)
 class Choice:
-    """One file of a group; `command` and `title` come from its line `# anyflow <command>: <title>`, if it has one."""
+    """One file of a group. `command` and `title` come from its comment `# anyflow <command>: <title>`, if any."""
 
     name: str
     command: str | None
@@ -21,7 +21,7 @@ class Choice:
 
 
 def find_groups(folders: Sequence[Path]) -> dict[str, dict[str, Choice]]:
-    """Group (`student`, `student/adapter`, ...) -> name -> choice; where folders share a name, the first one wins."""
+    """Map group (`student`, `student/adapter`, ...) -> name -> choice. If folders share a name, the first one wins."""
     groups: dict[str, dict[str, Choice]] = {}
     for group, path in (item for folder in folders for item in _files(folder)):
         groups.setdefault(group, {}).setdefault(path.stem, _read_choice(path))
@@ -29,15 +29,15 @@ def find_groups(folders: Sequence[Path]) -> dict[str, dict[str, Choice]]:
 
 
 def groups_of(command: str, groups: dict[str, dict[str, Choice]]) -> dict[str, dict[str, Choice]]:
-    """The groups of a command: a run is assembled from all of them, what else there is has experiments only.
+    """Select the groups of a command: all groups for `train`, only experiments for other commands.
 
-    So `teacher=FOLDER` can be a plain key elsewhere.
+    Other commands can therefore have a plain key with the name of a group, such as `teacher=FOLDER`.
     """
     return groups if command == "train" else {EXPERIMENT: groups.get(EXPERIMENT, {})}
 
 
 def choices_for(command: str, group: str, choices: dict[str, Choice]) -> dict[str, Choice]:
-    """The choices that make sense for a command: all of them, but only its own experiments."""
+    """Select the choices that fit a command: all choices, except experiments of other commands."""
     if group != EXPERIMENT:
         return choices
     return {name: choice for name, choice in choices.items() if choice.command in (None, command)}

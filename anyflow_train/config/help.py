@@ -1,4 +1,4 @@
-"""What `anyflow <command> --help` prints: groups with their choices, experiments, and every key."""
+"""Text of `anyflow <command> --help`: groups with their choices, experiments, and every key."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
 
 
 def command_help(command: str, title: str, config_dir: Path | None, overrides: Sequence[str] = ()) -> str:
-    """Help of one command, with the choices that the config folders offer now, and the keys of a typed objective.
+    """Return the help of one command: current choices of the config folders, and all keys.
+
+    `objective.kind` among the overrides adds the keys of that objective.
 
     Raises:
-        UserError: `objective.kind` names none.
+        UserError: `objective.kind` does not name an objective.
     """
     base = "train" if command in OF_A_RUN else command
     extension = None if base in MODELS else find_extension(base)
@@ -34,7 +36,9 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
     groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
-        lines += ["  key=a,b runs each value, in every combination with other such keys; a list is written 'key=[a,b]'"]
+        lines += [
+            "  key=a,b runs each value, in every combination with other keys of this form; write a list as 'key=[a,b]'"
+        ]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
     lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, model, overrides)]
@@ -71,14 +75,14 @@ def _keys(command: str, model: type[Model], overrides: Sequence[str]) -> Iterato
 
 
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:
-    """A model's words, its own keys, then its inner models, each with a heading."""
+    """Yield a model's summary, its own keys, then its nested models with a heading each."""
     yield from textwrap.wrap(summary(model), WIDTH, initial_indent="  ", subsequent_indent="  ")
     nested = {name: variants(field.annotation) for name, field in model.model_fields.items()}
     said = ""
     for key in walk(model, None, prefix, defaults):
         if nested.get(key.dotted.removeprefix(prefix).partition(".")[0]) or key.dotted == f"{prefix}kind":
             continue
-        yield f"    {key.dotted}: {key.type}{' (must be given)' if key.default is None else f' = {key.default}'}"
+        yield f"    {key.dotted}: {key.type}{' (required)' if key.default is None else f' = {key.default}'}"
         if key.text != said:
             yield from textwrap.wrap(key.text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
         said = key.text

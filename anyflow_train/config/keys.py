@@ -1,4 +1,4 @@
-"""The dotted keys of a config model, with what its docstring says about each; and the nearest key to a wrong one."""
+"""Dotted keys of a config model with their descriptions from docstrings, and the nearest key to a wrong one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENTRY = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of a config: `dotted` name, type, default (None: must be given), and its docstring's words."""
+    """One leaf of a config: dotted name, type, default (None if required), and description from the docstring."""
 
     dotted: str
     type: str
@@ -29,14 +29,14 @@ class Key:
 
 
 def variants(annotation: Any) -> list[type[Model]]:
-    """The models that a field may hold: none for a plain value, several for a union tagged by `kind`."""
+    """List the models that a field may hold: none for a plain value, several for a union tagged by `kind`."""
     if inspect.isclass(annotation) and issubclass(annotation, Model):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in variants(part)]
 
 
 def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
-    """Those of `models` whose `kind` is the one that `value` names, else those of any kind; all without a `kind`."""
+    """Select the models with the `kind` of `value`, or else those that accept any kind; all if there is no `kind`."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind is None or not all("kind" in model.model_fields for model in models):
         return models
@@ -48,12 +48,12 @@ def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
 def walk(
     model: type[Model], values: Mapping[str, Any] | None = None, prefix: str = "", defaults: Model | None = None
 ) -> Iterator[Key]:
-    """Every leaf of `model` in order.
+    """Yield every leaf of `model` in order.
 
     Args:
-        values: where given, unions follow the `kind` found there; else all of their variants come.
-        prefix: of the dotted keys.
-        defaults: the instance that the owner of this model has as default, where it has one.
+        values: if given, only the union variant with the `kind` found there; else all variants.
+        prefix: prefix of the dotted keys.
+        defaults: default instance of this model in its owner, if there is one.
     """
     texts = field_texts(model)
     for name, field in model.model_fields.items():
@@ -70,7 +70,7 @@ def walk(
 
 
 def field_texts(model: type[Model]) -> dict[str, str]:
-    """Field -> its words, from the lines `name: words` (or `a, b: words`) of the class docstring."""
+    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the class docstring."""
     texts: dict[str, str] = {}
     current: list[str] = []
     for line in inspect.cleandoc(model.__doc__ or "").splitlines():
@@ -87,17 +87,17 @@ def field_texts(model: type[Model]) -> dict[str, str]:
 
 
 def summary(model: type[Model]) -> str:
-    """First paragraph of the model's docstring, on one line."""
+    """Return the first paragraph of the model's docstring on one line."""
     return " ".join(inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].split())
 
 
 def type_name(field: FieldInfo) -> str:
-    """How a person writes the field's type: `int`, `fp32 | bf16`, `list of int`."""
+    """Return the field's type as shown to users: `int`, `fp32 | bf16`, `list of int`."""
     return _type_name(field.annotation)
 
 
 def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
-    """The valid key a person most likely meant: the same last part elsewhere, else the closest spelling."""
+    """Guess the valid key that was meant: one with the same last part elsewhere, or else the closest spelling."""
     known = list(dict.fromkeys(keys))
     parent, _, last = wrong.rpartition(".")
     same_name = [key for key in known if key.rpartition(".")[2] == last]
@@ -127,7 +127,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a person writes it on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
 
@@ -12,17 +12,12 @@ Checkpointing = Literal["none", "block", "selective"]
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
-def _policy(value: Any) -> Any:
-    """True and false, as other trainers say it (and runs of before there was a choice)."""
-    return ("block" if value else "none") if isinstance(value, bool) else value
-
-
 class Causal(Model):
-    """What `AnyFlowFARTransformer3DModel` takes beside: it generates a clip chunk by chunk.
+    """Additional arguments of `AnyFlowFARTransformer3DModel`, which generates a clip chunk by chunk.
 
     chunk_partition: latent frames of every chunk of a clip.
-    full_chunk_limit: chunks with full patches in a sequence; older ones are context with larger patches.
-    compressed_patch_size: of the context.
+    full_chunk_limit: chunks with full patches in a sequence; older chunks are context with larger patches.
+    compressed_patch_size: patch size (F, H, W) of the context.
     """
 
     chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3, 3, 3, 3, 3, 3, 2)
@@ -31,9 +26,10 @@ class Causal(Model):
 
 
 class Architecture(Model):
-    """Shape of the transformer; the names are those of `AnyFlowTransformer3DModel`'s constructor.
+    """Shape of the transformer. The names are the arguments of `AnyFlowTransformer3DModel`.
 
-    causal: makes it an `AnyFlowFARTransformer3DModel`; null: all frames are generated together.
+    image_dim: always null; the key is part of diffusers' config.
+    causal: if set, the network is an `AnyFlowFARTransformer3DModel`; null generates all frames together.
     """
 
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
@@ -47,12 +43,12 @@ class Architecture(Model):
     num_layers: PositiveInt = 40
     cross_attn_norm: bool = True
     eps: PositiveFloat = 1e-6
-    image_dim: PositiveInt | None = None
+    image_dim: None = None
     rope_max_seq_len: PositiveInt = 1024
     causal: Causal | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Of the network's constructor, without those of its second time."""
+        """Return the arguments of the network's constructor, without those of the second time."""
         own = self.model_dump(exclude={"causal"})
         return own if self.causal is None else {**own, **self.causal.model_dump()}
 
@@ -64,7 +60,13 @@ class FullTraining(Model):
 
 
 class Lora(Model):
-    """Low-rank adapters on `targets`; `full_modules` are trained whole. Dropout would break finite differences."""
+    """Low-rank adapters on `targets`; `full_modules` are trained in full. Dropout would break finite differences.
+
+    rank: rank of the adapters.
+    alpha: scale of the adapters is alpha / rank.
+    targets: names of linear layers, or the last parts of their names.
+    full_modules: names of modules, or the last parts of their names.
+    """
 
     kind: Literal["lora"]
     rank: PositiveInt = 256
@@ -77,11 +79,14 @@ class Lora(Model):
 class Student(Model):
     """The network that is trained.
 
-    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), or a run of ours (its averages, or its adapter
-        if this run has the same one); null starts from random weights.
-    gradient_checkpointing: what the backward pass computes again: nothing; the blocks; or the blocks but for their
-        attentions, whose results are kept (selective). true and false mean block and none.
-    time_frequency_limit: only for random weights: fastest time feature left undamped, radians per 1/1000 of time.
+    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), or a run directory (its averaged weights, or its
+        adapter if this run has the same one); null starts from random weights.
+    gradient_checkpointing: what the backward pass recomputes: none; block (every transformer block); or selective (the
+        blocks except attention, whose results are stored).
+    gate_value: fixed weight of the second time's embedding, in [0, 1]; 0 hides the target time r.
+    deltatime_type: second time of the network: r (target time) or t-r (length of the jump).
+    time_frequency_limit: fastest time feature that is not damped, in radians per 1/1000 of time; only for random
+        weights.
     """
 
     init: str | None = None
@@ -89,15 +94,15 @@ class Student(Model):
     gate_value: Annotated[float, Field(ge=0, le=1)] = 0.25
     deltatime_type: Literal["r", "t-r"] = "r"
     adapter: Annotated[FullTraining | Lora, Field(discriminator="kind")] = FullTraining()
-    gradient_checkpointing: Annotated[Checkpointing, BeforeValidator(_policy)] = "none"
+    gradient_checkpointing: Checkpointing = "none"
     time_frequency_limit: NonNegativeFloat | None = None
 
 
 class Teacher(Model):
-    """The frozen network, and the pipeline folder (VAE, text encoder, tokenizer) that goes with it.
+    """The frozen teacher network, and the pipeline folder with its VAE, text encoder and tokenizer.
 
-    source: Wan2.1 pipeline folder or hub id; null for a run that needs no teacher.
-    codec: pipeline folder of the VAE and text encoder; null means `source`.
+    source: Wan2.1 pipeline folder or hub id; null for a run without a teacher.
+    codec: pipeline folder of the VAE and text encoder; null uses `source`.
     """
 
     source: str | None = None
@@ -105,5 +110,5 @@ class Teacher(Model):
 
     @property
     def codec_source(self) -> str | None:
-        """Where the VAE, text encoder and tokenizer come from."""
+        """Pipeline folder or hub id of the VAE, text encoder and tokenizer."""
         return self.codec or self.source

@@ -1,8 +1,8 @@
-"""Config of the objectives, with the facts that the rest of the package asks of them, and of the drawn times.
+"""Config of the objectives and of the drawn times.
 
-An objective's config class holds its keys as fields and its facts as class variables and properties. Everything else
-(rules, recipe, dry run, model card) reads the facts, never the class, so a new objective is one config class and one
-objective class. A user's own objective has its config class beside it: see docs/extend.md.
+The config class of an objective has its keys as fields, and its facts as class variables and properties. The rest of
+the package (rules, recipe, dry run, model card) reads the facts and never checks the class. A new objective is
+therefore one config class and one objective class. For a user's own objective see docs/extend.md.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ Rebalance = Literal["weighted", "unweighted", "none"]
 
 
 class Times(Model):
-    """How (t, r) are drawn. Shares are of the global batch; what is left stays free (0 <= r <= t).
+    """Distribution of the times (t, r). Shares refer to the global batch; the remaining samples have 0 <= r <= t.
 
-    distribution: uniform (two uniforms, t the larger) or logit_normal (t only, for flow matching).
+    distribution: uniform (t and r are the larger and the smaller of two uniform numbers) or logit_normal (only t, for
+        flow matching).
+    shift: timestep shift of the drawn times; larger values draw more times near noise (t = 1).
+    diffusion_share: share of samples with r = t.
+    consistency_share: share of samples with r = 0.
     precision: bf16 rounds the drawn times as the published code does.
     """
 
@@ -46,7 +50,7 @@ class Times(Model):
 
 @dataclass(frozen=True)
 class Rebalancing:
-    """How losses at r < t are scaled to the diffusion samples' mean loss, and what that counts as at least."""
+    """Scaling of losses at r < t to the mean loss of the diffusion samples, and the lower bound of that mean."""
 
     mode: Rebalance = "none"
     floor: float = 0.0
@@ -54,13 +58,13 @@ class Rebalancing:
 
 @dataclass(frozen=True)
 class Derivative:
-    """How an objective calls the role `derivative`, which has no gradient.
+    """Settings of the role `derivative`, a network that is called without gradient.
 
     Attributes:
-        network: the weights: the student's, or their average.
-        precision: of its products; None for that of the run.
-        precision_key: the dotted key that sets the precision; None for an objective without one.
-        ends: how a central difference ends at the borders of [0, 1].
+        network: weights to use: the student's, or their average.
+        precision: precision of matrix products; None uses the run's.
+        precision_key: dotted key that sets the precision; None if there is no such key.
+        ends: treatment of a central difference at the ends of [0, 1].
     """
 
     network: Literal["student", "ema"] = "student"
@@ -70,11 +74,11 @@ class Derivative:
 
 
 class ObjectiveConfig(Model):
-    """Keys and facts of an objective: the base of ours, and of a user's own.
+    """Base class for the keys and facts of an objective, also of a user's own.
 
-    any_step: the student learns u(x, t, r) at r < t, so it has to see r. False: only the velocity at r = t.
-    branches: a step's samples are split by times.diffusion_share and times.consistency_share.
-    distributions: values of times.distribution that it can use.
+    any_step: True if the student learns u(x, t, r) at r < t; False if it learns only the velocity at r = t.
+    branches: True if times.diffusion_share and times.consistency_share split the samples of a step.
+    distributions: values of times.distribution that the objective supports.
     """
 
     any_step: ClassVar[bool] = True
@@ -85,46 +89,54 @@ class ObjectiveConfig(Model):
 
     @property
     def follows_teacher(self) -> bool:
-        """Whether it calls the role `teacher`, which is loaded only where something does."""
+        """Whether the objective calls the role `teacher`. The teacher is loaded only if needed."""
         return False
 
     @property
     def rebalancing(self) -> Rebalancing:
-        """How its losses are balanced; by default they are not."""
+        """Balancing of the losses; none by default."""
         return Rebalancing()
 
     @property
     def derivative(self) -> Derivative | None:
-        """How the role `derivative` is called, such as for a time derivative; None for an objective that does not."""
+        """Settings of the role `derivative`, for example for a time derivative; None if it is not called."""
         return None
 
     @property
     def holds_guidance(self) -> bool:
-        """Whether the trained student already gives guided velocities, so that samplers add no guidance."""
+        """Whether the trained student predicts guided velocities, so that samplers add no guidance."""
         return False
 
     @property
     def summary(self) -> str:
-        """A few words for the model card."""
+        """Short description for the model card."""
         return self.kind
 
     def branch_counts(self, times: Times, global_batch: int) -> BranchCounts | None:
-        """Samples of each branch in a step; None without branches. ValueError: one of them would be empty."""
+        """Count the samples of each branch in a step; None without branches.
+
+        Raises ValueError if a branch would be empty.
+        """
         if not self.branches:
             return None
         return branch_counts(global_batch, times.diffusion_share, times.consistency_share)
 
     def flow_matching(self) -> FlowMatching:
-        """Flow matching with this objective's guidance and text dropout: a causal student's second term."""
+        """Return flow matching with the same guidance and text dropout, the second term of a causal student."""
         return FlowMatching()
 
     def findings(self) -> Iterator[Finding]:
-        """Contradictions among its own keys; give them as `objective.<key>`."""
+        """Yield contradictions among the objective's own keys, named `objective.<key>`."""
         return iter(())
 
 
 class FlowMatching(ObjectiveConfig):
-    """Stage 0: `||u(x_t, t, t) - (z - x0)||^2` (flow-matching fine-tune of a teacher)."""
+    """Stage 0: fine-tune a teacher by flow matching, `||u(x_t, t, t) - (z - x0)||^2`.
+
+    guidance: none; prediction (the network learns guided velocities).
+    guidance_scale: CFG scale w = 1 + k; 1 means no guidance.
+    text_dropout: share of samples whose text is replaced by the negative prompt.
+    """
 
     any_step: ClassVar[bool] = False
     branches: ClassVar[bool] = False
@@ -151,17 +163,21 @@ class FlowMatching(ObjectiveConfig):
 
 
 class FlowMap(ObjectiveConfig):
-    """Stage 1: the average velocity on data, by a central difference in time.
+    """Stage 1: learn the average velocity on data, with a central difference in time.
 
     guidance: none; prediction (the published fusion); target (the flow map of the guided ODE).
-    guidance_scale: CFG scale w = 1 + k, everywhere.
-    velocity: data (z - x0) or the frozen teacher's.
-    derivative_network, derivative_precision, epsilon, derivative_ends: how the time derivative is taken;
-        `derivative_ends=free` lets t + e leave [0, 1] and t - e pass r, as published.
-    rebalance: scale non-diffusion losses to the diffusion mean; on the weighted losses (published), on the unweighted
-        losses with the weight applied after, or not at all.
-    rebalance_floor: what the diffusion mean counts as at least (0 as published). With the teacher's velocity, whose
-        diffusion loss goes to nothing, it is what keeps the others.
+    guidance_scale: CFG scale w = 1 + k; 1 means no guidance.
+    text_dropout: share of samples whose text is replaced by the negative prompt.
+    velocity: data (z - x0) or teacher (the velocity of the frozen teacher).
+    derivative_network: weights for the time derivative: the student's or their moving average.
+    derivative_precision: precision of the network calls for the time derivative.
+    derivative_ends: clamped keeps t + epsilon in [0, 1] and t - epsilon at or above r; free does not, as published.
+    epsilon: half-width of the central difference in time; time runs from 0 to 1.
+    weight: loss weight as a function of t: beta08 (published) or uniform.
+    rebalance: scale the other losses to the diffusion mean: weighted (scales weighted losses, as published), unweighted
+        (scales unweighted losses and applies the weight afterwards), or none.
+    rebalance_floor: lower bound of the diffusion mean (published: 0). With the teacher's velocity the diffusion loss
+        goes to zero; this bound keeps the other losses from vanishing.
     """
 
     kind: Literal["flow_map"] = "flow_map"
@@ -207,9 +223,9 @@ class FlowMap(ObjectiveConfig):
 
 
 class SavedObjective(ObjectiveConfig):
-    """A user's own objective as a run, checkpoint or export names it: plain values, nothing is imported for them.
+    """A user's own objective in a saved config: plain values, read without importing the user's module.
 
-    Enough for loading weights, and for comparing a config with a saved one. Training needs the class itself.
+    This is enough to load weights and to compare configs. Training requires the class itself.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -220,41 +236,40 @@ def _with_guidance(objective: FlowMatching | FlowMap) -> str:
 
 
 def _guidance_findings(objective: FlowMatching | FlowMap, ways: str) -> Iterator[Finding]:
-    """A guidance scale and a way to use it come together."""
+    """Yield findings if only one of guidance and guidance_scale is set."""
     scale = objective.guidance_scale
     if objective.guidance == "none" and scale != 1:
         yield Finding(
             ("objective.guidance", "objective.guidance_scale"),
-            f"none makes objective.guidance_scale={scale:g} useless; set objective.guidance to {ways}, "
-            "or the scale to 1",
+            f"'none' ignores objective.guidance_scale={scale:g}; set objective.guidance to {ways}, or the scale to 1",
         )
     if objective.guidance != "none" and scale <= 1:
         yield Finding(
             ("objective.guidance_scale", "objective.guidance"),
-            f"{scale:g} is no guidance (scale w = 1 + k), but objective.guidance={objective.guidance}; "
-            "set a scale above 1 (the paper: 3), or objective.guidance=none",
+            f"{scale:g} means no guidance (scale w = 1 + k), but objective.guidance={objective.guidance}; "
+            "set a scale above 1 (the paper uses 3), or objective.guidance=none",
         )
 
 
 def _tag(value: Any) -> str:
-    """Our kinds by name; any other is a user's own."""
+    """Return the kind of one of our objectives, or `own` for a user's objective."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     return str(kind) if kind in OURS else "own"
 
 
 def _saved(value: Any) -> Any:
-    """A mapping that names a user's own objective; an instance stays what it is."""
+    """Convert the mapping of a user's own objective; keep an instance unchanged."""
     return SavedObjective.model_validate(value) if isinstance(value, dict) else value
 
 
-# Kind -> the class that makes the losses. Plain text, so that decoding a config imports no torch.
+# Kind -> objective class. Plain text, so that decoding a config does not import torch.
 OURS = {
     "flow_matching": "anyflow_train.objectives.flow_matching:FlowMatchingObjective",
     "flow_map": "anyflow_train.objectives.flow_map:FlowMapObjective",
 }
-# What a command line may write, unless it names a user's own class, whose config then stands here (`config.own`).
+# Objectives on a command line. `config.own` adds the config class of a user's own objective.
 OurObjective = Annotated[FlowMatching | FlowMap, Field(discriminator="kind")]
-# What a run may hold.
+# Objectives in a run's config, also in a saved one.
 Objective = Annotated[
     Annotated[FlowMatching, Tag("flow_matching")]
     | Annotated[FlowMap, Tag("flow_map")]

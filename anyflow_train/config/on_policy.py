@@ -1,4 +1,4 @@
-"""Config of stage 2: what a student learns from its own rollouts."""
+"""Config of stage 2: training a student on its own rollouts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from anyflow_train.config.objective import Share
 
 
 class NoOnPolicy(Model):
-    """The student learns from data alone."""
+    """Stages 0 and 1: train only on data."""
 
-    # Of the run's objective, which is all that is trained.
+    # Weight of the run's objective, the only loss.
     objective_weight: ClassVar[float] = 1.0
 
     kind: Literal["none"] = "none"
 
     @property
     def matching(self) -> DistributionMatching | None:
-        """The settings of stage 2: there are none."""
+        """Settings of stage 2: None."""
         return None
 
 
 class ScoreTimes(Model):
-    """Times of noised rollouts: drawn from the distribution, shifted, then kept in [low, high]."""
+    """Times of noised rollouts: drawn from the distribution, shifted, then clamped to [low, high]."""
 
     distribution: Literal["uniform", "logit_normal"] = "uniform"
     shift: PositiveFloat = 5.0
@@ -35,15 +35,15 @@ class ScoreTimes(Model):
 
 
 class FakeScore(Model):
-    """The network that learns, by flow matching, the velocity of the student's own samples.
+    """The network that learns the velocity of the student's samples by flow matching.
 
-    init: network that it begins as (Wan2.1 or AnyFlow folder or hub id, or a run).
-    adapter: full trains that network. lora: an adapter on the student's frozen base, which is then the teacher's and
-        the only network in memory; it begins as that base.
-    lr: its learning rate; all else of its optimizer is the student's.
-    updates: its updates for each of the student's; the student's is made every so many steps.
-    rollout: what it learns from: fresh rollouts of its own, or those of the student's update in the same step.
-    times: at which it learns.
+    init: initial network (Wan2.1 or AnyFlow folder or hub id, or a run).
+    adapter: full trains a network of its own. lora trains an adapter on the student's frozen base; student, fake score
+        and teacher then share this one network in memory.
+    lr: learning rate; the other optimizer values are the student's.
+    updates: updates of the fake score for each update of the student; the student is updated every `updates` steps.
+    rollout: training samples: fresh rollouts, or the rollouts of the student's update in the same step.
+    times: times at which the fake score is trained.
     """
 
     init: str
@@ -55,14 +55,15 @@ class FakeScore(Model):
 
 
 class DistributionMatching(Model):
-    """Rollouts are moved to where the teacher finds them likelier than the fake score does (DMD).
+    """Stage 2: move rollouts towards samples that the teacher prefers to the fake score (DMD).
 
-    steps: a rollout follows a sampler of N steps, N being one of these.
-    shift: of that sampler's times.
-    first_jump: whether the gradient goes through the jump from noise to the middle of the rollout as well.
-    guidance_scale: CFG scale w of the teacher; 1 is none. The published k = 3 is w = 4.
-    weight: of this loss; objective_weight: of `objective`, which goes on training beside it; 0 leaves it out.
-    score_times: at which fake score and teacher are compared.
+    steps: step counts to draw from; a rollout uses a sampler with that many steps.
+    shift: timestep shift of that sampler.
+    first_jump: whether the gradient also flows through the jump from noise to the middle of the rollout.
+    guidance_scale: CFG scale w of the teacher; 1 means no guidance. The published k = 3 is w = 4.
+    weight: weight of this loss.
+    objective_weight: weight of the loss of `objective`, which is trained at the same time; 0 leaves it out.
+    score_times: times at which fake score and teacher are compared.
     """
 
     kind: Literal["distribution_matching"]
@@ -77,7 +78,7 @@ class DistributionMatching(Model):
 
     @property
     def matching(self) -> DistributionMatching | None:
-        """The settings of stage 2: these."""
+        """Settings of stage 2: this config."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""A command's own options beside the keys of a run, on one command line."""
+"""Command lines that mix a command's own options with the keys of a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Options = TypeVar("Options", bound=Model)
 def compose_beside(
     model: type[Options], overrides: Sequence[str], config_dir: Path | None, world: Callable[[Options], int]
 ) -> tuple[Options, RunConfig]:
-    """The command's own options, and the config of the run on `world(options)` processes.
+    """Decode the command's own options, and the config of the run for `world(options)` processes.
 
     Raises:
-        UserErrors: of the run's keys and of the command's own, together.
+        UserErrors: all errors of the run's keys and of the command's own keys.
     """
     own, others = split(model, overrides, config_dir)
     options, errors = decode(model, own, lambda _: (), {}, dict)
@@ -37,9 +37,9 @@ def compose_beside(
 
 
 def split(model: type[Model], overrides: Sequence[str], config_dir: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The values of a command's own keys, and the rest as written.
+    """Split the overrides into the values of the command's own keys, and the rest as written.
 
-    A key that is also a group, such as `engine`, is the run's where the value is one of the group's choices.
+    A key that is also a group, such as `engine`, belongs to the run if the value is one of the group's choices.
     """
     groups = find_groups(config_folders(config_dir))
     own: dict[str, Any] = {}

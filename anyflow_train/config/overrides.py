@@ -1,4 +1,4 @@
-"""What a person writes after `anyflow <command>`: group choices and `key=value`, taken apart and checked."""
+"""Parse and check the arguments after `anyflow <command>`: group choices and `key=value`."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class Setting:
 
     @property
     def value(self) -> Any:
-        """The value, decoded; None where several were given."""
+        """Decoded value; None if there are several (`key=a,b`)."""
         if self.parsed.is_sweep_override():
             return None
         value = self.parsed.value()
         return value.text if isinstance(value, QuotedString) else value
 
     def alternatives(self) -> list[str]:
-        """The values of `key=a,b` one by one, as text that can be parsed again; one for a plain `key=a`."""
+        """List the values of `key=a,b` as text that can be parsed again; one value for a plain `key=a`."""
         if not self.parsed.is_sweep_override():
             return [self.text]
         return list(self.parsed.sweep_string_iterator())
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[Setting], list[UserError]]:
-    """Settings, and one error for each argument that is none."""
+    """Parse the arguments. Return the settings, and one error for each malformed argument."""
     settings: list[Setting] = []
     errors: list[UserError] = []
     parser = OverridesParser.create()
@@ -55,9 +55,7 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
     key, equals, text = argument.partition("=")
     key = key.lstrip("+").strip()
     if argument.startswith("~"):
-        raise UserError(
-            argument, "removing a key is not possible; give it another value, or null where it may be empty"
-        )
+        raise UserError(argument, "a key cannot be removed; give it a different value, or null if it can be empty")
     if not equals or not key:
         raise UserError(argument, "is not of the form key=value or group=choice")
     try:
@@ -72,20 +70,20 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
 
 
 def to_hydra(settings: Sequence[Setting], groups: dict[str, dict[str, Choice]]) -> list[str]:
-    """Overrides for Hydra. Values become `++key=value`, so that unknown keys reach the models, which name them all."""
+    """Convert to overrides for Hydra. `++key=value` lets unknown keys pass, so that the models report all of them."""
     return [f"{item.key}={item.text}" if item.key in groups else f"++{item.key}={item.text}" for item in settings]
 
 
 def check(settings: Sequence[Setting], command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[UserError]:
-    """Errors of group choices, and of several values where one is wanted."""
+    """Yield errors of group choices, and of several values for one key."""
     for item in settings:
         if item.key.startswith("hydra"):
             yield UserError(item.key, "Hydra's own settings are not used; the run directory is <out>/<name>")
         elif item.parsed.is_sweep_override():
             yield UserError(
                 item.key,
-                f"{item.text!r} is several values; `anyflow sweep` runs each of them "
-                f"(a list is written '{item.key}=[{item.text}]')",
+                f"{item.text!r} has several values; `anyflow sweep` runs each of them "
+                f"(write a list as '{item.key}=[{item.text}]')",
             )
         elif item.key in groups:
             yield from _check_choice(command, item, groups[item.key])
@@ -110,6 +108,6 @@ def _check_choice(command: str, item: Setting, choices: dict[str, Choice]) -> It
 
 
 def nearest_of(wrong: str, valid: Sequence[str] | dict[str, Choice]) -> str:
-    """`; nearest is 'x' (valid: ...)`, or only the valid ones where none is near."""
+    """Format `; nearest is 'x' (valid: ...)`, or only the valid names if none is similar."""
     hint, listed = nearest_hint(wrong, valid), ", ".join(valid)
     return f"{hint} (valid: {listed})" if hint else f"; valid are {listed or 'none'}"

@@ -1,8 +1,8 @@
-"""A user's own objective: found by the name that the user wrote, and imported for no other reason.
+"""Find a user's own objective by its name. It is imported only if the user wrote that name.
 
 A name is `my_package.my_module:MyObjective`, found in installed packages, on PYTHONPATH or in the current folder;
 or the name of an entry point in the group `anyflow_train.objectives`. Configs that are read from runs, checkpoints and
-exports never come here: they hold a `SavedObjective`.
+exports hold a `SavedObjective` instead, and import nothing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _TARGET = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
 
 
 def objective_class(config: ObjectiveConfig) -> Any:
-    """The class that makes the losses of a config, ours or the user's own.
+    """Return the objective class of a config, ours or the user's own.
 
     Raises:
-        UserError: the config was read from a file, where nobody asked for an import.
+        UserError: the config was read from a saved file, which may not import anything.
     """
     if isinstance(config, SavedObjective):
-        problem = f"{config.kind!r} was read from a saved config, which imports nothing; name it on the command line"
+        problem = f"{config.kind!r} is from a saved config, which imports no code; give it on the command line"
         raise UserError(KEY, problem)
     return load_objective(config.kind)
 
 
 def load_objective(kind: str) -> Any:
-    """Import an objective. The class is checked, and nothing of it is called.
+    """Import an objective class and check it without calling it.
 
     Raises:
-        UserError: there is no such module or class, or it is not an objective.
+        UserError: the module or class does not exist, or the class is not an objective.
     """
     if kind in OURS:
         return _imported(OURS[kind])
@@ -54,7 +54,7 @@ def load_objective(kind: str) -> Any:
     target = entries.get(kind, kind)
     if not _TARGET.match(target):
         valid = [*OURS, *entries]
-        own = "or my_package.my_module:MyObjective for one of your own"
+        own = "or my_package.my_module:MyObjective for your own objective"
         raise UserError(KEY, f"{kind!r} is wrong: valid are {', '.join(valid)}, {own}{nearest_hint(kind, valid)}")
     found = _imported(target)
     if problem := _not_an_objective(found):
@@ -63,10 +63,10 @@ def load_objective(kind: str) -> Any:
 
 
 def run_model(kind: Any) -> type[RunConfig]:
-    """The model of a run whose objective is of this kind, for a config that a user wrote.
+    """Return the config model of a run with this kind of objective, for a config that a user wrote.
 
     Raises:
-        UserError: the kind names no objective.
+        UserError: the kind does not name an objective.
     """
     if not isinstance(kind, str) or kind in OURS:
         return _our_runs()
@@ -74,7 +74,7 @@ def run_model(kind: Any) -> type[RunConfig]:
 
 
 def as_run(config: RunConfig) -> RunConfig:
-    """The same values as a `RunConfig`, whatever model decoded them: only that class is known by name elsewhere."""
+    """Convert the result of `run_model`'s model to a plain `RunConfig`, the class that the rest of the package uses."""
     return RunConfig.model_construct(_fields_set=config.model_fields_set, **dict(config))
 
 
@@ -106,9 +106,9 @@ def _imported(target: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            where = "it is neither installed, nor on PYTHONPATH, nor in the current folder"
-            raise UserError(KEY, f"there is no module {missing!r} for {target!r}; {where}") from error
-        raise UserError(KEY, f"{module_name!r} cannot be imported: there is no module {missing!r}") from error
+            where = "install it, add it to PYTHONPATH, or start in its folder"
+            raise UserError(KEY, f"module {missing!r} of {target!r} not found; {where}") from error
+        raise UserError(KEY, f"{module_name!r} cannot be imported: module {missing!r} not found") from error
     except Exception as error:  # a user's module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(KEY, f"{module_name!r} cannot be imported: {reason}") from error
@@ -119,7 +119,7 @@ def _imported(target: str) -> Any:
 
 
 def _not_an_objective(found: Any) -> str | None:
-    """What a class lacks; None for an objective."""
+    """Return the reason why `found` is not an objective; None if it is one."""
     if not inspect.isclass(found):
         return "it is not a class"
     config = inspect.getattr_static(found, "Config", None)
@@ -131,7 +131,7 @@ def _not_an_objective(found: Any) -> str | None:
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """Modules of the current folder can be imported, after all others."""
+    """Allow imports from the current folder, with the lowest priority."""
     folder = str(Path.cwd())
     if folder in sys.path:
         yield

@@ -1,6 +1,6 @@
-"""Names of the student's layers and parameters, from its architecture alone: for rules, which know no torch.
+"""Names of the student's layers and parameters, for rules, which do not import torch.
 
-A test compares them with the network itself. Sizes are not known here: `anyflow plan` counts the network.
+A test compares them with the network itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def linear_layers(architecture: Architecture) -> list[str]:
-    """Names of the layers that an adapter can change: those with a matrix as weight."""
+    """List the names of the linear layers, which adapters can change."""
     embedder = "condition_embedder"
     embedders = ["time_embedder", "delta_embedder", "text_embedder"]
     layers = [f"{embedder}.{part}.linear_{number}" for part in embedders for number in (1, 2)]
     layers.append(f"{embedder}.time_proj")
-    if architecture.image_dim is not None:
-        layers += [f"{embedder}.image_embedder.ff.net.{place}" for place in ("0.proj", "2")]
     for block in _blocks(architecture):
         layers += [f"{block}.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION]
         layers += [f"{block}.ffn.net.{place}" for place in ("0.proj", "2")]
@@ -27,13 +25,11 @@ def linear_layers(architecture: Architecture) -> list[str]:
 
 
 def parameter_names(architecture: Architecture) -> list[str]:
-    """Names of all parameters."""
+    """List the names of all parameters."""
     with_bias = [*linear_layers(architecture), "patch_embedding"]
     bare = ["scale_shift_table"]
     if architecture.causal is not None:
         with_bias.append("far_patch_embedding")
-    if architecture.image_dim is not None:
-        with_bias += [f"condition_embedder.image_embedder.norm{number}" for number in (1, 2)]
     for block in _blocks(architecture):
         bare.append(f"{block}.scale_shift_table")
         bare += [f"{block}.{attention}.norm_{side}.weight" for attention in ("attn1", "attn2") for side in "qk"]
@@ -48,7 +44,7 @@ def matches(name: str, targets: Iterable[str]) -> bool:
 
 
 def in_modules(parameter: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter lies inside of one of `modules` (given whole or by their last parts)."""
+    """Whether a parameter is inside one of `modules` (full names or their last parts)."""
     parents = parameter.split(".")[:-1]
     return any(matches(".".join(parents[:depth]), modules) for depth in range(1, len(parents) + 1))
 

@@ -1,4 +1,4 @@
-"""Where the files that travel with the package are: in an installed wheel, or in a checkout."""
+"""Paths of the files that are shipped with the package, in an installed wheel or in a checkout."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resource(name: str) -> Path:
-    """The folder `configs` or `assets`: inside of the installed package, else beside it in a checkout.
+    """Find the folder `configs` or `assets`: inside the installed package, or next to it in a checkout.
 
     Raises:
-        UserError: neither place has it (a damaged installation).
+        UserError: the folder does not exist (a damaged installation).
     """
     for parent in (PACKAGE, PACKAGE.parent):
         if (parent / name).is_dir():
             return parent / name
-    raise UserError(name, f"folder not found in {PACKAGE} nor in {PACKAGE.parent}; install the package again")
+    raise UserError(name, f"folder not found in {PACKAGE} nor in {PACKAGE.parent}; reinstall the package")
 
 
 def asset(name: str) -> str:
-    """Absolute path of one shipped asset, as `${asset:tiny-wan}` in a config file gives it.
+    """Return the absolute path of a shipped asset; config files write `${asset:tiny-wan}`.
 
-    The asset itself may be missing: the recipes that make it name its place before it exists.
+    The asset need not exist: the experiments that build it use its path first.
     """
     return str(resource("assets") / name)

@@ -1,7 +1,7 @@
 """Assign the positions of a step's global batch to branches and processes, for any number of processes.
 
-A step holds positions 0..G-1. The first positions are diffusion (r = t), the next consistency (r = 0), the rest free.
-So the samples that need no time derivative fill the earliest micro-steps, on every process at once.
+A step has positions 0..G-1. The first positions are diffusion (r = t), the next consistency (r = 0), the rest free.
+Diffusion samples need no time derivative, so they fill the earliest micro-steps on every process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MOST_ACCUMULATION = 64
 
 
 class Branch(IntEnum):
-    """Which part of the triangle 0 <= r <= t a sample trains."""
+    """Part of the triangle 0 <= r <= t that a sample trains."""
 
     DIFFUSION = 0  # r = t
     CONSISTENCY = 1  # r = 0
@@ -23,7 +23,7 @@ class Branch(IntEnum):
 
 @dataclass(frozen=True)
 class BranchCounts:
-    """How many of a global batch's positions each branch holds, in this order."""
+    """Number of positions of each branch in a global batch, in this order."""
 
     diffusion: int
     consistency: int
@@ -31,27 +31,27 @@ class BranchCounts:
 
     @property
     def global_batch(self) -> int:
-        """All positions of a step."""
+        """Number of positions of a step."""
         return self.diffusion + self.consistency + self.free
 
     def branch(self, position: int) -> Branch:
-        """The branch of one position; ValueError where the step has no such position."""
+        """Return the branch of one position. Raises ValueError if the step has no such position."""
         if not 0 <= position < self.global_batch:
-            raise ValueError(f"position {position} is outside of a global batch of {self.global_batch}")
+            raise ValueError(f"position {position} is outside a global batch of {self.global_batch}")
         if position < self.diffusion:
             return Branch.DIFFUSION
         return Branch.CONSISTENCY if position < self.diffusion + self.consistency else Branch.FREE
 
 
 def branch_counts(global_batch: int, diffusion_share: float, consistency_share: float) -> BranchCounts:
-    """Shares of the global batch, rounded half up; free takes what is left.
+    """Split the global batch by shares, rounded half up; the remaining positions are free.
 
-    Raises ValueError where the shares are impossible, or where the batch is too small to hold every branch: the
-    published code then divides by zero or silently drops a branch.
+    Raises ValueError if the shares are impossible, or if the batch is too small for every branch. The published code
+    then divides by zero or silently drops a branch.
     """
     free_share = 1 - diffusion_share - consistency_share
     if min(diffusion_share, consistency_share) < 0 or free_share < -1e-9:
-        raise ValueError(f"shares {diffusion_share} and {consistency_share} are not two parts of a whole")
+        raise ValueError(f"shares {diffusion_share} and {consistency_share} must be at least 0, and at most 1 together")
     diffusion = math.floor(diffusion_share * global_batch + 0.5)
     consistency = min(math.floor(consistency_share * global_batch + 0.5), global_batch - diffusion)
     counts = BranchCounts(diffusion, consistency, global_batch - diffusion - consistency)
@@ -60,16 +60,16 @@ def branch_counts(global_batch: int, diffusion_share: float, consistency_share: 
     if lost:
         raise ValueError(
             f"a global batch of {global_batch} gives {diffusion} diffusion, {consistency} consistency and "
-            f"{counts.free} free samples: none is left for {' and '.join(lost)}"
+            f"{counts.free} free samples, but the shares require {' and '.join(lost)} samples"
         )
     return counts
 
 
 def local_positions(global_batch: int, micro_batch: int, world: int, rank: int) -> list[tuple[int, ...]]:
-    """The positions that one process holds in each of its micro-steps: `m W B + rank + W i`.
+    """List the positions of one process in each of its micro-steps: `m W B + rank + W i`.
 
-    Interleaved, so that within a micro-step all W processes hold equally many of every branch as far as counts allow.
-    Raises ValueError unless `micro_batch x world` divides the global batch.
+    The positions are interleaved, so that in a micro-step all W processes have nearly the same number of samples of
+    each branch. Raises ValueError unless `micro_batch x world` divides the global batch.
     """
     width = micro_batch * world
     if width <= 0 or global_batch % width:
@@ -82,14 +82,14 @@ def local_positions(global_batch: int, micro_batch: int, world: int, rank: int) 
 
 
 def rows_with_second_term(counts: BranchCounts, positions: tuple[int, ...], world: int) -> int:
-    """How many rows of a micro-batch, the last ones, need the term of r < t: the same number on every process.
+    """Count the last rows of a micro-batch for which the term for r < t is computed; equal on every process.
 
-    The term is whatever an objective computes for r < t alone, such as a time derivative. These are exactly the rows
-    with r < t if the micro-step's diffusion positions divide by `world`. Otherwise processes with more diffusion
-    positions run some of them too (the term is then multiplied by zero), because under ZeRO-3 a process that runs fewer
-    forwards than the others hangs them all.
+    The term is what an objective computes only for r < t, such as a time derivative. If `world` divides the number of
+    diffusion positions of the micro-step, these are exactly the rows with r < t. Otherwise processes with more
+    diffusion positions compute the term for some of them too and multiply it by zero. Under ZeRO-3 a process with fewer
+    forward passes would block all others.
 
-    Raises ValueError for positions that are not one of `local_positions`' rows.
+    Raises ValueError for positions that are not a row of `local_positions`.
     """
     width = world * len(positions)
     start = positions[0] // width * width
@@ -100,7 +100,7 @@ def rows_with_second_term(counts: BranchCounts, positions: tuple[int, ...], worl
 
 
 def even_accumulation(micro_batch: int, world: int, diffusion_share: float) -> int | None:
-    """The smallest accumulation at which no process takes a needless time derivative; None if there is none to 64."""
+    """Find the smallest accumulation, at most 64, without needless time derivatives; None if there is none."""
     for accumulation in range(1, MOST_ACCUMULATION + 1):
         if math.floor(diffusion_share * accumulation * world * micro_batch + 0.5) % world == 0:
             return accumulation

@@ -1,4 +1,4 @@
-"""Config of a training run: everything that `anyflow train`, `check` and `sweep` decode."""
+"""Config of a training run, decoded by `anyflow train`, `check`, `plan` and `sweep`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Ema(Model):
-    """Exponential moving average of the trainable parameters: a plain copy before `start_step`."""
+    """Exponential moving average of the trainable parameters; it equals them before `start_step`."""
 
     decay: Decay = 0.999
     start_step: NonNegativeInt = 1000
@@ -25,8 +25,11 @@ class Ema(Model):
 class Optimizer(Model):
     """AdamW, with a linear warm-up and then a constant or cosine learning rate.
 
-    moments: 8bit keeps the moments in a quarter of the memory, in blocks with a scale each (bitsandbytes). For one
-        process and DDP; ZeRO cuts them over the processes instead.
+    moments: 8bit stores the moments in a quarter of the memory, with one scale per block (bitsandbytes). Only for one
+        process or DDP; ZeRO splits the moments over the processes instead.
+    final_lr_share: final learning rate of the cosine schedule, as a share of lr.
+    warmup_steps: steps in which the learning rate rises linearly from 0.
+    clip_norm: largest norm of the gradient.
     """
 
     lr: PositiveFloat = 5e-5
@@ -44,11 +47,15 @@ class Optimizer(Model):
 class Data(Model):
     """Shards of latents and text embeddings, written by `anyflow prepare`.
 
-    text_lengths: the text is padded to one of these lengths, drawn anew each step (Wan2.1 pads to 512 without a mask).
-    max_bad_share: the share of unreadable samples at which a run stops.
-    cache: folder for copies of remote shards; cache_gib bounds it.
-    shuffle_shards: samples are shuffled within groups of this many shuffled shards (null: all at once). For remote
-        shards larger than the cache: it has to hold two groups.
+    shards: folder or remote address of the shards.
+    frames: frames per clip, 4n + 1.
+    height, width: size of the clips in pixels.
+    workers: threads that read ahead; 0 reads each batch when it is needed.
+    text_lengths: lengths to which text is padded; each step draws one of them (Wan2.1 pads to 512 without a mask).
+    max_bad_share: share of unreadable samples at which a run stops.
+    cache: folder for copies of remote shards; cache_gib limits its size.
+    shuffle_shards: samples are shuffled within groups of this many shuffled shards; null shuffles all of them together.
+        Set it if remote shards are larger than the cache, which must hold two groups.
     """
 
     shards: str
@@ -64,14 +71,19 @@ class Data(Model):
 
 
 class Engine(Model):
-    """Where and in which precision a step runs. Accumulation follows: global_batch / (micro_batch x processes).
+    """Device, precision and batch of a step. Gradient accumulation is global_batch / (micro_batch x processes).
 
-    fp8: frozen multiplies frozen weights in 8 bits where the others do in bfloat16: a teacher's, and those that
-        adapters sit on. Needs a GPU of compute capability 8.9 (L40, H100), or a CPU for trying it.
-    attention: kernel of softmax attention. auto takes cuDNN's on GPUs from Hopper on, else flash; sdpa is torch's own
-        choice, which is also taken for what a kernel cannot do, such as products in float32 on a GPU.
-    sequence_parallel: neighbouring processes that share each sample and split its tokens; it divides the heads.
-    timeout_seconds: how long a process may keep the others waiting before the run ends.
+    fp8: frozen uses 8-bit products for frozen weights (the teacher's, and the base of adapters) instead of bfloat16.
+        Requires a GPU of compute capability 8.9 or newer (L40, H100); a CPU also works, for tests.
+    attention: kernel of softmax attention. auto uses cuDNN on Hopper and newer GPUs, else flash. sdpa lets torch
+        choose; so does any input that the kernel does not support, such as float32 on a GPU.
+    precision: precision of matrix products.
+    global_batch: samples per step over all processes.
+    micro_batch: samples of one process in one forward pass.
+    compile: compile the networks with torch.compile.
+    threads: CPU threads of torch; 0 lets torch choose.
+    sequence_parallel: number of neighbouring processes that split the tokens of each sample; it must divide the heads.
+    timeout_seconds: longest time that a process may keep the others waiting; the run then ends.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,12 +99,12 @@ class Engine(Model):
 
 
 class Context(Model):
-    """What of its clip a sample is given while it is trained, drawn once a step for all samples.
+    """Frames of a clip that are clean conditioning during training; drawn once per step, the same for all samples.
 
-    i2v_probability: share of steps in which the first latent frame is given, clean (image to video); a causal student
-        learns that anyway.
-    long_share: share of a causal student's steps that have so many chunks that the oldest are compressed.
-    bidirectional_probability: share of a causal student's steps that also train flow matching on whole clips.
+    i2v_probability: share of steps with a clean first latent frame (image to video). A causal student learns this
+        without it.
+    long_share: share of steps of a causal student with enough chunks that the oldest are compressed.
+    bidirectional_probability: share of steps of a causal student that also train flow matching on whole clips.
     """
 
     i2v_probability: Share = 0.0
@@ -101,7 +113,12 @@ class Context(Model):
 
 
 class Checkpoint(Model):
-    """When the run's state is saved, what is kept, and whether a run continues from it."""
+    """Saving of the run's state, and resuming from it.
+
+    every: steps between checkpoints.
+    keep: number of newest checkpoints that are kept.
+    resume: auto continues from the newest checkpoint of the run directory, if there is one.
+    """
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
@@ -118,24 +135,26 @@ class WandbTracker(Model):
 
 
 class TensorboardTracker(Model):
-    """TensorBoard event files inside of the run directory."""
+    """TensorBoard event files in the run directory."""
 
     kind: Literal["tensorboard"]
 
 
 class NoTracker(Model):
-    """Only the run directory's own `metrics.jsonl`, which every run has."""
+    """No tracker; every run writes `metrics.jsonl` to its run directory."""
 
     kind: Literal["none"] = "none"
 
 
 class Evaluation(Model):
-    """Validation inside of a run: every `every` steps (0: never), from fixed noise.
+    """Validation during a run, from fixed noise.
 
-    held_out: shards of real samples that training never sees; null leaves out the distances.
-    best_metric: the checkpoint with the lowest value is kept: `<metric>_<steps>`.
-    oracle: closed-form class accuracy on decoded video (`stripes`: the embedded world).
-    videos: how many of the manifest's validation prompts are decoded and saved.
+    every: steps between validations; 0 means never.
+    held_out: shards of real samples that are not used for training; null leaves out the distances.
+    steps: step counts of the samplers to measure.
+    best_metric: metric `<metric>_<steps>` that selects the best checkpoint, which is kept; lower is better.
+    oracle: closed-form class accuracy on decoded video, for the embedded world stripes or shapes.
+    videos: number of the manifest's validation prompts that are decoded and saved.
     """
 
     every: NonNegativeInt = 500
@@ -147,7 +166,7 @@ class Evaluation(Model):
     shift: PositiveFloat = 5.0
     guidance_scale: PositiveFloat = 1.0
     best_metric: str = "energy_distance_4"
-    oracle: Literal["none", "stripes"] = "none"
+    oracle: Literal["none", "stripes", "shapes"] = "none"
     videos: NonNegativeInt = 4
 
 
@@ -155,9 +174,15 @@ Tracker = Annotated[WandbTracker | TensorboardTracker | NoTracker, Field(discrim
 
 
 class RunConfig(Model):
-    """A whole run. The run directory is `<out>/<name>`: stable, so that a requeued job finds its checkpoint.
+    """A whole run. The run directory is always `<out>/<name>`, so that a requeued job finds its checkpoint.
 
-    profile: print where the time of a step goes, part by part, and leave a trace in the run directory.
+    name: name of the run.
+    out: parent folder of run directories.
+    seed: seed of all random numbers.
+    steps: number of training steps.
+    log_every: steps between two lines of the log.
+    max_nonfinite_steps: number of consecutive steps with a non-finite loss or gradient after which the run stops.
+    profile: print the time of each part of a step, and write a trace to the run directory.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]

@@ -1,4 +1,4 @@
-"""`experiment=STAGE model=MODEL recipe=RECIPE`: the shipped experiment that is made of these three."""
+"""Resolve `experiment=STAGE model=MODEL recipe=RECIPE` to the shipped experiment of these three."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEFAULTS = {MODEL: "wan1_3b", RECIPE: "default"}
 def name_experiment(
     settings: Sequence[Setting], groups: dict[str, dict[str, Choice]]
 ) -> tuple[list[Setting], list[UserError]]:
-    """Put the experiment's own name in the place of its stage, model and recipe.
+    """Replace stage, model and recipe by the name of the experiment.
 
     Returns:
-        The settings, without `model` and `recipe`; and what is wrong with those.
+        The settings without `model` and `recipe`, and the errors of these two.
     """
     stages = groups.get(STAGE, {})
     chosen = {item.key: item.text for item in settings if item.key in (EXPERIMENT, MODEL, RECIPE)}
@@ -28,8 +28,8 @@ def name_experiment(
     stage = chosen.get(EXPERIMENT)
     if stage not in stages:
         which = MODEL if MODEL in chosen else RECIPE
-        said = "there is no experiment" if stage is None else f"experiment={stage} is not a stage"
-        problem = f"{chosen[which]!r} goes with experiment={'|'.join(stages)}, but {said}"
+        said = "no experiment is given" if stage is None else f"experiment={stage} is not a stage"
+        problem = f"{chosen[which]!r} requires experiment={'|'.join(stages)}, but {said}"
         return [item for item in settings if item.key not in (MODEL, RECIPE)], [UserError(which, problem)]
     model, recipe = (chosen.get(key, default) for key, default in DEFAULTS.items())
     suffix = "" if recipe == DEFAULTS[RECIPE] else f"_{recipe}"
@@ -41,7 +41,7 @@ def name_experiment(
 
 
 def _possible(stage: str, groups: dict[str, dict[str, Choice]]) -> str:
-    """The models and recipes that a stage has an experiment for."""
+    """List the models and recipes for which a stage has an experiment."""
     found = []
     for model in groups.get(MODEL, {}):
         for suffix, recipe in (("", ""), ("_reference", " recipe=reference")):

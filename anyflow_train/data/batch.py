@@ -16,10 +16,10 @@ class Batch:
 
     Attributes:
         latents: (B, F, C, H, W) float32, normalised.
-        condition: text (B, L, D) padded with zeros to the step's length.
-        negative: the negative prompt's condition, text (1, L, D), same padding.
-        keys: the samples' names in the shards.
-        positions: the samples' places in the step's global batch (see `flow.draw`).
+        condition: texts (B, L, D), padded with zeros to the step's length.
+        negative: condition of the negative prompt, text (1, L, D), with the same padding.
+        keys: names of the samples in the shards.
+        positions: positions of the samples in the step's global batch (see `flow.draw`).
     """
 
     latents: Tensor
@@ -29,11 +29,10 @@ class Batch:
     positions: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; copies from pinned memory do not wait."""
+        """Copy the batch to a device. Copies from pinned memory do not block."""
 
         def move(condition: Condition) -> Condition:
-            image = None if condition.image is None else condition.image.to(device, non_blocking=True)
-            return Condition(condition.text.to(device, non_blocking=True), image)
+            return Condition(condition.text.to(device, non_blocking=True))
 
         latents = self.latents.to(device, dtype=torch.float32, non_blocking=True)
         return Batch(latents, move(self.condition), move(self.negative), self.keys, self.positions)

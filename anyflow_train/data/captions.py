@@ -1,14 +1,17 @@
-"""Caption files."""
+"""Files of captions and prompts."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+from anyflow_train.errors import UserError
 
 NAMES = ("caption", "text", "prompt")
 
 
 def parse_caption(data: bytes) -> str:
-    """The caption in a `.txt` or `.json` file: the JSON's `caption`, `text` or `prompt`, or else the text itself."""
+    """Return the caption in a `.txt` or `.json` file: the JSON's `caption`, `text` or `prompt`, or the whole text."""
     text = data.decode("utf-8", "replace").strip()
     try:
         content = json.loads(text)
@@ -18,3 +21,19 @@ def parse_caption(data: bytes) -> str:
         return text
     found = next((content[name] for name in NAMES if content.get(name)), "")
     return str(found).strip()
+
+
+def read_lines(path: str, key: str) -> list[str]:
+    """Read the lines of a text file, without surrounding white space.
+
+    Args:
+        path: text file in UTF-8.
+        key: config key that names the file, for errors.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(key, f"'{path}' cannot be read: {error}") from None

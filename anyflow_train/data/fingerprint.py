@@ -11,16 +11,15 @@ from typing import BinaryIO
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-# Beyond this size only the ends are read: UMT5-XXL's 11 GiB would take longer to hash than to load.
+# For larger files only both ends are read: hashing UMT5-XXL's 11 GiB would take longer than loading it.
 WHOLE_FILE_BYTES = 1 << 30
 END_BYTES = 64 << 20
-
-
-NAMED = "name:"  # of a component whose files were out of reach: it cannot be told from another's
+NAMED = "name:"
+"""Prefix of the fingerprint of a component whose files could not be read: it cannot be compared with others."""
 
 
 def known_fingerprint(source: str | None, component: str) -> str | None:
-    """`component_fingerprint`, or None where there is no source or its files are out of reach."""
+    """Return `component_fingerprint`, or None if there is no source or its files cannot be read."""
     if source is None:
         return None
     fingerprint = component_fingerprint(source, component)
@@ -28,18 +27,18 @@ def known_fingerprint(source: str | None, component: str) -> str | None:
 
 
 def component_fingerprint(source: str, component: str) -> str:
-    """A fingerprint of a pipeline's component (`vae`, `text_encoder`): of its config and weight files.
+    """Hash the config and weight files of a pipeline's component (`vae`, `text_encoder`).
 
     Args:
-        source: pipeline folder or hub id, of which the component is downloaded unless it is there already; where the
-            hub cannot be reached the fingerprint is of the name.
+        source: pipeline folder or hub id. The component is downloaded if it is not in the cache. If the hub cannot be
+            reached, the name takes the place of the hash.
     """
     folder = _folder(source, component)
     if folder is None:
         return f"{NAMED}{source}"
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text())
-    # What names where the files came from, or who saved them, says nothing about what they compute.
+    # These keys name the origin of the files. They do not change what the component computes.
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):

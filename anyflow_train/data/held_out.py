@@ -1,9 +1,11 @@
-"""Held-out samples, for evaluations: all at once, in the order of the shards."""
+"""Held-out samples for evaluations, in the order of the shards."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,22 +26,24 @@ class HeldOut:
     keys: list[str]
 
     def part(self, rows: slice) -> HeldOut:
-        """Some of the samples."""
+        """Return some of the samples."""
         return HeldOut(self.latents[rows], self.texts[rows], self.captions[rows], self.keys[rows])
 
 
-def load_samples(shards: ShardSet, count: int) -> HeldOut:
-    """The first `count` good samples of shards with video. Raises UserError if there are fewer."""
-    samples: list[Sample] = []
+def good_samples(shards: ShardSet, purpose: str) -> Iterator[Sample]:
+    """Yield the readable samples in order. Bad ones are logged as left out of `purpose`."""
     for index in range(len(shards)):
-        if len(samples) == count:
-            break
         try:
-            samples.append(shards.read(index))
+            yield shards.read(index)
         except BadSampleError as error:
-            log.warning("left out of the held-out samples: %s", error)
+            log.warning("left out of the %s: %s", purpose, error)
+
+
+def load_samples(shards: ShardSet, count: int) -> HeldOut:
+    """Load the first `count` good samples of shards with video. Raises UserError if there are fewer."""
+    samples = list(islice(good_samples(shards, "held-out samples"), count))
     if len(samples) < count:
-        raise UserError(shards.location, f"holds {len(samples)} good samples, {count} are asked for")
+        raise UserError(shards.location, f"holds {len(samples)} good samples, {count} are needed")
     latents = [sample.latents for sample in samples if sample.latents is not None]
     if len(latents) < count:
         raise UserError(shards.location, "holds prompts without video")

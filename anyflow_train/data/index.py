@@ -1,4 +1,4 @@
-"""The sidecar of a shard: where each sample's bytes are in the tar, and their checksums."""
+"""The index file of a shard: position and checksum of each sample's bytes in the tar."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SampleEntry:
     """One sample of a shard.
 
     Attributes:
-        key: the sample's name.
-        offset, size: the place of its safetensors bytes in the tar.
-        crc32: of those bytes; None for a shard that was written elsewhere.
-        caption_offset, caption_size: the place of its caption file; size 0 if there is none.
+        key: name of the sample.
+        offset, size: position and number of its safetensors bytes in the tar.
+        crc32: checksum of those bytes; None if another program wrote the shard.
+        caption_offset, caption_size: position and number of the caption file's bytes; size 0 if there is no caption.
     """
 
     key: str
@@ -36,7 +36,7 @@ class SampleEntry:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A clip that did not become a sample, and why."""
+    """A clip that did not become a sample, and the reason."""
 
     key: str
     reason: str
@@ -44,7 +44,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The contents of one shard, what was left out when it was made, and the tokens of its longest text."""
+    """Contents of one shard, the clips that were skipped, and the number of tokens of the longest text."""
 
     entries: tuple[SampleEntry, ...]
     skipped: tuple[Skipped, ...] = ()
@@ -52,12 +52,12 @@ class ShardIndex:
 
 
 def index_name(shard: str) -> str:
-    """The sidecar's file name: `shard-000000.tar` -> `shard-000000.index.json`."""
+    """Return the name of a shard's index file: `shard-000000.tar` -> `shard-000000.index.json`."""
     return shard.removesuffix(".tar") + ".index.json"
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    """Write the sidecar atomically, one line a sample."""
+    """Write an index file atomically, with one line per sample."""
     entries = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.entries)
     skipped = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.skipped)
     head = f'"version": {VERSION},\n"longest_text": {json.dumps(index.longest_text)}'
@@ -67,11 +67,11 @@ def write_index(path: Path, index: ShardIndex) -> None:
 
 
 def parse_index(data: bytes) -> ShardIndex:
-    """Read a sidecar's bytes. Raises ValueError if they are not one."""
+    """Decode an index file. Raises ValueError if the bytes are not an index of this version."""
     try:
         content = json.loads(data)
         if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, this program reads {VERSION}")
+            raise ValueError(f"version {content['version']}, but this program reads version {VERSION}")
         entries = tuple(SampleEntry(*entry) for entry in content["entries"])
         skipped = tuple(Skipped(*entry) for entry in content["skipped"])
         return ShardIndex(entries, skipped, content["longest_text"])
@@ -80,7 +80,7 @@ def parse_index(data: bytes) -> ShardIndex:
 
 
 def build_index(file: BinaryIO) -> ShardIndex:
-    """The index of a shard that came without one, from its tar headers; without checksums."""
+    """Make the index of a shard from its tar headers. It has no checksums."""
     tensors, captions = {}, {}
     for member in scan(file).members:
         if member.extension == TENSORS:

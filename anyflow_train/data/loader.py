@@ -1,4 +1,4 @@
-"""The stream of training batches: what each step of a run sees, from any step on."""
+"""The stream of training batches. It can start at any step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.flow.types import Condition
 
-# The share of bad reads is taken of at least this many, so that one bad file at the start of a run does not stop it.
+# The share of bad reads is computed over at least this many reads: one bad file at the start must not stop a run.
 MIN_READS = 1000
-# If so many draws of a replacement are all bad, the storage is broken rather than a file.
+# If this many replacements in a row are bad, the storage is broken and not a single file.
 MAX_REPLACEMENTS = 20
 REQUESTS_PER_WORKER = 2
-NAMED = 5
+MOST_NAMED = 5
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A micro-batch, and the samples that had to be replaced on the way."""
+    """A micro-batch, and the bad samples that were replaced."""
 
     batch: Batch
     bad: tuple[BadSampleError, ...]
 
 
 class Loader:
-    """Batches of a run for one rank; iterating yields, per step, a list with one batch per micro-step, for ever.
+    """Endless batches of a run for one rank. Each item is the list of one step's micro-batches.
 
-    Slot j of step s is the sample at position `s * global_batch + j` of the stream (`data.order`). Workers are threads,
-    and only fetch (reading, checksums and decoding release the interpreter's lock): no order depends on them, there are
-    no processes to leave behind, and nothing to pickle. Texts are padded with zeros to the step's length, and cut to it
-    if longer, as Wan's pipeline does with its `max_sequence_length`.
+    Position j of step s is the sample at position `s * global_batch + j` of the stream (`data.order`). Workers are
+    threads that only fetch; reading, checksums and decoding release the interpreter's lock. The order does not depend
+    on them. Texts are padded with zeros or cut to the step's length, as Wan's pipeline does with its
+    `max_sequence_length`.
 
     Attributes:
-        bad_reads, reads: of samples, by this process so far.
-        bad: the bad samples' names (`shard: key`) and reasons.
+        reads, bad_reads: samples read by this process so far, and how many of them were bad.
+        bad: names (`shard: key`) of the bad samples, with the reasons.
     """
 
     def __init__(
@@ -72,16 +75,22 @@ class Loader:
         shuffle_shards: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """Args:
-        seed: of the run.
-        global_batch: samples per step, over all ranks and micro-steps.
-        local_positions: the positions of this rank, per micro-step.
-        text_lengths: each step pads to one of these.
-        workers: threads that fetch ahead; 0 fetches when asked.
-        start_step: the first step to yield.
-        max_bad_share: share of bad reads over which the iteration raises a UserError.
-        shuffle_shards: see `SampleOrder`.
-        device: where the batches will go: for a GPU they are made in pinned memory.
+        """Start the worker threads; the first batch is fetched when the iteration starts.
+
+        Args:
+            shards: the training shards.
+            seed: seed of the run.
+            global_batch: samples per step, over all ranks and micro-steps.
+            local_positions: positions of this rank, per micro-step.
+            text_lengths: each step pads its texts to one of these lengths, in tokens.
+            workers: threads that fetch ahead; with 0, each batch is fetched when it is needed.
+            start_step: first step to yield.
+            max_bad_share: the iteration raises a UserError if more than this share of the reads is bad.
+            shuffle_shards: see `SampleOrder`.
+            device: device of the batches; for a GPU they are made in pinned memory.
+
+        Raises:
+            ValueError: a position is outside of the global batch.
         """
         if any(position >= global_batch for positions in local_positions for position in positions):
             raise ValueError(f"local_positions {list(local_positions)} go over the global batch of {global_batch}")
@@ -102,10 +111,11 @@ class Loader:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the shards."""
+        """Manifest of the shards."""
         return self._shards.manifest
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step. Raises UserError if too many samples are bad."""
         requests = (Request(step, positions) for step in count(self._start_step) for positions in self._local_positions)
         fetched = self._fetched(requests)
         while True:
@@ -125,14 +135,14 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop fetching; remote copies under way are given up."""
+        """Stop fetching, and cancel remote copies that are in progress."""
         if self._pool is not None:
             self._shards.cancel()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def fetch(self, request: Request) -> Fetched:
-        """Read one micro-batch. Raises UserError if there is no end of bad samples."""
+        """Read one micro-batch. Raises UserError if too many replacements in a row are bad."""
         bad: list[BadSampleError] = []
         samples = [self._read(request.step * self._global_batch + position, bad) for position in request.positions]
         length = step_text_length(self._seed, request.step, self._text_lengths)
@@ -157,47 +167,47 @@ class Loader:
     def _fetched(self, requests: Iterable[Request]) -> Iterator[Fetched]:
         if self._pool is None:
             return map(self.fetch, requests)
-        return _map_ahead(self._pool, self.fetch, requests, self._ahead)
+        return map_ahead(self._pool, self.fetch, requests, self._ahead)
 
     def _account(self, fetched: Fetched) -> None:
-        """Count on the consumer's side and in its order, so that the step at which a run stops is always the same."""
+        """Count reads in the order of the batches, so that a run with bad samples always stops at the same step."""
         self.reads += len(fetched.batch.keys) + len(fetched.bad)
         self.bad_reads += len(fetched.bad)
         for error in fetched.bad:
             name = f"{error.shard}: {error.key}"
             if name not in self.bad:
-                log.warning("bad sample, another one takes its place: %s", error)
+                log.warning("bad sample, replaced by another one: %s", error)
             self.bad[name] = error.reason
         if self.bad_reads > self._max_bad_share * max(self.reads, MIN_READS):
             raise UserError("data.max_bad_share", self._too_bad())
 
     def _too_bad(self) -> str:
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:NAMED])
-        more = f"; and {len(self.bad) - NAMED} more" if len(self.bad) > NAMED else ""
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:MOST_NAMED])
+        more = f"; and {len(self.bad) - MOST_NAMED} more" if len(self.bad) > MOST_NAMED else ""
         share = f"{self.bad_reads} of {self.reads} reads from {self._shards.location} were bad"
         return f"{share}, more than the allowed {self._max_bad_share:g}: {named}{more}"
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:
-    """A text (L, D) of any dtype as (length, D) float32: zeros after its end, or cut."""
+    """Pad a text (L, D) of any dtype with zeros, or cut it, to (length, D) float32."""
     padded = torch.zeros(length, text.shape[1])
     padded[: len(text)] = text[:length]
     return padded
 
 
-def _map_ahead(
-    pool: ThreadPoolExecutor, fetch: Callable[[Request], Fetched], requests: Iterable[Request], ahead: int
-) -> Iterator[Fetched]:
-    """`map` over endless requests, with `ahead` of them under way, results in order."""
-    queue: deque[Future[Fetched]] = deque()
-    for request in requests:
-        queue.append(pool.submit(fetch, request))
+def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yield `function(item)` for each item in order, while up to `ahead` later items are computed in the pool."""
+    queue: deque[Future[R]] = deque()
+    for item in items:
+        queue.append(pool.submit(function, item))
         if len(queue) > ahead:
             yield queue.popleft().result()
+    while queue:
+        yield queue.popleft().result()
 
 
 def _latents(sample: Sample) -> Tensor:
-    """(F, C, H, W) float32; (0,) for prompts without video."""
+    """Return latents (F, C, H, W) float32; (0,) for prompts without video."""
     return torch.empty(0) if sample.latents is None else sample.latents.float()
 
 

@@ -1,4 +1,4 @@
-"""What a folder of shards holds and what it was made with, so that a run refuses shards made for something else."""
+"""Description of a shard folder and of the codec that made it. A run refuses shards that do not fit it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMAT = "anyflow_train shards 1"
 
 
 class ShardInfo(Model):
-    """One tar of the folder. bytes: its size, None if unknown (a remote copy is then not checked)."""
+    """One tar of the folder. bytes: its size; None if unknown, then the size of remote copies is not checked."""
 
     name: str
     samples: int
@@ -34,10 +34,10 @@ class ShardInfo(Model):
 
 
 class CodecInfo(Model):
-    """What encoded the shards.
+    """The codec that encoded the shards.
 
     vae, text_encoder: fingerprints (see `data.fingerprint`); vae is None for prompts without video.
-    latents_mean, latents_std: the normalisation of each latent channel.
+    latents_mean, latents_std: normalisation of each latent channel.
     """
 
     source: str
@@ -46,15 +46,20 @@ class CodecInfo(Model):
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
 
+    @property
+    def known_vae(self) -> str | None:
+        """Fingerprint of the VAE; None if there is none or its files could not be read."""
+        return None if self.vae is None or self.vae.startswith(NAMED) else self.vae
+
 
 class Manifest(Model):
     """`manifest.json` of a shard folder.
 
-    kind: video (latents and text) or prompts (text alone).
+    kind: `video` (latents and text) or `prompts` (text alone).
     latent_shape: (F, C, H, W) of every sample; None for prompts.
-    frames, height, width, fps: of the clips, in pixels and frames per second; None for prompts.
+    frames, height, width, fps: size and rate of the clips, in pixels and frames per second; None for prompts.
     longest_text: tokens of the longest caption; None if unknown.
-    clips, skipped: how many clips there were, and how many of them are not in the shards (`skipped.jsonl` names them).
+    clips, skipped: number of clips in the source, and how many of them were skipped (see `skipped.jsonl`).
     """
 
     format: Literal["anyflow_train shards 1"]
@@ -77,26 +82,26 @@ class Manifest(Model):
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class PromptTexts:
-    """The manifest's embeddings, trimmed to their valid tokens: (L, D) each."""
+    """Embeddings of the manifest's prompts, valid tokens only: (L, D) each."""
 
     negative: Tensor
     validation: tuple[Tensor, ...]
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Decode `manifest.json`. Raises UserError naming the first thing that is wrong with it."""
+    """Decode `manifest.json`. Raises UserError with the first mistake in it."""
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        problem = f"{key}: {first['msg']}; this folder needs shards that `anyflow prepare` wrote"
+        problem = f"{key}: {first['msg']}; name a folder of shards that `anyflow prepare` wrote"
         raise UserError(where, problem) from None
 
 
@@ -120,28 +125,31 @@ def parse_prompt_texts(data: bytes, manifest: Manifest, where: str) -> PromptTex
         validation = tuple(tensors[f"validation.{number}"] for number in range(len(manifest.validation_prompts)))
         texts = PromptTexts(tensors["negative"], validation)
     except (SafetensorError, KeyError) as error:
-        raise UserError(where, f"does not hold the embeddings that the manifest names ({error})") from None
+        raise UserError(where, f"lacks embeddings of the manifest's prompts ({error})") from None
     for text in (texts.negative, *texts.validation):
         if text.ndim != 2 or text.shape[1] != manifest.text_dim or not torch.isfinite(text).all():
-            raise UserError(where, f"holds a text of shape {tuple(text.shape)} or with non-finite numbers")
+            shape = f"finite numbers of shape (L, {manifest.text_dim})"
+            raise UserError(where, f"contains a text of shape {tuple(text.shape)} that is not {shape}")
     return texts
 
 
 def check_compatible(
     manifest: Manifest, data: Data, architecture: Architecture, vae_fingerprint: str | None, key: str = "data.shards"
 ) -> None:
-    """Refuse shards that were made for something else than this run.
+    """Check that shards fit a run.
 
     Args:
-        data: what the run expects; also used for held-out shards, whose own config key is `key`.
-        architecture: the student's, for its channels and text width.
-        vae_fingerprint: of the run's own VAE; None if it is not known.
+        manifest: manifest of the shards.
+        data: data config of the run; held-out shards must fit it too.
+        architecture: architecture of the student; its channels and text width are compared.
+        vae_fingerprint: fingerprint of the run's VAE; None if it is not known.
+        key: config key that names the shards.
 
     Raises:
-        UserErrors: all the differences, each with the config key and the manifest's value.
+        UserErrors: all differences, each with the config key and the manifest's value.
     """
     if manifest.kind == "prompts" or manifest.latent_shape is None:
-        raise UserError(key, "these shards hold prompts without video; this run trains on video")
+        raise UserError(key, "these shards contain prompts without video, but this run trains on video")
     frames, channels, height, width = manifest.latent_shape
     pairs = [
         ("data.frames", data.frames, manifest.frames, "frames"),
@@ -158,15 +166,14 @@ def check_compatible(
     patch = architecture.patch_size
     if frames % patch[0] or height % patch[1] or width % patch[2]:
         shape = f"{frames}x{height}x{width}"
-        errors.append(UserError("student.architecture.patch_size", f"{patch} does not divide the latents, {shape}"))
+        problem = f"{patch} does not divide the latents' size {shape}"
+        errors.append(UserError("student.architecture.patch_size", problem))
     longest = manifest.longest_text
     if longest is not None and longest > max(data.text_lengths):
         problem = f"{list(data.text_lengths)} cannot hold the longest text of {key}: {longest} tokens"
         errors.append(UserError("data.text_lengths", problem))
-    made_by = manifest.codec.vae
-    known = made_by is not None and not made_by.startswith(NAMED)
-    if vae_fingerprint is not None and known and made_by != vae_fingerprint:
-        problem = f"encoded by the VAE of {manifest.codec.source} ({made_by}), not by this run's"
+    if vae_fingerprint not in (None, manifest.codec.known_vae or vae_fingerprint):
+        problem = f"encoded by the VAE of {manifest.codec.source} ({manifest.codec.vae}), not by this run's VAE"
         errors.append(UserError(key, f"{problem} ({vae_fingerprint})"))
     if errors:
         raise UserErrors(errors)

@@ -1,8 +1,8 @@
-"""Which sample stands at which position: a function of (seed, epoch), never of ranks, workers or micro-batches.
+"""Order of the samples: a function of (seed, epoch), independent of ranks, workers and micro-batches.
 
 The permutation is a keyed Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
-Domains", 2002): any single position is computed in microseconds without building the whole order, so neither the size
-of the data set nor the step at which a run resumes costs time or memory, and no library's generator decides the order.
+Domains", 2002). A single position is computed in microseconds, without building the whole order. So large data sets and
+late resume steps cost neither time nor memory. The order does not depend on the version of a library.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import accumulate
 
 from anyflow_train.flow.draw import draw_key
 
-# Small sets have few bits per half: more rounds than the usual four keep their orders as good as random ones.
+# Small sets have few bits per half. They need more than the usual four rounds to be as good as random permutations.
 ROUNDS = 8
 WORD = (1 << 64) - 1
 
 
 def permute(position: int, size: int, keys: Sequence[int]) -> int:
-    """The image of `position` under the permutation of range(size) that the round keys choose."""
+    """Return the image of `position` under a permutation of range(size), which the round keys select."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     while True:
         position = _feistel(position, half, keys)
@@ -30,19 +30,19 @@ def permute(position: int, size: int, keys: Sequence[int]) -> int:
 
 
 def step_text_length(seed: int, step: int, text_lengths: Sequence[int]) -> int:
-    """The length to which every text of a step is padded: one of `text_lengths`, drawn anew each step."""
+    """Draw the text length of a step, in tokens, from `text_lengths`."""
     return text_lengths[draw_key(seed, step, "text_length") % len(text_lengths)]
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The endless stream of samples: epoch after epoch, each a new permutation, without dropped tails.
+    """Endless stream of samples. Each epoch is a new permutation of all samples; none is dropped at its end.
 
     Attributes:
-        seed: of the run.
-        shard_sizes: samples per shard; a sample's index counts through the shards.
-        shuffle_shards: samples are permuted within groups of this many (permuted) shards, so that a bounded cache of
-            remote shards holds a group; None permutes all samples at once.
+        seed: seed of the run.
+        shard_sizes: samples per shard; the index of a sample counts through all shards.
+        shuffle_shards: samples are permuted within groups of this many (permuted) shards, so that a group fits into a
+            bounded cache of remote shards; None permutes all samples together.
     """
 
     seed: int
@@ -51,10 +51,10 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if sum(self.shard_sizes) == 0:
-            raise ValueError("the order of an empty set of samples was asked for")
+            raise ValueError("an empty set of samples has no order")
 
     def index(self, position: int) -> int:
-        """The index of the sample at a position >= 0."""
+        """Return the index of the sample at a position >= 0."""
         epoch, offset = divmod(position, sum(self.shard_sizes))
         groups = _groups(self, epoch)
         number = bisect_right(groups.starts, offset) - 1
@@ -64,16 +64,16 @@ class SampleOrder:
         return group.firsts[which] + place - group.starts[which]
 
     def replacement(self, position: int, attempt: int) -> int:
-        """The index to read in place of a bad sample at `position`: the attempt-th of a sequence of its own.
+        """Draw the index of a sample that replaces a bad one at `position`.
 
-        Independent draws, because the neighbours of a bad sample are often bad too (a truncated shard).
+        Attempts are independent draws, because the neighbours of a bad sample are often bad too (a truncated shard).
         """
         return draw_key(self.seed, position, "replacement", attempt) % sum(self.shard_sizes)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Shards whose samples are permuted together: where each starts in the group, and its first sample's index."""
+    """Shards whose samples are permuted together: start of each shard in the group, and index of its first sample."""
 
     size: int
     starts: tuple[int, ...]
@@ -86,7 +86,7 @@ class _Groups:
     members: tuple[_Group, ...]
 
 
-# Two epochs are alive while a step straddles them; readers ahead of the step may add one more.
+# A step can span two epochs, and threads that read ahead may already be in a third one.
 @lru_cache(maxsize=4)
 def _groups(order: SampleOrder, epoch: int) -> _Groups:
     sizes = order.shard_sizes
@@ -121,7 +121,7 @@ def _feistel(value: int, half: int, keys: Sequence[int]) -> int:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of splitmix64: every output bit depends on every input bit."""
+    """Apply the finaliser of splitmix64: every output bit depends on every input bit."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & WORD
     return value ^ (value >> 31)

@@ -1,4 +1,4 @@
-"""Folders of shards, here or behind a URL. Remote files are copied whole into a bounded cache that processes share."""
+"""Local and remote folders of shards. Whole remote files are copied into a bounded cache that processes share."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ log = logging.getLogger(__name__)
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is a URL (`http://`, `s3://`, `pipe:...`) rather than a folder of this machine."""
+    """Whether a location is a URL (`http://`, `s3://`, `pipe:...`) and not a local folder."""
     return location.startswith("pipe:") or "://" in location
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder of this machine."""
+    """A local folder."""
 
     root: Path
 
     def read_bytes(self, name: str) -> bytes:
-        """A small file's contents. Raises OSError."""
+        """Read a small file. Raises OSError."""
         return (self.root / name).read_bytes()
 
     def open(self, name: str, size: int | None) -> int:
-        """A file descriptor for reading; the caller closes it. Raises OSError."""
+        """Open a file for reading. The caller closes the descriptor. Raises OSError."""
         return os.open(self.root / name, os.O_RDONLY)
 
     def cancel(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: local files are not copied."""
 
 
 @dataclass
@@ -54,10 +54,10 @@ class RemoteFolder:
     """A URL prefix, or a URL with `{}` in place of the file name (`pipe:ssh host cat /data/{}`).
 
     Attributes:
-        url: the prefix.
+        url: URL prefix.
         cache: folder of the copies; any number of processes may share it.
-        limit: bytes of copies to keep; the least recently used go first.
-        version: starts the copies' names, so that other shards at the same URL are never taken for these.
+        limit: bytes of copies to keep; the least recently used are deleted first.
+        version: prefix of the copies' names; it differs when the shards at the URL change.
     """
 
     url: str
@@ -68,14 +68,19 @@ class RemoteFolder:
     _failed: dict[str, OSError] = field(default_factory=dict)
 
     def read_bytes(self, name: str) -> bytes:
-        """A small file's contents, not cached. Raises OSError."""
+        """Read a small file without caching it. Raises OSError."""
         with open_url(self._url_of(name)) as stream:
             return stream.read()
 
     def open(self, name: str, size: int | None) -> int:
-        """A file descriptor of the local copy, which is made first if need be; the caller closes it. Raises OSError.
+        """Open the local copy of a file, and make the copy if it is missing. The caller closes the descriptor.
 
-        size: what the file must measure, if known. A file that could not be copied is not tried again by this process.
+        Args:
+            name: file name.
+            size: expected size in bytes, if known.
+
+        Raises:
+            OSError: the file cannot be copied. This process does not try the same file again.
         """
         if name in self._failed:
             raise self._failed[name]
@@ -86,12 +91,12 @@ class RemoteFolder:
             except FileNotFoundError:  # not there yet, or just removed by another process
                 self._fetch(name, copy, size)
             else:
-                # The time of last use decides what goes first; the kernel's own "now" is too coarse for that.
+                # Eviction goes by this time of last use. The kernel's own clock for it is too coarse.
                 os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
                 return descriptor
 
     def cancel(self) -> None:
-        """Stop copies under way, in whatever thread; those readers get an OSError."""
+        """Stop copies that are in progress in any thread. Their readers get an OSError."""
         self._stop.set()
 
     def _url_of(self, name: str) -> str:
@@ -133,7 +138,7 @@ class RemoteFolder:
                 file.write(chunk)
             copied = file.tell()
         if size is not None and copied != size:
-            raise OSError(f"{copied} bytes arrived, the manifest says {size}")
+            raise OSError(f"{copied} bytes arrived, but the manifest says {size}")
 
     def _evict(self, keep: Path) -> None:
         with _locked(self.cache / ".evict.lock"):
@@ -149,9 +154,11 @@ class RemoteFolder:
 
 @contextmanager
 def open_url(url: str) -> Iterator[BinaryIO]:
-    """A stream of a URL's bytes: http(s) by the standard library, webdataset's schemes, anything else by fsspec.
+    """Open a URL as a stream of bytes. The standard library reads http(s), webdataset its schemes, fsspec the rest.
 
-    Raises FileNotFoundError if there is nothing at the URL, OSError for anything else that goes wrong.
+    Raises:
+        FileNotFoundError: the URL does not exist.
+        OSError: any other failure.
     """
     scheme = url.partition(":")[0]
     try:
@@ -159,7 +166,7 @@ def open_url(url: str) -> Iterator[BinaryIO]:
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
                 yield stream
         elif scheme in GOPEN_SCHEMES:
-            from webdataset.gopen import gopen  # imports a good deal: only where it is needed
+            from webdataset.gopen import gopen  # slow import
 
             with gopen(url, "rb") as stream:
                 yield stream  # pyright: ignore[reportReturnType]
@@ -178,7 +185,7 @@ def open_url(url: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes, and other threads of this one, respect; a killed holder lets go of it."""
+    """Hold a lock against other processes and threads. The lock of a killed process is released."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Reading shards: any sample by its index, straight from its place in the tar."""
+"""Random access to the samples of a shard folder, straight from their bytes in the tars."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Sample:
     """One sample.
 
     Attributes:
-        key: its name.
+        key: name of the sample.
         latents: (F, C, H, W), normalised, in the dtype of the shards; None for prompts without video.
-        text: (L, D), valid tokens only, in the dtype of the shards.
-        caption: the text itself; empty if the shard does not have it.
+        text: (L, D) embedding, valid tokens only, in the dtype of the shards.
+        caption: the text itself; empty if the shard does not contain it.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Sample:
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used: which one, and why."""
+    """A sample cannot be used. Names the shard, the sample and the reason."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         self.shard = shard
@@ -56,11 +56,11 @@ class BadSampleError(Exception):
 
 
 class ShardSet:
-    """The shards of a folder or URL, as one sequence of samples. Safe to read from several threads.
+    """The shards of a folder or URL as one sequence of samples. Several threads may read at once.
 
     Attributes:
-        location: the folder or URL.
-        manifest: what the shards hold.
+        location: folder or URL.
+        manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
     """
 
@@ -80,11 +80,12 @@ class ShardSet:
         """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
 
         Args:
-            cache: folder for copies of remote shards; None is a folder in the user's cache.
-            cache_gib: how much of them to keep, in GiB.
+            location: folder or URL.
+            cache: folder for copies of remote shards; None uses a folder in the user's cache.
+            cache_gib: largest size of the copies in GiB.
 
         Raises:
-            UserError: there is no readable manifest.
+            UserError: the manifest or the prompts' embeddings cannot be read, or there are no samples.
         """
         root = Path(cache or DEFAULT_CACHE).expanduser()
         remote = RemoteFolder(location, root, int(cache_gib * GIB), "") if is_remote(location) else None
@@ -95,7 +96,7 @@ class ShardSet:
             remote.version = hashlib.sha256(location.encode() + data).hexdigest()[:16]
         texts = parse_prompt_texts(_read(folder, location, TEXT), manifest, f"{location}/{TEXT}")
         if manifest.samples == 0:
-            raise UserError(location, "the shards hold no sample")
+            raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
         return cls(location, folder, manifest, texts)
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class ShardSet:
         return tuple(shard.samples for shard in self.manifest.shards)
 
     def read(self, index: int) -> Sample:
-        """The sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
+        """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
         number = bisect_right(self._starts, index) - 1
         shard, place = self.manifest.shards[number], index - self._starts[number]
         key = f"sample {place}"
@@ -123,7 +124,7 @@ class ShardSet:
             raise BadSampleError(shard.name, key, str(error)) from error
 
     def cancel(self) -> None:
-        """Stop remote copies that are under way in other threads."""
+        """Stop remote copies that are in progress in other threads."""
         self._folder.cancel()
 
     def _bytes(self, number: int, entry: SampleEntry) -> tuple[bytes, bytes]:
@@ -139,16 +140,16 @@ class ShardSet:
 
     def _decode(self, entry: SampleEntry, data: bytes, caption: bytes) -> Sample:
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
-            raise ValueError("its bytes do not match their checksum")
+            raise ValueError("the bytes do not match the checksum")
         tensors = load(data)
         text = tensors.get("text")
         if text is None or text.ndim != 2 or text.shape[1] != self.manifest.text_dim:
-            raise ValueError(f"its text is {_shape(text)}, the manifest says {self.manifest.text_dim} wide")
+            raise ValueError(f"the text is {_shape(text)}, but the manifest says (L, {self.manifest.text_dim})")
         latents = tensors.get("latents")
         if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) != self.manifest.latent_shape):
-            raise ValueError(f"its latents are {_shape(latents)}, the manifest says {self.manifest.latent_shape}")
+            raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {self.manifest.latent_shape}")
         if not all(_finite(tensor) for tensor in (latents, text) if tensor is not None):
-            raise ValueError("it holds non-finite numbers")
+            raise ValueError("it contains non-finite numbers")
         return Sample(entry.key, latents, text, _caption(caption))
 
     def _index(self, number: int) -> ShardIndex:
@@ -165,7 +166,7 @@ class ShardSet:
         try:
             return parse_index(self._folder.read_bytes(index_name(shard.name)))
         except (OSError, ValueError) as error:
-            log.info("%s: no usable index (%s); building one from the tar's headers", shard.name, error)
+            log.info("%s: no usable index (%s); making one from the tar headers", shard.name, error)
         with os.fdopen(self._folder.open(shard.name, shard.bytes), "rb") as file:
             index = build_index(file)
         if isinstance(self._folder, LocalFolder) and len(index.entries) == shard.samples:
@@ -175,7 +176,7 @@ class ShardSet:
     def _keep_index(self, path: Path, index: ShardIndex) -> None:
         try:
             write_index(path, index)
-        except OSError:  # a read-only folder: the next process builds it again
+        except OSError:  # a read-only folder: the next process makes it again
             log.info("%s cannot be written", path)
 
 
@@ -184,7 +185,7 @@ def _caption(data: bytes) -> str:
 
 
 def _pread(file: int, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes; a single pread may return fewer of a large request."""
+    """Read exactly `size` bytes. A single pread may return fewer."""
     parts = []
     while size > 0:
         part = os.pread(file, size, offset)
@@ -199,12 +200,12 @@ def _read(folder: LocalFolder | RemoteFolder, location: str, name: str) -> bytes
     try:
         return folder.read_bytes(name)
     except OSError as error:
-        reason = f"cannot read {name} ({error.strerror or error}); `anyflow prepare` writes it when it has finished"
+        reason = f"cannot read {name} ({error.strerror or error}); `anyflow prepare` writes this file when it finishes"
         raise UserError(location, reason) from None
 
 
 def _finite(tensor: Tensor) -> bool:
-    """One pass in the common case: a sum that is finite has only finite terms. A large sum of such may not be."""
+    """Whether all numbers are finite. A finite sum has finite terms only; an infinite one needs the second pass."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 

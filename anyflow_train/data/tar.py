@@ -1,4 +1,4 @@
-"""Uncompressed tar files: what is where in one, and how to write one whose bytes depend on its contents alone."""
+"""Uncompressed tar files: listing their members, and writing them so that the bytes depend on the contents alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside of a tar: its name, and the place of its bytes."""
+    """A file in a tar: its name, and the position and number of its bytes."""
 
     name: str
     offset: int
@@ -20,26 +20,26 @@ class Member:
 
     @property
     def key(self) -> str:
-        """What the files of one sample share (WebDataset): the path up to the first dot of the last part."""
+        """WebDataset key, which the files of one sample share: the path up to the first dot of the file name."""
         path = PurePosixPath(self.name)
         return str(path.parent / path.name.split(".", 1)[0])
 
     @property
     def extension(self) -> str:
-        """What follows that dot, in lower case."""
+        """Part of the file name after its first dot, in lower case."""
         return PurePosixPath(self.name).name.partition(".")[2].lower()
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The complete files of a tar, and what is wrong with it, if anything is."""
+    """Complete files of a tar, and its damage; None if it is intact."""
 
     members: tuple[Member, ...]
     problem: str | None
 
 
 def scan(file: BinaryIO) -> Listing:
-    """List a tar by its headers; a damaged or truncated tar gives the files before the damage."""
+    """List a tar by its headers. Of a damaged or truncated tar, the files before the damage are listed."""
     file.seek(0, 2)
     size = file.tell()
     file.seek(0)
@@ -50,7 +50,7 @@ def scan(file: BinaryIO) -> Listing:
             for info in archive:
                 if info.isfile() and info.offset_data + info.size <= size:
                     members.append(Member(info.name, info.offset_data, info.size))
-            # A tar cut between two files reads like a whole one; only the mark at its end tells.
+            # A tar that was cut between two files reads like a complete one. Only the end mark shows the difference.
             file.seek(archive.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 problem = "it has no end mark: the file is truncated"
@@ -60,13 +60,13 @@ def scan(file: BinaryIO) -> Listing:
 
 
 class TarWriter:
-    """Appends files to a tar and says where their bytes are. No times, owners or modes: same contents, same bytes."""
+    """Writes a tar without times, owners and modes, so that equal contents give equal bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def add(self, name: str, data: bytes) -> Member:
-        """Append one file."""
+        """Append one file. Returns the position of its bytes."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         self._file.write(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"))
@@ -76,5 +76,5 @@ class TarWriter:
         return Member(name, offset, len(data))
 
     def finish(self) -> None:
-        """Write the mark at the end."""
+        """Write the end mark."""
         self._file.write(bytes(2 * BLOCK))

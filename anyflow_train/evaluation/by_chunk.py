@@ -1,4 +1,4 @@
-"""Quality of every chunk of a clip: how much later ones suffer from the errors of those before them (exposure bias)."""
+"""Quality of each chunk of a clip: how much later chunks suffer from errors in earlier ones (exposure bias)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from torch import Tensor
-
-from anyflow_train.evaluation.intervals import EnergyReference, Estimate, Resampling, percentile
-from anyflow_train.evaluation.measure import SampleSet
+from anyflow_train.evaluation.intervals import EnergyReference, Estimate, percentile
+from anyflow_train.evaluation.measure import SampleEvaluator, SampleSet
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 from anyflow_train.text import calls
 
@@ -20,10 +18,10 @@ class ChunkCell:
     """One chunk of one model's samples.
 
     Attributes:
-        model: its label.
-        steps: network calls, of every chunk where the model makes them one by one.
-        chunk: from 1.
-        energy_distance: of the chunk's frames alone, unbiased, to those of the reference.
+        model: label of the model.
+        steps: network calls; for a causal model, calls per chunk.
+        chunk: number of the chunk, from 1.
+        energy_distance: unbiased distance between the chunk's frames and those of the reference.
     """
 
     model: str
@@ -33,31 +31,27 @@ class ChunkCell:
 
 
 def measure_chunks(
-    partition: tuple[int, ...],
-    reference: Tensor,
-    reference_resampling: Resampling,
-    sets: Mapping[str, Mapping[int, SampleSet]],
-    resampling: Resampling,
+    partition: tuple[int, ...], evaluator: SampleEvaluator, sets: Mapping[str, Mapping[int, SampleSet]]
 ) -> tuple[ChunkCell, ...]:
-    """All chunks of all models.
+    """Measure all chunks of all models.
 
     Args:
         partition: latent frames of each chunk.
-        reference: (m, F, C, H, W), and how it is resampled.
-        sets: model -> calls -> samples (n, F, C, H, W), and how these are resampled.
+        evaluator: holds the reference and the resamplings.
+        sets: samples by model and number of calls.
     """
     cells = []
     for chunk, (start, end) in enumerate(pairwise([0, *accumulate(partition)]), start=1):
-        real = EnergyReference(reference[:, start:end], reference_resampling)
+        real = EnergyReference(evaluator.reference[:, start:end], evaluator.reference_resampling)
         for model, by_steps in sets.items():
             for steps, samples in by_steps.items():
-                distance = percentile(real.replicates(samples.latents[:, start:end], resampling))
+                distance = percentile(real.replicates(samples.latents[:, start:end], evaluator.resampling))
                 cells.append(ChunkCell(model, steps, chunk, distance))
     return tuple(cells)
 
 
 def write_chunk_plot(path: Path, cells: tuple[ChunkCell, ...]) -> None:
-    """One panel for every number of calls, up to four of them."""
+    """Draw one panel for each number of calls, at most four."""
     panels = []
     for steps in sorted({cell.steps for cell in cells})[:4]:
         curves = []

@@ -1,4 +1,4 @@
-"""Which clips an evaluation compares: held-out ones as the reference, and the captions and first frames of samples."""
+"""Choice of an evaluation's clips: the reference, and the captions and first frames of samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow_train.evaluation.load import LoadedNetwork
 
 
 def balanced_order(captions: list[str]) -> list[int]:
-    """Indices such that any first part holds every caption about equally often: one of each, then the next round."""
+    """Order indices so that every prefix contains all captions about equally often: one of each, then again."""
     seen: dict[str, int] = {}
     rounds = []
     for index, caption in enumerate(captions):
@@ -24,16 +24,16 @@ def balanced_order(captions: list[str]) -> list[int]:
 
 
 def cycle(items: list[int], count: int) -> list[int]:
-    """The first `count` of items, again from the start where they end."""
+    """Return `count` items, repeating the list if it is shorter."""
     return [items[number % len(items)] for number in range(count)]
 
 
 def strata(captions: list[str], reference_captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Strata of both sets by caption, (n,) and (m,) int64.
+    """Assign strata to both sets by caption, (n,) and (m,) int64.
 
-    Where both hold the same captions, and each at least twice, a caption is a class and the law that is compared is the
-    equal mixture of the classes: the usual estimate would be biased, because a set with as many samples of every class
-    holds fewer pairs of one class than independent draws do. Otherwise all samples count as independent.
+    If both sets contain the same captions, each at least twice, a caption is a class, and the equal mixture of classes
+    is compared. The usual estimate would be biased: a set with equally many samples of each class has fewer pairs of
+    one class than independent draws have. Otherwise all samples count as independent.
     """
     classes = sorted(set(captions))
     counted = [sum(caption == name for caption in side) for side in (captions, reference_captions) for name in classes]
@@ -44,10 +44,10 @@ def strata(captions: list[str], reference_captions: list[str]) -> tuple[Tensor, 
     return torch.tensor(left), torch.tensor(right)
 
 
-def held_out_and_begun(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOut, HeldOut]:
-    """The clips that samples are compared with, and those that give captions, and first frames where some are given.
+def reference_and_inputs(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOut, HeldOut]:
+    """Load the clips that samples are compared with, and the clips that provide captions and first frames.
 
-    These are others then: a sample that begins as one of the clips which it is compared with would be too near to them.
+    With conditioning frames they are different clips: a sample must not start from a clip that it is compared with.
     """
     count = config.held_out_samples
     if config.conditioning_frames == 0:
@@ -58,10 +58,10 @@ def held_out_and_begun(config: EvaluateConfig, shards: ShardSet) -> tuple[HeldOu
 
 
 def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[LoadedNetwork]) -> None:
-    """Compare the held-out clips with the models' chunks, and with what is given of them.
+    """Compare the held-out clips with the models' chunks and with `conditioning_frames`.
 
     Raises:
-        UserError: the chunks do not make up the clips, given frames end inside of one or leave none to generate, or
+        UserError: chunks do not add up to the clips, conditioning frames end inside of a chunk or fill the clip, or
             there are too few clips.
     """
     shape, count = shards.manifest.latent_shape, config.conditioning_frames
@@ -71,11 +71,13 @@ def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[LoadedNe
         _check_chunks(model, tuple(shape))
     partitions = {model.chunks.partition for model in models if model.chunks is not None}
     if len(partitions) > 1:
-        raise UserError("models", f"have chunks {sorted(map(list, partitions))}; evaluate those of one kind at a time")
+        problem = f"have different chunks {sorted(map(list, partitions))}; evaluate models with equal chunks together"
+        raise UserError("models", problem)
     if count == 0:
         return
     if count >= shape[0]:
-        raise UserError("conditioning_frames", f"{count} of the clips' {shape[0]} latent frames leave none")
+        problem = f"{count} of the clips' {shape[0]} latent frames leave none to generate; use fewer"
+        raise UserError("conditioning_frames", problem)
     for model in models:
         try:
             if model.chunks is not None:
@@ -84,8 +86,8 @@ def check_frames(config: EvaluateConfig, shards: ShardSet, models: list[LoadedNe
             raise UserError("conditioning_frames", f"{model.name}: {error}") from None
     needed = config.held_out_samples + config.samples
     if len(shards) < needed:
-        problem = f"{count} of {config.samples} clips, others than the {config.held_out_samples} that are compared with"
-        raise UserError("conditioning_frames", f"{problem}, need {needed}; {config.held_out} holds {len(shards)}")
+        problem = f"{count} needs {config.samples} clips in addition to held_out_samples={config.held_out_samples}"
+        raise UserError("conditioning_frames", f"{problem}, together {needed}; {config.held_out} holds {len(shards)}")
 
 
 def _check_chunks(model: LoadedNetwork, shape: tuple[int, ...]) -> None:
@@ -95,8 +97,8 @@ def _check_chunks(model: LoadedNetwork, shape: tuple[int, ...]) -> None:
     patch = model.network.config["compressed_patch_size"][1]
     chunks = list(model.chunks.partition)
     if sum(chunks) != frames:
-        problem = f"{model.name} makes clips of the chunks {chunks}, but those of held_out have {frames} latent frames"
-        raise UserError("models", problem)
+        problem = f"{model.name} makes clips of the chunks {chunks}, but the clips of held_out have {frames} latent"
+        raise UserError("models", f"{problem} frames; name shards with clips of {sum(chunks)} latent frames")
     if height % patch or width % patch:
-        problem = f"{model.name} has patches of {patch} for its context, which do not divide {height} x {width} latents"
-        raise UserError("models", problem)
+        problem = f"{model.name} needs latents whose height and width are multiples of {patch} for its context"
+        raise UserError("models", f"{problem}; those of held_out are {height} x {width}")

@@ -1,4 +1,4 @@
-"""Clips from prompts by one model: their size, the noise that they start from, and their frames."""
+"""Making clips from prompts with one model: their size, noise and frames."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from anyflow_train.models.codec import Codec
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What a user says of the clips; None: as the model was trained.
+    """Settings of the user for the clips. None uses the value of the training data.
 
     Attributes:
-        frames, height, width: in pixels.
+        frames: number of frames.
+        height, width: size in pixels.
         chunk_partition: latent frames of a causal model's chunks.
     """
 
@@ -35,7 +36,7 @@ class ClipRequest:
 
 @dataclass(frozen=True)
 class Size:
-    """Of the videos: frames (4n + 1), height and width in pixels."""
+    """Size of videos: number of frames (4n + 1), height and width in pixels."""
 
     frames: int
     height: int
@@ -44,12 +45,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the clips of a model are like.
+    """Shape of a model's clips.
 
     Attributes:
-        size: in pixels.
-        latent: (F, C, H, W).
-        chunks: of a causal model.
+        size: size in pixels.
+        latent: shape (F, C, H, W) of the latents.
+        chunks: chunks of a causal model, otherwise None.
     """
 
     size: Size
@@ -57,18 +58,18 @@ class Shape:
     chunks: Chunks | None
 
     def noise(self, seed: int) -> Tensor:
-        """(1, F, C, H, W) float32: the same that diffusers' pipeline draws from a CPU generator of that seed."""
+        """Draw noise (1, F, C, H, W) float32, equal to the noise of diffusers' pipeline with a CPU generator."""
         frames, channels, height, width = self.latent
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(1, channels, frames, height, width, generator=generator).transpose(1, 2).contiguous()
 
 
 def clip_shape(requested: ClipRequest, model: LoadedNetwork, codec: Codec) -> Shape:
-    """The configured size, and what follows from it; what is not configured is that of the training data.
+    """Derive the shape of the clips from the user's settings and the size of the training data.
 
     Raises:
-        UserErrors: the size is neither configured nor known, or does not fit the networks.
-        UserError: the chunks do not make up the clip, or the model is not causal.
+        UserErrors: the size is neither set nor known, or does not fit the networks.
+        UserError: the chunks do not add up to the clip, or chunks are set for a model that is not causal.
     """
     size = _size(requested, model)
     frames = (size.frames - 1) // codec.temporal_factor + 1
@@ -83,11 +84,11 @@ class ClipMaker:
     """A model that is ready to make clips.
 
     Attributes:
-        flow_map: on its device, guided if the user wants it.
-        sampler: of the model, with its chunks.
-        codec: decodes.
+        flow_map: the model on its device, with guidance if it is configured.
+        sampler: sampler of the model, with its chunks.
+        codec: decodes the latents.
         text_length: tokens to which texts are padded.
-        shift: of the times.
+        shift: shift of the times.
     """
 
     flow_map: FlowMap
@@ -98,7 +99,7 @@ class ClipMaker:
 
     @torch.inference_mode()
     def make(self, text: Tensor, noise: Tensor, steps: int) -> Frames:
-        """One clip in `steps` calls, from a text (L, D) and noise (1, F, C, H, W)."""
+        """Make one clip in `steps` calls from a text (L, D) and noise (1, F, C, H, W)."""
         condition = padded_condition([text], self.text_length, self.codec.device)
         latents = self.sampler(self.flow_map, noise.to(self.codec.device), condition, steps, self.shift)
         return to_frames(self.codec.decode_video(latents)[0])
@@ -107,13 +108,17 @@ class ClipMaker:
 def encode_texts(
     source: str, texts: Sequence[str], length: int, device: torch.device, dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Embeddings (L_i, D) float32 on the CPU; the text encoder, often the largest network of all, is freed after.
+    """Encode texts to embeddings (L_i, D) float32 on the CPU, and free the text encoder, often the largest network.
 
-    One by one: beside other texts rounding would differ, and a whole benchmark's would not fit into memory.
+    Texts are encoded one by one. In a batch, rounding would depend on the other texts, and all texts of a benchmark
+    would not fit into memory.
 
     Args:
         source: pipeline folder or hub id.
-        dtype: of the text encoder; None is float32.
+        texts: the texts.
+        length: largest number of tokens.
+        device: device of the text encoder.
+        dtype: dtype of the text encoder; None is float32.
 
     Raises:
         UserError: the source has no text encoder.
@@ -123,22 +128,20 @@ def encode_texts(
 
 
 def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
-    given = {"frames": requested.frames, "height": requested.height, "width": requested.width}
-    sides = _trained_size(model) | {name: value for name, value in given.items() if value is not None}
-    missing = [name for name in given if name not in sides]
+    sides, missing = {}, []
+    for name in ("frames", "height", "width"):
+        values = (getattr(source, name) for source in (requested, model.sampling))
+        sides[name] = next((value for value in values if value is not None), None)
+        if sides[name] is None:
+            problem = f"is not set, and the size that {model.name} was trained on is not known; set it"
+            missing.append(UserError(name, problem))
     if missing:
-        raise UserErrors([UserError(name, f"is not set, and {model.name} does not say it; set it") for name in missing])
+        raise UserErrors(missing)
     return Size(**sides)
 
 
-def _trained_size(model: LoadedNetwork) -> dict[str, int]:
-    """The size of the clips that the network was trained on, as far as it is known."""
-    known = {name: getattr(model.sampling, name) for name in ("frames", "height", "width")}
-    return {name: value for name, value in known.items() if value is not None}
-
-
 def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: int) -> Chunks | None:
-    """Of a causal model, for clips of so many latent frames."""
+    """Return the chunks of a causal model for clips of `frames` latent frames; None for other models."""
     partition = requested.chunk_partition
     if model.chunks is None:
         if partition is not None:
@@ -148,7 +151,7 @@ def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: in
     chunks = replace(model.chunks, partition=partition or model.chunks.partition)
     if sum(chunks.partition) != frames:
         problem = f"{list(chunks.partition)} sums to {sum(chunks.partition)}, but frames={size.frames} gives {frames}"
-        raise UserError("chunk_partition", f"{problem} latent frames; give one that sums to {frames}")
+        raise UserError("chunk_partition", f"{problem} latent frames; set chunks that sum to {frames}")
     return chunks
 
 
@@ -157,11 +160,16 @@ def _check_size(size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks |
     factor = codec.temporal_factor
     if size.frames % factor != 1:
         nearest = max(0, round((size.frames - 1) / factor)) * factor + 1
-        errors.append(UserError("frames", f"{size.frames} is not {factor}n + 1; {nearest} is"))
+        errors.append(UserError("frames", f"{size.frames} is not {factor}n + 1; use {nearest}"))
     compressed = chunks is not None and len(chunks.partition) > chunks.full_limit
     patch = model.network.config["compressed_patch_size" if compressed else "patch_size"]
     for name, side, tokens in (("height", size.height, patch[1]), ("width", size.width, patch[2])):
         if side % (codec.spatial_factor * tokens):
-            errors.append(UserError(name, f"{side} is no multiple of {codec.spatial_factor * tokens}"))
+            multiple = codec.spatial_factor * tokens
+            errors.append(UserError(name, f"{side} is not a multiple of {multiple}; use {_nearest(side, multiple)}"))
     if errors:
         raise UserErrors(errors)
+
+
+def _nearest(value: int, multiple: int) -> int:
+    return max(1, round(value / multiple)) * multiple

@@ -1,4 +1,4 @@
-"""The frames that a clip begins with, where a user gives an image or a video to go on from."""
+"""Conditioning frames: the first frames of a clip, taken from an image or a video of the user."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from anyflow_train.models.codec import Codec
 
 @dataclass(frozen=True)
 class ConditioningSource:
-    """What is gone on from.
+    """An image or a video that a clip continues.
 
     Attributes:
         key: config key that names the file, for errors.
         path: image or video.
-        frames: of the video that are given, 4n + 1; None: as many as it has, and the network can take.
-        fps: at which they are taken.
+        frames: frames of the video to use, 4n + 1; None uses as many as the video has and the network can take.
+        fps: rate at which the frames are read, in frames per second.
     """
 
     key: str
@@ -34,17 +34,21 @@ class ConditioningSource:
 def given_latents(
     source: ConditioningSource, codec: Codec, frames: int, height: int, width: int, chunks: Chunks | None
 ) -> Tensor:
-    """Clean latents (1, P, C, H, W) of the first frames.
+    """Encode the first frames of a file to clean latents (1, P, C, H, W).
 
-    A causal network takes whole chunks, and one at least is left to generate; any other takes one latent frame, unless
-    `source.frames` says more.
+    A causal network takes whole chunks, and at least one chunk must remain to be generated. Other networks take one
+    latent frame if `source.frames` is not set.
 
     Args:
-        frames: latent frames of the clips, the given ones among them.
-        height, width: of the clips, in pixels.
+        source: the file.
+        codec: encodes the frames.
+        frames: latent frames of a clip, including the conditioning frames.
+        height: height of a clip in pixels.
+        width: width of a clip in pixels.
+        chunks: chunks of a causal network, otherwise None.
 
     Raises:
-        UserError: the file cannot be read or is too short, its frames end inside of a chunk, or leave none to generate.
+        UserError: the file cannot be read or is too short, or its frames end inside of a chunk or fill the clip.
     """
     factor = codec.temporal_factor
     if source.frames is not None:
@@ -52,7 +56,7 @@ def given_latents(
         _check_count(source, counts[0], frames, chunks)
     else:
         counts = [1] if chunks is None else list(accumulate(chunks.partition))[-2::-1]
-    problem = f"no chunk of {list(chunks.partition) if chunks else []} can be given"
+    problem = f"chunks {list(chunks.partition) if chunks else []} leave no chunk for conditioning; use two or more"
     for count in counts:
         try:
             pixels = read_clip(source.path.expanduser(), factor * (count - 1) + 1, height, width, source.fps)
@@ -67,9 +71,10 @@ def _check_count(source: ConditioningSource, count: int, frames: int, chunks: Ch
     key = "context_frames" if source.key == "video" else source.key
     if chunks is None:
         if count >= frames:
-            raise UserError(key, f"{source.frames} pixel frames are {count} latent ones of {frames}: none is left")
+            latent = f"{source.frames} pixel frames are {count} latent frames"
+            raise UserError(key, f"{latent}, and the clip has {frames}; use fewer, so that some are generated")
         return
     try:
         chunks.whole(count)
     except ValueError as error:
-        raise UserError(key, f"{source.frames} pixel frames are {count} latent ones, but {error}") from None
+        raise UserError(key, f"{source.frames} pixel frames are {count} latent frames, but {error}") from None

@@ -1,9 +1,9 @@
-"""`anyflow evaluate`: a teacher and its students at several numbers of calls, from the same noise."""
+"""`anyflow evaluate`: compares a teacher and its students at several numbers of calls, from the same noise."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
-from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, held_out_and_begun, strata
+from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, reference_and_inputs, strata
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
-from anyflow_train.evaluation.oracle import Recognition, judge_stripes
+from anyflow_train.evaluation.oracle import Recognition, judge_clips
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
@@ -33,12 +33,23 @@ from anyflow_train.text import calls, timed_printer
 
 EULER = ClipSampler(sample_euler)
 GRID_CALLS = 8
-"""Columns of the grid go up to this number of calls."""
+"""Largest number of calls in the grid."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the models have in common; what is given, only to students."""
+    """Inputs and measures that all models share.
+
+    Attributes:
+        config: config of the evaluation.
+        held_out: the held-out clips.
+        captions: captions of the samples.
+        inputs: noise and texts of the samples.
+        conditioning: (n, P, C, H, W), clean first frames for students; None if they generate all frames.
+        evaluator: measures samples.
+        class_oracle: checks decoded samples; None leaves it out.
+        say: prints a line of progress.
+    """
 
     config: EvaluateConfig
     held_out: HeldOut
@@ -49,11 +60,21 @@ class Comparison:
     class_oracle: Callable[[Tensor], Recognition] | None
     say: Callable[[str], None]
 
+    def rows(
+        self, model: str, sets: Mapping[int, SampleSet], teacher: Mapping[int, SampleSet] | None = None
+    ) -> list[ResultRow]:
+        """Measure a model's samples, given by number of calls. The ratio needs the samples of the teacher."""
+        self.say(f"measuring {model}")
+        return [
+            self.evaluator.cell(model, steps, samples, teacher[steps] if teacher else None, self.class_oracle)
+            for steps, samples in sets.items()
+        ]
+
 
 def run(config: EvaluateConfig) -> EvaluationReport:
     """Evaluate, and write `report.json`, `report.md`, `quality.png`, `grid.mp4` and `grid.gif` into `config.out`.
 
-    Where a model is causal, every chunk is measured by itself too, and drawn in `chunks.png`.
+    If a model is causal, each chunk is also measured separately and drawn in `chunks.png`.
 
     Raises:
         UserError: a model, the shards or the codec cannot be loaded.
@@ -68,33 +89,26 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     check_frames(config, shards, models)
     taught = load_model(config.teacher, config.weights)
     if taught.chunks is not None:
-        raise UserError("teacher", f"{config.teacher} is a causal student; name a network that makes whole clips")
+        raise UserError("teacher", f"{config.teacher} is a causal student; name a network that is not causal")
     codec = Codec.load(config.codec or taught.codec_source, device, torch.float32)
     teacher = on_device(taught.network, device, dtype)
     negative = padded_condition([shards.texts.negative], config.text_length, device)
     teacher = guided(teacher, negative, config.guidance_scale)
 
-    say(f"reading {config.held_out_samples} held-out samples, and sampling the teacher's fine solution")
+    say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
     comparison, fine = prepare(config, shards, teacher, codec, device, say)
-    teacher_sets = {steps: best_shift(comparison, teacher, steps) for steps in config.steps}
-    cells = [_teacher_cell(comparison, steps, samples) for steps, samples in teacher_sets.items()]
-    student_sets: dict[str, dict[int, SampleSet]] = {}
+    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.steps}}
+    cells = comparison.rows(TEACHER, sets[TEACHER])
     for name, model in zip(_student_names(models), models, strict=True):
-        student_sets[name] = sample_student(comparison, model, device, dtype)
-        cells += _student_cells(comparison, name, student_sets[name], teacher_sets)
-    cells.append(comparison.evaluator.cell(TEACHER, config.fine_steps, fine, None, comparison.class_oracle))
-    sets = {TEACHER: teacher_sets, **student_sets}
+        sets[name] = sample_student(comparison, model, device, dtype)
+        cells += comparison.rows(name, sets[name], sets[TEACHER])
+    cells += comparison.rows(TEACHER, {config.fine_steps: fine})
     trained_on = None
     if training is not None:
         samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), fine]
         cells, trained_on = with_nearest(comparison, training, cells, samples)
     chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
-    by_chunk = ()
-    if chunks is not None:
-        evaluator = comparison.evaluator
-        by_chunk = measure_chunks(
-            chunks, evaluator.reference, evaluator.reference_resampling, sets, evaluator.resampling
-        )
+    by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
     report = EvaluationReport(config, tuple(cells), time.monotonic() - start, trained_on, by_chunk)
     print(write_report(out, report))
     _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
@@ -110,29 +124,34 @@ def prepare(
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[Comparison, SampleSet]:
-    """What all models share, and the teacher's fine solution.
+    """Make the comparison that all models share, and sample the teacher's fine solution.
 
-    Captions are the held-out samples' own, every caption about equally often.
+    Captions come from held-out samples, each caption about equally often.
     """
-    held_out, begun = held_out_and_begun(config, shards)
-    rows = cycle(balanced_order(begun.captions), config.samples)
-    captions = [begun.captions[row] for row in rows]
+    held_out, sources = reference_and_inputs(config, shards)
+    rows = cycle(balanced_order(sources.captions), config.samples)
+    captions = [sources.captions[row] for row in rows]
     shape = tuple(held_out.latents.shape[1:])
     noise = draw_noise(config.samples, shape, config.seed, "evaluation")
-    inputs = Inputs(noise, [begun.texts[row] for row in rows], config.text_length, config.batch, device)
-    conditioning = begun.latents[rows][:, : config.conditioning_frames] if config.conditioning_frames else None
+    inputs = Inputs(noise, [sources.texts[row] for row in rows], config.text_length, config.batch, device)
+    conditioning = sources.latents[rows][:, : config.conditioning_frames] if config.conditioning_frames else None
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
     evaluator = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     decode = partial(_decode, codec, device)
     judged = captions[: config.oracle_samples]
-    class_oracle = None if config.oracle == "none" else partial(judge_stripes, captions=judged, decode=decode, batch=32)
+    class_oracle = None
+    if config.oracle != "none":
+        class_oracle = partial(judge_clips, captions=judged, decode=decode, batch=32, world=config.oracle)
     comparison = Comparison(config, held_out, captions, inputs, conditioning, evaluator, class_oracle, say)
     return comparison, evaluator.sampled(fine, config.shift)
 
 
 def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSet:
-    """The teacher's samples at the shift that suits it best. One step goes from 1 to 0 whatever the shift."""
+    """Sample the teacher at each shift, and return the set with the lowest energy distance.
+
+    A single step always goes from 1 to 0, so it needs only one shift.
+    """
     shifts = comparison.config.shifts if steps > 1 else comparison.config.shifts[:1]
     found = []
     for shift in shifts:
@@ -145,7 +164,7 @@ def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSe
 def sample_student(
     comparison: Comparison, model: LoadedNetwork, device: torch.device, dtype: torch.dtype | None
 ) -> dict[int, SampleSet]:
-    """A student's samples by number of calls. Guidance is the teacher's; a student has it in its weights."""
+    """Sample a student at each number of calls, without guidance: guidance is part of the student's weights."""
     flow_map = on_device(model.network, device, dtype)
     inputs, sets = replace(comparison.inputs, conditioning=comparison.conditioning), {}
     for steps in comparison.config.steps:
@@ -158,8 +177,8 @@ def sample_student(
 def with_nearest(
     comparison: Comparison, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
 ) -> tuple[list[ResultRow], TrainingSet]:
-    """The cells of these samples with their distances to the training clips, and those of the held-out clips."""
-    comparison.say(f"looking for the nearest of {len(training)} training clips")
+    """Add the distances to the training clips to the cells of samples, and measure those of the held-out clips."""
+    comparison.say(f"searching for the nearest of {len(training)} training clips")
     evaluator = comparison.evaluator
     sets = [comparison.held_out.latents, *(sampled.latents for sampled in samples)]
     of_held_out, *of_samples = nearest_distances(training, sets)
@@ -174,23 +193,8 @@ def _student_names(models: list[LoadedNetwork]) -> list[str]:
     return [f"{name} (student)" if name == TEACHER else name for name in unique_names(models)]
 
 
-def _teacher_cell(comparison: Comparison, steps: int, samples: SampleSet) -> ResultRow:
-    comparison.say(f"measuring the teacher at {steps} calls")
-    return comparison.evaluator.cell(TEACHER, steps, samples, None, comparison.class_oracle)
-
-
-def _student_cells(
-    comparison: Comparison, name: str, sets: dict[int, SampleSet], teacher_sets: dict[int, SampleSet]
-) -> list[ResultRow]:
-    comparison.say(f"measuring {name}")
-    return [
-        comparison.evaluator.cell(name, steps, samples, teacher_sets[steps], comparison.class_oracle)
-        for steps, samples in sets.items()
-    ]
-
-
 def _reference(config: EvaluateConfig, held_out: HeldOut, teacher: FlowMap, device: torch.device) -> Tensor:
-    """The held-out samples, or the teacher's fine (guided) samples with their captions, from other noise."""
+    """Return the held-out samples, or fine guided samples of the teacher with their captions, from other noise."""
     if config.reference == "data":
         return held_out.latents
     shape = tuple(held_out.latents.shape[1:])
@@ -206,7 +210,7 @@ def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
 def _write_grid(
     comparison: Comparison, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path
 ) -> None:
-    """Videos of the first prompts: the teacher's columns, then the first student's, up to `GRID_CALLS` calls."""
+    """Write videos of the first prompts, one column for each number of calls of the teacher and the first student."""
     count = min(comparison.config.videos, len(comparison.captions))
     if count == 0:
         return

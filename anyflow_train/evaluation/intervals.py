@@ -1,12 +1,12 @@
-"""Bootstrap intervals that are honest about pairs, strata and common noise.
+"""Bootstrap intervals that take pairs, strata and common noise into account.
 
 A replicate is a row of weights over the samples, so a statistic of R resamples is a few matrix products. Row 0 is the
-sample itself: value and replicates come from the same lines.
+original sample: the same code computes value and replicates.
 
-Two traps are avoided. A resample holds copies of the same sample; their distance of 0 would bias an energy distance
-low by `E|X - X'| / n`, so pairs of copies are left out of the sums and of the count of pairs. And of a stratum with n
-samples n - 1 are drawn (Rao and Wu 1988): with n, the variance would be (n - 1) / n of the true one, which matters for
-strata of a few samples.
+Two sources of bias are removed. A resample contains copies of the same sample; their distance of 0 would lower an
+energy distance by `E|X - X'| / n`, so pairs of copies are left out of the sums and of the number of pairs. From a
+stratum with n samples, n - 1 are drawn (Rao and Wu 1988). With n, the variance would be (n - 1) / n of the true one,
+which matters for strata of a few samples.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Resampling:
     """Bootstrap weights of one set of samples. Statistics with the same resampling are paired.
 
     Attributes:
-        strata: (n,) int64, 0..K-1: samples that were drawn for the same class; the law is the equal mixture of classes.
+        strata: (n,) int64, class of each sample, 0..K-1; the distribution is the equal mixture of the classes.
         counts: (R + 1, n) float64, how often each sample is drawn; row 0 is all ones.
-        weights: (R + 1, n) float64, summing to 1 over all samples and to 1 / K over every stratum.
+        weights: (R + 1, n) float64, with sum 1 over all samples and sum 1 / K over each stratum.
     """
 
     strata: Tensor
@@ -50,7 +50,7 @@ class Resampling:
 
 
 def resample(strata: Tensor, replicates: int, seed: int) -> Resampling:
-    """Draw the weights, within every stratum; for independent samples give one stratum (`single_stratum`).
+    """Draw the weights within each stratum. For independent samples, pass one stratum (`single_stratum`).
 
     Raises:
         ValueError: a stratum has fewer than two samples.
@@ -71,12 +71,12 @@ def resample(strata: Tensor, replicates: int, seed: int) -> Resampling:
 
 
 def single_stratum(samples: int) -> Tensor:
-    """Strata of independent samples: all in one."""
+    """Return the strata of independent samples: all zeros."""
     return torch.zeros(samples, dtype=torch.int64)
 
 
 def mean_within(distances: Tensor, resampling: Resampling) -> Tensor:
-    """`E|X - X'|` of the class mixture for every replicate: (n, n) -> (R + 1,) float64."""
+    """Compute `E|X - X'|` of the class mixture for each replicate: (n, n) -> (R + 1,) float64."""
     weights = resampling.weights
     total = _quadratic(weights, distances, weights)
     for k in range(int(resampling.strata.max()) + 1):
@@ -86,17 +86,17 @@ def mean_within(distances: Tensor, resampling: Resampling) -> Tensor:
         ordered = counts.sum(1).square()
         distinct = ordered - counts.square().sum(1)
         pairs = within * ordered / distinct
-        # A resample of one sample alone says nothing on the spread of its class: keep the sample's own.
+        # A resample of a single sample has no spread. Use the spread of the original samples instead.
         total = total - within + torch.where(distinct > 0, pairs, pairs[0])
     return total
 
 
 class EnergyReference:
-    """The samples that others are compared with; what depends on them alone is computed once.
+    """Reference samples of an energy distance. The part that depends on them alone is computed once.
 
     Args:
         samples: (m, ...) float32.
-        resampling: of these samples.
+        resampling: resampling of these samples.
     """
 
     def __init__(self, samples: Tensor, resampling: Resampling) -> None:
@@ -105,17 +105,22 @@ class EnergyReference:
         self._within = mean_within(self_distances(samples), resampling)
 
     def replicates(self, x: Tensor, resampling: Resampling) -> Tensor:
-        """Energy distances of (n, ...) samples, (R + 1,) float64, both sides resampled; unbiased: may be negative."""
+        """Compute energy distances of (n, ...) samples, (R + 1,) float64, with both sides resampled.
+
+        They are unbiased, so they can be negative.
+        """
         cross = _quadratic(resampling.weights, pairwise_distances(x, self._samples), self._resampling.weights)
         return 2 * cross - mean_within(self_distances(x), resampling) - self._within
 
 
 class SlicedReference:
-    """The same for the squared sliced 2-Wasserstein distance, over fixed directions and with fewer replicates.
+    """Reference samples of a squared sliced 2-Wasserstein distance.
 
     Args:
         samples: (m, ...) float32.
-        resampling: of these samples; the first `replicates` are used.
+        resampling: resampling of these samples.
+        count: number of fixed directions.
+        replicates: number of replicates to use; fewer than for the energy distance save time.
     """
 
     def __init__(self, samples: Tensor, resampling: Resampling, count: int = 64, replicates: int = 200) -> None:
@@ -124,24 +129,24 @@ class SlicedReference:
         self._quantiles = list(self._read(samples, resampling))
 
     def replicates(self, x: Tensor, resampling: Resampling) -> Tensor:
-        """Squared distances of (n, ...) samples, (R + 1,) float64; plug-in, so biased upwards (see `reflected`)."""
+        """Compute squared distances of (n, ...) samples, (R + 1,) float64; biased upwards (see `reflected`)."""
         gaps = [(a - b).square().mean(1) for a, b in zip(self._read(x, resampling), self._quantiles, strict=True)]
         return torch.stack(gaps).mean(0)
 
     def _read(self, x: Tensor, resampling: Resampling):
-        """Weighted quantiles of every direction in turn: (R + 1, levels) float64."""
+        """Yield the weighted quantiles of each direction: (R + 1, levels) float64."""
         levels = middle_levels(torch.device("cpu"))
         for values in project(x, self._axes).cpu():
             yield weighted_quantiles(values, resampling.weights[: self._replicates + 1], levels)
 
 
 def weighted_means(values: Tensor, resampling: Resampling) -> Tensor:
-    """Means over the class mixture of (n,) values, for every replicate: (R + 1,) float64."""
+    """Compute means of (n,) values over the class mixture, for each replicate: (R + 1,) float64."""
     return resampling.weights @ values.double()
 
 
 def weighted_quantiles(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of (n,) values under each row of (R + 1, n) weights, at (K,) float64 levels: (R + 1, K)."""
+    """Compute quantiles of (n,) values under each row of (R + 1, n) weights, at (K,) float64 levels: (R + 1, K)."""
     ordered, order = values.sort()
     cumulative = weights[:, order].cumsum(1)
     index = torch.searchsorted(cumulative, levels.expand(len(weights), -1).contiguous())
@@ -149,16 +154,16 @@ def weighted_quantiles(values: Tensor, weights: Tensor, levels: Tensor) -> Tenso
 
 
 def percentile(replicates: Tensor) -> Estimate:
-    """Value and 95 % percentile interval from replicates of an unbiased statistic, (R + 1,) with the value first."""
+    """Make value and 95 % percentile interval from replicates of an unbiased statistic, (R + 1,), value first."""
     low, high = _ends(replicates[1:])
     return Estimate(float(replicates[0]), low, high)
 
 
 def reflected(squares: Tensor) -> Estimate:
-    """Root of a squared distance that is biased upwards, with the bootstrap's estimate of the bias taken off.
+    """Take the root of a squared distance, after subtracting the bootstrap's estimate of its upward bias.
 
-    Replicates exceed the value by what the value exceeds the truth, so value and interval are reflected (the basic
-    bootstrap); negative squares become 0.
+    Replicates exceed the value by as much as the value exceeds the truth. So value and interval are reflected (basic
+    bootstrap), and negative squares become 0.
     """
     value = 2 * squares[0] - squares[1:].mean()
     low, high = _ends(2 * squares[0] - squares[1:])
@@ -167,9 +172,9 @@ def reflected(squares: Tensor) -> Estimate:
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Estimate | None:
-    """Interval of a ratio of paired replicates, (R + 1,) each; None where the denominator's sign is not certain.
+    """Make the interval of a ratio of replicates, (R + 1,) each; None if the denominator's sign is not certain.
 
-    Both must come from the same resamplings: noise that they share then cancels.
+    Both must come from the same resamplings, so that their common noise cancels.
     """
     if percentile(denominator).low <= 0:
         return None
@@ -177,7 +182,7 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Estimate | None:
 
 
 def _quadratic(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """Row-wise `l M r`: (R, n), (n, m), (R, m) -> (R,)."""
+    """Compute `l M r` row by row: (R, n), (n, m), (R, m) -> (R,)."""
     return ((left @ matrix.to(left)) * right).sum(1)
 
 

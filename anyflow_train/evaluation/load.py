@@ -1,4 +1,4 @@
-"""Networks by any of their names (run directory, checkpoint, exported folder, hub id), ready to be sampled."""
+"""Loading networks for sampling from a run directory, checkpoint, exported folder, Wan2.1 folder or hub id."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class LoadedNetwork:
     """A network that is ready to be sampled, on the CPU in float32.
 
     Attributes:
-        name: for labels and file names.
-        network: LoRA merged, no gradients, in eval mode.
-        sampling: how it was trained to be sampled.
-        codec_source: pipeline folder or hub id of its VAE and text encoder.
-        step: of the checkpoint; None for a network that is not of a checkpoint.
+        name: name for labels and files.
+        network: the network in eval mode, with LoRA merged and without gradients.
+        sampling: facts of the training that sampling needs.
+        codec_source: pipeline folder or hub id of the VAE and text encoder.
+        step: step of the checkpoint; None if the network does not come from a checkpoint.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LoadedNetwork:
 
     @property
     def chunks(self) -> Chunks | None:
-        """Of a causal network."""
+        """Chunks of a causal network, otherwise None."""
         config: Any = self.network.config
         if "chunk_partition" not in config:
             return None
@@ -53,26 +53,26 @@ class LoadedNetwork:
 
     @property
     def flow_map(self) -> FlowMap:
-        """The network as a function `(x, t, r, condition) -> u` of times in [0, 1]."""
+        """Network as a function `(x, t, r, condition) -> u` of times in [0, 1]."""
         return NetworkFlowMap(self.network, None)
 
     @property
     def sampler(self) -> ClipSampler:
-        """Makes clips: `sampler(flow_map, noise, condition, steps, shift)`, (B, F, C, H, W) -> the same shape."""
+        """Sampler of clips: `sampler(flow_map, noise, condition, steps, shift)`, (B, F, C, H, W) -> the same shape."""
         return clip_sampler(self.chunks, self.sampling.any_step)
 
     @property
     def sees_conditioning_frames(self) -> bool:
-        """Whether it can have learned to continue given frames; if that is not known, yes."""
+        """Whether the network can have learned to use conditioning frames; True if that is not known."""
         return self.chunks is not None or self.sampling.conditioning_frames
 
 
 def load_student(source: str | Path, weights: str = "ema") -> LoadedNetwork:
-    """Load a student; a Wan2.1 transformer becomes the student that would be trained from it, at gate 0.25.
+    """Load a student. A Wan2.1 transformer becomes an untrained student with gate 0.25.
 
     Args:
         source: run directory, checkpoint folder, folder that `anyflow export` wrote, Wan2.1 folder, or hub id.
-        weights: `ema` or `raw`, of a run.
+        weights: `ema` or `raw` weights of a run.
 
     Raises:
         UserError: there is no such network, or it cannot be loaded.
@@ -81,11 +81,11 @@ def load_student(source: str | Path, weights: str = "ema") -> LoadedNetwork:
 
 
 def load_teacher(source: str | Path, weights: str = "ema") -> LoadedNetwork:
-    """Load a network as a teacher, whose velocity at `r = t` is followed in Euler steps.
+    """Load a network as a teacher, which is sampled in Euler steps with its velocity at `r = t`.
 
     Args:
-        source: as in `load_student`; a Wan2.1 transformer stays what it is, at gate 0.
-        weights: `ema` or `raw`, of a run.
+        source: as in `load_student`. A Wan2.1 transformer keeps its outputs (gate 0).
+        weights: `ema` or `raw` weights of a run.
 
     Raises:
         UserError: there is no such network, or it cannot be loaded.
@@ -95,7 +95,7 @@ def load_teacher(source: str | Path, weights: str = "ema") -> LoadedNetwork:
 
 
 def load_model(source: str, weights: str) -> LoadedNetwork:
-    """Load what a command was given: a student, or a Wan2.1 transformer as it is, which takes Euler steps.
+    """Load a network that a command names. A Wan2.1 transformer keeps its outputs and is sampled in Euler steps.
 
     Raises:
         UserError: there is no such network, or it cannot be loaded.
@@ -103,9 +103,9 @@ def load_model(source: str, weights: str) -> LoadedNetwork:
     return _load(source, weights, TEACHER_TIMES)
 
 
-def _load(source: str, weights: str, of_wan: Mapping[str, Any]) -> LoadedNetwork:
+def _load(source: str, weights: str, wan_times: Mapping[str, Any]) -> LoadedNetwork:
     found = resolve_checkpoint(source) if is_run(source) else source
-    opened = open_source(found, weights, of_wan).merged()
+    opened = open_source(found, weights, wan_times).merged()
     network = assemble(opened.arguments, opened.read).requires_grad_(False).eval()
     if isinstance(found, Path):
         trained = read_network(found)
@@ -116,7 +116,7 @@ def _load(source: str, weights: str, of_wan: Mapping[str, Any]) -> LoadedNetwork
 
 
 def _sampling_of_export(folder: Path) -> Sampling:
-    """What `anyflow export` left in the folder; the default for a folder of others."""
+    """Read the facts that `anyflow export` wrote into its folder; other folders get the defaults."""
     try:
         marker = json.loads((folder / EXPORT_MARKER).read_text())
         return Sampling.model_validate(marker["sampling"]) if "sampling" in marker else Sampling.of(marker["config"])
@@ -125,7 +125,7 @@ def _sampling_of_export(folder: Path) -> Sampling:
 
 
 def unique_names(models: list[LoadedNetwork]) -> list[str]:
-    """Labels of several models: their names, with the step or a number where names repeat."""
+    """Make unique labels of models: their names, with the step or a number if names repeat."""
     names = [model.name for model in models]
     if len(set(names)) < len(names):
         names = [model.name if model.step is None else f"{model.name} @ {model.step}" for model in models]
@@ -133,6 +133,6 @@ def unique_names(models: list[LoadedNetwork]) -> list[str]:
 
 
 def on_device(network: Backbone, device: torch.device, dtype: torch.dtype | None) -> FlowMap:
-    """The network's flow map on a device; `dtype` is that of autocast, None for float32."""
+    """Move a network to a device and return its flow map. `dtype` is the dtype of autocast; None for float32."""
     nn.Module.to(network, device)  # diffusers' own `to` only adds checks of quantised networks
     return NetworkFlowMap(network, dtype)

@@ -1,4 +1,4 @@
-"""Measuring one set of samples against the reference, with common resamples for all sets."""
+"""Measures of sets of samples against a reference, with the same resamples for all sets."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class ResultRow:
     """One model at one number of calls.
 
     Attributes:
-        model: its label.
-        steps: network calls (twice as many under guidance).
-        shift: of the time grid.
-        energy_distance: unbiased, to the reference.
-        sliced_wasserstein: to the reference, the sampling bias taken off.
-        trajectory_error: root mean square to the teacher's fine solution from the same noise.
-        energy_ratio: to the teacher's energy distance at as many calls; None where that may be zero.
-        recognition: the oracle's verdict, where there is one.
-        nearest: distances to the training clips, where these are given.
+        model: label of the model.
+        steps: network calls (with guidance, each counts for two).
+        shift: shift of the time grid.
+        energy_distance: unbiased energy distance to the reference.
+        sliced_wasserstein: distance to the reference, with the sampling bias removed.
+        trajectory_error: root mean square difference from the teacher's fine solution for the same noise.
+        energy_ratio: ratio to the teacher's energy distance at the same number of calls; None if that may be zero.
+        recognition: result of the oracle, if there is one.
+        nearest: distances to the training clips, if these are given.
     """
 
     model: str
@@ -56,7 +56,7 @@ class SampleSet:
 
     Attributes:
         latents: (n, F, C, H, W) float32.
-        shift: of the time grid it was sampled on.
+        shift: shift of the time grid.
         energy: (R + 1,) float64, the value first.
     """
 
@@ -70,15 +70,16 @@ class SampleEvaluator:
 
     Args:
         reference: (m, F, C, H, W) samples that all sets are compared with.
-        fine: (n, F, C, H, W), the teacher's fine solution from the inputs' noise.
-        strata, reference_strata: (n,) and (m,), see `clip_choice.strata`.
-        replicates: bootstrap resamples.
-        seed: of the resamples.
+        fine: (n, F, C, H, W), the teacher's fine solution for the same noise.
+        strata: (n,) classes of the samples, see `clip_choice.strata`.
+        reference_strata: (m,) classes of the reference.
+        replicates: number of bootstrap resamples.
+        seed: seed of the resamples.
 
     Attributes:
-        reference: as given.
-        resampling: of the samples, the same for every set.
-        reference_resampling: of the reference.
+        reference: the reference samples.
+        resampling: resampling of the samples, the same for all sets.
+        reference_resampling: resampling of the reference.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class SampleEvaluator:
         self._sliced = SlicedReference(reference, self.reference_resampling)
 
     def sampled(self, latents: Tensor, shift: float) -> SampleSet:
-        """The samples with what is needed to rank them."""
+        """Add the replicates of the energy distance to samples."""
         return SampleSet(latents, shift, self._energy.replicates(latents, self.resampling))
 
     def cell(
@@ -103,7 +104,15 @@ class SampleEvaluator:
         teacher: SampleSet | None,
         class_oracle: Callable[[Tensor], Recognition] | None,
     ) -> ResultRow:
-        """All measures of a set; `teacher` is the teacher's set at as many calls, for the ratio."""
+        """Compute all measures of a set.
+
+        Args:
+            model: label of the model.
+            steps: network calls.
+            samples: the set.
+            teacher: the teacher's set at the same number of calls, for the ratio; None leaves it out.
+            class_oracle: checks decoded samples; None leaves it out.
+        """
         errors = weighted_means(squared_errors(samples.latents, self._fine), self.resampling)
         return ResultRow(
             model,

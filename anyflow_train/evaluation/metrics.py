@@ -10,11 +10,14 @@ LEVELS = 512
 
 
 def pairwise_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances between all rows: (n, ...) and (m, ...) -> (n, m) float64.
+    """Compute Euclidean distances between all rows: (n, ...) and (m, ...) -> (n, m) float64.
 
-    The Gram form is accumulated over chunks of features, so that only a chunk is ever held in float64. Both sets are
-    moved by the mean of `y` first; what cancels then is about 1e-16 of the squared spread, and two equal rows are about
-    1e-8 of the spread apart. For exact zeros on the diagonal use `self_distances`.
+    The Gram form is summed over chunks of features, so that only one chunk at a time is in float64. The mean of `y` is
+    subtracted first, to reduce cancellation: the squares then have an error of about 1e-16 of the squared spread, so
+    two equal rows are about 1e-8 of the spread apart. For exact zeros on the diagonal use `self_distances`.
+
+    Raises:
+        ValueError: the rows have different sizes.
     """
     x, y = _rows(x), _rows(y)
     if x.shape[1] != y.shape[1]:
@@ -30,15 +33,19 @@ def pairwise_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def self_distances(x: Tensor) -> Tensor:
-    """Euclidean distances within one set: (n, ...) -> (n, n) float64, exactly zero on the diagonal."""
+    """Compute Euclidean distances within one set: (n, ...) -> (n, n) float64, exactly zero on the diagonal."""
     return pairwise_distances(x, x).fill_diagonal_(0)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """`2 E|X - Y| - E|X - X'| - E|Y - Y'|` from (n, ...) and (m, ...) independent samples; may be negative.
+    """Compute `2 E|X - Y| - E|X - X'| - E|Y - Y'|` from (n, ...) and (m, ...) independent samples.
 
-    The unbiased form: pairs of a sample with itself are left out (Szekely and Rizzo 2013). Zero for equal laws, and the
-    square of a metric between laws. For intervals and stratified samples see `evaluation.intervals`.
+    This is the unbiased form: pairs of a sample with itself are left out (Szekely and Rizzo 2013), so the value can be
+    negative. Its expectation is the square of a metric between distributions, and 0 for equal ones. For intervals and
+    stratified samples see `evaluation.intervals`.
+
+    Raises:
+        ValueError: a side has fewer than two samples.
     """
     if len(x) < 2 or len(y) < 2:
         raise ValueError("an energy distance needs at least two samples on each side")
@@ -47,25 +54,26 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 
 def directions(features: int, count: int, seed: int = 0) -> Tensor:
-    """Fixed random unit vectors, (features, count) float32."""
+    """Draw fixed random unit vectors, (features, count) float32."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(features, count, generator=generator)
     return normal / normal.norm(dim=0)
 
 
 def project(x: Tensor, axes: Tensor) -> Tensor:
-    """Coordinates of (n, ...) samples along (features, count) unit vectors: (count, n) float64.
+    """Compute coordinates of (n, ...) samples along (features, count) unit vectors: (count, n) float64.
 
-    In float32 products a coordinate is off by about 1e-6 of the sample's norm, far below the sampling noise.
+    The products are in float32: their error of about 1e-6 of the sample's norm is far below the sampling noise.
     """
     return (_rows(x).float() @ axes.to(x.device)).T.double()
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, count: int = 64, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance: the root mean square over `count` fixed directions of that of the projections.
+    """Compute the sliced 2-Wasserstein distance: root mean square of the distances of projections.
 
-    Sizes may differ: in one dimension the distance is that of the quantile functions, and both are read at the middles
-    of 512 equal probabilities (exact where both sizes divide 512). Biased upwards by about the sampling noise.
+    The set is projected on `count` fixed directions. In one dimension the distance is that of the quantile functions,
+    so sizes may differ. Quantiles are read at the middles of 512 equal probabilities (exact if both sizes divide 512).
+    The value is biased upwards by about the sampling noise.
     """
     axes = directions(_rows(x).shape[1], count, seed)
     levels = middle_levels(x.device)
@@ -74,17 +82,17 @@ def sliced_wasserstein(x: Tensor, y: Tensor, count: int = 64, seed: int = 0) -> 
 
 
 def middle_levels(device: torch.device) -> Tensor:
-    """The probabilities at which quantiles are read, (512,) float64."""
+    """Return the probabilities at which quantiles are read, (512,) float64."""
     return (torch.arange(LEVELS, dtype=torch.float64, device=device) + 0.5) / LEVELS
 
 
 def squared_errors(x: Tensor, target: Tensor) -> Tensor:
-    """Mean square difference of each sample: two (n, ...) -> (n,) float64."""
+    """Compute the mean square difference of each sample: two (n, ...) -> (n,) float64."""
     return (_rows(x).double() - _rows(target).double()).square().mean(1)
 
 
 def trajectory_error(x: Tensor, target: Tensor) -> float:
-    """Root mean square difference between samples and the fine solution from the same noise, both (n, ...)."""
+    """Compute the root mean square difference between samples and the fine solution for the same noise, (n, ...)."""
     return float(squared_errors(x, target).mean().sqrt())
 
 
@@ -98,7 +106,7 @@ def _mean_of_pairs(distances: Tensor) -> Tensor:
 
 
 def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """(count, n) values -> (count, levels): the left-continuous inverse of the empirical distribution function."""
+    """Invert the empirical distribution function (left-continuous): (count, n) values -> (count, levels)."""
     n = values.shape[1]
     index = (levels * n).ceil().long().sub_(1).clamp_(0, n - 1)
     return values.sort(dim=1).values[:, index]

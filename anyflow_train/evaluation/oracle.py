@@ -1,4 +1,4 @@
-"""Does a video show what its caption says? Answered by a closed-form oracle where the data set has one."""
+"""Closed-form check that a video shows its caption, for data sets that have such an oracle."""
 
 from __future__ import annotations
 
@@ -10,47 +10,59 @@ import torch
 from torch import Tensor
 
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.tiny.world import label_of, recognise
+from anyflow_train.tiny.worlds import WORLDS
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """The oracle's verdict on a set of videos.
+    """Result of the oracle for a set of videos.
 
     Attributes:
         accuracy: share of videos that show the class of their caption.
-        purity: mean share of a video's variation that is the recognised pattern; low for blur and noise.
+        purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
+        sharpness: mean match of a video's edges with those of the recognised pattern; None if the world has none.
     """
 
     accuracy: Estimate
     purity: float
+    sharpness: Estimate | None = None
 
 
 @torch.inference_mode()
-def judge_stripes(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
-    """Decode the first n latents in batches and recognise the stripes in them.
+def judge_clips(
+    latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int, world: str
+) -> Recognition:
+    """Decode the first n latents in batches and recognise what they show.
 
     Args:
         latents: (m >= n, F, C, H, W) normalised, float32.
-        captions: n captions of the stripes world.
-        decode: latents -> videos (B, 3, F, H, W) in [-1, 1].
-        batch: videos per decoding.
+        captions: n captions of the world.
+        decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
+        batch: videos per call of `decode`.
+        world: name of the embedded world (`tiny.worlds`).
     """
-    labels = torch.tensor([label_of(caption) for caption in captions])
-    latents, right, purity = latents[: len(captions)], [], []
+    oracle = WORLDS[world]
+    labels = torch.tensor([oracle.label_of(caption) for caption in captions])
+    latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
-        reading = recognise(decode(latents[start : start + batch]).float().cpu())
-        right.append(reading.labels == labels[start : start + batch])
-        purity.append(reading.purity)
-    hits = int(torch.cat(right).sum())
-    return Recognition(wilson(hits, len(labels)), float(torch.cat(purity).mean()))
+        readings.append(oracle.recognise(decode(latents[start : start + batch]).float().cpu()))
+    seen, purity, *sharpness = (torch.cat(values) for values in zip(*readings, strict=True))
+    hits = int((seen == labels).sum())
+    sharp = mean_of(sharpness[0]) if sharpness else None
+    return Recognition(wilson(hits, len(labels)), float(purity.mean()), sharp)
+
+
+def mean_of(values: Tensor) -> Estimate:
+    """The mean of (n,) values with the 95 % interval of its normal approximation."""
+    mean, half = float(values.mean()), float(1.959964 * values.std(correction=0) / math.sqrt(len(values)))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def wilson(hits: int, trials: int) -> Estimate:
-    """A share with Wilson's 95 % interval, which stays honest at 0 and 1 where a bootstrap has no width."""
+    """Estimate a share with Wilson's 95 % interval. At 0 and 1 a bootstrap interval would have no width."""
     z = 1.959964
     share, spread = hits / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    # At 0 and 1 the interval ends there exactly; rounding must not take the value out of it.
+    # For shares 0 and 1 the interval ends exactly there. Rounding must not exclude the value.
     return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))

@@ -1,4 +1,4 @@
-"""The picture of an evaluation: quality against the number of network calls."""
+"""Plots of an evaluation: quality against the number of network calls or the chunk."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from anyflow_train.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart by colour-blind readers. The first is the teacher's alone.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. The first colour is reserved for the teacher.
 COLOURS = ("#5f5f5f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("s", "o", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One model: its name, and an estimate for each number of calls, or for each chunk."""
+    """One model: its label, and an estimate for each number of calls or for each chunk."""
 
     label: str
     steps: tuple[int, ...]
@@ -33,12 +33,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure of all models. On a log scale what reaches zero or below is drawn at the lower edge.
+    """One measure of all models. On a log scale, values of zero or less are drawn at the lower edge.
 
     Attributes:
-        title, curves: what is shown.
-        scale: of the measure.
-        across: what the measure is shown over.
+        title: name of the measure.
+        scale: scale of the vertical axis.
+        curves: one curve per model.
+        across: quantity on the horizontal axis.
     """
 
     title: str
@@ -55,7 +56,7 @@ def write_plot(path: Path, panels: Sequence[Panel]) -> None:
 
 
 def draw(panels: Sequence[Panel]) -> Figure:
-    """The picture itself."""
+    """Draw panels side by side, with one legend."""
     figure = Figure(figsize=(3.9 * len(panels), 3.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -109,7 +110,7 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, floor: float | None) -> N
 
 
 def _floor(panel: Panel) -> float:
-    """The least value that a log scale shows: all above zero, but not what only luck put near it."""
+    """Return the lower limit of a log axis: it includes positive values, except those near zero only by chance."""
     estimates = [estimate for curve in panel.curves for estimate in curve.estimates]
     highs = [estimate.high for estimate in estimates if estimate.high > 0]
     values = [estimate.value for estimate in estimates if estimate.value > 0]

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `report.json`, a table, and the plot."""
+"""The files of an evaluation: `report.json`, a table and the plots."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The result of an evaluation.
+    """Result of an evaluation.
 
     Attributes:
-        config: what was asked for.
-        cells: the teacher's, then every student's, by number of calls; last the teacher's fine solution.
-        seconds: what it took.
-        training: what the samples were held against; None where no training clips were given.
-        chunks: every chunk by itself, where a model generates clips chunk by chunk.
+        config: config of the evaluation.
+        cells: rows of the teacher, then of each student, by number of calls; the teacher's fine solution is last.
+        seconds: duration of the evaluation.
+        training: the training clips that samples were compared with; None if `training_shards` is not set.
+        chunks: results for each chunk; empty if no model is causal.
     """
 
     config: EvaluateConfig
@@ -39,7 +39,7 @@ class EvaluationReport:
     chunks: tuple[ChunkCell, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers and intervals by name; what does not apply is null."""
+        """Return numbers and intervals by name; values that do not apply are None."""
         config = self.config.model_dump(mode="json")
         cells = [asdict(cell) for cell in self.cells]
         return {"package": "anyflow_train", "version": __version__, "seconds": self.seconds, "config": config} | {
@@ -51,7 +51,7 @@ class EvaluationReport:
 
 
 def write_report(folder: Path, report: EvaluationReport) -> str:
-    """Write `report.json`, `report.md`, `quality.png`, and `chunks.png` where there are any. Returns the tables."""
+    """Write `report.json`, `report.md`, `quality.png` and, for causal models, `chunks.png`. Returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     table = "\n".join(table_lines(report))
     if report.chunks:
@@ -65,11 +65,13 @@ def write_report(folder: Path, report: EvaluationReport) -> str:
 
 
 def table_lines(report: EvaluationReport) -> list[str]:
-    """A markdown table, aligned so that it also reads on a terminal."""
+    """Make the lines of a Markdown table with one row for each model and number of calls."""
     oracle = any(cell.recognition for cell in report.cells)
     head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
-    head += ["class accuracy", "purity"] * oracle + ["to nearest training clip", "1 %", "least"] * bool(report.training)
-    rows = [head, *(_row(cell, oracle) for cell in report.cells)]
+    sharp = any(cell.recognition and cell.recognition.sharpness for cell in report.cells)
+    head += ["class accuracy", "purity"] * oracle + ["sharpness"] * sharp
+    head += ["to nearest training clip", "1 %", "minimum"] * bool(report.training)
+    rows = [head, *(_row(cell, oracle, sharp) for cell in report.cells)]
     if report.training:
         near = _nearest(report.training.held_out)
         rows.append(["held-out clips", *[""] * (len(head) - 1 - len(near)), *near])
@@ -77,7 +79,7 @@ def table_lines(report: EvaluationReport) -> list[str]:
 
 
 def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
-    """The same of the chunks: a column for each, energy distances."""
+    """Make the lines of a Markdown table of energy distances, with one column per chunk."""
     count = max(cell.chunk for cell in chunks)
     rows = [["model", "calls", *(f"chunk {number}" for number in range(1, count + 1))]]
     for model, steps in dict.fromkeys((cell.model, cell.steps) for cell in chunks):
@@ -87,7 +89,7 @@ def chunk_lines(chunks: Sequence[ChunkCell]) -> list[str]:
 
 
 def panels(report: EvaluationReport) -> list[Panel]:
-    """The panels of the plot; the fine solution is no point of a curve."""
+    """Make the panels of the plot. The fine solution is not part of the teacher's curve."""
     reference = "held-out data" if report.config.reference == "data" else "the guided teacher"
     drawn = [
         Panel(f"energy distance to {reference}", "log", _curves(report, lambda cell: cell.energy_distance)),
@@ -108,12 +110,13 @@ def _curves(report: EvaluationReport, measure: Any) -> tuple[Curve, ...]:
     return tuple(curve for curve in curves if curve.steps)
 
 
-def _row(cell: ResultRow, oracle: bool) -> list[str]:
+def _row(cell: ResultRow, oracle: bool, sharp: bool) -> list[str]:
     row = [cell.model, str(cell.steps), f"{cell.shift:g}", _interval(cell.energy_distance)]
     row += [_interval(cell.energy_ratio), _interval(cell.sliced_wasserstein), _interval(cell.trajectory_error)]
     if oracle:
         seen = cell.recognition
         row += [_interval(seen.accuracy), f"{seen.purity:.3f}"] if seen else ["", ""]
+        row += [_interval(seen.sharpness if seen else None)] * sharp
     return row + (_nearest(cell.nearest) if cell.nearest else [])
 
 
@@ -136,18 +139,19 @@ def _caption(report: EvaluationReport) -> str:
         f"The teacher takes Euler steps at the best of shifts {_listed(config.shifts)}; "
         f"its fine solution takes {config.fine_steps} steps at shift {config.shift:g}; guidance scale "
         f"{config.guidance_scale:g}; texts padded to {config.text_length} tokens.",
-        "A ratio is left out where the teacher's distance may be zero.",
+        "A ratio is left out if the teacher's distance may be zero.",
     ]
     if config.oracle != "none":
-        sentences.append(f"Class accuracy is that of {min(config.samples, config.oracle_samples)} decoded samples.")
+        judged = min(config.samples, config.oracle_samples)
+        sentences.append(f"Class accuracy is measured on {judged} decoded samples.")
     if config.conditioning_frames:
         sentences.append(
-            f"Students continue {config.conditioning_frames} latent frames of held-out clips, not so the teacher."
+            f"Students continue {config.conditioning_frames} latent frames of held-out clips; the teacher does not."
         )
     if report.training:
         sentences.append(
-            f"Distances to the nearest of {report.training.clips} training clips: mean, 1 % quantile and least; "
-            f"the last row is of {config.held_out_samples} held-out clips."
+            f"Distances to the nearest of {report.training.clips} training clips: mean, 1 % quantile and minimum; "
+            f"the last row shows {config.held_out_samples} held-out clips."
         )
     return " ".join(sentences)
 

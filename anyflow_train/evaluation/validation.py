@@ -1,4 +1,4 @@
-"""Validation inside of a run: samples at several step counts from fixed noise, distances to held-out data, videos."""
+"""Validation during a run: samples at several numbers of calls from fixed noise, distances to held-out data, videos."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
-from anyflow_train.tiny.world import accuracy, label_of
+from anyflow_train.tiny.worlds import WORLDS
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
 
-# Enough for distances whose noise is the samples', not the held-out set's.
+# With this many held-out clips, the samples are the main source of noise in the distances.
 MOST_HELD_OUT = 2048
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to sample, and the noise that goes with each of them at every validation.
+    """Texts to sample, and the noise of each of them. Both are the same at each validation.
 
     Attributes:
         captions: n texts.
@@ -50,20 +50,20 @@ class Prompts:
 
 @dataclass(frozen=True)
 class InRunValidator:
-    """Judges a student against held-out data, and shows it on the manifest's validation prompts.
+    """Compares a student with held-out data, and makes videos of the manifest's validation prompts.
 
     The processes of a run share the samples; rank 0 measures and writes.
 
     Attributes:
-        config: of the validation.
-        world: the processes.
-        sampler: how the student is sampled.
-        negative: the negative prompt, text (1, L, D).
-        held_out: what samples are compared with; None leaves out the numbers.
+        config: config of the validation.
+        world: the processes of the run.
+        sampler: sampler of the student.
+        negative: negative prompt, text (1, L, D).
+        held_out: clips that samples are compared with; None leaves out the distances.
         compared: prompts of the samples that are compared; None without held-out data.
         shown: prompts of the videos; None without videos.
-        codec: decodes videos; None where nothing is decoded.
-        fps: of the videos.
+        codec: decodes videos; None if nothing is decoded.
+        fps: frames per second of the videos.
     """
 
     config: Evaluation
@@ -77,7 +77,7 @@ class InRunValidator:
     fps: float
 
     def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
-        """Sample, measure, and write a grid of videos into `folder`; None as soon as `interrupted` says so."""
+        """Sample, measure, and write a grid of videos into `folder`. Returns None once `interrupted` returns True."""
         try:
             compared = self._sample_all(student, self.compared, interrupted)
             shown = self._sample_all(student, self.shown, interrupted)
@@ -86,21 +86,22 @@ class InRunValidator:
         return self.world.on_main(lambda: Validation(self._metrics(compared), self._videos(shown, folder)))
 
     def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, float]:
-        """Samples by step count -> `<metric>_<steps>` -> value."""
+        """Compute metrics from samples by number of calls. Returns them by name, `<metric>_<steps>`."""
         if self.held_out is None or self.compared is None:
             return {}
         real, metrics = self.held_out.latents, {}
         for steps, latents in samples.items():
             metrics[f"energy_distance_{steps}"] = energy_distance(latents, real)
             metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, real)
-            if self.config.oracle == "stripes" and self.codec is not None:
+            if self.config.oracle != "none" and self.codec is not None:
+                oracle = WORLDS[self.config.oracle]
                 videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
-                labels = torch.tensor([label_of(caption) for caption in self.compared.captions])
-                metrics[f"class_error_{steps}"] = 1 - accuracy(videos.cpu(), labels)
+                labels = torch.tensor([oracle.label_of(caption) for caption in self.compared.captions])
+                metrics[f"class_error_{steps}"] = 1 - oracle.accuracy(videos.cpu(), labels)
         return metrics
 
     def _videos(self, samples: Mapping[int, Tensor], folder: Path) -> dict[str, Path]:
-        """One grid: rows are prompts, columns step counts."""
+        """Write a grid of videos: rows are prompts, columns are numbers of calls."""
         if self.shown is None or self.codec is None:
             return {}
         codec = self.codec
@@ -114,7 +115,7 @@ class InRunValidator:
     def _sample_all(
         self, student: FlowMap, prompts: Prompts | None, interrupted: Callable[[], bool]
     ) -> dict[int, Tensor]:
-        """Step count -> latents (n, F, C, H, W) float32 on the CPU, the same on every process."""
+        """Sample latents (n, F, C, H, W) float32 on the CPU by number of calls, equal on all processes."""
         if prompts is None:
             return {}
         return {steps: self._sample(student, prompts, steps, interrupted) for steps in self.config.steps}
@@ -134,14 +135,14 @@ class InRunValidator:
 
 
 class _Interrupted(Exception):
-    """The run was asked to stop."""
+    """The run must stop."""
 
 
 def build_validator(config: RunConfig, world: World) -> InRunValidator:
-    """Load what validation needs, so that whatever is missing is known before the first step.
+    """Load the data and networks of the validation, so that errors appear before the first training step.
 
     Raises:
-        UserError: held-out shards, or the codec, cannot be read or do not fit the run.
+        UserError: held-out shards or the codec cannot be read or do not fit the run.
     """
     evaluation, length = config.evaluation, max(config.data.text_lengths)
     shards = ShardSet.open(config.data.shards, config.data.cache, config.data.cache_gib)
@@ -176,17 +177,18 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     vae = known_fingerprint(config.teacher.codec_source, "vae")
     check_compatible(shards.manifest, config.data, config.student.architecture, vae, key)
     if len(shards) < 2:
-        raise UserError(key, f"{location} holds {len(shards)} sample; a distance needs two or more")
+        raise UserError(key, f"{location} holds {len(shards)} sample, but a distance needs two or more")
     return load_samples(shards, min(len(shards), MOST_HELD_OUT))
 
 
 def _prompts(
     purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig, shards: ShardSet
 ) -> Prompts:
-    """The first `count` prompts, from the start again where there are fewer, with noise from `evaluation.seed`."""
+    """Take `count` prompts, repeating them if there are fewer, with noise from `evaluation.seed`."""
     shape = shards.manifest.latent_shape
     if shape is None:
-        raise UserError("data.shards", f"{config.data.shards} holds prompts without video; this run trains on video")
+        problem = f"{config.data.shards} holds prompts without video, but this run trains on video"
+        raise UserError("data.shards", problem)
     rows = [number % len(captions) for number in range(count)]
     draw = Draw(config.evaluation.seed, 0, tuple(range(count)), torch.device("cpu"))
     noise = draw.normal(purpose, tuple(shape))
@@ -196,5 +198,5 @@ def _prompts(
 def _load_codec(config: RunConfig, device: torch.device) -> Codec:
     source = config.teacher.codec_source
     if source is None:
-        raise UserError("teacher.codec", "is null, but validation decodes videos; name a pipeline folder")
+        raise UserError("teacher.codec", "is not set, but validation decodes videos; name a pipeline folder")
     return Codec.load(source, device, torch.float32)

@@ -1,4 +1,4 @@
-"""Videos to files: mp4 for playing, GIF for README files, and grids of many. A file appears whole or not at all."""
+"""Writing of videos and grids of videos as mp4 and GIF. Files appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anyflow_train.files import atomic_file
 Frames = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB."""
 
-# Of a grid, in pixels unless they are characters or colours.
+# Layout of a grid, in pixels, characters and colours.
 GAP = 6
 FONT_SIZE = 13
 LINE = 16
@@ -31,18 +31,18 @@ PAPER = (255, 255, 255)
 
 
 def to_frames(video: Tensor) -> Frames:
-    """A decoded video (3, F, H, W) in [-1, 1] -> frames; values outside of the range are clipped."""
+    """Convert a decoded video (3, F, H, W) in [-1, 1] to frames. Values outside of the range are clipped."""
     scaled = video.detach().float().add(1).mul(127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def write_mp4(path: Path, frames: Frames, fps: float) -> None:
-    """Write H.264 that browsers play; odd sizes are padded by one pixel, which the format demands."""
+    """Write H.264 that browsers play. Odd sizes are padded by one pixel, because the format requires even sizes."""
     padded = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
-        # These make the file a function of its frames: libx264's own number of threads differs between machines, and
-        # with AVX-512 it plans by memory that it never set.
+        # These options make the file depend on its frames alone. The default number of threads differs between
+        # machines, and with AVX-512 libx264 reads memory that it never set.
         options = {"crf": "16", "threads": "1", "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = padded.shape[1:3]
@@ -53,9 +53,9 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
 
 
 def write_gif(path: Path, frames: Frames, fps: float, colours: int = 64) -> None:
-    """Write an endless GIF with one palette for all frames, so that it stays small and does not flicker.
+    """Write an endless GIF with one palette for all frames, so that it is small and does not flicker.
 
-    GIF counts time in hundredths of a second: 16 frames per second play at 16.7.
+    GIF counts time in hundredths of a second, so 16 frames per second play at 16.7.
     """
     palette = Image.fromarray(np.concatenate(list(frames))).quantize(colours)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -71,8 +71,8 @@ class Grid:
 
     Attributes:
         rows: one label per row, usually the prompt.
-        columns: one label per column; lines are parted by a line break.
-        videos: [row][column] frames, all of one shape (F, H, W, 3).
+        columns: one label per column, of one or more lines.
+        videos: frames by row and column, all of the same shape (F, H, W, 3).
         fps: frames per second.
     """
 
@@ -83,23 +83,24 @@ class Grid:
 
 
 def write_grid(grid: Grid, mp4: Path, gif: Path) -> None:
-    """Write the grid as mp4, and smaller as GIF."""
+    """Write the grid as mp4, and as a smaller GIF."""
     write_mp4(mp4, draw_grid(grid, least=112, most=224), grid.fps)
     write_gif(gif, draw_grid(grid, least=72, most=96), grid.fps)
 
 
 def draw_grid(grid: Grid, least: int, most: int) -> Frames:
-    """Frames of the whole grid, (F, height, width, 3).
+    """Draw the frames of the whole grid, (F, height, width, 3).
 
     Args:
-        grid: what is drawn.
-        least, most: width of one video in the picture, in pixels; videos between these stay as they are.
+        grid: videos and labels.
+        least: smallest width of one video in pixels; narrower videos are enlarged.
+        most: largest width of one video in pixels; wider videos are reduced.
 
     Raises:
         ValueError: rows or columns do not match the labels.
     """
     if len(grid.videos) != len(grid.rows) or any(len(row) != len(grid.columns) for row in grid.videos):
-        raise ValueError("a grid needs one label per row and per column")
+        raise ValueError("a grid needs one label for each row and for each column")
     count, height, width = grid.videos[0][0].shape[:3]
     tile_width = min(max(width, least), most)
     tile = (tile_width, round(height * tile_width / width))
@@ -134,7 +135,7 @@ def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
 
 
 def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[int, int]:
-    """Upper left corner of a tile, in pixels."""
+    """Return the upper left corner of a tile, in pixels."""
     header = LINE * max(label.count("\n") + 1 for label in grid.columns) + GAP
     return ROW_LABEL_WIDTH + column * (tile[0] + GAP), header + row * (tile[1] + GAP)
 

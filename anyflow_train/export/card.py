@@ -1,6 +1,8 @@
-"""The README of an export: what it is, how to use it, where it comes from. Short, and only what is known."""
+"""Model card (README.md) of an export: content, use and origin."""
 
 from __future__ import annotations
+
+from huggingface_hub import ModelCardData
 
 from anyflow_train.export.provenance import Provenance
 
@@ -16,7 +18,7 @@ video = pipeline(
 export_to_video(video, "video.mp4", fps=16)
 ```
 
-`num_inference_steps` may be any number: 1, 2, 4, 8, ...
+`num_inference_steps` is the number of network calls. Any number works: 1, 2, 4, 8, ...
 """
 
 _TRANSFORMER = """```python
@@ -29,8 +31,8 @@ transformer = {transformer}.from_pretrained("path/to/this/folder", dtype=torch.{
 It samples with `FlowMapEulerDiscreteScheduler(shift={shift})`.
 """
 
-_LORA = """The base is the Wan2.1 transformer that the run started from, with a second time embedder, which begins as
-a copy of the first:
+_LORA = """The adapters belong to the Wan2.1 transformer that the run started from. It gets a second time embedder,
+which is a copy of the first one:
 
 ```python
 from diffusers import AnyFlowTransformer3DModel, WanTransformer3DModel
@@ -70,16 +72,16 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def model_card(provenance: Provenance) -> str:
-    """Markdown."""
-    network = provenance.network
+    """Make the model card as Markdown, with front matter for the Hugging Face Hub."""
+    network, options = provenance.network, provenance.options
     size, training = network.sampling, network.training
     far = "" if network.causal is None else "FAR"
-    use = _USES[provenance.format].format(
-        dtype=_DTYPES[provenance.precision],
+    use = _USES[options.format].format(
+        dtype=_DTYPES[options.precision],
         frames=size.frames,
         height=size.height,
         width=size.width,
-        shift=provenance.shift,
+        shift=options.shift,
         base=provenance.base or "the Wan2.1 pipeline that the run started from",
         gate=network.times["gate_value"],
         deltatime=network.times["deltatime_type"],
@@ -87,13 +89,17 @@ def model_card(provenance: Provenance) -> str:
         transformer=f"AnyFlow{far}Transformer3DModel",
     )
     facts = [
-        f"Trained by anyflow_train {provenance.version}: run `{network.run}`, step {provenance.step}, "
-        f"{'averaged' if provenance.weights == 'ema' else 'raw'} weights, stored in {provenance.precision}.",
+        f"Trained with anyflow_train {provenance.version}: run `{network.run}`, step {provenance.step}, "
+        f"{'averaged' if options.weights == 'ema' else 'raw'} weights, stored in {options.precision}.",
         f"Started from: {provenance.base or 'random weights'}.",
         f"Objective: {training.objective}.",
         f"Trained on {size.frames} frames of {size.width}x{size.height}, global batch {training.global_batch}.",
-        f"On these files, stock diffusers differed from the trained model by {provenance.difference:.1e} "
+        f"The outputs of these files in stock diffusers differ from the trained model by {provenance.difference:.1e} "
         "(relative root mean square).",
     ]
+    base = provenance.base or ""
+    hub_id = base if base.count("/") == 1 else None
+    front = ModelCardData(library_name="diffusers", pipeline_tag="text-to-video", base_model=hub_id).to_yaml()
     lines = "\n".join(f"* {fact}" for fact in facts)
-    return f"# {network.run}\n\n{_KINDS[provenance.format]}.\n\n{use}\n## Where it comes from\n\n{lines}\n"
+    title = f"# {network.run}\n\n{_KINDS[options.format]}."
+    return f"---\n{front}\n---\n\n{title}\n\n{use}\n## Origin\n\n{lines}\n"

@@ -1,4 +1,4 @@
-"""`anyflow export`: a checkpoint -> a folder that stock diffusers loads with no code of ours."""
+"""`anyflow export`: writes a checkpoint as a folder that stock diffusers loads without this package."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from anyflow_train.training.weight_source import base_of
 
 
 def run(config: ExportConfig) -> Provenance:
-    """Write, reload with stock diffusers, compare; only then does the folder appear under its name.
+    """Write the folder, reload it with stock diffusers, and compare. The folder appears only if the outputs agree.
 
     Raises:
-        UserError: there is no such checkpoint, it does not fit the format, or the folder may not be written.
-        WrongExport: what was written does not compute what was trained.
+        UserError: there is no such checkpoint, it does not fit the format, or the folder must not be written.
+        WrongExport: the written files do not have the outputs of the trained model.
     """
     out = Path(config.out).expanduser()
     check_writable(out, config.overwrite)
@@ -30,20 +30,10 @@ def run(config: ExportConfig) -> Provenance:
     with new_folder(out, config.overwrite) as folder:
         difference = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
         base = public_name(base_of(trained))
-        provenance = Provenance(
-            config.format,
-            config.weights,
-            config.precision,
-            config.shift,
-            trained,
-            public_config(checkpoint),
-            checkpoint.name,
-            step,
-            base,
-            difference,
-        )
+        saved = public_config(checkpoint)
+        provenance = Provenance(config, trained, saved, checkpoint.name, step, base, difference)
         (folder / "README.md").write_text(model_card(provenance))
         write_marker(folder, provenance.to_json())
-    print(f"stock diffusers reloads it and differs from the trained model by {difference:.1e} (relative)")
+    print(f"checked with stock diffusers: its outputs differ from the trained model by {difference:.1e} (relative)")
     print(f"wrote {out}")
     return provenance

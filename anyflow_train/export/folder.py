@@ -1,4 +1,4 @@
-"""The exported folder: whole or absent, marked as ours, and never written over somebody else's files."""
+"""The folder of an export. It appears only when it is complete, and never replaces files of others."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from anyflow_train.files import write_json
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling to write into, which takes the name `out` at the end, or goes if the writing fails.
+    """Yield a hidden temporary folder. It gets the name `out` at the end, and is deleted if an error occurs.
 
     Args:
-        out: the folder to make; it may exist if it is empty, or if `overwrite` and an earlier export made it.
+        out: the folder to make. It may exist if it is empty, or if it is an earlier export and `overwrite` is set.
         overwrite: whether an earlier export may be replaced.
 
     Raises:
-        UserError: `out` may not be written.
+        UserError: `out` must not be written.
     """
     check_writable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,10 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that an export may not write to.
+    """Check that an export may write to a folder.
 
     Raises:
-        UserError: `out` is a file, holds files that no export wrote, or holds an export and `overwrite` is off.
+        UserError: `out` is a file, holds files that no export wrote, or holds an export and `overwrite` is not set.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -65,13 +65,13 @@ def check_writable(out: Path, overwrite: bool) -> None:
 
 
 def write_marker(folder: Path, provenance: dict[str, Any]) -> None:
-    """Mark a finished folder as ours: where it comes from, and the names of its files. Written last."""
+    """Write the marker file with the origin of the export and the names of its files. It is written last."""
     made_by = {"package": "anyflow_train", "version": __version__}
     write_json(folder / MARKER, {**made_by, **provenance, "files": sorted(_files(folder))})
 
 
 def _written_files(folder: Path) -> set[str] | None:
-    """What an export's marker names; None where there is no such marker."""
+    """Read the names of files from an export's marker; None if there is no marker."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         return set(marker["files"]) if marker["package"] == "anyflow_train" else None
@@ -84,14 +84,14 @@ def _files(folder: Path) -> set[str]:
 
 
 def _open_as_the_folder(building: Path) -> None:
-    """Let those read the files who may read the folder: safetensors writes files that only their owner can read."""
+    """Give the files the permissions of the folder. safetensors writes files that only their owner can read."""
     mode = building.stat().st_mode & 0o666
     for name in _files(building):
         (building / name).chmod(mode)
 
 
 def _replace(out: Path, building: Path) -> None:
-    """Give `building` the name `out`. Between the two renames of a replacement there is no `out`, never half of one."""
+    """Rename `building` to `out`. While an earlier export is replaced, `out` may be missing but is never incomplete."""
     if not out.exists():
         building.rename(out)
         return

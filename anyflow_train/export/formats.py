@@ -1,4 +1,4 @@
-"""What each `format` of an export writes, and how it is checked."""
+"""Formats of an export: writing and checking of each of them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from anyflow_train.training.weight_source import open_source
 
 @dataclass(frozen=True)
 class Job:
-    """An export under way.
+    """An export that is in progress.
 
     Attributes:
-        config: what was asked for.
-        checkpoint: what is exported.
-        trained: what the checkpoint says of its network.
-        network: the trainer's model, adapters attached, on the CPU in float32.
-        folder: where to write.
+        config: config of the export.
+        checkpoint: folder of the checkpoint.
+        trained: contents of its `network.json`.
+        network: the trained model with its adapters, on the CPU in float32.
+        folder: folder to write into.
     """
 
     config: ExportConfig
@@ -46,21 +46,26 @@ class Job:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative difference that the precision of the files explains."""
+        """Largest relative difference that the precision of the files can cause."""
         return verify.TOLERANCES[self.config.precision]
 
     def codec_folder(self) -> Path:
-        """Local pipeline folder of the tokenizer, text encoder and VAE. Raises UserError if there is none."""
+        """Return a local pipeline folder with tokenizer, text encoder and VAE. Raises UserError if there is none."""
         source = self.config.codec or self.trained.codec
         if source is None:
-            problem = "the run names no teacher and no codec; name the pipeline folder of its VAE and text encoder"
-            raise UserError("codec", problem)
+            problem = (
+                "is not set, and the run has no teacher.source or teacher.codec; name the pipeline folder of its VAE"
+            )
+            raise UserError("codec", f"{problem} and text encoder")
         return resolve_folder(source)
 
 
 def export_pipeline(job: Job) -> float:
-    """An AnyFlowPipeline, of a causal student an AnyFlowFARPipeline. Returns the relative difference of its outputs
-    from the trainer's model."""
+    """Write an AnyFlowPipeline, or an AnyFlowFARPipeline for a causal student.
+
+    Returns:
+        Relative difference between its outputs and the trained model's.
+    """
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
     expected = verify.two_jumps(job.network, probe, job.config.shift)
@@ -74,12 +79,16 @@ def export_pipeline(job: Job) -> float:
 
 
 def export_transformer(job: Job) -> float:
-    """Its transformer alone."""
+    """Write the transformer alone. Returns the relative difference of its outputs."""
     return _write_student(job, job.folder, verify.Probe.of(job.network.config))
 
 
 def export_lora(job: Job) -> float:
-    """The adapters alone, compared on top of what the run started from."""
+    """Write the adapters alone, and compare them on the base that the run started from.
+
+    Returns:
+        Relative difference between the outputs and the trained model's.
+    """
     factors = adapters(job.network, job.config.precision)
     probe = verify.Probe.of(job.network.config)
     write_lora(job.folder, factors)
@@ -90,13 +99,20 @@ def export_lora(job: Job) -> float:
 
 
 def export_wan_pipeline(job: Job) -> float:
-    """A WanPipeline of a teacher, which has one time: only at gate 0 does the network depend on no other."""
+    """Write a WanPipeline of a teacher. Wan has a single time, so the network must have gate 0.
+
+    Returns:
+        Relative difference between its outputs and the trained model's.
+
+    Raises:
+        UserError: the network has a second time or is causal.
+    """
     gate = job.trained.times["gate_value"]
     if gate != 0:
-        problem = f"wan_pipeline needs student.gate_value=0; this run has {gate}, and its second time would be lost"
+        problem = f"wan_pipeline needs student.gate_value=0, but this run has {gate}; use format=pipeline"
         raise UserError("format", problem)
     if "chunk_partition" in job.network.config:
-        raise UserError("format", "wan_pipeline has no place for a causal network; use format=pipeline")
+        raise UserError("format", "wan_pipeline cannot contain a causal network; use format=pipeline")
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
     expected = verify.velocity_outputs(job.network, probe)
@@ -133,11 +149,11 @@ def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
     write_network(stock, folder, merged.config, state, job.config.max_shard_gib)
     reloaded: Any = stock.from_pretrained(folder, dtype=torch.float32)
     verify.check_weights(reloaded, state)
-    return verify.check_outputs("what was written", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
+    return verify.check_outputs("the transformer", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
 
 
 def _wan_scheduler(source: Path, job: Job) -> str:
-    """The codec folder's own scheduler, else Euler steps at the configured shift. Returns its class."""
+    """Copy the scheduler of the codec folder, or write an Euler scheduler if it has none. Returns its class."""
     target = job.folder / "scheduler"
     if (source / "scheduler").is_dir():
         shutil.copytree(source / "scheduler", target)

@@ -1,4 +1,4 @@
-"""The adapters alone, as a LoRA file of diffusers."""
+"""Adapters as a LoRA file of diffusers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 def adapters(network: Backbone, precision: Precision) -> dict[str, Tensor]:
-    """The adapters by the names of diffusers, those of the second time embedder among them.
+    """Collect the adapters, including those of the second time embedder, by their names in diffusers.
 
     Raises:
-        UserError: the network has none, or more than a LoRA file can hold.
+        UserError: the network has no adapters, or weights that a LoRA file cannot contain.
     """
     try:
         factors = lora_state_dict(network)
@@ -36,7 +36,7 @@ def write_lora(folder: Path, factors: dict[str, Tensor]) -> None:
 
 
 def reload_lora(folder: Path, base: Backbone) -> Any:
-    """Stock diffusers' network with the adapters of a file on a base in float32."""
+    """Load the adapters of a file into stock diffusers' network, on a base in float32."""
     stock: Any = stock_class(base.config)(
         **{name: value for name, value in base.config.items() if not name.startswith("_")}
     )

@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder that training leaves as they are (tokenizer, text encoder, VAE), and the index."""
+"""Parts of a pipeline folder that training does not change (tokenizer, text encoder, VAE), and the index."""
 
 from __future__ import annotations
 
@@ -18,33 +18,31 @@ VAE_CLASS = "AutoencoderKLWan"
 
 
 def resolve_folder(source: str) -> Path:
-    """A local pipeline folder, or the local copy of a hub repository's parts, downloaded if need be.
+    """Return a local pipeline folder, or download the parts of a hub repository and return the local copy.
 
     Raises:
-        UserError: it is neither, or parts are missing.
+        UserError: the source does not exist, or parts are missing.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _snapshot(source)
     missing = [name for name in COPIED if not (folder / name).is_dir()]
     if missing:
-        raise UserError(
-            "codec", f"'{source}' has no folder '{missing[0]}'; a Wan2.1 pipeline folder or hub id is needed"
-        )
+        raise UserError("codec", f"'{source}' has no folder '{missing[0]}'; name a Wan2.1 pipeline folder or hub id")
     vae = read_json(folder / "vae" / "config.json").get("_class_name")
     if vae != VAE_CLASS:
-        raise UserError("codec", f"the VAE of '{source}' is {vae}, not {VAE_CLASS}")
+        raise UserError("codec", f"the VAE of '{source}' is {vae}; name a pipeline with {VAE_CLASS}")
     return folder
 
 
 def copy_parts(source: Path, folder: Path) -> None:
-    """Copy tokenizer, text encoder and VAE file by file; links, as the hub's cache has them, become files."""
+    """Copy tokenizer, text encoder and VAE. Links, as in the hub's cache, become files."""
     for name in COPIED:
         shutil.copytree(source / name, folder / name)
 
 
 def pipeline_index(source: Path, pipeline: str, transformer: str, scheduler: str) -> dict[str, Any]:
-    """`model_index.json` of a pipeline class with the parts of `source`, all classes from diffusers or transformers."""
+    """Make `model_index.json` of a pipeline class with the parts of `source` and classes of diffusers, transformers."""
     known = read_json(source / INDEX) if (source / INDEX).is_file() else {}
     encoder = read_json(source / "text_encoder" / "config.json")["architectures"][0]
     tokenizer = read_json(source / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
@@ -73,11 +71,11 @@ def _snapshot(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[INDEX, *wanted]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         problem = str(error).strip().splitlines()[0]
-        raise UserError("codec", f"'{source}' is no folder here, and not to be had from the hub: {problem}") from None
+        raise UserError("codec", f"'{source}' is not a folder, and the hub does not provide it: {problem}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file that cannot be read."""
+    """Read a JSON object. Raises UserError if the file cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where an export comes from."""
+"""Origin of an export: the run, the checkpoint and the settings of the export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train import __version__
+from anyflow_train.config.commands import ExportConfig
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
-# Places on the machine that trained say nothing to others, and are nobody's business.
+# Paths on the training machine are private, and of no use to others.
 _LOCAL: dict[str, tuple[str, ...]] = {
     "student": ("init",),
     "data": ("shards", "cache", "cache_gib", "workers"),
@@ -22,22 +23,19 @@ _LOCAL_GROUPS = ("out", "tracker", "teacher", "format")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the marker and the model card say.
+    """Facts for the marker file and the model card.
 
     Attributes:
-        format, weights, precision, shift: as in `ExportConfig`.
-        network: what was trained.
-        config: of the run, not decoded, without places on the machine that trained.
+        options: config of the export.
+        network: contents of the checkpoint's `network.json`.
+        config: saved config of the run, not decoded, without paths on the training machine.
         checkpoint: name of the checkpoint's folder.
-        step: of the checkpoint.
-        base: name of what the student started from; None for random weights.
-        difference: relative root mean square between stock diffusers' outputs and the trained model's.
+        step: step of the checkpoint.
+        base: name of the weights that the student started from; None for random weights.
+        difference: relative root mean square difference between stock diffusers' outputs and the trained model's.
     """
 
-    format: str
-    weights: str
-    precision: str
-    shift: float
+    options: ExportConfig
     network: NetworkFile
     config: Mapping[str, Any]
     checkpoint: str
@@ -47,19 +45,20 @@ class Provenance:
 
     @property
     def version(self) -> str:
-        """Of this package."""
+        """Version of this package."""
         return __version__
 
     def to_json(self) -> dict[str, Any]:
-        """For the marker file: no paths of the machine that trained."""
-        facts = ("format", "weights", "precision", "shift", "checkpoint", "step", "base", "difference")
-        sampling = self.network.sampling.model_dump(mode="json")
+        """Return the facts for the marker file, without paths on the training machine."""
+        facts = ("checkpoint", "step", "base", "difference", "config")
         stated = {name: getattr(self, name) for name in facts}
-        return {"run": self.network.run, **stated, "sampling": sampling, "config": self.config}
+        sampling = self.network.sampling.model_dump(mode="json")
+        options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
+        return {"run": self.network.run, **options, **stated, "sampling": sampling}
 
 
 def public_config(checkpoint: Path) -> dict[str, Any]:
-    """The config of a checkpoint's run as it was saved, without places on the machine that trained."""
+    """Read the saved config of a checkpoint's run, without paths on the training machine."""
     saved = json.loads((checkpoint / "config.json").read_text())
     kept = {name: value for name, value in saved.items() if name not in _LOCAL_GROUPS}
     for group, names in _LOCAL.items():
@@ -68,7 +67,7 @@ def public_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def public_name(source: str | None) -> str | None:
-    """A hub id as it is, a local folder by its own name, a checkpoint by its run's and its own."""
+    """Remove local paths from a source: hub ids stay, folders keep their name, checkpoints also name their run."""
     if source is None:
         return None
     path = Path(source).expanduser()

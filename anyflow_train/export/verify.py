@@ -1,13 +1,13 @@
-"""An export is right when stock diffusers, given the written files alone, computes what the trainer's model computes.
+"""Checks of an export: stock diffusers must compute the outputs of the trained model from the written files alone.
 
-The network is asked at random inputs, for several (t, r). Tolerances are relative root mean squares over all outputs:
+The outputs are compared at random inputs for several (t, r). Tolerances are relative root mean squares:
 
-* merging LoRA reorders float32 sums: 1e-6 on small networks, growing with width; 1e-4 is allowed.
-* bf16 keeps 8 bits of a weight, an error of 2^-9 / sqrt(3) = 1.1e-3 each; the outputs of some tens of residual layers
-  add up to about 1e-2; 5e-2 is allowed. fp16 keeps 11 bits, an eighth: 1e-2 is allowed.
+* Merging LoRA reorders float32 sums. The difference is 1e-6 in small networks and grows with width; 1e-4 is allowed.
+* bf16 keeps 8 bits of a weight, an error of 2^-9 / sqrt(3) = 1.1e-3 each. Over tens of residual layers it grows to
+  about 1e-2; 5e-2 is allowed. fp16 keeps 11 bits, so its error is an eighth; 1e-2 is allowed.
 
-A missed adapter may change the outputs by less than bf16 does. So the merge is checked in float32 before weights are
-rounded, and the written weights are compared with the rounded ones bit by bit.
+A missing adapter can change the outputs less than bf16 rounding does. So the merge is checked in float32 before weights
+are rounded, and the written weights are compared with the rounded ones bit by bit.
 """
 
 from __future__ import annotations
@@ -38,35 +38,33 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 MERGE_TOLERANCE = 1e-4
 TOLERANCES: dict[Precision, float] = {"fp32": MERGE_TOLERANCE, "bf16": 5e-2, "fp16": 1e-2}
 TIMES = ((1.0, 0.0), (1.0, 0.6), (0.8, 0.8), (0.5, 0.0), (0.2, 0.1))
-"""Pairs (t, r) in [0, 1]: whole and part of the way, on the diagonal, near the data."""
+"""Pairs (t, r) in [0, 1]: full and partial jumps, r = t, and a jump near the data."""
 SAMPLING_STEPS = 2
 
 
 class WrongExport(RuntimeError):
-    """What was written does not compute what was trained: a defect of the exporter, not of its user."""
+    """The written files do not have the outputs of the trained model. This is a bug of the exporter."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Random inputs of a network, in diffusers' layout; batches hold one sample for each of `TIMES`.
+    """Random inputs of a network, in diffusers' layout. The batch has one sample for each pair of `TIMES`.
 
     Attributes:
         latents: (B, F, C, H, W) float32.
         text: (B, L, D) float32.
-        image: (B, I, D_image) float32, or None for text-to-video.
-        chunks: of a causal network: as many as it needs to have one of every kind; else None.
-        noise: (1, F, C, H', W') float32, to sample from.
+        chunks: chunks of a causal network, enough to include each kind; None for other networks.
+        noise: (1, F, C, H', W') float32, start of the samples.
     """
 
     latents: Tensor
     text: Tensor
-    image: Tensor | None
     chunks: Chunks | None
     noise: Tensor
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Probe:
-        """Small inputs that fit a network's config; always the same."""
+        """Draw small inputs that fit a network's config, with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         patch, channels, batch = config["patch_size"][1], config["in_channels"], len(TIMES)
         chunks, frames, side = None, 3, 2 * patch
@@ -74,72 +72,81 @@ class Probe:
         if "full_chunk_limit" in config:
             limit, side = config["full_chunk_limit"], 2 * config["compressed_patch_size"][1]
             chunks, frames = Chunks((1,) * (limit + 1), limit), limit + 1
-            # Stock diffusers pads what it generates to 128 tokens with keys that it does not mask: exactly those.
+            # Exactly 128 tokens: stock diffusers pads chunks to 128 tokens, and does not mask the padded keys.
             height, width = 8 * patch, 16 * patch
         latents = torch.randn(batch, frames, channels, side, side, generator=generator)
         text = torch.randn(batch, 16, config["text_dim"], generator=generator)
-        has_image = config["image_dim"] is not None
-        image = torch.randn(batch, 8, config["image_dim"], generator=generator) if has_image else None
         noise = torch.randn(1, frames, channels, height, width, generator=generator)
-        return cls(latents, text, image, chunks, noise)
+        return cls(latents, text, chunks, noise)
 
 
 @torch.inference_mode()
 def flow_map_outputs(network: Backbone | StockTransformer, probe: Probe) -> Tensor:
-    """Average velocities at all of `TIMES`, (B, F, C, H, W) float32."""
+    """Compute average velocities at all of `TIMES`, (B, F, C, H, W) float32."""
     return _call(network, probe, torch.tensor(TIMES))
 
 
 @torch.inference_mode()
 def velocity_outputs(network: Backbone, probe: Probe) -> Tensor:
-    """Instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
+    """Compute instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
     return _call(network, probe, torch.tensor([(t, t) for t, _ in TIMES]))
 
 
 @torch.inference_mode()
 def wan_outputs(network: WanTransformer3DModel, probe: Probe) -> Tensor:
-    """The same of a Wan transformer, which has one time and puts channels before frames."""
+    """Compute velocities of a Wan transformer at all of `TIMES`, (B, F, C, H, W) float32."""
     times = TIME_SCALE * torch.tensor([t for t, _ in TIMES])
     hidden = probe.latents.permute(0, 2, 1, 3, 4)
-    output = network(hidden, times, probe.text, encoder_hidden_states_image=probe.image, return_dict=False)[0]
+    output = network(hidden, times, probe.text, return_dict=False)[0]
     return output.permute(0, 2, 1, 3, 4)
 
 
 @torch.inference_mode()
 def two_jumps(network: Backbone, probe: Probe, shift: float) -> Tensor:
-    """What two steps of our sampler make of the probe's noise: (1, F, C, H', W')."""
-    condition = Condition(probe.text[:1], None if probe.image is None else probe.image[:1])
+    """Sample the probe's noise in two steps with this package's sampler. Returns (1, F, C, H', W')."""
+    condition = Condition(probe.text[:1])
     sampler = ClipSampler(sample, probe.chunks)
     return sampler(NetworkFlowMap(network, None), probe.noise, condition, SAMPLING_STEPS, shift)
 
 
 def check_weights(written: ModelMixin, expected: Mapping[str, Tensor]) -> None:
-    """Compare a reloaded network with the tensors that were to be written: same names, same bits."""
+    """Compare a reloaded network with the expected tensors.
+
+    Raises:
+        WrongExport: names or bits differ.
+    """
     found = written.state_dict()
     if found.keys() != expected.keys():
         different = sorted(found.keys() ^ expected.keys())
         raise WrongExport(
-            f"{len(different)} keys differ between what was written and the model, first '{different[0]}'"
+            f"{len(different)} keys differ between the written files and the model, first '{different[0]}'"
         )
     for name, tensor in expected.items():
         if not torch.equal(found[name], tensor.to(found[name].dtype)):
-            raise WrongExport(f"'{name}' was not written as it is")
+            raise WrongExport(f"'{name}' differs between the written files and the model")
 
 
 def check_outputs(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Compare outputs; returns their relative difference.
+    """Compare outputs. Returns their relative difference.
 
     Raises:
-        WrongExport: it is above the tolerance, or not a number.
+        WrongExport: the difference is above the tolerance, or not a number.
     """
     difference = float((found.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     if not difference <= tolerance:
-        raise WrongExport(f"{what} differs from the trained model by {difference:.2e}, {tolerance:.0e} is allowed")
+        raise WrongExport(f"{what} differs from the trained model by {difference:.2e}, but {tolerance:.0e} is allowed")
     return difference
 
 
 def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, tolerance: float) -> float:
-    """Sample two steps with the stock pipeline of a folder and compare with `two_jumps`."""
+    """Sample two steps with the stock pipeline of a folder, and compare with `two_jumps`.
+
+    Returns:
+        Relative difference of the outputs.
+
+    Raises:
+        WrongExport: the index, the shift or the outputs are wrong.
+    """
     check_index(folder)
     parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None}
     kind = AnyFlowPipeline if probe.chunks is None else AnyFlowFARPipeline
@@ -164,7 +171,11 @@ def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, t
 
 
 def check_index(folder: Path) -> None:
-    """Every part that the index names has its folder, and its own config names the same class."""
+    """Check that each part in the index has a folder, and that its config names the same class.
+
+    Raises:
+        WrongExport: a part is missing or has another class.
+    """
     index = json.loads((folder / "model_index.json").read_text())
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
@@ -175,7 +186,7 @@ def check_index(folder: Path) -> None:
             raise WrongExport(f"the index names '{name}', but {path.name} is missing in it")
         found = json.loads(path.read_text()).get("_class_name", entry[1])
         if found != entry[1]:
-            raise WrongExport(f"the index says that '{name}' is {entry[1]}, its config says {found}")
+            raise WrongExport(f"the index says that '{name}' is {entry[1]}, but its config says {found}")
 
 
 _Forward = Callable[..., tuple[Tensor, ...]]
@@ -184,7 +195,7 @@ _Forward = Callable[..., tuple[Tensor, ...]]
 def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
     frames = probe.latents.shape[1]
     t, r = (TIME_SCALE * times[:, column, None].expand(-1, frames) for column in (0, 1))
-    more = {"encoder_hidden_states_image": probe.image, "return_dict": False}
+    more: dict[str, Any] = {"return_dict": False}
     if probe.chunks is None:
         return network(probe.latents, t, r, probe.text, **more)[0].float()
     drawn = probe.chunks.sequence(len(probe.chunks.partition))

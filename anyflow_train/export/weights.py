@@ -1,4 +1,4 @@
-"""Writing a transformer in the files of stock diffusers."""
+"""Writing a transformer as files of stock diffusers."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from anyflow_train.models.pretrained import DELTA, SHARED_CONFIG
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Stock diffusers computes these in float32 whatever dtype is asked for, so they are stored in float32. Its own list
-# lacks `delta_embedder`, the twin of `time_embedder`: it is exact at least for those who load in float32.
+# Stock diffusers always computes these in float32, so they are stored in float32. Its own list lacks `delta_embedder`,
+# the second time embedder. Storing that one in float32 keeps it exact at least when the network is loaded in float32.
 KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 
 
 def stock_class(config: Config) -> type[ModelMixin]:
-    """Diffusers' class of our network with this config."""
+    """Return diffusers' class for a network with this config."""
     return StockFAR if "chunk_partition" in config else StockTransformer
 
 
 def stored(state: State, precision: Precision) -> dict[str, Tensor]:
-    """Weights in the dtype of their file, by name.
+    """Convert weights to the dtype of the file.
 
     Raises:
-        UserError: a weight is not finite, or would not be in this precision.
+        UserError: a weight is not finite in this precision.
     """
     cast = {name: tensor.detach().cpu().to(_dtype(name, precision)).contiguous() for name, tensor in state.items()}
     broken = [name for name, tensor in cast.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise UserError("precision", f"'{broken[0]}' holds numbers that are not finite in {precision}")
+        raise UserError("precision", f"'{broken[0]}' has numbers that are not finite in {precision}; use fp32")
     return cast
 
 
 def write_network(network_class: type[ModelMixin], folder: Path, config: Config, state: State, shard: float) -> None:
-    """Write stock diffusers' network with these weights; strict, every key accounted for.
+    """Write stock diffusers' network with these weights. Missing and unexpected keys are errors.
 
     Args:
         network_class: diffusers' AnyFlowTransformer3DModel or WanTransformer3DModel.
-        folder: to write `config.json` and the weights into.
-        config: constructor arguments; what begins with an underscore is left out.
-        state: as `stored` gives it.
+        folder: folder for `config.json` and the weights.
+        config: constructor arguments; names that start with an underscore are left out.
+        state: weights from `stored`.
         shard: largest file in GiB.
     """
-    # On the meta device nothing is allocated and nothing is initialised: the weights are assigned, not copied.
+    # The meta device allocates and initialises nothing. The weights are assigned, not copied.
     with torch.device("meta"):
         model = network_class(**{name: value for name, value in config.items() if not name.startswith("_")})
     model.load_state_dict(dict(state), strict=True, assign=True)
@@ -63,18 +63,14 @@ def write_network(network_class: type[ModelMixin], folder: Path, config: Config,
 
 
 def to_wan(network: Backbone) -> WanTransformer3DModel:
-    """The Wan2.1 transformer that a network without a second time is (a teacher trained by stage 0).
-
-    The weights are shared with `network`.
+    """Convert a network without a second time (a teacher of stage 0) to a Wan2.1 transformer with the same weights.
 
     Raises:
-        ValueError: the gate is not 0, so that the second time matters.
+        ValueError: the gate is not 0, or the network takes images.
     """
     config: Any = network.config
     if config.gate_value != 0:
         raise ValueError(f"gate_value is {config.gate_value}: only a network with gate 0 is a Wan2.1 transformer")
-    if config.image_dim is not None:
-        raise ValueError("a network with image_dim is not a Wan2.1 text-to-video transformer")
     wan = WanTransformer3DModel(**{name: config[name] for name in SHARED_CONFIG}, image_dim=None)
     weights = {key: weight for key, weight in network.state_dict().items() if not key.startswith(DELTA)}
     wan.load_state_dict(weights, strict=True, assign=True)

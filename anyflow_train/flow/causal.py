@@ -1,4 +1,4 @@
-"""Generating a clip chunk by chunk: each new chunk starts from noise, and sees those before it."""
+"""Generate a clip chunk by chunk. Each new chunk starts from noise and sees the chunks before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anyflow_train.config.chunks import Chunks
 from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, FlowMap, Prefix
 
 Generate = Callable[[Tensor, Condition], Tensor]
-"""Noise of some frames and their condition -> those frames."""
+"""(noise, condition) -> generated frames, both (B, F, C, H, W)."""
 
 
 def chunk_by_chunk(
@@ -24,39 +24,47 @@ def chunk_by_chunk(
     generate: Generate,
     conditioning: Tensor | None = None,
 ) -> Tensor:
-    """A clip (B, F, C, H, W) from noise z of that shape.
+    """Generate a clip from noise, one chunk after the other.
 
-    Gradient flows through every chunk's own generation, not through what later chunks see of it.
+    Gradient flows through the generation of each chunk. It does not flow through the cached context.
 
     Args:
-        generate: makes a chunk.
-        conditioning: (B, P, C, H, W) the clip's first frames, clean: whole chunks.
+        flow_map: a causal network's average velocity; encodes the context of each chunk.
+        z: (B, F, C, H, W) noise.
+        condition: of the B samples, without a past.
+        chunks: how the F frames are divided.
+        generate: generates one chunk.
+        conditioning: (B, P, C, H, W) first frames of the clip, clean; they must fill whole chunks. None generates all.
+
+    Returns:
+        (B, F, C, H, W), beginning with `conditioning`.
 
     Raises:
-        ValueError: the frames of z are not those of the chunks, or the given ones no whole chunks.
+        ValueError: the chunks do not add up to F frames, or `conditioning` does not end at the end of a chunk.
     """
     if z.shape[1] != sum(chunks.partition):
-        raise ValueError(f"{z.shape[1]} latent frames are not those of the chunks {list(chunks.partition)}")
+        raise ValueError(f"the chunks {list(chunks.partition)} do not add up to {z.shape[1]} latent frames")
     known = 0 if conditioning is None else chunks.whole(conditioning.shape[1])
     x = z[:, :0] if conditioning is None else conditioning
     for seen in list(chunks.growing())[known:]:
-        memory = None if len(seen) == 1 else flow_map.encode_context(x.detach(), seen[:-1], condition)
+        cache = None if len(seen) == 1 else flow_map.encode_context(x.detach(), seen[:-1], condition)
         noise = z[:, sum(seen[:-1]) : sum(seen)]
-        x = torch.cat((x, generate(noise, condition.after(CachedContext(seen, memory)))), dim=1)
+        x = torch.cat((x, generate(noise, condition.after(CachedContext(seen, cache)))), dim=1)
     return x
 
 
 Sampler = Callable[[FlowMap, Tensor, Condition, int, float], Tensor]
-"""(flow map, noise, condition, steps, shift) -> latents: `flow.sampler.sample`, and `sample_euler` for teachers."""
+"""(flow map, noise, condition, steps, shift) -> latents: `flow.sampler.sample`, or `sample_euler` for teachers."""
 
 
 @dataclass(frozen=True)
 class ClipSampler:
-    """Samples clips, with frames given or not.
+    """Samples clips, with or without conditioning frames.
 
     Attributes:
-        sampler: makes all frames, or a chunk.
-        chunks: of a clip that is made chunk by chunk, every one in so many steps; None: all frames together.
+        sampler: generates all frames together, or one chunk.
+        chunks: division of a clip into chunks, each of which takes all sampling steps; None generates all frames
+            together.
     """
 
     sampler: Sampler
@@ -72,10 +80,21 @@ class ClipSampler:
         shift: float,
         conditioning: Tensor | None = None,
     ) -> Tensor:
-        """A clip (B, F, C, H, W) from noise z of that shape, the first frames being `conditioning` (B, P, C, H, W).
+        """Sample clips.
+
+        Args:
+            flow_map: average velocity of a student, or velocity of a teacher.
+            z: (B, F, C, H, W) noise.
+            condition: of the B samples.
+            steps: number of sampling steps.
+            shift: time shift of the sampling grid.
+            conditioning: (B, P, C, H, W) first frames of the clips, clean; None generates all frames.
+
+        Returns:
+            (B, F, C, H, W), beginning with `conditioning`.
 
         Raises:
-            ValueError: as `chunk_by_chunk` and `after_prefix`.
+            ValueError: see `chunk_by_chunk` and `after_prefix`.
         """
 
         def generate(noise: Tensor, condition: Condition) -> Tensor:
@@ -87,19 +106,26 @@ class ClipSampler:
 
 
 def after_prefix(z: Tensor, condition: Condition, generate: Generate, conditioning: Tensor | None) -> Tensor:
-    """A clip whose frames after the given ones are generated all together.
+    """Generate all frames after the conditioning frames together.
 
     Args:
         z: (B, F, C, H, W) noise.
-        conditioning: (B, P, C, H, W) the clip's first frames, clean; None: there are none.
+        condition: of the B samples.
+        generate: generates the frames.
+        conditioning: (B, P, C, H, W) first frames of the clip, clean; None generates all frames.
+
+    Returns:
+        (B, F, C, H, W), beginning with `conditioning`.
 
     Raises:
-        ValueError: nothing is left to generate.
+        ValueError: `conditioning` has F frames or more, so that none is left to generate.
     """
     if conditioning is None:
         return generate(z, condition)
     if conditioning.shape[1] >= z.shape[1]:
-        raise ValueError(f"{conditioning.shape[1]} latent frames are given of {z.shape[1]}: none is left to generate")
+        raise ValueError(
+            f"{conditioning.shape[1]} of {z.shape[1]} latent frames are conditioning frames: none is left to generate"
+        )
     return torch.cat(
         (conditioning, generate(z[:, conditioning.shape[1] :], condition.after(Prefix(conditioning)))), dim=1
     )

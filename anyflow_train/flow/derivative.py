@@ -1,8 +1,8 @@
-"""The total derivative of the average velocity along a tangent, `D_w u = du/dt + w . du/dx`.
+"""Total derivative of the average velocity along a tangent, `D_w u = du/dt + w . du/dx`.
 
-The central difference at a finite epsilon is a smoothed derivative, not "the" derivative: on trained networks, whose
-fastest time features turn by 1 rad per 1/1000, it is far from the exact one (see `objectives.diagnose`), and trains
-better.
+A central difference with a finite epsilon is a smoothed derivative. The fastest time features of a trained network turn
+by 1 rad per 1/1000 of time, so the smoothed derivative is far from the exact one (see `objectives.diagnose`). Training
+with the smoothed one works better.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def central_difference(
     ends: Ends,
     precision: TimePrecision = "fp32",
 ) -> Tensor:
-    """Two evaluations on either side of (x, t), without gradient; points and times are float32 for any network.
+    """Divide the difference of two calls around (x, t) by its span, without gradient. Points and times are float32.
 
     Args:
         flow_map: the average velocity u(x, t, r, c).
         x: (B, F, C, H, W) points at time t.
         t, r: (B,) or (B, F) in [0, 1], r <= t; r is held fixed.
-        condition: of B samples.
-        tangent: direction w in which x moves, like x.
-        epsilon: half the span in time; a choice of smoothing.
-        ends: `clamped` stays inside of [r, 1] and divides by the true span (second order inside, first order at the
-            ends; 0 where the span is below 1e-4); `free` leaves the interval and divides by 2 epsilon, as published.
-        precision: `bf16` also rounds the two times to what the published code could hold.
+        condition: of the B samples.
+        tangent: direction w in which x moves; shape and dtype of x.
+        epsilon: half the span in time; sets how much the derivative is smoothed.
+        ends: `clamped` keeps both times in [r, 1] and divides by the true span (second order inside, first order at
+            the ends, 0 if the span is below 1e-4); `free` leaves the interval and divides by 2 epsilon, as published.
+        precision: `bf16` also rounds the two times to the bfloat16 grid of the published code.
 
     Returns:
-        The derivative, like x, float32 (float64 for float64 inputs).
+        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs).
     """
     x, t, r, tangent = (at_least_float32(a) for a in (x, t, r, tangent))
     if ends == "free":
@@ -61,7 +61,7 @@ def central_difference(
     later = flow_map(x + expand_time(after - t, x) * tangent, after, r, condition)
     earlier = flow_map(x + expand_time(before - t, x) * tangent, before, r, condition)
     span = expand_time(after - before, x)
-    smallest = min(SMALLEST_SPAN, epsilon / 2)  # a tiny epsilon, which float64 allows, keeps its derivative
+    smallest = min(SMALLEST_SPAN, epsilon / 2)  # a tiny epsilon in float64 must not give 0
     return torch.where(span < smallest, 0.0, (later - earlier) / span.clamp_min(smallest))
 
 
@@ -69,10 +69,20 @@ def central_difference(
 def exact_derivative(
     flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition, tangent: Tensor
 ) -> Tensor:
-    """The same derivative by forward-mode differentiation (`torch.func.jvp`), without gradient; arguments as above.
+    """Compute the exact derivative by forward-mode differentiation (`torch.func.jvp`), without gradient.
 
-    Runs attention with the math backend: the fused kernels have no forward-mode formula. About 1.8 times the cost of
-    the central difference; not with gradient checkpointing.
+    Attention runs with the math backend, because the fused kernels have no forward-mode formula. The cost is about 1.8
+    times that of the central difference. Gradient checkpointing is not supported.
+
+    Args:
+        flow_map: the average velocity u(x, t, r, c).
+        x: (B, F, C, H, W) points at time t.
+        t, r: (B,) or (B, F) in [0, 1], r <= t; r is held fixed.
+        condition: of the B samples.
+        tangent: direction w in which x moves; shape and dtype of x.
+
+    Returns:
+        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs).
     """
     x, t, r, tangent = (at_least_float32(a) for a in (x, t, r, tangent))
     with sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw depends on (seed, step, global position, purpose) and on nothing else."""
+"""Random numbers as a function of (seed, step, global position, purpose), and of nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def draw_key(*parts: int | str) -> int:
-    """A 63-bit generator seed from any tuple of numbers and names; the same on every machine."""
+    """Hash numbers and names to a 63-bit generator seed. It is the same on every machine."""
     digest = blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -19,14 +19,19 @@ def draw_key(*parts: int | str) -> int:
 class Draw:
     """The random numbers of one micro-batch.
 
-    A position is a sample's place in the step's global batch, so the numbers do not depend on ranks, accumulation or
-    workers.
+    A position is the place of a sample in the global batch of the step. The numbers therefore do not depend on the
+    number of processes, on gradient accumulation or on workers.
+
+    Example:
+        draw = Draw(seed=0, step=0, positions=(0, 1), device=torch.device("cpu"))
+        noise = draw.normal("noise", (2, 4, 8, 8))  # (2, 2, 4, 8, 8)
 
     Attributes:
-        seed, step: of the run.
+        seed: seed of the run.
+        step: training step, from 0.
         positions: global position of each of the B samples.
-        device: where the numbers are made; CPU and GPU generators differ.
-        scope: put before every purpose, so that two users of a step may name theirs alike.
+        device: device of the numbers. CPU and GPU generators give different numbers.
+        scope: prefix of every purpose, so that two parts of a step can use the same purpose.
     """
 
     seed: int
@@ -36,11 +41,11 @@ class Draw:
     scope: str = ""
 
     def scoped(self, name: str) -> Draw:
-        """The random numbers of the same samples for another user."""
+        """Random numbers of the same samples under an additional prefix, independent of those without it."""
         return replace(self, scope=f"{self.scope}{name}: ")
 
     def shared(self, purpose: str, columns: int) -> list[float]:
-        """Uniform numbers in [0, 1) that all samples of the step have in common, on every process."""
+        """Uniform numbers in [0, 1), the same for all samples of the step and on every process."""
         generator = torch.Generator().manual_seed(draw_key(self.seed, self.step, self.scope + purpose))
         return torch.rand(columns, generator=generator).tolist()
 
@@ -53,7 +58,7 @@ class Draw:
         return torch.stack([torch.rand(columns, generator=g, device=self.device) for g in self._generators(purpose)])
 
     def chances(self, purpose: str) -> tuple[float, ...]:
-        """A uniform number in [0, 1) for each sample, on the host: for what decides which forwards are made."""
+        """One uniform number in [0, 1) per sample, as Python floats. Use it to decide which network calls are made."""
         return tuple(replace(self, device=torch.device("cpu")).uniform(purpose, 1).flatten().tolist())
 
     def _generators(self, purpose: str) -> list[torch.Generator]:

@@ -1,4 +1,7 @@
-"""Flow-map backward simulation: a sampler with N steps, stopped around step g, in at most three network calls."""
+"""Flow-map backward simulation (AnyFlow, arXiv 2605.13724, on-policy stage).
+
+A rollout follows step g of a sampler with N steps, in at most three network calls.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,21 @@ FirstJump = Literal["gradient", "detached"]
 
 
 def rollout_jumps(steps: int, index: int, shift: float) -> tuple[tuple[float, float], ...]:
-    """The jumps 1 -> tau_g -> tau_{g+1} -> 0 on the grid of N steps without the empty ones: 2 or 3 (1 for N = 1)."""
+    """Jumps 1 -> tau_g -> tau_{g+1} -> 0 on the grid of N steps, without empty ones: 2 or 3 jumps (1 for N = 1).
+
+    Args:
+        steps: N.
+        index: g, in 0..N-1.
+        shift: time shift of the grid.
+
+    Returns:
+        (t, r) of each jump.
+
+    Raises:
+        ValueError: the index is not in 0..N-1.
+    """
     if not 0 <= index < steps:
-        raise ValueError(f"a rollout of {steps} steps has no step {index}")
+        raise ValueError(f"a rollout of {steps} steps has the steps 0 to {steps - 1}, not {index}")
     grid = sampling_grid(steps, shift)
     stops = (grid[0], grid[index], grid[index + 1], grid[-1])
     return tuple((t, r) for t, r in pairwise(stops) if t > r)
@@ -33,10 +48,22 @@ def rollout(
     shift: float,
     first_jump: FirstJump = "gradient",
 ) -> Tensor:
-    """From noise z (B, F, C, H, W) to latents of the same shape.
+    """Roll the student out from noise z (B, F, C, H, W) to latents of the same shape.
 
     Args:
-        first_jump: gradient flows through every jump, or not through 1 -> tau_g, where there is one.
+        flow_map: the student.
+        z: (B, F, C, H, W) noise.
+        condition: of the B samples.
+        steps: N.
+        index: g, in 0..N-1.
+        shift: time shift of the grid.
+        first_jump: `gradient` lets the gradient flow through every jump; `detached` excludes the jump 1 -> tau_g.
+
+    Returns:
+        (B, F, C, H, W) in the dtype of z.
+
+    Raises:
+        ValueError: the index is not in 0..N-1.
     """
     x = z
     jumps = rollout_jumps(steps, index, shift)

@@ -1,4 +1,4 @@
-"""From noise to data in any number of steps."""
+"""Samplers: from noise to data in any number of steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, Fl
 
 
 def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition) -> Tensor:
-    """One application of the flow map, `X(x, t, r) = x - (t - r) u(x, t, r)`: one network call. x: (B, F, C, H, W)."""
+    """Apply the flow map once, `X(x, t, r) = x - (t - r) u(x, t, r)`. One network call; x is (B, F, C, H, W)."""
     batch = x.shape[:1]
     source = torch.full(batch, t, dtype=x.dtype, device=x.device)
     target = torch.full(batch, r, dtype=x.dtype, device=x.device)
@@ -23,7 +23,24 @@ def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition)
 
 @torch.no_grad()
 def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
-    """Any-step sampling with a student: `steps` jumps from noise z (B, F, C, H, W) to latents of the same shape."""
+    """Sample with a student in any number of steps (AnyFlow, arXiv 2605.13724).
+
+    Example:
+        latents = sample(student.flow_map, torch.randn(1, 5, 16, 60, 104), condition, steps=4, shift=5.0)
+
+    Args:
+        flow_map: average velocity `(x, t, r, condition) -> u`.
+        z: (B, F, C, H, W) standard normal noise, float32.
+        condition: of the B samples.
+        steps: number of jumps, each one network call.
+        shift: time shift of the grid (`student.sampling.shift` of a loaded student).
+
+    Returns:
+        (B, F, C, H, W) normalised latents in the dtype of z. `Codec.decode_video` decodes them.
+
+    Raises:
+        ValueError: fewer than 1 step.
+    """
     times = sampling_grid(steps, shift)
     x = z
     for t, r in pairwise(times):
@@ -32,7 +49,7 @@ def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift
 
 
 def sample_euler(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
-    """Euler steps along the instantaneous velocity: how a teacher, which knows only r = t, is sampled."""
+    """Sample a teacher with Euler steps along the velocity at r = t. Arguments and result are those of `sample`."""
 
     def velocity(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         return flow_map(x, t, t, condition)
@@ -41,20 +58,20 @@ def sample_euler(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int,
 
 
 def guided(flow_map: FlowMap, negative: Condition, scale: float) -> FlowMap:
-    """Classifier-free guidance, `u_neg + w (u - u_neg)`, at two network calls.
+    """Apply classifier-free guidance, `u_neg + w (u - u_neg)`. Each call takes two network calls.
 
     Args:
-        flow_map: what is guided.
-        negative: the negative prompt, text (1, L, D); a sample's image condition stays.
-        scale: the CFG scale w; 1 is no guidance and returns `flow_map` itself. Codes that write
-            `cond + k (cond - uncond)` mean `w = 1 + k`.
+        flow_map: the flow map to guide.
+        negative: the negative prompt, text (1, L, D).
+        scale: the CFG scale w; 1 means no guidance and returns `flow_map` itself. In code that computes
+            `cond + k (cond - uncond)`, w is `1 + k`.
     """
     return flow_map if scale == 1 else _Guided(flow_map, negative, scale)
 
 
 @dataclass(frozen=True)
 class _Guided:
-    """A guided flow map. A causal network remembers another past under another text, so it remembers both."""
+    """A guided flow map. The cached context of a causal network depends on the text, so it holds one for each text."""
 
     flow_map: FlowMap
     negative: Condition
@@ -62,19 +79,19 @@ class _Guided:
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         with_text, without = condition, condition.with_text(self.negative.text)
-        if isinstance(condition.past, CachedContext) and isinstance(condition.past.kv_cache, _BothPasts):
-            memory, chunks = condition.past.kv_cache, condition.past.chunks
-            with_text = with_text.after(CachedContext(chunks, memory.with_text))
-            without = without.after(CachedContext(chunks, memory.without))
+        if isinstance(condition.past, CachedContext) and isinstance(condition.past.kv_cache, _TwoCaches):
+            caches, chunks = condition.past.kv_cache, condition.past.chunks
+            with_text = with_text.after(CachedContext(chunks, caches.with_text))
+            without = without.after(CachedContext(chunks, caches.without))
         return torch.lerp(self.flow_map(x, t, r, without), self.flow_map(x, t, r, with_text), self.scale)
 
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         flow_map = cast(CausalFlowMap, self.flow_map)
         without = condition.with_text(self.negative.text)
-        return _BothPasts(flow_map.encode_context(x, chunks, condition), flow_map.encode_context(x, chunks, without))
+        return _TwoCaches(flow_map.encode_context(x, chunks, condition), flow_map.encode_context(x, chunks, without))
 
 
 @dataclass(frozen=True)
-class _BothPasts:
+class _TwoCaches:
     with_text: object
     without: object

@@ -1,4 +1,4 @@
-"""The values that every room shares: what a network is conditioned on, and what a flow map is."""
+"""Types that all packages use: the condition of a sample, and the interface of a flow map."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 Rows = slice | Sequence[int]
-"""Some of the samples; numbers, unlike a tensor of them, make nobody wait for the device."""
+"""Indices of samples. They are Python numbers, because indexing with a tensor would wait for the device."""
 
 
 def take(x: Tensor, rows: Rows) -> Tensor:
-    """Some rows of a tensor."""
+    """Select rows of a tensor; x: (B, ...)."""
     return x[rows] if isinstance(rows, slice) else torch.stack([x[row] for row in rows])
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first frames of the clip, clean; what is generated are the others, all together.
+    """Conditioning frames at the start of the clip. The other frames are generated together.
 
     Attributes:
-        frames: (B, P, C, H, W).
+        frames: (B, P, C, H, W) clean latents.
     """
 
     frames: Tensor
@@ -34,12 +34,12 @@ class Prefix:
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """The first chunks of the clip, clean; what is generated are the newest of them, each from those before it.
+    """Clean chunks for teacher forcing. The newest chunks are generated, each given the clean chunks before it.
 
     Attributes:
-        chunks: frames of each.
-        context: (B, F_c, C, H, W) of the oldest, which are compressed; F_c may be 0.
-        clean: (B, F, C, H, W) of those that are generated.
+        chunks: latent frames of each chunk; their sum is F_c + F.
+        context: (B, F_c, C, H, W) clean latents of the oldest chunks, which are compressed; F_c may be 0.
+        clean: (B, F, C, H, W) clean latents of the chunks that are generated.
     """
 
     chunks: tuple[int, ...]
@@ -52,11 +52,11 @@ class TeacherForced:
 
 @dataclass(frozen=True)
 class CachedContext:
-    """The chunks before the one that is generated, as a causal network keeps them for all of its calls.
+    """Cached context of the chunk that is generated. It serves all network calls for this chunk.
 
     Attributes:
-        chunks: frames of each, the new one included.
-        kv_cache: what the network's flow map made of them (`CausalFlowMap.encode_context`); None: there are none.
+        chunks: latent frames of each chunk, including the new one.
+        kv_cache: result of `CausalFlowMap.encode_context` for the chunks before; None for the first chunk.
     """
 
     chunks: tuple[int, ...]
@@ -68,47 +68,47 @@ Past = Prefix | TeacherForced | CachedContext
 
 @dataclass(frozen=True)
 class Condition:
-    """What a sample is conditioned on.
+    """The condition of B samples: `Condition(text)`, or with conditioning frames `Condition(text, Prefix(frames))`.
 
     Attributes:
         text: (B, L, D) text embeddings, zero where padded.
-        image: (B, I, D_image) image embeddings, or None for text-to-video.
-        past: frames of the same clip that are given; None: all are generated, together.
+        past: conditioning frames or chunks of the same clip; None generates all frames together.
     """
 
     text: Tensor
-    image: Tensor | None = None
     past: Past | None = None
 
     def __getitem__(self, rows: Rows) -> Condition:
-        """The same condition for some of the samples. Raises ValueError for a network's memory, which has no rows."""
+        """Select samples. Raises ValueError for a cached context, which cannot be split by sample."""
         if isinstance(self.past, CachedContext):
-            raise ValueError("what a causal network remembers cannot be taken apart by samples")
+            raise ValueError("a cached context cannot be split by sample")
         past = None if self.past is None else self.past[rows]
-        return Condition(take(self.text, rows), None if self.image is None else take(self.image, rows), past)
+        return Condition(take(self.text, rows), past)
 
     def with_text(self, text: Tensor) -> Condition:
-        """The same samples with another text, (B, L, D) or one (1, L, D) for all; the rest stays."""
+        """Copy of this condition with another text: (B, L, D), or (1, L, D) for all samples."""
         return replace(self, text=text.expand(self.text.shape[0], -1, -1))
 
     def after(self, past: Past | None) -> Condition:
-        """The same samples with other given frames."""
+        """Copy of this condition with another past."""
         return replace(self, past=past)
 
 
 class FlowMap(Protocol):
-    """The average velocity `u(x_t, t, r, c)` from source time `t` back to target time `r`.
+    """Interface of an average velocity `u(x_t, t, r, c)` from source time `t` back to target time `r`.
 
-    x: (B, F, C, H, W) float32, those frames that are generated; t, r: (B,) or (B, F) float32 in [0, 1], r <= t.
-    Returns (B, F, C, H, W) float32. A teacher, which knows only the instantaneous velocity, is called at `r = t`.
+    Any function with this signature is a flow map. A teacher gives the velocity at `r = t`, and is only called there.
+
+    x: (B, F, C, H, W) float32, the frames that are generated. t, r: (B,) or (B, F) float32 in [0, 1], r <= t.
+    Returns (B, F, C, H, W) float32.
     """
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor: ...
 
 
 class CausalFlowMap(FlowMap, Protocol):
-    """A flow map that also generates a clip chunk by chunk."""
+    """Interface of a flow map that can also generate a clip chunk by chunk."""
 
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
-        """What the network keeps of the clean frames x (B, F, C, H, W) of these chunks; without gradient."""
+        """Encode clean frames x (B, F, C, H, W) of these chunks as cached context, without gradient."""
         ...

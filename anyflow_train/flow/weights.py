@@ -1,4 +1,4 @@
-"""How much a sample's loss counts, as a function of its source time."""
+"""Loss weights as a function of the source time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GRID_SIZE = 1000
 
 
 def beta08(t: Tensor, shift: float) -> Tensor:
-    """`w(t) ~ t (1 - t)^0.5`, mean 1 over the shifted 1000-point grid; 0 at t = 0 and t = 1. Shape and dtype of t."""
+    """Weight `w(t) ~ t (1 - t)^0.5` with mean 1 over the shifted grid of 1000 times. Shape and dtype of t."""
     return t * (1 - t).clamp_min(0).sqrt() / _grid_mean(shift)
 
 
 def uniform(t: Tensor) -> Tensor:
-    """Every time counts the same."""
+    """Weight 1 at every time. Shape and dtype of t."""
     return torch.ones_like(t)
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): attach to a network, name their parameters, merge, write as a file.
 
-An adapted layer can hold the adapters of several roles, of which one is active: see `models.shared_base`. A network of
-its own has one, which is always active.
+An adapted layer can hold the adapters of several roles, one of which is active at a time (see `models.shared_base`). In
+a network that is not shared, each layer has one adapter, which is always active.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ONLY = "adapter"
 
 
 class Switch:
-    """Which role is active. One plain attribute, not one per thread: a GPU's backward recomputes on another thread."""
+    """Holds the active role. It is not thread-local, because a backward on a GPU recomputes on another thread."""
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
 
 
 class LowRank(nn.Module):
-    """`scale * B A x`; the names are those of checkpoints."""
+    """A low-rank layer, `scale * B A x`. The attribute names appear in checkpoints."""
 
     def __init__(self, lora_A: nn.Linear, lora_B: nn.Linear, scale: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LowRank(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A module of the base and, for some roles, an addition to it or another module in its place."""
+    """A module of the base. Each role can add a low-rank layer to it, or replace it by its own module."""
 
     def __init__(self, base: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Adapted(nn.Module):
         self.train(base.training)
 
     def give(self, role: str, module: nn.Module) -> None:
-        """Add a role's own module."""
+        """Set the low-rank layer or the replacement of a role."""
         self.own[role] = module
 
     def forward(self, *inputs: Any) -> Any:
@@ -60,13 +60,13 @@ class Adapted(nn.Module):
         return active(*inputs)
 
     def __getattr__(self, name: str) -> Any:
-        """Weights and parts of the active module: callers read the weights' dtypes."""
+        """Forward access to weights and parts to the active module, because callers read the weights' dtypes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             active = self._active()
             module = self.base if isinstance(active, LowRank) else active
-            if name in module._parameters or name in module._modules:  # nothing else: engines hang marks on modules
+            if name in module._parameters or name in module._modules:  # only these: engines set attributes
                 return getattr(module, name)
             raise
 
@@ -76,10 +76,12 @@ class Adapted(nn.Module):
 
 
 def adapted(modules: Mapping[str, nn.Module], path: str, switch: Switch) -> Adapted:
-    """The wrapper around one of a network's modules, which is put in its place if it is not there yet.
+    """Return the wrapper around a module of the network. Wrap the module if it is not wrapped yet.
 
     Args:
-        modules: of the network before anything was wrapped, by path.
+        modules: path -> module of the network, from before any module was wrapped.
+        path: path of the module.
+        switch: holds the active role.
     """
     parent, _, name = path.rpartition(".")
     children: Any = modules[parent]._modules
@@ -89,7 +91,7 @@ def adapted(modules: Mapping[str, nn.Module], path: str, switch: Switch) -> Adap
 
 
 def add_low_rank(modules: Mapping[str, nn.Module], settings: Lora, seed: int, role: str, switch: Switch) -> list[str]:
-    """Give a role low-rank layers on all targets. They start at zero. Returns the targets' paths."""
+    """Add low-rank layers of a role to all targets. They start at zero. Returns the paths of the targets."""
     targets = [path for path in modules if is_target(path, settings)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,15 +101,15 @@ def add_low_rank(modules: Mapping[str, nn.Module], settings: Lora, seed: int, ro
 
 
 def add_lora(network: Backbone, settings: Lora, seed: int) -> None:
-    """Freeze the network and give it adapters, in place. They start at zero: the network computes what it did before.
+    """Freeze the network and add adapters, in place. The adapters start at zero, so the output does not change.
 
     Args:
         network: a network without adapters.
-        settings: rank, alpha and targets (each the last part of names of linear layers), and modules to train whole.
-        seed: of the random half of the adapters.
+        settings: rank, alpha, targets (suffixes of the names of linear layers), and modules that are fully trained.
+        seed: seed of the first factors; the second factors are zero.
 
     Raises:
-        UserError: a target or module that the network does not have, or that cannot be adapted.
+        UserError: the network lacks a target or module, or a target is not a linear layer.
     """
     modules = dict(network.named_modules())
     check_adapter(modules, settings, "student.adapter")
@@ -117,14 +119,14 @@ def add_lora(network: Backbone, settings: Lora, seed: int) -> None:
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by the names that checkpoints use: without the wrappers' own names in them."""
+    """Trainable parameters by their names in checkpoints, which omit the names of the wrappers."""
     return {_plain(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def merge_lora(network: AnyNetwork) -> AnyNetwork:
-    """A copy of a network with its adapters added into its weights, and with exactly the keys of a plain network.
+    """Copy a network with its adapters merged into the weights. The copy has the keys of a plain network.
 
-    The sums are float32, and rounded once to the dtype of the weight.
+    The sum is computed in float32 and rounded once, to the dtype of the weight.
     """
     weights = {_plain(key): w.detach().clone() for key, w in network.state_dict().items() if ".lora_" not in key}
     for name, own in _adapters(network):
@@ -137,16 +139,16 @@ def merge_lora(network: AnyNetwork) -> AnyNetwork:
 
 
 def lora_state_dict(network: Backbone) -> dict[str, Tensor]:
-    """The adapters under the names of a diffusers LoRA file, on the CPU: `AnyFlowPipeline.load_lora_weights` reads it.
+    """Adapters under the names of a diffusers LoRA file, on the CPU. `AnyFlowPipeline.load_lora_weights` reads it.
 
-    The second factors are multiplied by alpha / rank, so that a reader who knows nothing of alpha is right.
+    The second factors are multiplied by alpha / rank, because the file does not contain alpha.
 
     Raises:
-        ValueError: there are no adapters, or there are also modules trained whole, which such a file cannot hold.
+        ValueError: the network has no adapters, or has fully trained modules, which a LoRA file cannot hold.
     """
     whole = sorted(name for name in trainable_parameters(network) if ".lora_" not in name)
     if whole:
-        raise ValueError(f"a LoRA file cannot hold the modules that were trained whole, such as {whole[0]}")
+        raise ValueError(f"a LoRA file cannot hold fully trained modules, such as {whole[0]}")
     factors: dict[str, Tensor] = {}
     for name, own in _adapters(network):
         factors[f"transformer.{name}.lora_A.weight"] = own.lora_A.weight.detach().cpu().clone()
@@ -157,7 +159,7 @@ def lora_state_dict(network: Backbone) -> dict[str, Tensor]:
 
 
 def _adapters(network: nn.Module) -> Iterator[tuple[str, LowRank]]:
-    """Path of every adapted layer of a network of its own, and the adapter."""
+    """Path and adapter of every adapted layer of a network that is not shared."""
     for name, module in network.named_modules():
         if isinstance(module, Adapted):
             own = module.own[_ONLY]
@@ -166,7 +168,7 @@ def _adapters(network: nn.Module) -> Iterator[tuple[str, LowRank]]:
 
 
 def _low_rank(layer: Any, settings: Lora) -> LowRank:
-    """A first factor of random numbers and a second of zeros, drawn as peft does."""
+    """Create a low-rank layer initialised as in peft: random first factor, zero second factor."""
     first = nn.Linear(layer.in_features, settings.rank, bias=False)
     second = nn.Linear(settings.rank, layer.out_features, bias=False)
     nn.init.kaiming_uniform_(first.weight, a=5**0.5)
@@ -183,33 +185,34 @@ def _plain(name: str) -> str:
 
 
 def is_in(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a parameter or module belongs to one of the modules, which are named by the end of their path."""
+    """Whether a parameter or module belongs to one of the modules, given as suffixes of their paths."""
     return any(f".{module}." in f".{name}." for module in modules)
 
 
 def is_target(path: str, settings: Lora) -> bool:
-    """Whether a module is one that takes an adapter."""
+    """Whether a module is a target of an adapter."""
     return any(f".{path}".endswith(f".{target}") for target in settings.targets)
 
 
 def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) -> None:
-    """Compare settings with a network.
+    """Check that the settings fit the network.
 
     Args:
-        modules: of the network, by path.
+        modules: path -> module of the network.
+        settings: settings of the adapter.
         where: config key of the settings.
 
     Raises:
-        UserError: a target or module that the network does not have, or that cannot be adapted.
+        UserError: the network lacks a target or module, or a target is not a linear layer.
     """
     for key, names in (("targets", settings.targets), ("full_modules", settings.full_modules)):
         for name in names:
             if not any(f".{path}".endswith(f".{name}") for path in modules):
-                raise UserError(f"{where}.{key}", f"{name!r} names no module of the network")
+                raise UserError(f"{where}.{key}", f"the network has no module {name!r}")
     for path, module in modules.items():
         if not is_target(path, settings):
             continue
         if not isinstance(module, nn.Linear):
-            raise UserError(f"{where}.targets", f"{path!r} is no linear layer; only those take an adapter")
+            raise UserError(f"{where}.targets", f"{path!r} is not a linear layer, and cannot have an adapter")
         if is_in(path, settings.full_modules):
-            raise UserError(f"{where}.full_modules", f"{path!r} is also a target; it can be only one of the two")
+            raise UserError(f"{where}.full_modules", f"{path!r} is also a target; remove it from one of the two")

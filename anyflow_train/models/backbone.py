@@ -1,6 +1,6 @@
-"""What the bidirectional and the causal network have in common: all weights but one, the loop over blocks, the checks.
+"""Base class of the bidirectional and the causal network, both Wan2.1's video transformer with two times.
 
-Both are Wan2.1's video transformer with two times.
+It holds all weights except the causal network's second patch embedding, the loop over blocks, and the checks.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from anyflow_train.models.kv_cache import StopAfterKV
 
 
 class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
-    """Base of both networks; their constructors document the arguments and register them as the config.
+    """Base class of both networks. Their constructors document the arguments and register them as the config.
 
     Raises:
-        ValueError: a `patch_size`, `attention_head_dim` or `deltatime_type` that the network cannot have.
+        ValueError: invalid `patch_size`, `attention_head_dim`, `deltatime_type` or `image_dim`.
     """
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules: ClassVar = ["AnyFlowTransformerBlock"]
-    # diffusers' list and `delta_embedder`, which needs the precision as much as its twin.
+    # diffusers' list, and `delta_embedder`, which needs as much precision as `time_embedder`.
     _keep_in_fp32_modules: ClassVar = [
         "time_embedder",
         "delta_embedder",
@@ -44,39 +44,33 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     ]
     _repeated_blocks: ClassVar = ["AnyFlowTransformerBlock"]
 
-    def __init__(
-        self,
-        patch_size: tuple[int, int, int],
-        num_attention_heads: int,
-        attention_head_dim: int,
-        in_channels: int,
-        out_channels: int | None,
-        text_dim: int,
-        freq_dim: int,
-        ffn_dim: int,
-        num_layers: int,
-        cross_attn_norm: bool,
-        eps: float,
-        image_dim: int | None,
-        gate_value: float,
-        deltatime_type: str,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        _check_architecture(tuple(patch_size), attention_head_dim, deltatime_type)
-        dim = num_attention_heads * attention_head_dim
-        patch = patch_size[1]
-        self.patch_embedding = PatchEmbedding(in_channels, dim, patch)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim, gate_value, deltatime_type)
-        self.blocks = nn.ModuleList(
-            AnyFlowTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+        config = self.config  # registered before the body of the constructor runs
+        patch, heads = config.patch_size[1], config.num_attention_heads
+        _check_architecture(
+            tuple(config.patch_size), config.attention_head_dim, config.deltatime_type, config.image_dim
         )
-        self.proj_out = nn.Linear(dim, (out_channels or in_channels) * patch**2)
+        dim = heads * config.attention_head_dim
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, patch)
+        self.condition_embedder = ConditionEmbedder(
+            dim, config.freq_dim, config.text_dim, config.gate_value, config.deltatime_type
+        )
+        self.blocks = nn.ModuleList(
+            AnyFlowTransformerBlock(dim, config.ffn_dim, heads, config.cross_attn_norm, config.eps)
+            for _ in range(config.num_layers)
+        )
+        self.proj_out = nn.Linear(dim, (config.out_channels or config.in_channels) * patch**2)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, but the config of another class is refused: its weights would only half fit."""
+        """Build a network from a config, as in diffusers.
+
+        Raises:
+            ValueError: the config is of another class, whose weights would not all fit.
+        """
         name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
         if name != cls.__name__:
             raise ValueError(
@@ -86,7 +80,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
 
     @property
     def config(self) -> Any:
-        """The constructor's arguments as attributes and keys; diffusers' own type for them has keys only."""
+        """Constructor arguments, as attributes and keys. The type in diffusers' annotation has only keys."""
         return self._internal_dict
 
     def _run_blocks(
@@ -95,39 +89,39 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         context: Tensor,
         modulation: Tensor,
         rotation: Tensor,
-        views: Sequence[AttentionPattern | StopAfterKV | None],
+        patterns: Sequence[AttentionPattern | StopAfterKV | None],
     ) -> Tensor:
-        """All blocks, one after the other, each checkpointed if that is on.
+        """Run all blocks, with gradient checkpointing if it is enabled.
 
-        Arguments and result are those of a block, but for its view: `views` has one for every block.
+        Arguments and result are those of a block, except that `patterns` has one attention pattern per block.
         """
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
-        for block, view in zip(self.blocks, views, strict=True):
+        for block, pattern in zip(self.blocks, patterns, strict=True):
             if checkpoint is None or not self.gradient_checkpointing:
-                x = block(x, context, modulation, rotation, view)
+                x = block(x, context, modulation, rotation, pattern)
             else:
-                x = checkpoint(block, x, context, modulation, rotation, view)
+                x = checkpoint(block, x, context, modulation, rotation, pattern)
         return x
 
     def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens to patches of the output: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
+        """Project tokens to output patches: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
         shift, scale = (at_least_float32(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
         return self.proj_out(modulated_layer_norm(x, shift, scale, self.config.eps))
 
     def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        """Tokens of frames of a grid of patches to latents: (B, S, D) -> (B, F, C_out, H, W)."""
+        """Project tokens to latents: (B, S, D) -> (B, F, C_out, H, W). `grid`: rows and columns of a frame."""
         return unpatchify(self._project(x, embedding), frames, *grid, self.config.patch_size[1])
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of a frame."""
+        """Number of rows and columns of patches in a frame."""
         patch = self.config.patch_size[1]
         return latents.shape[3] // patch, latents.shape[4] // patch
 
     def _check_latents(self, latents: Tensor) -> torch.Size:
-        """The shape (B, F, C, H, W).
+        """Check latents and return their shape (B, F, C, H, W).
 
         Raises:
-            ValueError: another shape, sides that the patch does not divide, or a grid that is too long.
+            ValueError: wrong shape, height or width not divisible by the patch, or a grid that is too long.
         """
         shape = tuple(latents.shape)
         if len(shape) != 5 or shape[2] != self.config.in_channels:
@@ -145,34 +139,31 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
                 f"rope_max_seq_len = {self.config.rope_max_seq_len}"
             )
 
-    def _check_context(self, batch: int, text: Tensor, image: Tensor | None) -> None:
+    def _check_text(self, batch: int, text: Tensor) -> None:
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
             raise ValueError(
                 f"encoder_hidden_states must be ({batch}, L, {self.config.text_dim}), "
                 f"but its shape is {tuple(text.shape)}"
             )
-        if image is None:
-            return
-        if self.config.image_dim is None:
-            raise ValueError("encoder_hidden_states_image was given to a network without image_dim")
-        if image.ndim != 3 or image.shape[0] != batch or image.shape[2] != self.config.image_dim:
-            raise ValueError(
-                f"encoder_hidden_states_image must be ({batch}, I, {self.config.image_dim}), "
-                f"but its shape is {tuple(image.shape)}"
-            )
 
 
-def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str) -> None:
+def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str, image_dim: None) -> None:
     if len(patch_size) != 3 or patch_size[0] != 1 or patch_size[1] != patch_size[2] or patch_size[1] < 1:
         raise ValueError(f"patch_size must be (1, p, p), not {patch_size}")
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"attention_head_dim must be even, not {head_dim}")
     if deltatime_type not in ("r", "t-r"):
         raise ValueError(f'deltatime_type must be "r" or "t-r", not {deltatime_type!r}')
+    if image_dim is not None:
+        raise ValueError(f"image_dim must be None, not {image_dim}: image embeddings are not supported")
 
 
 def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
-    """Times of shape (), (B,) or (B, F) as (1, 1), (B, 1) or (B, F): as few rows as carry the information."""
+    """Reshape times of shape (), (B,) or (B, F) to (1, 1), (B, 1) or (B, F).
+
+    Raises:
+        ValueError: another shape.
+    """
     shape = tuple(times.shape)
     if shape == ():
         return times.view(1, 1)
@@ -184,7 +175,7 @@ def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, frames: int, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
+    """Join patches: (B, F * rows * columns, patch * patch * C) -> (B, F, C, rows * patch, columns * patch)."""
     patches = x.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, rows, columns))
-    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies of long runs are fast
+    pixels = patches.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # channels last: copies long runs
     return pixels.permute(0, 1, 4, 2, 3).contiguous()

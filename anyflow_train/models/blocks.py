@@ -1,4 +1,4 @@
-"""The transformer block of Wan2.1, with its parameter names."""
+"""Transformer block of Wan2.1, with the parameter names of its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from anyflow_train.models.rotary import rotate
 
 
 class AnyFlowTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward.
+    """A block of self-attention, attention to the text, and feed-forward.
 
-    The modulation is kept per frame (or per sample) and broadcast over the tokens, never expanded to them.
+    The modulation has one row per frame or per sample. It is broadcast over the tokens, not expanded.
     """
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float) -> None:
@@ -34,46 +34,47 @@ class AnyFlowTransformerBlock(nn.Module):
         text: Tensor,
         modulation: Tensor,
         rotation: Tensor,
-        view: AttentionPattern | StopAfterKV | None = None,
+        pattern: AttentionPattern | StopAfterKV | None = None,
     ) -> Tensor:
-        """
+        """Apply the block.
+
         Args:
             x: (B, S, D) tokens, frame by frame.
-            text: (B, L, D) tokens to attend to.
+            text: (B, L, D) text tokens.
             modulation: (B or 1, F or 1, 6, D) float32.
-            rotation: (S, head_dim / 2, 2) float32, of `rotary`.
-            view: what the tokens attend to in self-attention; None: all to all. `StopAfterKV`: stop after the keys and
-                values are recorded.
+            rotation: (S, head_dim / 2, 2) float32 table of `rotary`.
+            pattern: attention pattern of self-attention; None means all-to-all. `StopAfterKV` records keys and values
+                and skips the rest of the block.
 
         Returns:
-            (B, S, D) in the dtype of x; with `StopAfterKV` x itself.
+            (B, S, D) in the dtype of x; x itself for `StopAfterKV`.
         """
         modulation = modulation + at_least_float32(self.scale_shift_table)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
         normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
-        if isinstance(view, StopAfterKV):
-            view.keep(*self.attn1.keys_and_values(normed, rotation))
+        if isinstance(pattern, StopAfterKV):
+            pattern.keep(*self.attn1.keys_and_values(normed, rotation))
             return x
-        x = add_gated(x, self.attn1(normed, normed, rotation, view), gate_attn)
+        x = add_gated(x, self.attn1(normed, normed, rotation, pattern), gate_attn)
         x = x + self.attn2(self.norm2(x), text)
         normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
         return add_gated(x, self.ffn(normed), gate_ffn)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """`x + update * gate` in float32 at least, returned in the dtype of x.
+    """Compute `x + update * gate` in float32 or wider. Returns the dtype of x.
 
     x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
     """
     frames = (gate.shape[1], -1)
-    # `update` is widened as CUDA's autocast would, so that a CPU keeps the same for the gate's gradient.
+    # Convert `update` as autocast on CUDA would, so that a CPU saves the same tensor for the gradient of the gate.
     x_wide, update = at_least_float32(x).unflatten(1, frames), at_least_float32(update).unflatten(1, frames)
     return torch.addcmul(x_wide, update, gate).view(x.shape).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys (the norm spans all heads, as in Wan2.1)."""
+    """Multi-head attention with RMS-normalised queries and keys. The norm spans all heads, as in Wan2.1."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -86,14 +87,15 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, rotation: Tensor | None = None, view: AttentionPattern | None = None
+        self, x: Tensor, context: Tensor, rotation: Tensor | None = None, pattern: AttentionPattern | None = None
     ) -> Tensor:
-        """
+        """Compute self-attention or cross-attention.
+
         Args:
-            x: (B, S, D).
-            context: (B, L, D), what is attended to: x itself in self-attention.
+            x: (B, S, D) tokens of the queries.
+            context: (B, L, D) tokens of the keys and values; x itself for self-attention.
             rotation: (S, head_dim / 2, 2) float32, for self-attention.
-            view: what the tokens attend to, for self-attention; None: all to all.
+            pattern: attention pattern of self-attention; None means all-to-all.
 
         Returns:
             (B, S, D).
@@ -102,17 +104,19 @@ class Attention(nn.Module):
         key, value = self.keys_and_values(context, rotation)
         if rotation is not None:
             query = rotate(query, rotation)
-        attended = attend(query, key, value) if view is None else view.attend(query, key, value)
+        attended = attend(query, key, value) if pattern is None else pattern.attend(query, key, value)
         return self.to_out[0](attended)
 
     def keys_and_values(self, context: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> twice (B, L, H, head_dim), the keys rotated. Arguments as in `forward`."""
+        """Compute rotated keys and values: (B, L, D) -> twice (B, L, H, head_dim). Arguments as in `forward`."""
         key = self.norm_k(self.to_k(context)).unflatten(2, (self.heads, -1))
         value = self.to_v(context).unflatten(2, (self.heads, -1))
         return key if rotation is None else rotate(key, rotation), value
 
 
 class RMSNorm(nn.Module):
+    """RMS norm over the last dimension with a learned weight."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -123,7 +127,7 @@ class RMSNorm(nn.Module):
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32 at least, in the dtype of its input."""
+    """Layer norm that computes in float32 or wider, and returns the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
@@ -131,7 +135,7 @@ class WideLayerNorm(nn.LayerNorm):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between; `net.1` is a place without parameters in checkpoints."""
+    """Two linear layers with a tanh-approximated GELU between. Checkpoints number them `net.0` and `net.2`."""
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -142,6 +146,8 @@ class FeedForward(nn.Module):
 
 
 class GeluLinear(nn.Module):
+    """A linear layer followed by a tanh-approximated GELU."""
+
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, inner_dim)

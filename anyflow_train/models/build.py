@@ -1,4 +1,4 @@
-"""Networks from constructor arguments: with random weights, or with weights that are read one by one."""
+"""Build networks from constructor arguments, with random weights or with weights that are read one by one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
 Read = Callable[[str], Tensor]
-"""Model name of a weight -> the weight, float32, on the CPU. It may lie in a file: clone it before it is changed."""
+"""Model name -> weight, float32, on the CPU. It may be mapped from a file: clone it before you change it."""
 
 
 def network_class(arguments: Mapping[str, Any]) -> type:
-    """`AnyFlowFARTransformer3DModel` for constructor arguments with chunks, else `AnyFlowTransformer3DModel`."""
+    """Network class for constructor arguments: causal if they have a `chunk_partition`, else bidirectional."""
     return AnyFlowFARTransformer3DModel if "chunk_partition" in arguments else AnyFlowTransformer3DModel
 
 
 def build_empty(arguments: Mapping[str, Any]) -> Any:
-    """A network on the meta device: names and shapes, no memory and no random numbers."""
+    """Build a network on the meta device, which takes no memory and draws no random numbers."""
     with torch.device("meta"):
         return network_class(arguments)(**arguments)
 
 
 def assemble(arguments: Mapping[str, Any], read: Read) -> Any:
-    """A network on the CPU whose weights are read, in memory of its own."""
+    """Build a network on the CPU from copies of the weights that `read` returns."""
     network = build_empty(arguments)
     weights = {name: read(name).clone() for name, _ in network.named_parameters()}
     network.load_state_dict(weights, strict=True, assign=True)
@@ -38,14 +38,14 @@ def assemble(arguments: Mapping[str, Any], read: Read) -> Any:
 
 
 def build_network(arguments: Mapping[str, Any], seed: int, time_frequency_limit: float | None = None) -> Any:
-    """A network with random weights, a function of (arguments, seed) alone.
+    """Build a network whose random weights depend only on the arguments of this function.
 
     Args:
-        arguments: of the constructor.
-        seed: of the weights.
-        time_frequency_limit: in radians per 1/1000 of time. Time features that turn faster start damped in proportion:
-            left at full strength, a network that is trained from scratch becomes rough in time, and the difference
-            quotient of the flow-map objective then measures that roughness.
+        arguments: constructor arguments.
+        seed: seed of the weights.
+        time_frequency_limit: radians per 1/1000 of time; None for no limit. The weights of faster time features start
+            smaller in proportion. Without it, a network trained from scratch becomes rough in time, and the central
+            difference of the flow-map objective measures that roughness.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Which tokens a sequence of chunks has, and which of them see which (FAR, arXiv 2503.19325).
+"""Token layout and attention pattern of a sequence of chunks (FAR, arXiv 2503.19325).
 
-The mask is block-causal, and so a handful of dense rectangles: the tokens of a chunk all see the same keys. Each chunk
-is therefore one dense attention call: exact, as fast as the device's kernel, with a backward wherever there is one.
+The mask is block-causal, so all tokens of a chunk see the same keys. Each chunk is therefore one dense attention call.
+This is exact, uses the fast kernel of the device, and supports every backward that the kernel has.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from anyflow_train.models.attend import attend
 from anyflow_train.models.rotary import Stretch
 
 Span = tuple[int, int]
-"""Neighbouring tokens: the first, and the one after the last."""
+"""Range of tokens: the first, and one after the last."""
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """The tokens of a sequence: [context | clean copies | full], chunk by chunk, frame by frame.
+    """The tokens of a sequence, [context | clean copies | full], chunk by chunk and frame by frame.
 
-    Without copies it is block-causal: a chunk sees itself and all before it. With copies the full chunks are noisy: one
-    sees the context, the clean copies of the chunks before it, and itself; a copy sees the context and the copies up to
-    itself. No chunk sees the copy of the newest one, so there is none.
+    Without copies, each chunk sees itself and all chunks before it. With copies, the full chunks are noisy: each sees
+    the context, the clean copies of the chunks before it, and itself. Each copy sees the context and the copies up to
+    itself. The newest chunk has no copy, because no chunk would see it.
 
     Attributes:
-        context: frames of each of the oldest chunks, whose patches are large.
-        full: frames of each chunk after them, whose patches are the network's.
-        copies: frames of each clean copy: of all in `full` but the newest, or nothing.
+        context: frames of each of the oldest chunks, which have large patches.
+        full: frames of each newer chunk, which has patches of the usual size.
+        copies: frames of each clean copy (all chunks in `full` except the newest), or empty.
         grid: (rows, columns) of tokens of a frame in `full`.
-        pool: small patches, in height and in width, that a large one covers.
+        pool: height and width of a large patch, in small patches.
     """
 
     context: tuple[int, ...]
@@ -43,43 +43,50 @@ class ChunkLayout:
 
     @classmethod
     def of(cls, partition: Sequence[int], full_chunks: int, grid: tuple[int, int], pool: int) -> ChunkLayout:
-        """Of chunks without clean copies, the newest `full_chunks` of them at full patch size.
+        """Lay out chunks without clean copies.
+
+        Args:
+            partition: frames of each chunk, oldest first.
+            full_chunks: number of the newest chunks that have patches of the usual size.
+            grid: (rows, columns) of small patches of a frame.
+            pool: height and width of a large patch, in small patches.
 
         Raises:
-            ValueError: no chunk, an empty chunk, or large patches that do not cover the frames of the context.
+            ValueError: no chunk, an empty chunk, or a grid that large patches do not divide.
         """
         partition = tuple(partition)
         if not partition or min(partition) < 1:
-            raise ValueError(f"chunk_partition must name one frame or more for every chunk, but is {partition}")
+            raise ValueError(f"chunk_partition must have chunks of at least 1 frame each, but is {partition}")
         older = max(len(partition) - full_chunks, 0)
         if older and (grid[0] % pool or grid[1] % pool):
             raise ValueError(
-                f"frames of {grid[0]} x {grid[1]} patches cannot be cut into the context's patches "
-                f"(compressed_patch_size) of {pool} x {pool} of these; {older} chunks are context"
+                f"frames of {grid[0]} x {grid[1]} patches cannot be divided into large patches (compressed_patch_size) "
+                f"of {pool} x {pool} of these, which the {older} oldest chunks need"
             )
         return cls(partition[:older], partition[older:], (), grid, pool)
 
     def with_copies(self) -> ChunkLayout:
-        """The same with clean copies of the full chunks."""
+        """Add clean copies of the full chunks."""
         return replace(self, copies=self.full[:-1])
 
     @property
     def frames(self) -> int:
-        """Frames of the video, its copies not counted."""
+        """Number of frames of the video, without copies."""
         return sum(self.context) + sum(self.full)
 
     @property
     def tokens(self) -> int:
+        """Number of tokens S of the sequence."""
         context, copies, full = self._lengths()
         return sum(context) + sum(copies) + sum(full)
 
     @property
     def full_tokens(self) -> int:
-        """How many tokens, the last ones, are those of `full`."""
+        """Number of tokens of `full`. They are the last ones of the sequence."""
         return sum(self._lengths()[2])
 
     def stretches(self) -> tuple[Stretch, ...]:
-        """Where the tokens lie in the video; a copy lies where its original does."""
+        """Positions of the tokens in the video. A copy has the positions of its original."""
         rows, columns = self.grid
         older = sum(self.context)
         every = (
@@ -90,9 +97,9 @@ class ChunkLayout:
         return tuple(each for each in every if each.grid[0])
 
     def rows(self, per_frame: Tensor) -> Tensor:
-        """One row per frame to rows for equally many tokens each, since a frame of the context has fewer tokens.
+        """Repeat rows of newer frames, so that each row covers the same number of tokens as one of the context.
 
-        per_frame: (B, 1 or frames with copies, ...), one row standing for all. Returns (B, rows, ...).
+        per_frame: (B, 1 or frames with copies, ...); one row applies to all frames. Returns (B, rows, ...).
         """
         if per_frame.shape[1] == 1 or not self.context:
             return per_frame
@@ -101,7 +108,7 @@ class ChunkLayout:
         return torch.cat((per_frame[:, :older], newer), dim=1)
 
     def attention(self) -> Segments:
-        """What each chunk sees."""
+        """Attention pattern of the sequence."""
         context, copies, full = self._lengths()
         spans = _spans((*context, *copies, *full))
         if not copies:
@@ -115,7 +122,7 @@ class ChunkLayout:
         return Segments(tuple(segments))
 
     def _lengths(self) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of each chunk of the context, of the copies, and of the full chunks."""
+        """Number of tokens of each chunk in the context, the copies and the full chunks."""
         large = self.grid[0] * self.grid[1]
         small = large // self.pool**2
         return [n * small for n in self.context], [n * large for n in self.copies], [n * large for n in self.full]
@@ -123,7 +130,7 @@ class ChunkLayout:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries that see the same keys."""
+    """A range of queries and the ranges of keys that they all see."""
 
     queries: Span
     keys: tuple[Span, ...]
@@ -131,12 +138,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """Attention as one dense call per segment; together their queries are all tokens, in order."""
+    """An attention pattern with one dense call per segment. The queries of the segments are all tokens, in order."""
 
     segments: tuple[Segment, ...]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Three times (B, S, H, head_dim) -> (B, S, D)."""
+        """Compute self-attention. query, key, value: (B, S, H, head_dim). Returns (B, S, D)."""
         lengths = [stop - start for start, stop in (each.queries for each in self.segments)]
         parts = [
             attend(part, _taken(key, each.keys), _taken(value, each.keys))
@@ -148,7 +155,11 @@ class Segments:
 def check_chunks(
     patch_size: tuple[int, ...], compressed: tuple[int, ...], limit: int, partition: tuple[int, ...]
 ) -> None:
-    """Raises ValueError: constructor arguments that a causal network cannot have."""
+    """Check constructor arguments of a causal network.
+
+    Raises:
+        ValueError: invalid patch size, limit or partition.
+    """
     if len(compressed) != 3 or compressed[0] != 1 or compressed[1] != compressed[2]:
         raise ValueError(f"compressed_patch_size must be (1, q, q), not {compressed}")
     if compressed[1] < 1 or compressed[1] % patch_size[1]:
@@ -156,17 +167,17 @@ def check_chunks(
     if limit < 1:
         raise ValueError(f"full_chunk_limit must be 1 or more, not {limit}")
     if not partition or min(partition) < 1:
-        raise ValueError(f"chunk_partition must name one frame or more for every chunk, but is {partition}")
+        raise ValueError(f"chunk_partition must have chunks of at least 1 frame each, but is {partition}")
 
 
 def _taken(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """Tokens of a few spans, a view where it is one."""
+    """Select tokens; for a single span, the result is a view."""
     parts = [x[:, start:stop] for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _spans(lengths: Sequence[int]) -> list[Span]:
-    """Where parts of given lengths lie, one after the other."""
+    """Convert lengths of consecutive parts to spans."""
     spans, start = [], 0
     for length in lengths:
         spans.append((start, start + length))

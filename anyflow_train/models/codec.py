@@ -1,4 +1,4 @@
-"""Video to latents and back, and captions to text embeddings, by the VAE and text encoder of a Wan2.1 pipeline."""
+"""VAE and text encoder of a Wan2.1 pipeline: video to latents and back, and captions to text embeddings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from anyflow_train.errors import UserError
 
 
 class Codec:
-    """The VAE of a pipeline, and its tokenizer and text encoder, which are loaded when a text is first encoded.
+    """VAE, tokenizer and text encoder of a pipeline. The last two are loaded when a text is first encoded.
+
+    Example:
+        codec = Codec.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "cuda", torch.bfloat16)
+        latents = codec.encode_video(video)  # (1, 3, 81, 480, 832) -> (1, 21, 16, 60, 104)
 
     Attributes:
         source: pipeline folder or hub id.
         vae: frozen AutoencoderKLWan.
-        device, dtype: where and in what the VAE and the text encoder compute.
+        device: device of the VAE and the text encoder.
+        dtype: dtype of the VAE and the text encoder.
     """
 
     def __init__(self, source: str, vae: AutoencoderKLWan, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +40,13 @@ class Codec:
 
     @classmethod
     def load(cls, source: str | Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Codec:
-        """
+        """Load the VAE of a pipeline.
+
+        Args:
+            source: pipeline folder or hub id.
+            device: device of the VAE and the text encoder.
+            dtype: dtype of the VAE and the text encoder.
+
         Raises:
             UserError: the source has no VAE of Wan2.1.
         """
@@ -44,27 +55,27 @@ class Codec:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent, in height and in width."""
+        """Pixels per latent, in height and in width (8 for Wan2.1)."""
         return self.vae.config["scale_factor_spatial"]
 
     @property
     def temporal_factor(self) -> int:
-        """Video frames per latent frame, but for the first: 4n + 1 frames become n + 1."""
+        """Video frames per latent frame, except for the first (4 for Wan2.1: 4n + 1 frames become n + 1)."""
         return self.vae.config["scale_factor_temporal"]
 
     @property
     def latents_mean(self) -> tuple[float, ...]:
-        """Per channel, of the latents as the VAE makes them."""
+        """Mean per channel of the latents before normalisation."""
         return tuple(self.vae.config["latents_mean"])
 
     @property
     def latents_std(self) -> tuple[float, ...]:
-        """Per channel, of the latents as the VAE makes them."""
+        """Standard deviation per channel of the latents before normalisation."""
         return tuple(self.vae.config["latents_std"])
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
-        """The mode of the posterior, normalised per channel; the same for the same video.
+        """Encode a video as the mode of the posterior, normalised per channel.
 
         Args:
             video: (B, 3, 4n + 1, H, W) in [-1, 1], any floating dtype.
@@ -73,41 +84,48 @@ class Codec:
             (B, n + 1, C, H / 8, W / 8) float32, mean 0 and variance 1 over natural videos.
 
         Raises:
-            ValueError: a number of frames other than 4n + 1, or a side that 8 does not divide.
+            ValueError: the number of frames is not 4n + 1, or height or width is not a multiple of 8.
         """
         _, _, frames, height, width = video.shape
         if frames % self.temporal_factor != 1:
             raise ValueError(f"a video must have {self.temporal_factor}n + 1 frames, not {frames}")
         if height % self.spatial_factor or width % self.spatial_factor:
-            raise ValueError(f"{height} x {width} pixels are no multiples of {self.spatial_factor}")
+            raise ValueError(f"height and width must be multiples of {self.spatial_factor}, not {height} x {width}")
         posterior = self.vae.encode(video.to(self.device, self.dtype), return_dict=False)[0]
         mean, std = self._statistics()
         return ((posterior.mode().float() - mean) / std).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> Tensor:
-        """(B, n + 1, C, h, w) normalised latents of any floating dtype -> (B, 3, 4n + 1, 8h, 8w) float32 in [-1, 1]."""
+        """Decode normalised latents.
+
+        Args:
+            latents: (B, n + 1, C, h, w), any floating dtype.
+
+        Returns:
+            (B, 3, 4n + 1, 8h, 8w) float32 video in [-1, 1].
+        """
         mean, std = self._statistics()
         raw = latents.to(self.device, torch.float32).transpose(1, 2) * std + mean
         return self.vae.decode(raw.to(self.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], max_length: int = 512) -> list[Tensor]:
-        """Embeddings of the valid tokens of each text, as WanPipeline makes them before it pads them with zeros.
+        """Encode texts as WanPipeline does, without its padding.
 
         Args:
             texts: captions or prompts; "" is the empty prompt.
-            max_length: in tokens; what is longer is cut.
+            max_length: maximum number of tokens; longer texts are cut.
 
         Returns:
-            For each text (tokens, D) in the dtype of the codec, on its device.
+            Embeddings (tokens, D) of each text, in the dtype and on the device of the codec.
 
         Raises:
             UserError: the source has no tokenizer or text encoder.
         """
         if not texts:
             return []
-        # Padding to the longest is enough: the mask hides padding from the valid tokens, and it is cut off.
+        # Padding to the longest text is enough: the mask hides the padding from valid tokens, and it is cut off below.
         batch = self.tokenizer(
             [clean_prompt(text) for text in texts],
             padding="longest",
@@ -121,12 +139,12 @@ class Codec:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The pipeline's tokenizer."""
+        """Tokenizer of the pipeline."""
         return _from_pretrained(AutoTokenizer, self.source, "tokenizer")
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
-        """The pipeline's text encoder, frozen: with UMT5-XXL 11 GiB in bfloat16, so only loaded where it is used."""
+        """Text encoder of the pipeline, frozen. It is loaded on first use: UMT5-XXL takes 11 GiB in bfloat16."""
         encoder = _from_pretrained(UMT5EncoderModel, self.source, "text_encoder", dtype=self.dtype)
         return encoder.to(self.device).eval().requires_grad_(False)
 
@@ -136,15 +154,15 @@ class Codec:
 
 
 def clean_prompt(text: str) -> str:
-    """A prompt as WanPipeline reads it: broken encodings mended, HTML entities resolved, white space made single."""
+    """Clean a prompt as WanPipeline does: repair encodings, resolve HTML entities, collapse white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: Any) -> Any:
     if Path(source).is_dir() and not (Path(source) / part).is_dir():
-        raise UserError(str(source), f"has no folder {part!r}; a Wan2.1 pipeline folder or hub id is wanted")
+        raise UserError(str(source), f"has no folder {part!r}; give a Wan2.1 pipeline folder or hub id")
     try:
         return part_class.from_pretrained(source, subfolder=part, **options)
     except (OSError, ValueError) as error:
-        raise UserError(str(source), f"its {part} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(str(source), f"cannot load the {part}: {str(error).splitlines()[0]}") from error

@@ -1,31 +1,32 @@
-"""From latents, times, text and image embeddings to the vectors that the blocks work on. Wan2.1's parameter names."""
+"""Embeddings of latents, times and text, with the parameter names of Wan2.1."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyflow_train.flow.path import at_least_float32
-from anyflow_train.models.blocks import WideLayerNorm
 from anyflow_train.models.fused import gelu_tanh
 
 
 class PatchEmbedding(nn.Conv3d):
-    """Patches of one frame to tokens. A convolution in name, parameters and shapes; computed as the matrix product that
-    it is when kernel and stride are equal, which is several times faster on a CPU."""
+    """Embeds the patches of each frame as tokens.
+
+    It has the parameters of a convolution. Because kernel and stride are equal, it is computed as a matrix product,
+    which is several times faster on a CPU.
+    """
 
     def __init__(self, in_channels: int, dim: int, patch: int) -> None:
         super().__init__(in_channels, dim, kernel_size=(1, patch, patch), stride=(1, patch, patch))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, F, H, W) -> (B, D, F, H / patch, W / patch), a view of contiguous (B, F, H / patch, W / patch, D)."""
+        """Embed latents: (B, C, F, H, W) -> (B, D, F, H / patch, W / patch), stored with D as the last axis."""
         patch = self.kernel_size[1]
-        # Channels last first: two copies, but of long runs, take a sixth of the time of one of single numbers.
+        # First move channels last: two copies of long runs take a sixth of the time of one copy of single numbers.
         pixels = input.permute(0, 2, 3, 4, 1).contiguous()
         patches = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).transpose(3, 4).flatten(4)
         weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
@@ -33,21 +34,23 @@ class PatchEmbedding(nn.Conv3d):
 
 
 def resized_patch(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """The weight of a `PatchEmbedding` for patches of another size: (D, C, 1, p, p) -> (D, C, *size), by trilinear
-    interpolation in float32 at least (FAR, 2503.19325)."""
+    """Resize the weight of a `PatchEmbedding` by trilinear interpolation: (D, C, 1, p, p) -> (D, C, *size).
+
+    It is computed in float32 or wider (FAR, arXiv 2503.19325).
+    """
     resized = F.interpolate(at_least_float32(weight), size=tuple(size), mode="trilinear", align_corners=False)
     return resized.to(weight.dtype)
 
 
 def patch_tokens(embedding: nn.Module, latents: Tensor) -> Tensor:
-    """(B, F, C, H, W) -> (B, F * H / patch * W / patch, D), frame by frame and row by row, by a `PatchEmbedding`."""
+    """Embed latents as tokens, frame by frame and row by row: (B, F, C, H, W) -> (B, F * H / patch * W / patch, D)."""
     return embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeds the source time, the target time, the text and the image.
+    """Embeds the source time, the target time and the text.
 
-    `(1 - gate) E_time(t) + gate E_delta(r or t - r)` is the time embedding (AnyFlow, 2605.13724).
+    The time embedding is `(1 - gate) E_time(t) + gate E_delta(r or t - r)` (AnyFlow, arXiv 2605.13724).
     """
 
     delta_emb_gate: Tensor
@@ -57,7 +60,6 @@ class ConditionEmbedder(nn.Module):
         dim: int,
         freq_dim: int,
         text_dim: int,
-        image_dim: int | None,
         gate_value: float,
         deltatime_type: str,
     ) -> None:
@@ -68,21 +70,21 @@ class ConditionEmbedder(nn.Module):
         self.delta_embedder = TimestepEmbedding(freq_dim, dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TextProjection(text_dim, dim)
-        self.image_embedder = None if image_dim is None else ImageProjection(image_dim, dim)
-        # On the CPU by name, so that a network that is built on the meta device still knows its gate.
+        # The explicit device keeps the value of the gate if the network is built on the meta device.
         gate = torch.tensor([gate_value], dtype=torch.float32, device="cpu")
         self.register_buffer("delta_emb_gate", gate, persistent=False)
 
     def forward(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Embed times.
+
         Args:
             t, r: (b, f) source and target time in 0..1000.
 
         Returns:
-            (b, f, D) float32 time embedding and (b, f, 6, D) float32 modulation of the blocks.
+            (b, f, D) time embedding and (b, f, 6, D) modulation of the blocks, both float32.
         """
         delta = r if self.deltatime_type == "r" else t - r
-        # A handful of rows, whose small differences the derivative in time lives on: never in half precision.
+        # Never in half precision: the time derivative depends on small differences of these few rows.
         with torch.autocast(t.device.type, enabled=False):
             embedding = torch.lerp(
                 self._embed(self.time_embedder, t),
@@ -96,15 +98,10 @@ class ConditionEmbedder(nn.Module):
         features = self.timesteps_proj(times.flatten()).to(embedder.linear_1.weight.dtype)
         return at_least_float32(embedder(features)).unflatten(0, times.shape)
 
-    def context(self, text: Tensor, image: Tensor | None) -> Tensor:
-        """(B, L, text_dim) and (B, I, image_dim) or None -> (B, I + L, D), the image tokens first."""
-        tokens = self.text_embedder(text)
-        if self.image_embedder is None or image is None:
-            return tokens
-        return torch.cat((self.image_embedder(image), tokens), dim=1)
-
 
 class TextProjection(nn.Module):
+    """Projects text embeddings to the width of the network: (B, L, text_dim) -> (B, L, D)."""
+
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(text_dim, dim)
@@ -112,14 +109,3 @@ class TextProjection(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.linear_2(gelu_tanh(self.linear_1(text)))
-
-
-class ImageProjection(nn.Module):
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = WideLayerNorm(image_dim)
-        self.ff = FeedForward(image_dim, dim, mult=1, activation_fn="gelu")
-        self.norm2 = WideLayerNorm(dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.norm2(self.ff(self.norm1(image)))

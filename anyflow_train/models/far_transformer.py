@@ -1,8 +1,8 @@
-"""The causal student (FAR, arXiv 2503.19325): our own implementation of diffusers' class of the same name.
+"""The causal student (FAR, arXiv 2503.19325), an implementation for training of diffusers' class of the same name.
 
-Weights and config are interchangeable with `diffusers.AnyFlowFARTransformer3DModel`; this one is built for training. It
-knows a video as chunks of frames. The newest ones have patches of the usual size, older ones larger patches, so that a
-long past costs little.
+Weights and config are interchangeable with `diffusers.AnyFlowFARTransformer3DModel`. A video is divided into chunks of
+frames. The newest chunks have patches of the usual size. Older chunks have larger patches, which makes a long context
+cheap.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, KVCache, 
 from anyflow_train.models.rotary import RotaryGrid, Stretch
 
 Times = tuple[Tensor, Tensor]
-"""t and r, as the condition embedder takes them."""
+"""Source and target time, each (B or 1, F or 1) in 0..1000."""
 
 
 class AnyFlowFARTransformer3DModel(Backbone):
-    """The average velocity `u(x_t, t, r, text)` of the newest chunks of latent videos, given those before.
+    """Network for the average velocity `u(x_t, t, r, text)` of the newest chunks of latent videos, given older chunks.
 
-    The other arguments are those of `AnyFlowTransformer3DModel`.
+    The arguments that are not listed are those of `AnyFlowTransformer3DModel`.
 
     Args:
-        compressed_patch_size: (1, q, q), patches of the older chunks; q is a multiple of the p of `patch_size`.
-        full_chunk_limit: how many chunks, the one being made among them, have patches of `patch_size`.
-        chunk_partition: frames per chunk of the videos that it was made for; only a note for pipelines.
+        compressed_patch_size: (1, q, q) patches of older chunks; q is a multiple of the p in `patch_size`.
+        full_chunk_limit: number of newest chunks, including the one being generated, with patches of `patch_size`.
+        chunk_partition: frames per chunk of the training videos. Pipelines read it; the network does not use it.
 
     Raises:
-        ValueError: sizes, a limit or a partition other than those above.
+        ValueError: invalid sizes, limit or partition.
     """
 
     @register_to_config
@@ -56,31 +56,16 @@ class AnyFlowFARTransformer3DModel(Backbone):
         num_layers: int = 40,
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
-        image_dim: int | None = None,
+        image_dim: None = None,
         rope_max_seq_len: int = 1024,
         gate_value: float = 0.25,
         deltatime_type: str = "r",
         chunk_partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2),
     ) -> None:
-        super().__init__(
-            patch_size,
-            num_attention_heads,
-            attention_head_dim,
-            in_channels,
-            out_channels,
-            text_dim,
-            freq_dim,
-            ffn_dim,
-            num_layers,
-            cross_attn_norm,
-            eps,
-            image_dim,
-            gate_value,
-            deltatime_type,
-        )
+        super().__init__()
         check_chunks(tuple(patch_size), tuple(compressed_patch_size), full_chunk_limit, tuple(chunk_partition))
         self.rope = RotaryGrid(attention_head_dim)
-        # Last, so that all other weights of a random network are those of a bidirectional one with the same seed.
+        # Last, so that all other random weights equal those of a bidirectional network with the same seed.
         dim = num_attention_heads * attention_head_dim
         self.far_patch_embedding = PatchEmbedding(in_channels, dim, compressed_patch_size[1])
 
@@ -92,7 +77,6 @@ class AnyFlowFARTransformer3DModel(Backbone):
         r_timestep: Tensor,
         encoder_hidden_states: Tensor,
         chunk_partition: Sequence[int],
-        encoder_hidden_states_image: Tensor | None = None,
         clean_hidden_states: Tensor | None = None,
         clean_timestep: Tensor | None = None,
         kv_cache: KVCache | None = None,
@@ -100,41 +84,46 @@ class AnyFlowFARTransformer3DModel(Backbone):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> AnyFlowFARTransformerOutput | tuple[Any, ...]:
-        """Predict the average velocity of the newest chunks, or encode all chunks for the next one.
+        """Predict the average velocity of the newest chunks, or encode chunks as context of the next one.
 
-        It is called in one of three ways.
+        There are three ways to call it.
 
-        1. Plainly: all chunks at once. Those beyond the newest `full_chunk_limit` are context: clean, with times of
-           their own. Gives the velocity of the others, F_noisy frames. With `clean_hidden_states` each of them sees
-           the clean copy of the full chunks before it; without, each sees those themselves. One chunk alone is a
-           video whose frames all see each other.
-        2. With `return_kv_cache`: all chunks so far, clean. Gives the cache that the next chunk needs, without
-           gradients. The newest `full_chunk_limit - 1` have full-size patches.
-        3. With `kv_cache`: `hidden_states` is one new chunk, which sees itself and the cache. Gives its velocity.
+        1. Without cache: `hidden_states` holds all chunks. Chunks older than the newest `full_chunk_limit` are clean
+           context. The result is the velocity of the others, F_noisy frames. With `clean_hidden_states`, each noisy
+           chunk sees clean copies of the full chunks before it; without, it sees those chunks themselves. A single
+           chunk is a video with all-to-all attention.
+        2. With `return_kv_cache`: `hidden_states` holds all chunks so far, clean. The result is the cached context of
+           the next chunk, without gradient. The newest `full_chunk_limit - 1` chunks have patches of `patch_size`.
+        3. With `kv_cache`: `hidden_states` is one new chunk, which sees itself and the cached context. The result is
+           its velocity.
 
         Args:
             hidden_states: (B, F, C, H, W) latents.
             timestep, r_timestep: source and target time in 0..1000, each of shape (), (B,) or (B, F).
             encoder_hidden_states: (B, L, text_dim) text embeddings.
-            chunk_partition: frames of each chunk, oldest first, the new one included; their sum is F, or in the third
-                way the frames of the cache and F.
-            encoder_hidden_states_image: (B, I, image_dim) image embeddings, where the network has `image_dim`.
-            clean_hidden_states: (B, F_noisy, C, H, W), only in the first way. The newest chunk's copy is not read.
-            clean_timestep: of the copies, in 0..1000, of shape (), (B,) or (B, F_noisy); their target time is the same.
-                None: 0.
+            chunk_partition: frames of each chunk, oldest first, including the new one. They add up to F, or with
+                `kv_cache` to the frames of the cache and F.
+            clean_hidden_states: (B, F_noisy, C, H, W) clean latents. The newest chunk is not used.
+            clean_timestep: source and target time of the clean copies in 0..1000, of shape (), (B,) or (B, F_noisy);
+                None means 0.
+            kv_cache: cached context from a call with `return_kv_cache`.
+            return_kv_cache: whether to encode the chunks as cached context.
             attention_kwargs: {"scale": s} scales LoRA adapters that were loaded from a file.
-            return_dict: False returns a tuple: (sample,) in the first way, else (sample, kv_cache).
+            return_dict: False returns a tuple: (sample,) without cache, else (sample, kv_cache).
+
+        Returns:
+            The velocity (B, F_noisy, C_out, H, W) as `sample`, and the cached context as `kv_cache`.
 
         Raises:
-            ValueError: a shape other than those above, a height or width that a patch does not divide, a video longer
-                than `rope_max_seq_len`, a cache of other chunks or latents.
+            ValueError: a wrong shape, height or width not divisible by a patch, a video longer than
+                `rope_max_seq_len`, or a cache of other chunks or latents.
         """
         batch, frames, *_ = self._check_latents(hidden_states)
-        self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
+        self._check_text(batch, encoder_hidden_states)
         if (clean_hidden_states is not None) + (kv_cache is not None) + return_kv_cache > 1:
             raise ValueError("only one of clean_hidden_states, kv_cache and return_kv_cache can be given")
         t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        text = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
+        text = self.condition_embedder.text_embedder(encoder_hidden_states)
         partition = tuple(chunk_partition)
 
         if return_kv_cache:
@@ -155,34 +144,34 @@ class AnyFlowFARTransformer3DModel(Backbone):
     def _denoise(
         self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout, clean: CleanCopies | None
     ) -> Tensor:
-        """The velocity of the full chunks of a layout."""
+        """Predict the velocity of the full chunks of a layout."""
         if clean is not None:
             times = clean.among(times[0], layout), clean.among(times[1], layout)
         embedding, modulation = self.condition_embedder(*times)
         rotation = self.rope.stretches(layout.stretches(), latents.device)
         x = self._tokens(latents, layout, clean)
-        views = [layout.attention()] * len(self.blocks)
-        x = self._run_blocks(x, text, layout.rows(modulation), rotation, views)
-        # Of the context and the copies nothing is read; one row of times stands for all frames, also after the cut.
+        patterns = [layout.attention()] * len(self.blocks)
+        x = self._run_blocks(x, text, layout.rows(modulation), rotation, patterns)
+        # The outputs for context and clean copies are not used. A single row of times applies to all frames.
         x, embedding = x[:, -layout.full_tokens :], embedding[:, -sum(layout.full) :]
         return self._velocity(x, embedding, sum(layout.full), layout.grid)
 
     @torch.no_grad()
     def _encode(self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout) -> KVCache:
-        """The keys and values of all chunks of a layout."""
+        """Encode all chunks of a layout as keys and values."""
         kept: list[tuple[Tensor, Tensor]] = []
         _, modulation = self.condition_embedder(*times)
         rotation = self.rope.stretches(layout.stretches(), latents.device)
-        views = [RecordKV(layout.attention(), kept)] * (len(self.blocks) - 1)
+        patterns = [RecordKV(layout.attention(), kept)] * (len(self.blocks) - 1)
         x = self._tokens(latents, layout, None)
-        self._run_blocks(x, text, layout.rows(modulation), rotation, [*views, StopAfterKV(kept)])
+        self._run_blocks(x, text, layout.rows(modulation), rotation, [*patterns, StopAfterKV(kept)])
         keys, values = zip(*kept, strict=True)
         return KVCache(keys, values, (*layout.context, *layout.full), layout.grid)
 
     def _next_chunk(
         self, latents: Tensor, times: Times, text: Tensor, partition: tuple[int, ...], cache: KVCache
     ) -> Tensor:
-        """The velocity of one chunk that comes after those of a cache."""
+        """Predict the velocity of the chunk that follows the cached context."""
         frames, grid = latents.shape[1], self._grid(latents)
         if partition[-1:] != (frames,):
             raise ValueError(f"chunk_partition is {partition}, but hidden_states, its last chunk, has {frames} frames")
@@ -193,12 +182,12 @@ class AnyFlowFARTransformer3DModel(Backbone):
             cache.check_shapes(len(self.blocks), len(latents), before.tokens, grid)
         embedding, modulation = self.condition_embedder(*times)
         rotation = self.rope.stretches((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
-        views = cache.views() if cache.chunks else [None] * len(self.blocks)
-        x = self._run_blocks(patch_tokens(self.patch_embedding, latents), text, modulation, rotation, views)
+        patterns = cache.patterns() if cache.chunks else [None] * len(self.blocks)
+        x = self._run_blocks(patch_tokens(self.patch_embedding, latents), text, modulation, rotation, patterns)
         return self._velocity(x, embedding, frames, grid)
 
     def _tokens(self, latents: Tensor, layout: ChunkLayout, clean: CleanCopies | None) -> Tensor:
-        """All tokens of a layout, (B, S, D)."""
+        """Embed all tokens of a layout, (B, S, D)."""
         older = sum(layout.context)
         parts = []
         if layout.context:

@@ -1,4 +1,4 @@
-"""A network as a flow map: the one place where times in [0, 1] become the network's 0..1000."""
+"""A network as a flow map. Times in [0, 1] are converted to the network's 0..1000 only here."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from anyflow_train.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class NetworkFlowMap:
-    """The flow map that a network computes.
+    """A flow map that calls a network: `NetworkFlowMap(network, torch.bfloat16)`.
 
     Attributes:
-        network: itself, or an engine's wrapper that passes calls and attributes on. It gives the average velocity; a
-            Wan2.1 teacher is one that is called at `r = t`.
-        autocast_dtype: half precision of the matrix products; None computes in the precision of the weights.
+        network: the network, or an engine's wrapper that forwards calls and attributes. It predicts the average
+            velocity; a Wan2.1 teacher is called at `r = t`.
+        autocast_dtype: half precision of matrix products; None computes in the dtype of the weights.
     """
 
     network: Backbone
     autocast_dtype: torch.dtype | None
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        """The average velocity from `t` back to `r`.
+        """Predict the average velocity from `t` back to `r`.
 
         Args:
             x: (B, F, C, H, W) float32, the frames that are generated.
-            t, r: (B,) or (B, F) float32 in [0, 1], `r <= t`. They stay float32 whatever the network computes in.
-            condition: text (B, L, D) and image, of any floating dtype; frames that are given.
+            t, r: (B,) or (B, F) float32 in [0, 1], `r <= t`. They stay float32 in every precision of the network.
+            condition: text (B, L, D), any floating dtype; conditioning frames.
 
         Returns:
             (B, F, C, H, W) float32 (float64 for a float64 `x`).
 
         Raises:
-            ValueError: chunks are given to a network that is not causal.
+            ValueError: the condition has chunks, but the network is not causal.
         """
-        # Not its config: of that name a DeepSpeed engine has one of its own.
+        # Do not read `network.config`: on a DeepSpeed engine, this is the config of DeepSpeed.
         past, causal = condition.past, hasattr(self.network, "far_patch_embedding")
         if isinstance(past, TeacherForced | CachedContext) and not causal:
-            raise ValueError("chunks are given to a network that generates all frames together")
+            raise ValueError("the condition has chunks, but only a causal network can generate chunks")
         if isinstance(past, Prefix):
             velocity = self._called(*_after(past.frames, x, t, r), condition, _one_chunk(past.frames, x, causal))
             return velocity[:, past.frames.shape[1] :]
         if isinstance(past, TeacherForced):
-            # Nothing sees the clean copy of an only chunk.
+            # No chunk sees the clean copy of a single chunk.
             clean = past.clean.to(self._dtype) if len(past.chunks) > 1 else None
             chunks = {"chunk_partition": past.chunks, "clean_hidden_states": clean}
             return self._called(*_after(past.context, x, t, r), condition, chunks)
@@ -59,9 +59,9 @@ class NetworkFlowMap:
 
     @torch.no_grad()
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
-        """Keys and values of the clean frames x (B, F, C, H, W) of these chunks: see `flow.types.CausalFlowMap`."""
+        """Encode clean frames x (B, F, C, H, W) as cached context: see `flow.types.CausalFlowMap`."""
         now = x.new_zeros(x.shape[0], dtype=torch.float32)
-        # Plain tensors, whatever the engine wraps: a module's outputs that are no tensors pass it untouched.
+        # The cache holds plain tensors also under an engine, whose wrapper does not change outputs of other types.
         return self._outputs(x, now, now, condition, {"chunk_partition": chunks, "return_kv_cache": True})[1]
 
     def _called(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition, more: Mapping[str, Any]) -> Tensor:
@@ -71,14 +71,13 @@ class NetworkFlowMap:
     def _outputs(
         self, x: Tensor, t: Tensor, r: Tensor, condition: Condition, more: Mapping[str, Any]
     ) -> tuple[Any, ...]:
-        dtype, image = self._dtype, condition.image
+        dtype = self._dtype
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.network(
                 x.to(dtype),
                 timestep=TIME_SCALE * t.float(),
                 r_timestep=TIME_SCALE * r.float(),
                 encoder_hidden_states=condition.text.to(dtype),
-                encoder_hidden_states_image=None if image is None else image.to(dtype),
                 return_dict=False,
                 **more,
             )
@@ -88,20 +87,20 @@ class NetworkFlowMap:
         return self.network.patch_embedding.weight.dtype
 
 
-def _after(given: Tensor, x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All frames, and the times (B, F) of each: those that are given are clean."""
-    if given.shape[1] == 0:
+def _after(past: Tensor, x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put clean conditioning frames before x. Returns all frames, and their times (B, F)."""
+    if past.shape[1] == 0:
         return x, t, r
-    clean = t.new_zeros(given.shape[:2])
+    clean = t.new_zeros(past.shape[:2])
 
     def by_frame(time: Tensor) -> Tensor:
         rows = time[:, None] if time.ndim == 1 else time
         return torch.cat((clean, rows.expand(x.shape[:2])), dim=1)
 
-    return torch.cat((given.to(x.dtype), x), dim=1), by_frame(t), by_frame(r)
+    return torch.cat((past.to(x.dtype), x), dim=1), by_frame(t), by_frame(r)
 
 
-def _one_chunk(given: Tensor | None, x: Tensor, causal: bool) -> dict[str, Any]:
-    """For a causal network: all frames as one chunk, which is attention without a mask."""
-    frames = x.shape[1] + (0 if given is None else given.shape[1])
+def _one_chunk(past: Tensor | None, x: Tensor, causal: bool) -> dict[str, Any]:
+    """Arguments that make a causal network treat all frames as one chunk, with all-to-all attention."""
+    frames = x.shape[1] + (0 if past is None else past.shape[1])
     return {"chunk_partition": (frames,)} if causal else {}

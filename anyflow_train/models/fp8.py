@@ -1,7 +1,7 @@
-"""Frozen linear layers that multiply in 8 bits: float8 e4m3 (3 bits of mantissa), with a scale for every row.
+"""Frozen linear layers that multiply in float8 e4m3 (3 bits of mantissa), with one scale per row.
 
-A row of the input is a token and a row of the weight an output, so neither batch nor neighbours change what a token
-gets. No weight gradient is taken, and nothing but the weight is kept for the backward.
+A row of the input is a token and a row of the weight is an output. The result of a token therefore does not depend on
+other tokens. The weight has no gradient, and only the weight is saved for the backward.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from anyflow_train.models.backbone import Backbone
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-SMALLEST_SCALE = 1e-12  # of a row of zeros, which has nothing to be divided by
-# Of sizes that a GPU's kernels take.
-MULTIPLE = 16
+SMALLEST_SCALE = 1e-12  # avoids a division by zero for a row of zeros
+MULTIPLE = 16  # GPU kernels require sizes that are multiples of this
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear layer that multiplies in fp8 wherever autocast has others multiply in bfloat16.
+    """A frozen linear layer that multiplies in fp8 under bfloat16 autocast.
 
-    Without autocast, and in float16, it is the plain layer: so the difference forwards keep their own precision.
-    Its parameters are those of the layer that it replaces, under their names.
+    Without autocast, or in float16, it computes as the plain layer, so the forwards of the time derivative keep their
+    precision. Names and values of the parameters are those of the layer that it replaces.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -37,16 +36,16 @@ class Fp8Linear(nn.Module):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); bfloat16 where it multiplies in fp8."""
+        """Apply the layer: (..., in_features) -> (..., out_features); bfloat16 if it multiplies in fp8."""
         if not in_bfloat16(x):
             return linear(x, self.weight, self.bias)
         return _with_bias(_Product.apply(x.flatten(0, -2), self.weight), self.bias, x)
 
 
 class StoredFp8Linear(nn.Module):
-    """A linear layer of a network that is only ever called without gradient: its weight takes a byte per number.
+    """A linear layer whose weight is stored in fp8, one byte per number. For networks that never need a gradient.
 
-    Always multiplies in fp8, and gives bfloat16.
+    It always multiplies in fp8 and returns bfloat16.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -59,51 +58,52 @@ class StoredFp8Linear(nn.Module):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Apply the layer: (..., in_features) -> (..., out_features) bfloat16."""
         return _with_bias(_product(x.flatten(0, -2), self.weight, self.scales), self.bias, x)
 
 
 def multiply_in_fp8(network: Backbone) -> None:
-    """Let the frozen linear layers of the blocks multiply in fp8, in place. Adapters and what is trained stay.
+    """Let the frozen linear layers of the blocks multiply in fp8, in place. Adapters and trainable layers are kept.
 
     Raises:
-        UserError: a layer has a size that is no multiple of 16.
+        UserError: the size of a layer is not a multiple of 16.
     """
     for parent, name, layer in list(_frozen_layers(network)):
         parent._modules[name] = Fp8Linear(layer)
 
 
 def store_in_fp8(network: Backbone) -> None:
-    """Keep the linear layers of the blocks of a frozen network in fp8 only, in place.
+    """Store the linear layers of the blocks of a frozen network in fp8, in place.
 
     Raises:
-        UserError: a layer has a size that is no multiple of 16.
+        UserError: the size of a layer is not a multiple of 16.
     """
     for parent, name, layer in list(_frozen_layers(network)):
         parent._modules[name] = StoredFp8Linear(layer)
 
 
 def rows_in_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> e4m3 of the same shape and float32 scales (N, 1): x is about their product, within 1/16 of itself.
+    """Convert x (N, K) to e4m3 values (N, K) and float32 scales (N, 1), whose product is x with an error up to 1/16.
 
-    Numbers below 2^-15 of the largest in their row lose more: there e4m3 has steps of 2^-18 of it.
+    Numbers below 2^-15 of the largest in their row have larger relative errors, because there the step of e4m3 is 2^-18
+    of the largest.
     """
     scales = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp_min(SMALLEST_SCALE)
     return (x / scales).to(E4M3), scales
 
 
 def in_bfloat16(x: Tensor) -> bool:
-    """Whether autocast has products with x taken in bfloat16."""
+    """Whether autocast computes matrix products with x in bfloat16."""
     device = x.device.type
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
 
 
 class _Product(torch.autograd.Function):
-    """`x w^T` in fp8; its gradient by x is taken in the gradient's own precision."""
+    """Computes `x w^T` in fp8. The gradient with respect to x is computed in the dtype of the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """x: (N, K), weight: (M, K) -> (N, M) bfloat16."""
+        """Multiply: x (N, K), weight (M, K) -> (N, M) bfloat16."""
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
         return _product(x, *rows_in_fp8(weight))
@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """(N, K) of any dtype by an e4m3 (M, K) with scales (M, 1) -> (N, M) bfloat16."""
+    """Multiply x (N, K) of any dtype by an e4m3 weight (M, K) with scales (M, 1) -> (N, M) bfloat16."""
     values, rows = rows_in_fp8(x)
     by_row = ScalingType.RowWise
     return scaled_mm(values, weight.t(), rows, by_row, scales.t(), by_row, output_dtype=torch.bfloat16)
@@ -127,13 +127,13 @@ def _with_bias(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _frozen_layers(network: Backbone) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Parent, name and layer; not what belongs to an adapter, trained or not."""
+    """Yield parent, name and layer of each frozen linear layer that does not belong to an adapter."""
     for path, parent in network.blocks.named_modules():
         for name, layer in parent.named_children():
             if not isinstance(layer, nn.Linear) or layer.weight.requires_grad or ".lora_" in f".{path}.{name}":
                 continue
             if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
                 size = f"{layer.in_features} x {layer.out_features}"
-                problem = f"needs layers of multiples of {MULTIPLE} numbers, but blocks.{path}.{name} is {size}"
-                raise UserError("engine.fp8", f"{problem}; set it to none")
+                problem = f"needs layer sizes that are multiples of {MULTIPLE}, but blocks.{path}.{name} is {size}"
+                raise UserError("engine.fp8", f"{problem}; set engine.fp8=none")
             yield parent, name, layer

@@ -1,9 +1,9 @@
-"""Three elementwise operations with a backward pass of their own.
+"""Three elementwise operations with a custom backward pass.
 
-In eager mode autograd keeps (and re-reads) an intermediate for every arithmetic step. These operations are a large part
-of a small network's step and of a large network's activations, so each is one autograd node here that keeps its input
-and recomputes the rest. The plain formulas are used under `torch.compile`, which fuses them itself, and under the
-transforms of `torch.func`, such as an exact derivative in time.
+In eager mode, autograd saves and reads an intermediate for each arithmetic step. These operations take a large part of
+a small network's time and of a large network's activation memory. Each is therefore a single autograd node, which saves
+its input and recomputes the rest. The plain formulas are used under `torch.compile`, which fuses them, and under the
+transforms of `torch.func`, such as the exact time derivative.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32 inside.
 
-    x: (..., D); weight: (D,). Returns (..., D) in the dtype of x. float32 inside.
+    x: (..., D); weight: (D,). Returns (..., D) in the dtype of x.
     """
-    # In place of a GPU's kernel, which a CPU lacks, the function below keeps the same: x and a number per token.
+    # A dry run uses the function below instead of the GPU kernel: both save x and one number per token.
     if _by_hand(x) or pretends_gpu(x):
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation, of any shape and dtype.
+    """Compute GELU in its tanh approximation, for any shape and dtype.
 
-    `(1 + tanh(a)) / 2 = sigmoid(2a)`, and torch's sigmoid takes a third of the time of its tanh on a CPU.
+    It uses `(1 + tanh(a)) / 2 = sigmoid(2a)`: on a CPU, torch's sigmoid takes a third of the time of its tanh.
     """
     return _GeluTanh.apply(x) if _by_hand(x) else F.gelu(x, approximate="tanh")
 
 
 def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`layer_norm(x) * (1 + scale) + shift`, computed in float32 at least.
+    """Compute `layer_norm(x) * (1 + scale) + shift` in float32 or wider.
 
-    x: (B, S, D), the S tokens being ordered frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for
-    all tokens of a frame. Returns (B, S, D) in the dtype of x.
+    x: (B, S, D), tokens frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for all tokens of a
+    frame. Returns (B, S, D) in the dtype of x.
     """
-    if _transformed():
+    if transformed():
         normed = F.layer_norm(at_least_float32(x), x.shape[-1:], None, None, eps)
         return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
-def _transformed() -> bool:
-    """Whether something else than plain eager mode runs this code."""
+def transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _by_hand(x: Tensor) -> bool:
-    """Elsewhere torch's own fused kernels are as fast and keep as little."""
-    return for_cpu(x) and x.dtype == torch.float32 and not _transformed()
+    """Whether to use the functions below. Elsewhere torch's kernels are as fast and save as little."""
+    return for_cpu(x) and x.dtype == torch.float32 and not transformed()
 
 
 def _by_frame(x: Tensor, modulation: Tensor) -> Tensor:
-    """(B, S, D) as (B, F or 1, tokens, D), to broadcast with a modulation."""
+    """Reshape (B, S, D) to (B, F or 1, tokens, D), to broadcast with a modulation."""
     return x.unflatten(1, (modulation.shape[1], -1))
 
 
 class _RMSNorm(Function):
-    """Keeps x and one number per token; autograd would keep three tensors of the size of x."""
+    """RMS norm that saves x and one number per token; autograd would save three tensors of the size of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -84,7 +84,7 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        # That of a layer norm whose mean is 0, but for one number per token that comes of the mean.
+        # Same as the layer-norm gradient with zero mean, except for one correction term per token.
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         back = torch.ops.aten.native_layer_norm_backward
         grad_x, grad_weight, _ = back(grad, x, x.shape[-1:], torch.zeros_like(inverse), inverse, weight, None, wanted)
@@ -94,8 +94,10 @@ class _RMSNorm(Function):
 
 
 class _GeluTanh(Function):
-    """Keeps its input and its output, which the linear layer behind it keeps anyway: `sigmoid(2a) = output / input`,
-    so that the backward pass needs no transcendental function."""
+    """GELU that saves its input and its output, which the next linear layer saves anyway.
+
+    Because `sigmoid(2a) = output / input`, the backward pass needs no transcendental function.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -113,12 +115,12 @@ class _GeluTanh(Function):
 
 
 def _polynomial(x: Tensor, quadratic: float) -> Tensor:
-    """`2 sqrt(2 / pi) + quadratic x^2`, in one pass over x."""
+    """Compute `2 sqrt(2 / pi) + quadratic x^2` in one pass over x."""
     return torch.addcmul(x.new_tensor(_GELU_LINEAR), x, x, value=quadratic)
 
 
 class _ModulatedLayerNorm(Function):
-    """Keeps x, the modulation and two numbers per token; autograd would keep the normalised x too."""
+    """Modulated layer norm that saves x, the modulation and two numbers per token, but not the normalised x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -148,8 +150,8 @@ class _ModulatedLayerNorm(Function):
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm over the last dimension: the result, the mean and the inverse standard deviation."""
+    """Apply a layer norm over the last dimension. Returns the result, the mean and the inverse standard deviation."""
     weight = bias = None
-    if for_cpu(x):  # where the kernel that has a weight is vectorised and the one without is not
+    if for_cpu(x):  # on a CPU, only the kernel with a weight is vectorised
         weight, bias = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -1,7 +1,7 @@
-"""Whose kernels a computation is written for: a CPU's or a GPU's.
+"""Choose between code branches for CPU kernels and GPU kernels.
 
-A dry run computes on fake tensors that say they are on a CPU, because a torch without CUDA cannot make others. It is
-to take the branches of a GPU all the same.
+A dry run computes on fake tensors on a CPU, because torch without CUDA cannot create others. It must nevertheless take
+the branches of a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _AS_ON_GPU: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Inside, networks take the branches that they take on a GPU, wherever their tensors are."""
+    """Make networks take the branches of a GPU within the context, on every device."""
     token = _AS_ON_GPU.set(True)
     try:
         yield
@@ -37,5 +37,5 @@ def for_cpu(x: Tensor) -> bool:
 
 
 def _dry() -> bool:
-    # torch.compile cannot read a context variable, and a dry run compiles nothing.
+    # torch.compile cannot read a context variable; a dry run does not compile.
     return not torch.compiler.is_compiling() and _AS_ON_GPU.get()

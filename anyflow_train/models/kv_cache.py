@@ -1,4 +1,4 @@
-"""Keys and values of chunks that are done, for the next chunk to attend to."""
+"""Cached context: keys and values of finished chunks, to which the next chunk attends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from anyflow_train.models.attend import AttentionPattern, attend
 
 @dataclass(frozen=True)
 class KVCache:
-    """What the blocks computed for the chunks before.
+    """Keys and values of the chunks before the one that is generated.
 
     Attributes:
-        keys, values: (B, L, H, head_dim) per block, the keys rotated to where their tokens lie in the video. They are
-            constants: no gradient goes through them.
-        chunks: frames of each chunk in it.
-        grid: (rows, columns) of full-size patches of a frame.
+        keys, values: (B, L, H, head_dim) per block, without gradient. The keys are rotated to their positions in the
+            video.
+        chunks: frames of each cached chunk.
+        grid: (rows, columns) of patches of the usual size in a frame.
     """
 
     keys: tuple[Tensor, ...]
@@ -29,39 +29,42 @@ class KVCache:
 
     @classmethod
     def empty(cls) -> KVCache:
-        """Of no chunk: for the first one."""
+        """Create an empty cache, for the first chunk."""
         return cls((), (), (), (0, 0))
 
     @property
     def tokens(self) -> int:
-        """L of each block."""
+        """Number of cached tokens L."""
         return self.keys[0].shape[1] if self.keys else 0
 
     def check_chunks(self, wanted: tuple[int, ...]) -> None:
-        """Raises ValueError: it holds other chunks than `wanted`."""
+        """Check the cached chunks. Raises ValueError if they are not `wanted`."""
         if self.chunks != wanted:
-            raise ValueError(f"kv_cache holds chunks of {self.chunks} frames, but those before the new one: {wanted}")
+            raise ValueError(
+                f"kv_cache holds chunks of {self.chunks} frames, but the new chunk follows chunks of {wanted}"
+            )
 
     def check_shapes(self, blocks: int, batch: int, tokens: int, grid: tuple[int, int]) -> None:
-        """Raises ValueError: it is of another network, or of latents of another size."""
+        """Check the shapes. Raises ValueError if the cache is from another network or another size of latents."""
         if self.grid != grid:
-            raise ValueError(f"kv_cache is of frames of {self.grid} patches, but the new chunk has {grid}")
+            raise ValueError(f"kv_cache has frames of {self.grid} patches, but the new chunk has {grid}")
         found = (len(self.keys), self.keys[0].shape[0], self.tokens)
         if found != (blocks, batch, tokens):
             names = "blocks, samples and tokens"
-            raise ValueError(f"kv_cache is of {found} {names}, but the new chunk needs {(blocks, batch, tokens)}")
+            raise ValueError(f"kv_cache has {found} {names}, but the new chunk needs {(blocks, batch, tokens)}")
 
-    def views(self) -> list[AttentionPattern]:
-        """For each block, what a new chunk attends to; nothing for an empty cache."""
+    def patterns(self) -> list[AttentionPattern]:
+        """Attention pattern of a new chunk, for each block; empty for an empty cache."""
         return [AttendWithCache(key, value) for key, value in zip(self.keys, self.values, strict=True)]
 
 
 @dataclass
 class AnyFlowFARTransformerOutput(BaseOutput):
-    """
+    """Output of the causal network.
+
     Attributes:
-        sample: (B, F, C_out, H, W) velocity of the noisy frames; None where only a cache was asked for.
-        kv_cache: the cache that was made or used, if any.
+        sample: (B, F, C_out, H, W) velocity of the noisy frames; None if the call only encoded context.
+        kv_cache: the cache that was created or used; None for a call without cache.
     """
 
     sample: Tensor | None = None
@@ -70,40 +73,40 @@ class AnyFlowFARTransformerOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class AttendWithCache:
-    """A new chunk's tokens see those of the cache and each other."""
+    """Attention pattern of a new chunk: its tokens see the cached tokens and each other."""
 
     keys: Tensor
     values: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Three times (B, S, H, head_dim) -> (B, S, D)."""
+        """Compute self-attention. query, key, value: (B, S, H, head_dim). Returns (B, S, D)."""
         return attend(query, torch.cat((self.keys, key), dim=1), torch.cat((self.values, value), dim=1))
 
 
 @dataclass(frozen=True)
 class RecordKV:
-    """Attention as in `view`, with the keys and values put into `kept`, block after block."""
+    """Attention pattern that attends as `pattern`, and appends the keys and values of each block to `kept`."""
 
-    view: AttentionPattern
+    pattern: AttentionPattern
     kept: list[tuple[Tensor, Tensor]]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Three times (B, S, H, head_dim) -> (B, S, D)."""
+        """Compute self-attention. query, key, value: (B, S, H, head_dim). Returns (B, S, D)."""
         _keep(self.kept, key, value)
-        return self.view.attend(query, key, value)
+        return self.pattern.attend(query, key, value)
 
 
 @dataclass(frozen=True)
 class StopAfterKV:
-    """Of the last block only the keys and values, put into `kept`: nobody reads what else it would compute."""
+    """For the last block: appends its keys and values to `kept`, and skips the rest of the block, which is not used."""
 
     kept: list[tuple[Tensor, Tensor]]
 
     def keep(self, key: Tensor, value: Tensor) -> None:
-        """Twice (B, S, H, head_dim)."""
+        """Record keys and values, each (B, S, H, head_dim)."""
         _keep(self.kept, key, value)
 
 
 def _keep(kept: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor) -> None:
-    # Under autocast the norm may leave float32 keys, which attention rounds: rounded here, they take half the memory.
+    # Under autocast the norm may return float32 keys, which attention rounds. Rounding them here halves the memory.
     kept.append((key.to(value.dtype), value))

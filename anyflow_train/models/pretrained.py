@@ -1,4 +1,4 @@
-"""Networks in diffusers' layout, read weight by weight. A Wan2.1 transformer becomes a student."""
+"""Read networks in diffusers' layout, one weight at a time. A Wan2.1 transformer becomes a student."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHARED_CONFIG = (
     "eps",
     "rope_max_seq_len",
 )
-"""Constructor arguments that Wan2.1's transformer and the student have in common."""
+"""Constructor arguments that the Wan2.1 transformer and the student share."""
 
 _ONLY_VALUE = {
     "qk_norm": "rms_norm_across_heads",
@@ -42,20 +42,20 @@ _ONLY_VALUE = {
     "image_dim": None,
     "pos_embed_seq_len": None,
 }
-"""What the other arguments of Wan2.1's transformer must be: a student has no place for anything else."""
+"""Required values of the other arguments of the Wan2.1 transformer. A student supports no other values."""
 
 STUDENT_TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
-"""How a student of a Wan2.1 transformer takes its second time, unless something else is asked for."""
+"""Default handling of the second time in a student from a Wan2.1 transformer."""
 
 TEACHER_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
-"""At gate 0 the network has no second time: it is the Wan2.1 transformer itself."""
+"""Arguments of a teacher. At gate 0 the second time has no effect, so the network is the Wan2.1 transformer."""
 
 CAUSAL = {
     "full_chunk_limit": 3,
     "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
     "compressed_patch_size": (1, 4, 4),
 }
-"""How a causal student knows its chunks, unless something else is asked for."""
+"""Default chunk arguments of a causal student."""
 
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 PATCH, FAR = "patch_embedding.", "far_patch_embedding."
@@ -64,19 +64,19 @@ _FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """The weights of a network.
+    """The weights of a stored network, read on demand.
 
     Attributes:
-        arguments: of the network's constructor; `models.build.network_class` says the class.
-        tensors: model name -> reads that weight. Nothing has been read yet. The weights that only a causal network has
-            may be absent: they are made of the others.
+        arguments: constructor arguments of the network; `models.build.network_class` gives the class.
+        tensors: model name -> function that reads the weight. The second patch embedding of a causal network may be
+            absent; it is then computed from the first one.
     """
 
     arguments: Mapping[str, Any]
     tensors: Mapping[str, Callable[[], Tensor]]
 
     def read(self, name: str) -> Tensor:
-        """One weight, float32, on the CPU."""
+        """Read one weight, float32, on the CPU."""
         if name not in self.tensors and name.startswith(FAR):
             weight = self.read(name.replace(FAR, PATCH))
             return resized_patch(weight, self.arguments["compressed_patch_size"]) if weight.ndim > 1 else weight
@@ -87,38 +87,38 @@ def open_pretrained(
     source: str | Path,
     times: Mapping[str, Any] | None = None,
     causal: Mapping[str, Any] | None = None,
-    of_wan: Mapping[str, Any] = STUDENT_TIMES,
+    wan_times: Mapping[str, Any] = STUDENT_TIMES,
 ) -> PretrainedWeights:
     """Open a Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id.
 
     Args:
-        source: what to open; its own config says what it is.
-        times: `gate_value` and `deltatime_type` that the network must have; None: its own.
-        causal: asks for a causal network, with any of the arguments in `CAUSAL`. Those of a causal checkpoint are its
-            own; one that is given must be equal, except for the partition, which is that of the clips. None: as it is.
-        of_wan: `gate_value` and `deltatime_type` of a network made of a Wan2.1 transformer, where `times` is None.
+        source: folder or hub id; its config determines the kind.
+        times: required `gate_value` and `deltatime_type`; None accepts those of the source.
+        causal: makes the network causal, with any of the arguments in `CAUSAL`. For a causal checkpoint they must equal
+            its own, except for the partition, which is a property of the clips. None keeps the kind of the source.
+        wan_times: `gate_value` and `deltatime_type` for a Wan2.1 transformer, used if `times` is None.
 
     Raises:
-        UserError: there is no such network, it is of another kind, its keys do not fit, or its times or chunks are
-            others.
+        UserError: the source does not exist, is of another kind, has missing or unexpected weights, or has other times
+            or chunks than required.
     """
-    place, arguments, kind = describe_source(source, times, causal, of_wan)
+    place, arguments, kind = describe_source(source, times, causal, wan_times)
     files, network = _open_files(source, place), build_empty(arguments)
     is_wan = kind == WanTransformer3DModel.__name__
     tensors, left = {}, set(files)
     for name, parameter in network.named_parameters():
         if name.startswith(FAR) and kind != type(network).__name__:
-            continue  # made of the other patch embedding
+            continue  # computed from the other patch embedding
         stored = name.replace(DELTA, TIME) if is_wan else name
         if stored not in files:
-            raise UserError(str(source), f"lacks the weight {stored}")
+            raise UserError(str(source), f"has no weight {stored}, which its config requires")
         shape = tuple(files[stored].get_slice(stored).get_shape())
         if shape != tuple(parameter.shape):
             raise UserError(str(source), f"{stored} has shape {shape}, but its config says {tuple(parameter.shape)}")
         tensors[name] = partial(files[stored].get_tensor, stored)
         left.discard(stored)
     if left:
-        raise UserError(str(source), f"holds {min(left)}, for which the network has no place")
+        raise UserError(str(source), f"has the weight {min(left)}, which the network does not have")
     return PretrainedWeights(arguments, tensors)
 
 
@@ -126,11 +126,12 @@ def describe_source(
     source: str | Path,
     times: Mapping[str, Any] | None = None,
     causal: Mapping[str, Any] | None = None,
-    of_wan: Mapping[str, Any] = STUDENT_TIMES,
+    wan_times: Mapping[str, Any] = STUDENT_TIMES,
 ) -> tuple[str | None, dict[str, Any], str]:
-    """The subfolder that holds the transformer, the constructor's arguments of the network, the stored class's name.
+    """Read the config of a source, without weights. Arguments and errors are those of `open_pretrained`.
 
-    Arguments and errors are those of `open_pretrained`; no weight is read.
+    Returns:
+        Subfolder of the transformer (None for the source itself), constructor arguments, and name of the stored class.
     """
     place, config = locate(source)
     kind = str(config.get("_class_name"))
@@ -138,22 +139,28 @@ def describe_source(
     if kind == WanTransformer3DModel.__name__:
         _check_text_to_video(source, config)
         own = {name: config[name] for name in SHARED_CONFIG if name in config}
-        return place, {**own, **(of_wan if times is None else times), **chunks}, kind
-    # If a config does not say a time, it is the constructor's default.
+        return place, {**own, **(wan_times if times is None else times), **chunks}, kind
+    # Times that a config lacks have the constructor's defaults.
     own = {**STUDENT_TIMES, **{name: value for name, value in config.items() if not name.startswith("_")}}
     _check_same(source, times or {}, own)
+    if own.get("image_dim") is not None:
+        raise UserError(str(source), f"has image_dim = {own['image_dim']}, but image embeddings are not supported")
     if kind == AnyFlowTransformer3DModel.__name__:
         return place, {**own, **chunks}, kind
     if kind != AnyFlowFARTransformer3DModel.__name__:
-        raise UserError(str(source), f"holds a {kind}; name a Wan2.1 or AnyFlow transformer")
+        raise UserError(str(source), f"holds a {kind}; give a Wan2.1 or AnyFlow transformer")
     own, given = {**CAUSAL, **own}, dict(causal or {})
-    partition = given.pop("chunk_partition", own["chunk_partition"])  # of the clips, not of the weights
+    partition = given.pop("chunk_partition", own["chunk_partition"])  # depends on the clips, not on the weights
     _check_same(source, given, own)
     return place, {**own, "chunk_partition": _plain(partition)}, kind
 
 
 def locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
-    """The subfolder of a source that holds the transformer (None: the source itself), and its config."""
+    """Find the transformer of a source. Returns its subfolder (None for the source itself) and its config.
+
+    Raises:
+        UserError: no transformer is found, or its config cannot be read.
+    """
     path = Path(source)
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in [(".",), ("..",)]):
         raise UserError(str(source), "is neither a folder nor a hub id (owner/name)")
@@ -166,21 +173,23 @@ def locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
         except OSError as error:
             reason = str(error).splitlines()[0]
             if path.is_dir():
-                raise UserError(str(source), f"its config cannot be read: {reason}") from error
+                raise UserError(str(source), f"cannot read its config: {reason}") from error
     if path.is_dir():
-        raise UserError(str(source), "holds neither transformer/config.json nor config.json")
-    raise UserError(str(source), f"no transformer can be loaded from the hub under this name: {reason}")
+        raise UserError(str(source), "contains neither transformer/config.json nor config.json")
+    raise UserError(str(source), f"cannot load a transformer of this name from the hub: {reason}")
 
 
 def _check_same(source: str | Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises UserError: something is asked for that is otherwise in the source's config."""
+    """Check required arguments. Raises UserError if the config of the source has other values."""
     for name, wanted in given.items():
         if _plain(own[name]) != _plain(wanted):
-            raise UserError(str(source), f"was made with {name} = {_plain(own[name])!r}, and must be run with it")
+            raise UserError(
+                str(source), f"was trained with {name} = {_plain(own[name])!r}, so it cannot use {_plain(wanted)!r}"
+            )
 
 
 def _plain(value: Any) -> Any:
-    """Lists, which JSON makes of tuples, as tuples."""
+    """Convert a list to a tuple: JSON stores tuples as lists."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -189,13 +198,13 @@ def _check_text_to_video(source: str | Path, config: Mapping[str, Any]) -> None:
         if config.get(name, wanted) != wanted:
             raise UserError(
                 str(source),
-                f"has {name} = {config[name]!r}; a student can only start from a Wan2.1 text-to-video transformer, "
-                f"where it is {wanted!r} (image-to-video checkpoints have key and value projections without a place)",
+                f"has {name} = {config[name]!r}, but a student can only start from a Wan2.1 text-to-video transformer, "
+                f"which has {wanted!r} (image-to-video checkpoints have weights that a student does not have)",
             )
 
 
 def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
-    """The open file of every weight, by the weight's name."""
+    """Open the weight files. Returns weight name -> open file."""
     folder = Path(source) if Path(source).is_dir() else _download(str(source), place)
     folder = folder / (place or "")
     index = folder / f"{_FILE}.index.json"
@@ -203,8 +212,8 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     try:
         files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
     except OSError as error:
-        raise UserError(str(source), f"its weights cannot be read: {error}") from error
-    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        raise UserError(str(source), f"cannot read its weights: {error}") from error
+    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
 
 
 def _download(source: str, place: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what the backward pass computes again."""
+"""Gradient checkpointing: choose what the backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Callable[..., Any]
-"""Calls a block, `(block, *inputs) -> outputs`, so that its backward pass repeats it."""
+"""(block, *inputs) -> outputs. The backward pass recomputes the block."""
 
 _ATTENTION = frozenset(
     getattr(torch.ops.aten, name).default
@@ -29,7 +29,7 @@ def _all(block: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _all_but_attention(block: Callable[..., Any], *inputs: Any) -> Any:
-    """Attention costs the most to repeat and little to keep: of a long sequence most operations, one result of many."""
+    """Recompute all except attention, which for long sequences takes most of the time and little memory to save."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -39,4 +39,4 @@ def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 
 
 RECOMPUTE: Mapping[str, Recompute] = MappingProxyType({"block": _all, "selective": _all_but_attention})
-"""By the values of `student.gradient_checkpointing`."""
+"""Value of `student.gradient_checkpointing` -> function that calls a block."""

@@ -10,17 +10,17 @@ from torch import Tensor
 from anyflow_train.flow.path import at_least_float32
 
 _THETA = 10000.0
-_KEPT_GRIDS = 64  # one for every chunk of a clip, and one for every sequence of them
+_KEPT_GRIDS = 64  # enough for each chunk of a clip and each sequence of chunks
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring frames whose patches have one size.
+    """Consecutive frames with patches of one size.
 
     Attributes:
-        grid: (frames, rows, columns) of its tokens.
-        first: position of its first frame in the video.
-        pool: positions, in height and in width, that one token covers.
+        grid: (frames, rows, columns) of tokens.
+        first: position of the first frame in the video.
+        pool: number of positions that a token covers, in height and in width.
     """
 
     grid: tuple[int, int, int]
@@ -29,11 +29,11 @@ class Stretch:
 
 
 class RotaryGrid:
-    """Rotation tables of token grids, each computed once per grid and device and then kept.
+    """Rotation tables of token grids. Each is computed once per grid and device, and cached.
 
     Args:
-        head_dim: channels of one attention head, even. A sixth of the channel pairs turns with the row, a sixth with
-            the column, the others with the frame.
+        head_dim: channels of an attention head, even. `head_dim // 6` channel pairs encode the row, as many the column,
+            and the other pairs the frame.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -41,20 +41,20 @@ class RotaryGrid:
         self._tables: dict[tuple[tuple[Stretch, ...], torch.device], Tensor] = {}
 
     def __call__(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """(tokens, head_dim / 2, 2) float32 of a grid (frames, rows, columns): see `rotation_table`."""
+        """Rotation table (tokens, head_dim / 2, 2) float32 of a grid (frames, rows, columns): see `rotation_table`."""
         return self.stretches((Stretch(grid),), device)
 
     def stretches(self, stretches: tuple[Stretch, ...], device: torch.device) -> Tensor:
-        """(tokens, head_dim / 2, 2) float32 of several grids, one after the other."""
+        """Rotation table (tokens, head_dim / 2, 2) float32 of several grids, one after the other."""
         if torch.compiler.is_compiling():
-            # A cache that is filled while tracing would be a guard that fails on the next call. The compiled graph
-            # computes the few angles per axis instead, which costs nothing beside the blocks.
+            # Filling the cache while tracing would add a guard that fails on the next call. The compiled graph computes
+            # the few angles per axis instead. Their cost is negligible.
             return _joined(self.head_dim, stretches, device)
         key = (stretches, device)
         if key not in self._tables:
-            with torch.inference_mode(False):  # or the kept table could not be used in training later
+            with torch.inference_mode(False):  # otherwise training could not use the cached table later
                 table = _joined(self.head_dim, stretches, device)
-            if type(table) is not Tensor:  # a fake tensor of some analysis: never to be kept
+            if type(table) is not Tensor:  # a fake tensor of a dry run: do not cache it
                 return table
             if len(self._tables) >= _KEPT_GRIDS:
                 self._tables.clear()
@@ -69,14 +69,18 @@ def _joined(head_dim: int, stretches: tuple[Stretch, ...], device: torch.device)
 def rotation_table(
     head_dim: int, grid: tuple[int, int, int], device: torch.device, first: int = 0, pool: int = 1
 ) -> Tensor:
-    """Cosine and sine per token (frame by frame, row by row) and channel pair.
+    """Compute cosine and sine per token (frame by frame, row by row) and channel pair.
 
     Args:
+        head_dim: channels of an attention head, even.
         grid: (frames, rows, columns) of the tokens.
-        first, pool: as in `Stretch`. A token that covers several positions turns by the mean of their unit complex
-            numbers, scaled back to length one (FAR, 2503.19325).
+        device: device of the table.
+        first: see `Stretch`.
+        pool: see `Stretch`. A token that covers several positions has the mean of their rotations, as unit complex
+            numbers, scaled to length 1 (FAR, arXiv 2503.19325).
 
-    Returns (tokens, head_dim / 2, 2) float32; the angles are float64, since they reach hundreds of turns.
+    Returns:
+        (tokens, head_dim / 2, 2) float32. Angles are computed in float64, because they reach hundreds of turns.
     """
     spatial = head_dim // 6
     pairs = (head_dim // 2 - 2 * spatial, spatial, spatial)
@@ -97,10 +101,9 @@ def rotation_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by its token's angle.
+    """Rotate each pair of adjacent channels by the angle of its token, in float32 or wider.
 
-    x: (B, S, H, head_dim); table: (S, head_dim / 2, 2) float32. Returns the shape and dtype of x,
-    computed in float32 at least.
+    x: (B, S, H, head_dim); table: (S, head_dim / 2, 2) float32. Returns the shape and dtype of x.
     """
     pairs = at_least_float32(x).unflatten(-1, (-1, 2))
     table = table.unsqueeze(1)
@@ -109,6 +112,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     else:
-        # The same product; in eager mode the complex view does it in one pass instead of seven strided ones.
+        # In eager mode, the complex product takes one pass instead of seven strided ones.
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)

@@ -1,6 +1,6 @@
-"""Several roles on one frozen network: each has low-rank adapters and whole modules of its own, and borrows the rest.
+"""Several roles on one frozen network. Each role has its own adapters and fully trained modules, and shares the rest.
 
-Student, fake score and teacher then take the memory of one network and their adapters, not of three networks.
+Student, fake score and teacher then take the memory of one network plus adapters, instead of three networks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from anyflow_train.models.devices import on_device
 
 
 class SharedBase:
-    """One network that is a different one for every role, and the bare base for none.
+    """A network that computes with the adapters of the active role, or as the base if no role is active.
 
-    Nothing but the active role's adapters takes part in a forward, so no role's gradient or training reaches another.
+    A forward uses only the adapters of the active role, so training one role does not affect another.
+
     Args:
-        network: without adapters; it is frozen, and its layers are wrapped in place. Call it within `as_role`.
-        read: gives the base's weights by model name, where the network holds only shards of them.
+        network: network without adapters. It is frozen, and its layers are wrapped in place. Call it within `as_role`.
+        read: reads weights of the base by model name; required if the network only holds shards of them.
 
     Attributes:
-        compiled: set it where blocks are compiled together with their checkpointing.
+        network: the wrapped network.
+        compiled: set it to True if blocks are compiled together with their gradient checkpointing.
     """
 
     def __init__(self, network: Backbone, read: Read | None = None) -> None:
@@ -46,22 +48,26 @@ class SharedBase:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Who has adapters."""
+        """Roles that have adapters."""
         return tuple(self._roles)
 
     def add(self, role: str, settings: Lora, seed: int, where: str | None = None) -> None:
-        """Give a role adapters that start at zero, and copies of its whole modules: it computes what the base does.
+        """Add a role. Its adapters start at zero and its modules as copies, so it computes the same as the base.
 
-        Its parameters start as those that `add_lora` would make of the same network, settings and seed.
+        The initial parameters equal those of `add_lora` for the same network, settings and seed.
 
         Args:
-            where: config key of the settings, for errors; None: `<role>.adapter`.
+            role: name of the role.
+            settings: settings of its adapter.
+            seed: seed of the first factors.
+            where: config key of the settings for errors; None means `<role>.adapter`.
 
         Raises:
-            UserError: the settings do not fit the network. ValueError: the role has adapters already.
+            UserError: the settings do not fit the network.
+            ValueError: the role exists already.
         """
         if role in self._roles:
-            raise ValueError(f"the role {role!r} is there already")
+            raise ValueError(f"the role {role!r} exists already")
         check_adapter(self._plain, settings, where or f"{role}.adapter")
         wholes = _outermost(path for path in self._plain if is_in(path, settings.full_modules))
         targets = add_low_rank(self._plain, settings, seed, role, self._switch)
@@ -72,13 +78,13 @@ class SharedBase:
         self._roles[role] = tuple(path for path in self._plain if path in own)
 
     def parameters(self, role: str) -> dict[str, Parameter]:
-        """A role's parameters, by the names that `trainable_parameters` gives those of a network with this role only.
+        """Parameters of a role, by the names of `trainable_parameters` for a network with this role only.
 
         Raises:
-            ValueError: there is no such role.
+            ValueError: the role does not exist.
         """
         if role not in self._roles:
-            raise ValueError(f"there is no role {role!r}; there are {', '.join(self._roles) or 'none'}")
+            raise ValueError(f"unknown role {role!r}; the roles are: {', '.join(self._roles) or 'none'}")
         found = {}
         for path in self._roles[role]:
             own = adapted(self._plain, path, self._switch).own[role]
@@ -86,23 +92,23 @@ class SharedBase:
         return found
 
     def freeze(self, role: str) -> None:
-        """The role's parameters are only read from now on: for a teacher."""
+        """Freeze the parameters of a role, for a teacher."""
         for parameter in self.parameters(role).values():
             parameter.requires_grad_(False)
 
     @contextmanager
     def as_role(self, role: str | None) -> Iterator[None]:
-        """Inside, the network is this role's; None: the bare base. May be nested; what was active comes back.
+        """Activate a role within the context; None activates the base. Contexts can be nested.
 
-        A forward is remembered with its role: gradient checkpointing recomputes it under that, whatever is active
-        during the backward. A compiled one needs no reminder, since it recomputes within its own graph.
+        Gradient checkpointing recomputes a forward under the role it had, even if another role is active during the
+        backward. Compiled blocks do not need this, because they recompute within their own graph.
 
         Raises:
-            ValueError: there is no such role.
+            ValueError: the role does not exist.
         """
         if role is not None and role not in self._roles:
-            raise ValueError(f"there is no role {role!r}; there are {', '.join(self._roles) or 'none'}")
-        # Here, because who enables checkpointing puts a function there that forgets the role.
+            raise ValueError(f"unknown role {role!r}; the roles are: {', '.join(self._roles) or 'none'}")
+        # Done here, because enabling checkpointing sets a function that does not know the role.
         network: Any = self.network
         recompute = network._gradient_checkpointing_func
         if recompute != self._checkpointed and not self.compiled:
@@ -114,7 +120,7 @@ class SharedBase:
             self._switch.active = before
 
     def flow_map(self, role: str | None, flow_map: FlowMap) -> RoleFlowMap:
-        """A role's flow map, from one that calls the network (or an engine's wrapper of it)."""
+        """Flow map of a role, from a flow map that calls the network (or an engine's wrapper of it)."""
         return RoleFlowMap(self, role, flow_map)
 
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
@@ -127,15 +133,15 @@ class SharedBase:
         return self._recompute(run, *inputs)
 
     def _twin(self) -> nn.Module:
-        """A network of the same shape, without weights."""
+        """Build a network of the same architecture on the meta device."""
         with torch.device("meta"):
             return type(self.network).from_config(copy.deepcopy(dict(self.network.config)))
 
     def _copied(self, twin: Any, path: str) -> nn.Module:
-        """A module with the base's weights. From a twin, because the base may hold only shards."""
+        """Copy a module with its weights. It is built from `twin`, because the base may only hold shards."""
         module: nn.Module = twin.get_submodule(path)
         device = next(self._plain[path].parameters()).device
-        # What is read may lie in a file that other roles read too: each needs memory of its own.
+        # Clone, because the weight may be mapped from a file that other roles read too.
         weights = {name: self._read(f"{path}.{name}").clone() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, strict=True, assign=True)
         return on_device(module, device).requires_grad_(True).train(self._plain[path].training)
@@ -143,12 +149,12 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class RoleFlowMap:
-    """A flow map that is called as a role.
+    """A flow map that activates a role during each call.
 
     Attributes:
-        shared: of whose network it is.
-        role: None: the bare base.
-        flow_map: calls that network.
+        shared: the shared network.
+        role: role to activate; None activates the base.
+        flow_map: flow map that calls the network.
     """
 
     shared: SharedBase
@@ -165,9 +171,9 @@ class RoleFlowMap:
 
 
 def _outermost(paths: Any) -> list[str]:
-    """Paths without those that lie inside of another."""
+    """Remove paths that are inside another path."""
     found: list[str] = []
-    for path in paths:  # a module comes before what it holds
+    for path in paths:  # a module comes before its children
         if not any(path.startswith(f"{outer}.") for outer in found):
             found.append(path)
     return found

@@ -1,6 +1,6 @@
-"""The student: Wan2.1's video transformer with two times, our own implementation of diffusers' class of the same name.
+"""The student: Wan2.1's video transformer with two times, an implementation for training of diffusers' class.
 
-Weights, config and call are interchangeable with `diffusers.AnyFlowTransformer3DModel`; this one is built for training.
+Weights, config and call are interchangeable with `diffusers.AnyFlowTransformer3DModel`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,31 @@ from anyflow_train.models.sequence_parallel import SequenceGroup
 
 
 class AnyFlowTransformer3DModel(Backbone):
-    """The average velocity `u(x_t, t, r, text)` of latent videos.
+    """Network for the average velocity `u(x_t, t, r, text)` of latent videos.
+
+    Example:
+        network = AnyFlowTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)  # 1.3B
+        velocity = network(latents, t, r, text).sample  # times in 0..1000; `NetworkFlowMap` takes times in [0, 1]
 
     Args:
-        patch_size: (1, p, p): a token is p x p latents of one frame.
-        num_attention_heads, attention_head_dim: their product is the width D; the head dimension is even.
+        patch_size: (1, p, p); a token covers p x p latents of one frame.
+        num_attention_heads: number of heads H.
+        attention_head_dim: channels per head, even; the width D is H times this.
         in_channels: latent channels of the input.
         out_channels: latent channels of the output; None means `in_channels`.
         text_dim: width of the text embeddings.
-        freq_dim: sinusoidal features of a time.
+        freq_dim: number of sinusoidal features of a time.
         ffn_dim: inner width of the feed-forward layers.
         num_layers: number of blocks.
-        cross_attn_norm: whether a layer norm precedes the attention to the text.
-        eps: of all norms.
-        image_dim: width of the image embeddings (1280 for Wan2.1-I2V), None for text-to-video.
-        rope_max_seq_len: the longest grid side, in tokens, that is accepted.
-        gate_value: share of the second time in the time embedding.
-        deltatime_type: the second time: "r", the target time, or "t-r", the interval.
+        cross_attn_norm: whether cross-attention has a layer norm.
+        eps: epsilon of all norms.
+        image_dim: None. The key is part of diffusers' config; image embeddings are not supported.
+        rope_max_seq_len: maximum number of frames, rows or columns of tokens.
+        gate_value: weight of the second time in the time embedding, in [0, 1].
+        deltatime_type: the second time, "r" (target time) or "t-r" (interval).
 
     Raises:
-        ValueError: a `patch_size`, `attention_head_dim` or `deltatime_type` other than those above.
+        ValueError: invalid `patch_size`, `attention_head_dim`, `deltatime_type` or `image_dim`.
     """
 
     @register_to_config
@@ -57,40 +62,25 @@ class AnyFlowTransformer3DModel(Backbone):
         num_layers: int = 40,
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
-        image_dim: int | None = None,
+        image_dim: None = None,
         rope_max_seq_len: int = 1024,
         gate_value: float = 0.25,
         deltatime_type: str = "r",
     ) -> None:
-        super().__init__(
-            patch_size,
-            num_attention_heads,
-            attention_head_dim,
-            in_channels,
-            out_channels,
-            text_dim,
-            freq_dim,
-            ffn_dim,
-            num_layers,
-            cross_attn_norm,
-            eps,
-            image_dim,
-            gate_value,
-            deltatime_type,
-        )
+        super().__init__()
         self.rope = RotaryGrid(attention_head_dim)
         self._sequence_group: SequenceGroup | None = None
 
     def split_sequence(self, group: dist.ProcessGroup | None) -> None:
-        """From now on split the tokens of each sample over the processes of `group`; None: no longer.
+        """Split the tokens of each sample over the processes of `group`; None disables it.
 
-        All of them call forward, and backward, together and with the same whole samples; all get the same whole output.
-
-        Gradients: every process computes the same loss from the output. What it gets, for parameters and inputs, is the
-        part of the gradient that comes through its own tokens; the sum over the group is the gradient without a group.
+        All processes of the group must call forward and backward together, with the same samples. All get the same
+        output and compute the same loss. On each process, the gradients of parameters and inputs only contain the part
+        of its own tokens. Their sum over the group is the full gradient.
 
         Raises:
-            ValueError: the number of processes does not divide `num_attention_heads`, or this is none of them.
+            ValueError: the number of processes does not divide `num_attention_heads`, or this process is not in the
+                group.
         """
         self._sequence_group = None if group is None else SequenceGroup.of(group, self.config.num_attention_heads)
 
@@ -101,7 +91,6 @@ class AnyFlowTransformer3DModel(Backbone):
         timestep: Tensor,
         r_timestep: Tensor,
         encoder_hidden_states: Tensor,
-        encoder_hidden_states_image: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -111,25 +100,24 @@ class AnyFlowTransformer3DModel(Backbone):
             hidden_states: (B, F, C, H, W) latents.
             timestep, r_timestep: source and target time in 0..1000, each of shape (), (B,) or (B, F).
             encoder_hidden_states: (B, L, text_dim) text embeddings.
-            encoder_hidden_states_image: (B, I, image_dim) image embeddings, where the network has `image_dim`.
             attention_kwargs: {"scale": s} scales LoRA adapters that were loaded from a file.
-            return_dict: False returns a tuple.
+            return_dict: whether to return an output object instead of a tuple.
 
         Returns:
-            (B, F, C_out, H, W), as the `sample` of the output or as the only entry of the tuple.
+            (B, F, C_out, H, W) velocity, as `sample` of the output or as the only entry of the tuple.
 
         Raises:
-            ValueError: a shape other than those above, a height or width that the patch does not divide, a grid longer
-                than `rope_max_seq_len`, fewer tokens in a frame than processes that split it.
+            ValueError: a wrong shape, height or width not divisible by the patch, a grid longer than
+                `rope_max_seq_len`, or fewer tokens in a frame than processes that split it.
         """
         batch, frames, _, height, width = self._check_latents(hidden_states)
-        self._check_context(batch, encoder_hidden_states, encoder_hidden_states_image)
+        self._check_text(batch, encoder_hidden_states)
         t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
         patch = self.config.patch_size[1]
         rotation = self.rope((frames, height // patch, width // patch), hidden_states.device)
 
         embedding, modulation = self.condition_embedder(t, r)
-        context = self.condition_embedder.context(encoder_hidden_states, encoder_hidden_states_image)
+        context = self.condition_embedder.text_embedder(encoder_hidden_states)
         x = patch_tokens(self.patch_embedding, hidden_states)
         part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
         if part is not None:

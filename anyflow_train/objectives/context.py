@@ -1,6 +1,7 @@
-"""What of a clip is given while the rest is trained, around any objective: the same frames for all samples of a step.
+"""Conditioning frames in training: wrappers around any objective.
 
-Processes that made another number of calls, or calls of another size, would wait for each other or hang.
+All samples of a step have the same conditioning frames. Processes whose network calls differ in number or size would
+wait for each other, or hang.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from anyflow_train.objectives.types import Loss, Objective, Roles
 
 @dataclass(frozen=True)
 class FirstFrameGiven:
-    """In a share of the steps the first latent frame is given, clean, and the objective is asked of the others."""
+    """Gives the first latent frame as clean conditioning in a share of the steps. The loss covers the other frames.
+
+    Attributes:
+        objective: computes the loss.
+        probability: share of the steps, in [0, 1].
+    """
 
     objective: Objective
     probability: float
@@ -29,12 +35,12 @@ class FirstFrameGiven:
 
 @dataclass(frozen=True)
 class ChunksGiven:
-    """A sequence of chunks (FAR, arXiv 2503.19325): each of the newest is learned from clean ones before it.
+    """Trains on a sequence of chunks (FAR, arXiv 2503.19325). The newest chunks see the clean chunks before them.
 
     Attributes:
-        objective: asked of the newest chunks.
-        chunks: of a clip.
-        long_share: share of the steps whose sequence is so long that its oldest chunks are compressed.
+        objective: computes the loss of the newest chunks.
+        chunks: division of a clip into chunks.
+        long_share: share of the steps with a sequence so long that its oldest chunks are compressed.
     """
 
     objective: Objective
@@ -47,7 +53,7 @@ class ChunksGiven:
 
 @dataclass(frozen=True)
 class WholeClip:
-    """An objective beside another one, with random numbers of its own."""
+    """Runs an objective on the whole clip, in addition to another one, with independent random numbers."""
 
     objective: Objective
 
@@ -56,12 +62,12 @@ class WholeClip:
 
 
 def in_chunks(batch: Batch, draw: Draw, chunks: Chunks, long_share: float) -> Batch:
-    """The same samples as a sequence of chunks: what is asked for are the newest."""
+    """Cut the samples into a sequence of chunks, of which the newest are to be generated."""
     drawn = chunks.drawn(long_share, *draw.shared("chunks", 2))
     x, start, end = batch.latents, drawn.context, drawn.frames
     return _given(batch, start, end, TeacherForced(drawn.chunks, x[:, :start], x[:, start:end]))
 
 
 def _given(batch: Batch, start: int, end: int, past: Past) -> Batch:
-    """The same samples, of which frames `start` to `end` are asked for."""
+    """Select the frames from `start` to before `end` for generation, given `past`."""
     return replace(batch, latents=batch.latents[:, start:end], condition=batch.condition.after(past))

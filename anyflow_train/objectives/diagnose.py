@@ -1,4 +1,4 @@
-"""How far the central difference is from a float32 one and from the exact derivative, on given weights and data."""
+"""Error of the central difference, against float32 and against the exact derivative, on given weights and data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from anyflow_train.objectives.guidance import Noised, noised
 
 @dataclass(frozen=True)
 class DerivativeError:
-    """One row of the report: relative errors in the norm over all samples' elements.
+    """One row of the report. Errors are relative, in the norm over all elements of all samples.
 
     Attributes:
-        network: which flow map took the difference.
+        network: name of the flow map.
         epsilon: half the span of the difference, in [0, 1] time.
-        to_difference: against the float32 difference at the same epsilon: the cost of the network's precision.
-        to_exact: against the exact derivative of the float32 network: precision and smoothing together.
+        to_difference: error against the float32 difference at the same epsilon. It comes from the network's precision.
+        to_exact: error against the exact derivative of the float32 network. It comes from precision and smoothing.
     """
 
     network: str
@@ -41,20 +41,25 @@ def derivative_errors(
     shift: float,
     ends: Ends = "clamped",
 ) -> list[DerivativeError]:
-    """Compare differences at times drawn from the free branch, along the data's velocity.
+    """Compare central differences at times of the free branch, along the velocity of the data.
 
     Args:
-        reference: the network in float32 (the exact derivative runs through it: no gradient checkpointing, no
-            compilation).
-        networks: name -> the same weights as training would call them, such as `fp32` and `bf16`.
-        samples: batches with their random numbers; errors are taken over all of them together.
-        epsilons, shift, ends: see `flow.derivative` and `flow.times`.
+        reference: the network in float32, without gradient checkpointing or compilation, which the exact derivative
+            does not support.
+        networks: name -> the same weights in the precisions of training, such as `fp32` and `bf16`.
+        samples: batches with their random numbers. The errors cover all of them together.
+        epsilons: half spans of the differences.
+        shift: time shift.
+        ends: see `flow.derivative.central_difference`.
 
     Returns:
         One row per network and epsilon, in this order.
+
+    Raises:
+        ValueError: no samples.
     """
     if not samples:
-        raise ValueError("the derivative is measured on at least one batch")
+        raise ValueError("the derivative error needs at least one batch")
     sums = {(name, epsilon): _Sums() for name in networks for epsilon in epsilons}
     for batch, draw in samples:
         free = BranchCounts(diffusion=0, consistency=0, free=max(draw.positions) + 1)
@@ -69,7 +74,7 @@ def derivative_errors(
 
 
 def derivative_table(rows: Sequence[DerivativeError]) -> str:
-    """The report as aligned text."""
+    """Format the report as aligned text."""
     lines = [f"{'network':<10}{'epsilon':>10}{'to fp32 difference':>20}{'to exact':>12}"]
     lines += [f"{row.network:<10}{row.epsilon:>10g}{row.to_difference:>20.2%}{row.to_exact:>12.2%}" for row in rows]
     return "\n".join(lines)
@@ -77,7 +82,7 @@ def derivative_table(rows: Sequence[DerivativeError]) -> str:
 
 @dataclass
 class _Sums:
-    """Sums of squares over batches: two errors and the sizes they are relative to."""
+    """Sums of squares over batches: two errors, and the norms that they are divided by."""
 
     to_smooth: float = 0.0
     smooth: float = 0.0
@@ -91,7 +96,7 @@ class _Sums:
         self.exact += _square(exact)
 
     def errors(self) -> tuple[float, float]:
-        tiny = 1e-30  # an all-zero derivative has no relative error, and must not end the report
+        tiny = 1e-30  # avoids a division by zero for an all-zero derivative
         return (self.to_smooth / max(self.smooth, tiny)) ** 0.5, (self.to_exact / max(self.exact, tiny)) ** 0.5
 
 

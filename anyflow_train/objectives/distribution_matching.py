@@ -1,5 +1,6 @@
-"""Distribution matching on the student's own rollouts (DMD2, arXiv 2405.14867; AnyFlow's on-policy stage), and the
-fake score that it needs: flow matching on those rollouts.
+"""Stage 2: distribution matching on rollouts of the student (DMD2, arXiv 2405.14867; AnyFlow's on-policy stage).
+
+It needs a fake score, which learns the velocity of the rollouts by flow matching.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from anyflow_train.objectives.guidance import square_error
 from anyflow_train.objectives.rollouts import Rollout, RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Loss, Roles
 
-# A rollout that is what the teacher predicts has no distance to divide by.
+# Lower bound of the distance, which is 0 if the rollout equals the prediction of the teacher.
 SMALLEST_DISTANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Where a rollout should move.
+    """The direction in which a rollout should move.
 
     Attributes:
-        gradient: (B, F, C, H, W), `(fake - real) / mean |x - real|`, of x0-predictions.
-        distance: (B,) that mean.
+        gradient: (B, F, C, H, W), `(fake - real) / mean |x - real|`, where fake and real are x0-predictions.
+        distance: (B,) `mean |x - real|`.
     """
 
     gradient: Tensor
@@ -39,13 +40,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class DistributionMatchingObjective:
-    """`mean (x - sg[x - gradient])^2` on rollouts x of the student; its gradient by x is `2 gradient / numel`.
+    """The student's objective of stage 2, `mean (x - sg[x - gradient])^2` on rollouts x of the student.
+
+    Its gradient with respect to x is `2 gradient / numel`; see `Direction` for `gradient`.
 
     Attributes:
-        rollouts: makes x.
-        times: at which the scores are compared.
+        rollouts: rolls out the student.
+        times: distribution of the times at which the scores are compared.
         guidance_scale: CFG scale of the teacher.
-        endpoints: where x is left for the fake score; None: nowhere.
+        endpoints: buffer that hands x to the fake score; None keeps no rollouts.
     """
 
     rollouts: Rollouts
@@ -54,7 +57,11 @@ class DistributionMatchingObjective:
     endpoints: RolloutBuffer | None = None
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
-        """Gradient flows into the student alone. Raises ValueError without a teacher or a fake score."""
+        """Compute the losses of a batch. Gradient flows into the student only.
+
+        Raises:
+            ValueError: the roles lack a teacher or a fake score.
+        """
         if roles.teacher is None or roles.fake_score is None:
             raise ValueError("distribution matching needs a teacher and a fake score among the roles")
         draw = draw.scoped("distribution matching")
@@ -69,12 +76,12 @@ class DistributionMatchingObjective:
 
 @dataclass(frozen=True)
 class FakeScoreObjective:
-    """`|| fake(x_t, t) - (z - x) ||^2` on detached rollouts x of the student.
+    """The fake score's objective, `|| fake(x_t, t) - (z - x) ||^2` on detached rollouts x of the student.
 
     Attributes:
-        rollouts: makes x.
-        times: at which the fake score learns.
-        endpoints: where the rollouts of the student's update lie; None: always makes its own.
+        rollouts: rolls out the student.
+        times: distribution of the times at which the fake score learns.
+        endpoints: buffer with the rollouts of the student's update; None always makes new rollouts.
     """
 
     rollouts: Rollouts
@@ -82,9 +89,13 @@ class FakeScoreObjective:
     endpoints: RolloutBuffer | None = None
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
-        """Gradient flows into the fake score alone. Raises ValueError without one."""
+        """Compute the losses of a batch. Gradient flows into the fake score only.
+
+        Raises:
+            ValueError: the roles lack a fake score.
+        """
         if roles.fake_score is None:
-            raise ValueError("there is no fake score among the roles")
+            raise ValueError("the fake score's objective needs a fake score among the roles")
         x0 = self._samples(roles.student, batch.condition, draw)
         draw = draw.scoped("fake score")
         t = draw_score_time(draw, self.times)
@@ -104,7 +115,7 @@ class FakeScoreObjective:
 def direction(
     teacher: FlowMap, fake_score: FlowMap, x: Tensor, condition: Condition, draw: Draw, times: ScoreTimes
 ) -> Direction:
-    """Compare what teacher and fake score make of x (B, F, C, H, W), noised to a time of each sample's own."""
+    """Compare x0-predictions of teacher and fake score for x (B, F, C, H, W), noised to a random time per sample."""
     s = draw_score_time(draw, times)
     noised = interpolate(x, draw.normal("score noise", tuple(x.shape[1:])), s)
     span = expand_time(s, x)
@@ -115,12 +126,12 @@ def direction(
 
 
 def draw_score_time(draw: Draw, times: ScoreTimes) -> Tensor:
-    """(B,) float32."""
+    """Draw one time per sample, (B,) float32, clamped to [times.low, times.high]."""
     return draw_diffusion_time(draw, times.distribution, times.shift, "fp32").clamp(times.low, times.high)
 
 
 def _metrics(made: Rollout, found: Direction) -> dict[str, Tensor]:
-    """A rollout's statistics go under its number of steps, which all samples of a step share."""
+    """Compute the metrics. Statistics of rollouts are named by the number of steps, the same for all samples."""
     x = made.x.detach().flatten(1)
     return {
         "direction_norm": found.gradient.flatten(1).square().mean(dim=1).sqrt(),

@@ -1,7 +1,7 @@
-"""The average velocity on data (AnyFlow, section on forward training; MeanFlow's identity): stage 1.
+"""Stage 1: learn the average velocity on data (AnyFlow, section on forward training; MeanFlow's identity).
 
-`u(x_t, t, r) = v - (t - r) D_v u`, with the right-hand side held fixed. The student's one forward with gradient comes
-last, so that nothing of the others is alive during the backward pass.
+The student u is regressed to `v - (t - r) D_v u`, which carries no gradient. Its forward with gradient comes last, so
+that the memory of the other forwards is free during the backward pass.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ from anyflow_train.objectives.types import Loss, Roles, Setting
 
 @dataclass(frozen=True)
 class FlowMapObjective:
-    """Stage 1 on one process's micro-batches: `FlowMapObjective.build(FlowMap(), Setting(global_batch=8))`.
+    """The objective of stage 1: the average velocity between two times, learned on data.
+
+    Example:
+        objective = FlowMapObjective.build(FlowMap(), Setting(global_batch=8))
+        loss = objective(Roles(student=student, derivative=student), batch, draw)
 
     Attributes:
-        config, times: see `config.objective`; `times.distribution` must be uniform.
-        counts: branches of the global batch.
+        config: keys of the objective, see `config.objective.FlowMap`.
+        times: how t and r are drawn; `times.distribution` must be `uniform`.
+        counts: number of samples of each branch in the global batch.
         world: number of data-parallel processes.
+
+    Raises:
+        ValueError: `times.distribution` is not `uniform`.
     """
 
     Config = options.FlowMap
@@ -43,12 +51,12 @@ class FlowMapObjective:
 
     @classmethod
     def build(cls, config: options.FlowMap, setting: Setting) -> FlowMapObjective:
-        """The objective of a run."""
+        """Build the objective of a run."""
         return cls(config, setting.times, setting.counts, setting.world)
 
     def __post_init__(self) -> None:
         if self.times.distribution != "uniform":
-            raise ValueError("the flow map draws t and r from two uniforms; a logit-normal t has no r")
+            raise ValueError(f"times.distribution must be 'uniform' for the flow map, not {self.times.distribution!r}")
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         config, shift = self.config, self.times.shift
@@ -63,7 +71,7 @@ class FlowMapObjective:
 
     @torch.no_grad()
     def _corrected(self, flow_map: FlowMap, sample: Noised, start: Regression, rows: int) -> Tensor:
-        """`v_g - (t - r) D u`: the derivative is only taken for the last `rows` samples, the others have r = t."""
+        """Compute `v_g - (t - r) D u`. Only the last `rows` samples need the derivative; the others have r = t."""
         last = slice(len(sample.x) - rows, None)
         derivative = central_difference(
             flow_map,

@@ -1,4 +1,4 @@
-"""Flow matching, `|| u(x_t, t, t) - (z - x0) ||^2`: stage 0, and the fake score of stage 2."""
+"""Stage 0: flow matching, `|| u(x_t, t, t) - (z - x0) ||^2`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from anyflow_train.objectives.types import Branch, Loss, Roles, Setting
 
 @dataclass(frozen=True)
 class FlowMatchingObjective:
-    """Every sample is diffusion, r = t; of `times`, the branch shares do not matter here."""
+    """The objective of stage 0: the velocity at r = t, learned on data.
+
+    Example:
+        objective = FlowMatchingObjective.build(FlowMatching(), Setting(global_batch=8))
+        loss = objective(Roles(student=student, derivative=student), batch, draw)
+
+    Attributes:
+        config: keys of the objective, see `config.objective.FlowMatching`.
+        times: how t is drawn. The branch shares are not used, because all samples are on the diffusion branch.
+    """
 
     Config = options.FlowMatching
 
@@ -26,7 +35,7 @@ class FlowMatchingObjective:
 
     @classmethod
     def build(cls, config: options.FlowMatching, setting: Setting) -> FlowMatchingObjective:
-        """The objective of a run."""
+        """Build the objective of a run."""
         return cls(config, setting.times)
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:

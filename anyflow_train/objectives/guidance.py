@@ -1,16 +1,17 @@
-"""Text dropping, and guidance fused into training: what the student is regressed to, and along which tangent.
+"""Text dropout, and guidance fused into training: the regression target of the student, and its tangent.
 
-With w the CFG scale, v the velocity given the text and u_neg the student's own prediction for the negative prompt,
-every choice regresses u to `v_g - (t - r) D u` along some tangent, with `v_g = u_neg + w (v - u_neg)`, and divides the
-loss by w^2:
+Let w be the CFG scale, v the velocity given the text, and u_neg the student's prediction for the negative prompt.
+Each choice regresses u to `v_g - (t - r) D u`, where `v_g = u_neg + w (v - u_neg)` and D is the total derivative along
+a tangent. The loss is divided by w^2.
 
-* `none`: w = 1, so v_g = v.
-* `prediction`, as published, is written `|| (u - (1 - w) sg[u_neg]) / w - (v - (t - r) D / w) ||^2`; multiplied out
-  that is u against v_g with u_neg taken at (x, t, r), tangent v, and the same w on text-dropped samples. Not the map of
-  the guided flow.
-* `target`: u_neg at (x, t, t), tangent v_g, w = 1 on text-dropped samples: the flow map of the guided ODE.
+* `none`: w = 1, so v_g = v; the tangent is v.
+* `prediction`: the published loss, `|| (u - (1 - w) sg[u_neg]) / w - (v - (t - r) D / w) ||^2`. Multiplied out:
+  u_neg is taken at (x, t, r), the tangent is v, and text-dropped samples have the same w. The result is not the flow
+  map of the guided ODE.
+* `target`: u_neg is taken at (x, t, t), the tangent is v_g, and w = 1 on text-dropped samples. The result is the flow
+  map of the guided ODE.
 
-On text-dropped samples u_neg is not asked for: `target` does not need it, and `prediction`'s is u itself, held fixed.
+Text-dropped samples need no call for u_neg: `target` does not use it, and in `prediction` it is u itself, detached.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ Velocity = Literal["data", "teacher"]
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch on its way from data to noise.
+    """A batch of points on the path from data to noise.
 
     Attributes:
         x: (B, F, C, H, W) points x_t, float32 or float64.
-        velocity: `z - x0`, like x.
+        velocity: (B, F, C, H, W) `z - x0`, dtype of x.
         t, r: (B,) times, in the dtype of x.
-        condition: the text, with some samples' replaced by the negative prompt.
+        condition: the text; that of text-dropped samples is replaced by the negative prompt.
         negative: the negative prompt for all B samples.
-        dropped: of each sample, whether its text is the negative prompt.
+        dropped: for each sample, whether its text was dropped.
     """
 
     x: Tensor
@@ -55,13 +56,13 @@ class Noised:
 
 @dataclass(frozen=True)
 class Regression:
-    """What the student learns at r = t, before the time derivative is taken off.
+    """The regression target at r = t, from which the objective subtracts `(t - r) D u`.
 
     Attributes:
-        velocity: (B, F, C, H, W), no gradient: v_g.
-        tangent: direction of the total derivative, like velocity.
+        velocity: (B, F, C, H, W) v_g, without gradient.
+        tangent: (B, F, C, H, W) direction of the total derivative.
         divisor: (B,) w^2, by which the loss is divided.
-        own: (B,) factor of the student's own prediction, held fixed, that v_g holds beside `velocity`; None: of none.
+        own: (B,) weight of the student's own (detached) prediction in v_g; None if it is not used.
     """
 
     velocity: Tensor
@@ -70,16 +71,26 @@ class Regression:
     own: Tensor | None = None
 
     def error(self, u: Tensor, goal: Tensor) -> Tensor:
-        """(B,) losses of predictions u (B, F, C, H, W) whose goal was made of `velocity`."""
+        """Compute the losses (B,) of predictions u against the goal derived from `velocity`, both (B, F, C, H, W)."""
         if self.own is not None:
             goal = goal + expand_time(self.own, u) * u.detach()
         return square_error(u, goal, self.divisor)
 
 
 def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) -> Noised:
-    """Draw the noise and the dropped texts of a batch; nothing here waits for the device."""
+    """Draw the noise and the dropped texts of a batch, without waiting for the device.
+
+    Args:
+        batch: B samples.
+        draw: random numbers of the same positions.
+        t, r: (B,) times.
+        text_dropout: probability that a text is replaced by the negative prompt.
+
+    Raises:
+        ValueError: batch and random numbers have different positions.
+    """
     if batch.positions != draw.positions:
-        raise ValueError(f"the batch holds slots {batch.positions}, the random numbers are for {draw.positions}")
+        raise ValueError(f"the batch has the positions {batch.positions}, but the random numbers {draw.positions}")
     x0 = at_least_float32(batch.latents)
     z = draw.normal("noise", tuple(x0.shape[1:])).to(x0.dtype)
     t, r = t.to(x0.dtype), r.to(x0.dtype)
@@ -92,10 +103,20 @@ def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) 
 
 @torch.no_grad()
 def regression(roles: Roles, noised: Noised, guidance: Guidance, scale: float, velocity: Velocity) -> Regression:
-    """The regression that a choice of guidance and of velocity stands for.
+    """Compute the regression target for a choice of guidance and velocity (see the top of this file).
 
-    With the teacher's velocity, `target` takes v_g from the teacher alone, that is, the guided teacher's ODE.
-    Raises ValueError where the run has no teacher to take it from.
+    With the teacher's velocity, `target` takes u_neg from the teacher too, so the student learns the ODE of the guided
+    teacher.
+
+    Args:
+        roles: flow maps of the run.
+        noised: the batch.
+        guidance: kind of guidance.
+        scale: CFG scale w.
+        velocity: `data` takes v from the batch, `teacher` from the teacher.
+
+    Raises:
+        ValueError: the teacher's velocity is chosen, but the roles lack a teacher.
     """
     if velocity == "teacher" and roles.teacher is None:
         raise ValueError("velocity 'teacher' needs a teacher among the roles")
@@ -113,9 +134,9 @@ def regression(roles: Roles, noised: Noised, guidance: Guidance, scale: float, v
 
 
 def _unconditional(flow_map: FlowMap, noised: Noised, r: Tensor) -> Tensor:
-    """The prediction for the negative prompt, like `x`; 0 on text-dropped samples, where nobody asks for it.
+    """Predict the velocity for the negative prompt, like `x`; 0 on text-dropped samples, which do not use it.
 
-    It is called for one sample at least, since under ZeRO-3 a process that makes fewer calls hangs the others.
+    The network is called with at least one sample: under ZeRO-3 a process with fewer calls would hang the others.
     """
     if not any(noised.dropped):
         return flow_map(noised.x, noised.t, r, noised.negative)
@@ -127,10 +148,10 @@ def _unconditional(flow_map: FlowMap, noised: Noised, r: Tensor) -> Tensor:
 
 
 def _by_sample(noised: Noised, dropped: float, kept: float) -> Tensor:
-    """(B,) one number for text-dropped samples, and another for the others."""
+    """Build (B,) numbers: `dropped` for text-dropped samples, `kept` for the others."""
     return torch.stack([torch.full_like(noised.t[0], dropped if gone else kept) for gone in noised.dropped])
 
 
 def square_error(u: Tensor, goal: Tensor, divisor: Tensor) -> Tensor:
-    """(B,) mean over a sample's elements of `(u - goal)^2`, divided by `divisor` (B,)."""
+    """Compute (B,) means of `(u - goal)^2` over the elements of each sample, divided by `divisor` (B,)."""
     return (u - goal).square().flatten(1).mean(dim=1) / divisor

@@ -1,8 +1,9 @@
-"""Per-sample rebalancing: every sample with r < t counts as much as the average diffusion sample of the global batch.
+"""Per-sample rebalancing: each sample with r < t gets the loss of an average diffusion sample of the global batch.
 
-Pure functions of a `Loss` and that average, which the trainer all-reduces once a step. Per sample this minimises E log
-loss, whose minimum is the flow map only where the velocity is symmetric given x_t; yet without it training is much
-worse. With the teacher's velocity, which is one number given x_t, the minimum is the flow map.
+These are pure functions of a `Loss` and of that average, which the trainer all-reduces once per step. Rebalancing
+minimises `E log loss`. With velocities of data, the minimum is the flow map only if the velocity is symmetrically
+distributed given x_t. Training without rebalancing is nevertheless much worse. With the velocity of a teacher, which is
+a function of x_t, the minimum is the flow map.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from anyflow_train.objectives.types import Branch, Loss
 
 Rebalance = Literal["weighted", "unweighted", "none"]
 
-FLOOR = 1e-5  # keeps the scale of a sample that is already learned finite
+FLOOR = 1e-5  # keeps the scale finite for a sample with a loss near 0
 
 
 def balance_value(loss: Loss, mode: Rebalance) -> Tensor:
-    """(B,) without gradient: what is averaged over all diffusion samples, weighted unless `unweighted`."""
+    """Compute the (B,) losses that are averaged over the diffusion samples: detached, weighted unless `unweighted`."""
     value = loss.per_sample.detach()
     return value if mode == "unweighted" else value * loss.weight
 
 
 def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mean: float = 0.0) -> Tensor:
-    """The final losses, (B,), weight included, to be summed over the global batch and divided by its size.
+    """Compute the final (B,) losses with weights. The step's loss is their mean over the global batch.
 
     Args:
-        loss: of B samples.
+        loss: losses of B samples.
         diffusion_mean: () mean of `balance_value` over the global batch's diffusion samples.
-        mode: `weighted` scales the weighted losses, which cancels the weight on all samples with r < t (as published);
-            `unweighted` scales the bare losses and weights after; `none` only weights.
-        smallest_mean: what `diffusion_mean` counts as at least. With the teacher's velocity a student that starts as
-            the teacher has no loss at r = t, and the others would be scaled to nothing.
+        mode: `weighted` scales the weighted losses, as published; this cancels the weight of samples with r < t.
+            `unweighted` scales the unweighted losses and then applies the weights. `none` only applies the weights.
+        smallest_mean: lower bound of `diffusion_mean`. A student that starts as its teacher has no diffusion loss, so
+            without a bound the other losses would vanish.
     """
     weighted = loss.per_sample * loss.weight
     if mode == "none" or loss.branch is None:

@@ -1,4 +1,4 @@
-"""The student's own samples, by flow-map backward simulation: what stage 2 learns from."""
+"""Rollouts of the student by flow-map backward simulation: the samples of stage 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 @dataclass(frozen=True)
 class Rollout:
-    """Samples (B, F, C, H, W) float32, and the number of steps N of the sampler that they followed."""
+    """Samples of the student.
+
+    Attributes:
+        x: (B, F, C, H, W) float32.
+        steps: number of steps N of the sampler.
+    """
 
     x: Tensor
     steps: int
@@ -24,17 +29,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Rolls the student out from fresh noise.
+    """Rolls the student out from noise, around step g of a sampler with N steps.
 
-    N and g are the same for all samples of a step: processes that made another number of calls would hang each other
-    under ZeRO-3.
+    N and g are the same for all samples of a step. Under ZeRO-3, processes with different numbers of network calls
+    would hang.
 
     Attributes:
-        latent: (F, C, H, W) of one sample.
-        steps: N is one of these, g one of 0..N-1.
-        shift: of the sampler's times.
-        first_jump: see `flow.rollout`.
-        chunks: of a causal student, which rolls out one after the other, each from those before it; None: all at once.
+        latent: shape (F, C, H, W) of one sample.
+        steps: choices of N; g is drawn from 0..N-1.
+        shift: time shift of the sampler.
+        first_jump: see `flow.rollout.rollout`.
+        chunks: chunks of a causal student, which rolls out one after the other; None rolls out all frames together.
     """
 
     latent: tuple[int, int, int, int]
@@ -44,7 +49,7 @@ class Rollouts:
     chunks: Chunks | None = None
 
     def __call__(self, student: FlowMap, condition: Condition, draw: Draw) -> Rollout:
-        """Samples for these texts; gradient flows back into the student unless it is switched off."""
+        """Roll out one sample per text. Gradient flows into the student, unless gradients are disabled."""
         which, where = draw.shared("steps", 2)
         steps = self.steps[int(which * len(self.steps))]
         z = draw.normal("noise", self.latent)
@@ -58,15 +63,15 @@ class Rollouts:
 
 
 class RolloutBuffer:
-    """The rollouts of the student's update, for a fake score that learns from the same ones in the same step."""
+    """Hands the rollouts of the student's update to the fake score's update in the same step."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, tuple[int, ...]], Rollout] = {}
 
-    def put(self, draw: Draw, made: Rollout) -> None:
-        """Remember a micro-batch's samples, without their graph."""
-        self._kept[draw.step, draw.positions] = Rollout(made.x.detach(), made.steps)
+    def put(self, draw: Draw, rollout: Rollout) -> None:
+        """Store the detached samples of a micro-batch."""
+        self._kept[draw.step, draw.positions] = Rollout(rollout.x.detach(), rollout.steps)
 
     def pop(self, draw: Draw) -> Rollout | None:
-        """The samples of a micro-batch, once; None in a step without an update of the student."""
+        """Remove and return the samples of a micro-batch; None in a step without an update of the student."""
         return self._kept.pop((draw.step, draw.positions), None)

@@ -1,4 +1,4 @@
-"""What an objective sees and what it returns. Objectives know flow maps, never networks or the engine."""
+"""Arguments and result of an objective. Objectives only know flow maps, not networks or the engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Branch", "Loss", "Objective", "Roles", "Setting"]
 
 @dataclass(frozen=True)
 class Roles:
-    """The flow maps of a run.
+    """The flow maps of a run: `Roles(student=student, derivative=student)` for one without teacher.
 
     Attributes:
-        student: what is trained; gradients flow through it.
-        derivative: the student, or its EMA, without gradient and in the precision of the time derivative.
-        teacher: the frozen teacher, called at r = t; None where the run has none.
-        fake_score: the velocity of the student's own samples, called at r = t; None where the run has none.
+        student: the network that is trained; gradients flow through it.
+        derivative: the student or its EMA, without gradient, in the precision of the time derivative.
+        teacher: the frozen teacher, called at r = t; None if the run has no teacher.
+        fake_score: the velocity of the student's samples, called at r = t; None if the run has no fake score.
     """
 
     student: FlowMap
@@ -38,11 +38,11 @@ class Loss:
     """The losses of B samples, before rebalancing.
 
     Attributes:
-        per_sample: (B,) float32, mean square error over a sample's elements, before the weight w(t); carries the
+        per_sample: (B,) float32 mean square error over the elements of a sample, before the weight w(t). It carries the
             gradient.
-        weight: (B,) float32, w(t).
-        branch: (B,) int64, `Branch`; None for an objective without branches.
-        metrics: name -> (B,) detached values to log.
+        weight: (B,) float32 weight w(t).
+        branch: (B,) int64 `Branch`; None for an objective without branches.
+        metrics: name -> (B,) detached values for the log.
     """
 
     per_sample: Tensor
@@ -53,11 +53,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective is built for, in addition to its own config.
+    """Properties of a run that an objective needs in addition to its own config.
 
     Attributes:
-        global_batch: samples of a step, over all processes.
-        times: how (t, r) are drawn.
+        global_batch: number of samples per step, over all processes.
+        times: how t and r are drawn.
         world: number of data-parallel processes.
     """
 
@@ -67,11 +67,15 @@ class Setting:
 
     @property
     def counts(self) -> BranchCounts:
-        """Samples of each branch in a step. ValueError: the batch is too small to hold all of them."""
+        """Number of samples of each branch per step.
+
+        Raises:
+            ValueError: the batch is too small for a sample of each branch.
+        """
         return branch_counts(self.global_batch, self.times.diffusion_share, self.times.consistency_share)
 
 
 class Objective(Protocol):
-    """A term of an update: flow maps, samples and random numbers in, losses out."""
+    """Interface of an objective: flow maps, samples and random numbers in, losses out."""
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss: ...

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from anyflow_train.config.commands import PlanOptions
+from anyflow_train.config.commands import PlanOptions, StrategyName
 from anyflow_train.config.compose import compose
 from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split
@@ -26,23 +27,34 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     Raises:
         UserErrors: of the run's keys and of the command's own, together.
     """
+    _check_strategy(overrides)
     options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
-    refused = refused_under(config, options.engine)
+    refused = refused_under(config, options.strategy)
     if refused:
-        problem = f"is refused under engine={options.engine}; choose"
+        problem = f"is refused under strategy={options.strategy}; choose"
         raise UserErrors(
             [UserError(key, f"{problem} {TAKEN[key]}, or set it to {value}") for key, value in refused.items()]
         )
     found = dry_run(config, options.world)
-    memory = plan_memory(config, found, options.engine, options.world)
+    memory = plan_memory(config, found, options.strategy, options.world)
     print(report(config, options, found, memory))
     limit = GPUS[options.gpu].memory * GIB
     if memory.total <= limit:
         return FITS
     lora = _with_adapters(config, overrides, config_dir, options.world)
-    nearest = nearest_fit(config, lora, options.engine, options.world, limit, found.costliest)
+    nearest = nearest_fit(config, lora, options.strategy, options.world, limit, found.costliest)
     print(f"\n{advice(nearest, options)}")
     return DOES_NOT_FIT
+
+
+def _check_strategy(overrides: Sequence[str]) -> None:
+    """Name the right key where the group `engine` is given a strategy."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "engine" and value in get_args(StrategyName):
+            raise UserError(
+                "engine", f"has the choices cpu and gpu; for the launcher's strategy write strategy={value}"
+            )
 
 
 def _with_adapters(

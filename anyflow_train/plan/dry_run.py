@@ -24,13 +24,14 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.models.kernels import as_on_gpu
 from anyflow_train.plan.meter import Meter, Moment, Work
+from anyflow_train.plan.remembered import remembered
 from anyflow_train.plan.stand_ins import DryDraw, fake_batch, fake_materials, stored_architecture
 from anyflow_train.plan.states import Sizes, network_sizes
 from anyflow_train.plan.validation import sample_once
 from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import Recipe, build_recipe
 from anyflow_train.training.reporting.profile import watched
-from anyflow_train.training.updates import Update, make_update
+from anyflow_train.training.updates import Term, Update, make_update
 
 # Draws of a step's shared numbers over which operations are averaged, where an objective asks for such numbers.
 VARIANTS = 8
@@ -100,6 +101,8 @@ def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen:
     def figures(blocks: Mapping[int, int]) -> Figures:
         with _dry_step(config, kernels, blocks) as step:
             operations, variant = step.operations()
+        # A recipe of its own, in which no rollout waits for an update that was not made.
+        with _dry_step(config, kernels, blocks) as step:
             return {**operations, **step.memory(variant, world), ("variant",): variant}
 
     return _unpacked(deepen(config, figures))
@@ -139,7 +142,7 @@ def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int]) ->
         for role, size in network_sizes(recipe).items():
             figures |= {("size", role, field): value for field, value in asdict(size).items()}
         meter.settle()
-        yield _DryStep(config, watched(recipe, meter), meter, figures)
+        yield _DryStep(config, watched(remembered(recipe, meter), meter), meter, figures)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class _DryStep:
         """Operations and samples of a step, mean over the draws, and which variant of a whole step costs most.
 
         The whole global batch is one micro-batch: its cost is the sum of those of its samples. Each term is made by
-        itself, and counts with its probability.
+        itself, and counts with its probability. One that asks for no shared numbers costs the same in every draw.
         """
         total: Counter[Hashable] = Counter()
         positions = tuple(range(self.config.engine.global_batch))
@@ -168,8 +171,9 @@ class _DryStep:
         costs: list[float] = []
         for updates, share in _turns(self.recipe.updates):
             found: list[Counter[Hashable]] = []
+            steady: dict[tuple[str, str], Counter[Hashable]] = {}
             for draw in draws:
-                found.append(self._terms(updates, batch, draw))
+                found.append(self._terms(updates, batch, draw, steady))
                 if not draw.asked:
                     break
             for variant in found:
@@ -202,17 +206,34 @@ class _DryStep:
             figures |= {("moment", part, name, field): value for field, value in asdict(moment).items()}
         return figures
 
-    def _terms(self, updates: Sequence[Update], batch: Batch, draw: DryDraw) -> Counter[Hashable]:
+    def _terms(
+        self,
+        updates: Sequence[Update],
+        batch: Batch,
+        draw: DryDraw,
+        steady: dict[tuple[str, str], Counter[Hashable]],
+    ) -> Counter[Hashable]:
+        """Operations and samples of the updates.
+
+        Args:
+            steady: those of each (role, term) that does not depend on the draw; added to.
+        """
         found: Counter[Hashable] = Counter()
         for update in updates:
             for term in update.terms:
-                self.meter.restart()
-                alone = replace(update, terms=(replace(term, probability=1.0),))
-                roles, trainable = self.recipe.roles, self.recipe.trainables[update.role]
-                make_update(alone, trainable, roles, [batch], [draw], 0.0, "")
-                for key, count in (*self.meter.operations.items(), *self.meter.samples.items()):
+                name, asked = (update.role, term.name), len(draw.asked)
+                cost = steady.get(name) or self._term(update, replace(term, probability=1.0), batch, draw)
+                if len(draw.asked) == asked:
+                    steady[name] = cost
+                for key, count in cost.items():
                     found[key] += term.probability * count  # pyright: ignore[reportArgumentType] (a mean)
         return found
+
+    def _term(self, update: Update, term: Term, batch: Batch, draw: DryDraw) -> Counter[Hashable]:
+        self.meter.restart()
+        alone, trainable = replace(update, terms=(term,)), self.recipe.trainables[update.role]
+        make_update(alone, trainable, self.recipe.roles, [batch], [draw], 0.0, "")
+        return Counter({**self.meter.operations, **self.meter.samples})
 
     def _draw(self, positions: tuple[int, ...], variant: int, drop: bool) -> DryDraw:
         return DryDraw(0, variant, positions, torch.device("cpu"), "", variant, VARIANTS, drop)

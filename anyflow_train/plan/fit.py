@@ -16,23 +16,23 @@ from anyflow_train.plan.memory import Memory, plan_memory
 # costs much of both; LoRA trains something else.
 HALF_THE_BATCH = 2
 CHECKPOINTING: dict[Checkpointing, int] = {"none": 0, "selective": 3, "block": 6}
-ENGINES = {"ddp": 0, "zero1": 4, "zero2": 6, "zero3": 8, "zero3_offload": 18}
+STRATEGIES = {"ddp": 0, "zero1": 4, "zero2": 6, "zero3": 8, "zero3_offload": 18}
 SEQUENCE_PARALLEL = {1: 0, 2: 10, 4: 14, 8: 18}
 LORA = 32
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A run as it could be: its config, its engine, and the arguments that lead there."""
+    """A run as it could be: its config, its strategy, and the arguments that lead there."""
 
     config: RunConfig
-    engine: str
+    strategy: str
     changes: tuple[str, ...]
     size: int
 
 
 def nearest_fit(
-    config: RunConfig, lora: RunConfig | None, engine: str, world: int, limit: float, costliest: int
+    config: RunConfig, lora: RunConfig | None, strategy: str, world: int, limit: float, costliest: int
 ) -> tuple[Setting, Memory] | None:
     """The smallest change after which a process needs at most `limit` bytes; None where nothing helps.
 
@@ -42,33 +42,38 @@ def nearest_fit(
         lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
         costliest: see `DryRun`.
     """
-    settings = list(_settings(config, engine, world, ()))
-    if lora is not None and isinstance(config.student.adapter, FullTraining):
-        settings += _settings(lora, engine, world, ("student/adapter=lora",))
     runs: dict[str, DryRun] = {}
-    for setting in sorted(settings, key=lambda setting: setting.size):
-        if run_errors(setting.config, world):
-            continue
+    for setting in settings(config, lora, strategy, world):
         seen = _as_dry_run_sees(setting.config)
         runs[seen] = found = runs.get(seen) or dry_run_memory(setting.config, world, costliest)
-        memory = plan_memory(setting.config, found, setting.engine, world)
+        memory = plan_memory(setting.config, found, setting.strategy, world)
         if memory.total <= limit:
             return setting, memory
     return None
 
 
-def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ...]) -> Iterator[Setting]:
+def settings(config: RunConfig, lora: RunConfig | None, strategy: str, world: int) -> Iterator[Setting]:
+    """Everything that `nearest_fit` tries and the rules accept, the smallest change first."""
+    found = list(_settings(config, strategy, world, ()))
+    if lora is not None and isinstance(config.student.adapter, FullTraining):
+        found += _settings(lora, strategy, world, ("student/adapter=lora",))
+    for setting in sorted(found, key=lambda setting: setting.size):
+        if not run_errors(setting.config, world):
+            yield setting
+
+
+def _settings(config: RunConfig, strategy: str, world: int, changes: tuple[str, ...]) -> Iterator[Setting]:
     wanted = config.student.gradient_checkpointing
     base = LORA if changes else 0
-    engines = [name for name in ENGINES if ENGINES[name] >= ENGINES[engine]]
+    strategies = [name for name in STRATEGIES if STRATEGIES[name] >= STRATEGIES[strategy]]
     parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel and world % k == 0]
     policies: list[Checkpointing] = [
         policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]
     ]
-    for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, engines, parallel):
+    for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, strategies, parallel):
         refused = refused_under(config, other)
         written = [
-            *([f"engine={other}"] if other != engine else []),
+            *([f"strategy={other}"] if other != strategy else []),
             *(f"{key}={value}" for key, value in refused.items()),
             *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
             *([f"student.gradient_checkpointing={checkpointing}"] if checkpointing != wanted else []),
@@ -76,7 +81,7 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
         ]
         halvings = (config.engine.micro_batch // micro).bit_length() - 1
         size = base + halvings * HALF_THE_BATCH + CHECKPOINTING[checkpointing] - CHECKPOINTING[wanted]
-        size += ENGINES[other] - ENGINES[engine]
+        size += STRATEGIES[other] - STRATEGIES[strategy]
         size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
         yield Setting(_changed(config, micro, checkpointing, k, refused), other, (*changes, *written), size)
 
@@ -85,10 +90,12 @@ def _settings(config: RunConfig, engine: str, world: int, changes: tuple[str, ..
 TAKEN = {"engine.fp8": "ddp to zero2", "optimizer.moments": "ddp"}
 
 
-def refused_under(config: RunConfig, engine: str) -> dict[str, str]:
-    """Keys that a start under an engine refuses (`training.start_checks`), and what to set them to."""
-    fp8 = {"engine.fp8": "none"} if engine.startswith("zero3") and config.engine.fp8 != "none" else {}
-    moments = {"optimizer.moments": "fp32"} if engine.startswith("zero") and config.optimizer.moments != "fp32" else {}
+def refused_under(config: RunConfig, strategy: str) -> dict[str, str]:
+    """Keys that a start under a strategy refuses (`training.start_checks`), and what to set them to."""
+    fp8 = {"engine.fp8": "none"} if strategy.startswith("zero3") and config.engine.fp8 != "none" else {}
+    moments = (
+        {"optimizer.moments": "fp32"} if strategy.startswith("zero") and config.optimizer.moments != "fp32" else {}
+    )
     return fp8 | moments
 
 

@@ -77,16 +77,16 @@ class Memory:
         return sum(size for _, size in self.parts)
 
 
-def plan_memory(config: RunConfig, found: DryRun, engine: str, world: int) -> Memory:
+def plan_memory(config: RunConfig, found: DryRun, strategy: str, world: int) -> Memory:
     """Memory of each of `world` processes.
 
     Args:
         config: one that its rules accept.
         found: its dry run.
-        engine: a file of `launch/`: single, ddp, zero1, zero2, zero3 or zero3_offload.
+        strategy: a file of `launch/`: single, ddp, zero1, zero2, zero3 or zero3_offload.
     """
     in_8_bits = config.optimizer.moments == "8bit"
-    states = {role: States(role, sizes, in_8_bits, engine, world) for role, sizes in found.sizes.items()}
+    states = {role: States(role, sizes, in_8_bits, strategy, world) for role, sizes in found.sizes.items()}
     kept = [(_of(role, name), size) for role, state in states.items() for name, size in state.on_gpu]
     moments = [_held(config, name, moment, states) for name, moment in found.moments]
     if decodes(config):

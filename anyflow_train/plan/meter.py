@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +16,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from anyflow_train.plan import fake
 
 ATEN = torch.ops.aten
 BACKWARD = ", backward"
@@ -50,6 +52,15 @@ class Moment:
     earlier: bool
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A call without gradient: its operations, and the bytes that it adds at its fullest moment."""
+
+    operations: Counter[Work]
+    activations: int
+    copies: int
+
+
 class Meter(TorchDispatchMode):
     """Counts operations by part of a step, and remembers the fullest moments of every part.
 
@@ -71,6 +82,7 @@ class Meter(TorchDispatchMode):
         self._records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
         self._held: Counter[str] = Counter()
         self._arrived, self._earlier = 0, False
+        self._fullest: Counter[str] = Counter()
 
     @contextmanager
     def part(self, name: str, samples: int = 0) -> Iterator[None]:
@@ -83,6 +95,27 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._part = before
+
+    def record(self, call: Callable[[], Any]) -> tuple[Any, Recorded]:
+        """Make a call without gradient that returns no tensor, and see what the next one like it takes.
+
+        What the first call keeps, such as a table of rotations, is there already for the next one.
+        """
+        operations, before = self.operations.copy(), self._held.copy()
+        self._fullest = before
+        result = call()
+        kept = self._held[ACTIVATIONS] - before[ACTIVATIONS]
+        activations = self._fullest[ACTIVATIONS] - before[ACTIVATIONS] - kept
+        return result, Recorded(self.operations - operations, activations, self._fullest[COPIES] - before[COPIES])
+
+    def replay(self, call: Recorded) -> None:
+        """Count a recorded call once more. Its result is not made."""
+        self.operations.update(call.operations)
+        self._held[ACTIVATIONS] += call.activations
+        self._held[COPIES] += call.copies
+        self.note()
+        self._held[ACTIVATIONS] -= call.activations
+        self._held[COPIES] -= call.copies
 
     def settle(self) -> None:
         """Count all that is alive now as state, and begin to count anew: the networks are built."""
@@ -109,6 +142,8 @@ class Meter(TorchDispatchMode):
         An engine that cuts gradients over the processes finds its own fullest moment among these three.
         """
         held, inside = self._held, self._part.endswith(BACKWARD)
+        if held[ACTIVATIONS] + held[COPIES] > self._fullest[ACTIVATIONS] + self._fullest[COPIES]:
+            self._fullest = held.copy()
         arrived, earlier = (self._arrived, self._earlier) if inside else (0, held[GRADIENTS] > 0)
         used = held[ACTIVATIONS] + held[COPIES]
         ranks = {"without": (used, 0), "with": (used + held[GRADIENTS], 0), "late": (arrived, used)}
@@ -121,7 +156,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = fake.call(func, args, kwargs)
+        if not isinstance(out, Tensor | list | tuple):
+            return out
         packet = func._overloadpacket
         count = FLASH_ON_CPU.get(packet) or flop_registry.get(packet)
         if count is not None:

@@ -23,7 +23,7 @@ SHOWN = 0.001
 def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memory) -> str:
     """Everything except the advice on what would fit."""
     gpu = GPUS[options.gpu]
-    lines = [f"{config.name} on {options.world} x {gpu.title}, engine {options.engine}: predicted, not measured"]
+    lines = [f"{config.name} on {options.world} x {gpu.title}, strategy {options.strategy}: predicted, not measured"]
     lines += ["", *_run(config, options, found)]
     lines += ["", "Operations of a step (of all GPUs together)", *_operations(found)]
     lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory, options.gpus)]

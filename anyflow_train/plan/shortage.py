@@ -26,7 +26,7 @@ class RunForecast:
         """Operations of a step of all processes together, without those that checkpointing repeats."""
         return self.found.work
 
-    def memory_warning(self, engine: str, gpus: Sequence[GpuMemory]) -> str | None:
+    def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
         """What to warn of before a run starts; None if it should fit.
 
         A warning compares all that is planned with what is free. It is no more than that: the rest of the memory may
@@ -34,39 +34,39 @@ class RunForecast:
         are compared with the whole GPU.
 
         Args:
-            engine: a file of `launch/`.
+            strategy: a file of `launch/`.
             gpus: of every process, by rank.
 
         Raises:
             UserError: no step can fit on one of the GPUs, however empty it is.
         """
-        memory = plan_memory(self.config, self.found, engine, self.world)
+        memory = plan_memory(self.config, self.found, strategy, self.world)
         lasting = sum(size for _, size in memory.state) - memory.assumed
         smallest = min(range(self.world), key=lambda rank: gpus[rank].total)
         if lasting > gpus[smallest].total:
             problem = (
-                f"{_gib(lasting)} stay on each GPU from step to step (planned, {engine} on {self.world}), and "
+                f"{_gib(lasting)} stay on each GPU from step to step (planned, {strategy} on {self.world}), and "
                 f"{_where(smallest, gpus)} has {_gib(gpus[smallest].total)}"
             )
-            raise UserError("GPU memory", f"{problem}; {self._advice(engine, gpus[smallest].total)}")
+            raise UserError("GPU memory", f"{problem}; {self._advice(strategy, gpus[smallest].total)}")
         fullest = min(range(self.world), key=lambda rank: gpus[rank].free)
         gpu = gpus[fullest]
         if memory.total <= gpu.free:
             return None
         problem = (
-            f"GPU memory may not suffice: {_gib(memory.total)} are planned ({engine} on {self.world}), "
+            f"GPU memory may not suffice: {_gib(memory.total)} are planned ({strategy} on {self.world}), "
             f"{_gib(memory.total - gpu.free)} more than {_where(fullest, gpus)} has free of its {_gib(gpu.total)}"
         )
-        return f"{problem}; {self._advice(engine, gpu.free)}"
+        return f"{problem}; {self._advice(strategy, gpu.free)}"
 
-    def _advice(self, engine: str, limit: int) -> str:
-        found = nearest_fit(self.config, None, engine, self.world, limit, self.found.costliest)
+    def _advice(self, strategy: str, limit: int) -> str:
+        found = nearest_fit(self.config, None, strategy, self.world, limit, self.found.costliest)
         if found is None:
             return "nothing but more or larger GPUs helps, or student/adapter=lora; see anyflow plan"
         setting, memory = found
-        words = [change for change in setting.changes if not change.startswith("engine=")]
-        if setting.engine != engine:
-            words.insert(0, f"launch/train.sh {setting.engine}")
+        words = [change for change in setting.changes if not change.startswith("strategy=")]
+        if setting.strategy != strategy:
+            words.insert(0, f"launch/train.sh {setting.strategy}")
         return f"the nearest setting that fits ({_gib(memory.total)}): {' '.join(words)}"
 
 

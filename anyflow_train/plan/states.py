@@ -88,23 +88,23 @@ class States:
 
     Attributes:
         moments_in_8_bits: whether Adam's moments are kept so.
-        engine: a file of `launch/`.
+        strategy: a file of `launch/`.
         world: number of processes.
     """
 
     role: str
     sizes: Sizes
     moments_in_8_bits: bool
-    engine: str
+    strategy: str
     world: int
 
     @property
     def stage(self) -> int:
-        return int(self.engine[4]) if self.engine.startswith("zero") else 0
+        return int(self.strategy[4]) if self.strategy.startswith("zero") else 0
 
     @property
     def offload(self) -> bool:
-        return self.engine.endswith("offload")
+        return self.strategy.endswith("offload")
 
     def share(self, numbers: int, from_stage: int) -> int:
         """Bytes of float32 numbers that are cut over the processes from a ZeRO stage on."""

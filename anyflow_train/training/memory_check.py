@@ -37,8 +37,8 @@ class Forecast(Protocol):
         """Operations of a step of all processes together, without those that are done twice."""
         ...
 
-    def memory_warning(self, engine: str, gpus: Sequence[GpuMemory]) -> str | None:
-        """What to warn of under an engine (a file of `launch/`); None if all GPUs, by rank, have enough.
+    def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
+        """What to warn of under a strategy (a file of `launch/`); None if all GPUs, by rank, have enough.
 
         Raises:
             UserError: the run cannot fit.

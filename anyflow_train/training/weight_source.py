@@ -129,14 +129,14 @@ def open_student_start(student: Student) -> WeightSource:
     return _explained("student.init", lambda: _base_of_adapter(wanted, ()))
 
 
-def open_source(source: str | Path, weights: str = "ema", of_wan: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
+def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
     """Open the network of any source. The adapter of a run is not merged (see `WeightSource.merged`).
 
     Args:
         source: Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id; run directory (its best checkpoint,
             else its latest) or checkpoint folder.
         weights: `ema` or `raw` weights of a run. The base of its adapter always has averaged weights.
-        of_wan: `gate_value` and `deltatime_type` of a network that is built from a Wan2.1 transformer.
+        wan_times: `gate_value` and `deltatime_type` of a network that is built from a Wan2.1 transformer.
 
     Raises:
         UserError: there is no such network, it is damaged, or its base is missing.
@@ -144,7 +144,7 @@ def open_source(source: str | Path, weights: str = "ema", of_wan: Mapping[str, A
     if is_run(str(source)):
         return _of_run(_trained(str(source), "ema" if weights == "ema" else "weights", ()), ())
     path = Path(source).expanduser()
-    return _in_diffusers_layout(str(path if path.exists() else source), None, of_wan)
+    return _in_diffusers_layout(str(path if path.exists() else source), None, wan_times)
 
 
 def open_role(key: str, source: str) -> WeightSource:
@@ -192,7 +192,7 @@ def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
 
 
 def _in_diffusers_layout(
-    source: str, wanted: NetworkFile | None, of_wan: Mapping[str, Any] = STUDENT_TIMES
+    source: str, wanted: NetworkFile | None, wan_times: Mapping[str, Any] = STUDENT_TIMES
 ) -> WeightSource:
     """Open a folder or hub id in diffusers' layout.
 
@@ -202,7 +202,7 @@ def _in_diffusers_layout(
     times, causal = (None, None) if wanted is None else (wanted.times, wanted.causal)
     name = str(Path(source).resolve()) if Path(source).is_dir() else source
     try:
-        return WeightSource(name, open_pretrained(source, times, causal, of_wan))
+        return WeightSource(name, open_pretrained(source, times, causal, wan_times))
     except UserError as error:
         if times is None:
             raise

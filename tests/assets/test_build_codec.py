@@ -1,4 +1,4 @@
-"""The folder of the tiny pipeline's frozen parts, and the command that makes it."""
+"""Folder of the tiny pipeline's frozen parts, and the command that makes it."""
 
 import json
 import tomllib
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
 from build_codec import main, read_settings, train_codec
-from stripes_vae import CodecSettings, Phase
+from world_vae import CodecSettings, Phase
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "tiny-wan"
 ONE_STEP = CodecSettings(

@@ -1,4 +1,4 @@
-"""The benchmarks of loading, preparing and starting, at their smallest: they end, and write the figures they state."""
+"""Benchmarks of loading, preparing and starting at their smallest size: they end, and write their figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs a benchmark, by its name and options, as `python benchmarks/NAME.py` would. Returns its record."""
+    """Run a benchmark by its name and options, like `python benchmarks/NAME.py`. Returns its record."""
 
     def benchmark(name: str, *options: str) -> dict[str, Any]:
         file = tmp_path / "figures.json"

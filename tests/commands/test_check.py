@@ -47,7 +47,6 @@ def test_several_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         {},
-        {"image_dim": 24},
         {"cross_attn_norm": False},
         {"patch_size": (1, 4, 4), "out_channels": 4},
         {"causal": {"compressed_patch_size": (1, 8, 8)}},

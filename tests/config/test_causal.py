@@ -23,7 +23,7 @@ def refused(*settings: str, experiment: str = "tiny_causal", world: int = 1) -> 
 @pytest.mark.parametrize(
     ("settings", "key", "words"),
     [
-        ([f"{CHUNKS}=[1,2,1]"], CHUNKS, "sums to 4, but data.frames=17 gives 5"),
+        ([f"{CHUNKS}=[1,2,1]"], CHUNKS, "sums to 4, but data.frames=17 is 5"),
         (
             ["student.architecture.causal.full_chunk_limit=4"],
             "student.architecture.causal.full_chunk_limit",
@@ -37,9 +37,9 @@ def refused(*settings: str, experiment: str = "tiny_causal", world: int = 1) -> 
         (
             ["student.architecture.causal.compressed_patch_size=[1,3,3]"],
             "student.architecture.causal.compressed_patch_size",
-            "a multiple of the patch, 2",
+            "a multiple of the patch size 2",
         ),
-        (["data.height=80"], "data.height", "10 latents along that axis, which 4"),
+        (["data.height=80"], "data.height", "80 pixels are 10 latents, which is not a multiple of 4"),
         (["context.i2v_probability=0.2"], "context.i2v_probability", "set it to 0"),
         (["objective.velocity=teacher"], "objective.velocity", "set it to data"),
         ([f"{CHUNKS}=[1,4]"], "context.long_share", "never compressed"),
@@ -51,12 +51,12 @@ def test_rule(settings: list[str], key: str, words: str) -> None:
 
 
 def test_sequences_of_two_kinds_of_tokens_are_not_split() -> None:
-    assert "needs 1" in refused("engine.sequence_parallel=2", world=2)["engine.sequence_parallel"]
+    assert "causal student; set it to 1" in refused("engine.sequence_parallel=2", world=2)["engine.sequence_parallel"]
 
 
 def test_given_frames_and_the_teachers_velocity_do_not_go_together() -> None:
     found = refused("context.i2v_probability=0.2", "objective.velocity=teacher", experiment="tiny")
-    assert "set it to data" in found["context.i2v_probability"]
+    assert "set it to 0, or objective.velocity=data" in found["context.i2v_probability"]
     found = refused("context.i2v_probability=0.2", "data.frames=1", "objective.velocity=data", experiment="tiny")
     assert "the only latent frame" in found["context.i2v_probability"]
 

@@ -174,7 +174,7 @@ def test_tiny_has_the_names_of_its_stages_too() -> None:
         (["experiment=teacher", "model=tiny", "recipe=reference"], "experiment", "there are model=tiny, model=wan14b"),
         (["experiment=forward", "model=tinny"], "experiment", "no experiment with model=tinny"),
         (["experiment=tiny", "model=wan14b"], "model", "experiment=tiny is not a stage"),
-        (["recipe=reference", "steps=1", "name=a"], "recipe", "there is no experiment"),
+        (["recipe=reference", "steps=1", "name=a"], "recipe", "no experiment is given"),
     ],
 )
 def test_a_stage_that_cannot_be_is_one_error(overrides: list[str], key: str, words: str) -> None:
@@ -204,7 +204,7 @@ def test_a_published_network_of_another_shape_is_no_start() -> None:
         compose("train", local)
     compose("train", ["experiment=wan1_3b_forward", "teacher=wan14b", "student.init=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
     lora = ["experiment=on_policy", "model=wan14b_to_wan1_3b", "on_policy.fake_score.adapter.kind=lora"]
-    with pytest.raises(UserErrors, match=r"on_policy\.fake_score\.adapter: lora shares one base"):
+    with pytest.raises(UserErrors, match=r"on_policy\.fake_score\.adapter: lora requires one base"):
         compose("train", [*lora, "on_policy.fake_score.init=${teacher.source}"])
 
 

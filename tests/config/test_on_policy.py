@@ -42,14 +42,14 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             "choose objective=flow_map",
         ),
         ({"teacher.source": None, "teacher.codec": "x"}, "teacher.source", "choose on_policy=none"),
-        ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "not below"),
-        ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "not below"),
+        ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "must be below"),
+        ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "must be below"),
         ({"on_policy.steps": [1]}, "on_policy.steps", "above 1"),
         ({"on_policy.fake_score.adapter": LORA}, "on_policy.fake_score.adapter", "student/adapter=lora"),
         (
             {"on_policy.fake_score.adapter": LORA, "student.adapter": LORA, "on_policy.fake_score.init": "another"},
             "on_policy.fake_score.init",
-            "is not teacher.source",
+            "must be equal to teacher.source",
         ),
     ],
 )

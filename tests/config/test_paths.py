@@ -16,7 +16,7 @@ def test_an_installed_package_holds_its_own(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "site-packages" / "configs").mkdir()
     monkeypatch.setattr(paths, "PACKAGE", package)
     assert paths.resource("configs") == package / "configs"
-    with pytest.raises(UserError, match="install the package again"):
+    with pytest.raises(UserError, match="reinstall the package"):
         paths.resource("assets")
 
 

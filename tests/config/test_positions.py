@@ -74,10 +74,10 @@ def test_shares_round_half_up_and_free_takes_the_rest() -> None:
 @pytest.mark.parametrize(
     ("batch", "diffusion", "consistency", "message"),
     [
-        (2, 0.5, 0.25, "1 diffusion, 1 consistency and 0 free samples: none is left for free"),
-        (1, 0.25, 0.25, "none is left for diffusion and consistency"),
-        (8, 0.7, 0.4, "not two parts of a whole"),
-        (8, -0.1, 0.4, "not two parts of a whole"),
+        (2, 0.5, 0.25, "1 diffusion, 1 consistency and 0 free samples, but the shares require free samples"),
+        (1, 0.25, 0.25, "the shares require diffusion and consistency samples"),
+        (8, 0.7, 0.4, "at most 1 together"),
+        (8, -0.1, 0.4, "must be at least 0"),
     ],
 )
 def test_a_batch_that_cannot_hold_its_branches_is_refused(
@@ -93,7 +93,7 @@ def test_layouts_that_do_not_divide_are_refused() -> None:
             local_positions(*arguments)
     with pytest.raises(ValueError, match="not one process's share"):
         rows_with_second_term(BranchCounts(4, 2, 2), (0, 1), 2)
-    with pytest.raises(ValueError, match="outside of a global batch"):
+    with pytest.raises(ValueError, match="outside a global batch"):
         BranchCounts(4, 2, 2).branch(8)
 
 

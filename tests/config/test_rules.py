@@ -68,17 +68,17 @@ def found(model: type[Model], values: dict[str, Any], rules: Callable[[Any], Ite
 
 CASES: list[tuple[dict[str, Any], str, str]] = [
     # Shares and branches.
-    ({"times.diffusion_share": 0.9}, "times.consistency_share", "make 1.15 together"),
-    ({"times.diffusion_share": 1.0, "times.consistency_share": 0.0}, "times.diffusion_share", "no sample with r < t"),
+    ({"times.diffusion_share": 0.9}, "times.consistency_share", "add up to 1.15"),
+    ({"times.diffusion_share": 1.0, "times.consistency_share": 0.0}, "times.diffusion_share", "no samples with r < t"),
     (
         {"engine.global_batch": 2, "engine.micro_batch": 2},
         "engine.global_batch",
-        "none is left for free; 4 is the next",
+        "require free samples; the next possible size is 4",
     ),
     (
         {"engine.global_batch": 1, "engine.micro_batch": 1},
         "engine.global_batch",
-        "none is left for consistency and free; 4 is the next",
+        "require consistency and free samples; the next possible size is 4",
     ),
     ({"times.diffusion_share": 0.0}, "objective.rebalance", "set objective.rebalance=none"),
     # Times and network.
@@ -92,13 +92,13 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (
         EIGHT_BITS | {"objective.derivative_precision": "bf16"},
         "objective.derivative_precision",
-        "a third of which is then noise",
+        "a third of it would be noise",
     ),
-    (EIGHT_BITS | {"student.architecture.ffn_dim": 392}, "engine.fp8", "392 wide"),
+    (EIGHT_BITS | {"student.architecture.ffn_dim": 392}, "engine.fp8", "is 392;"),
     (
         EIGHT_BITS | {"student.architecture.num_attention_heads": 3, "student.architecture.attention_head_dim": 10},
         "engine.fp8",
-        "30 wide",
+        "is 30;",
     ),
     ({"student.init": None, "student.adapter": LORA}, "student.adapter", "student/adapter=full"),
     ({"student.time_frequency_limit": 0.1}, "student.time_frequency_limit", "=null"),
@@ -114,7 +114,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (
         {"student.adapter": LORA | {"full_modules": ["ffn"]}},
         "student.adapter.full_modules",
-        "leave it in one of them",
+        "remove them from one of the two",
     ),
     # Guidance and velocity.
     ({"objective.guidance_scale": 3.0}, "objective.guidance", "prediction or target"),
@@ -129,11 +129,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data.height": 72}, "data.height", "multiple of 16 (VAE 8 x patch 2); nearest are 64 and 80"),
     ({"data.width": 8}, "data.width", "nearest are 16"),
     ({"student.architecture.patch_size": [2, 2, 2]}, "student.architecture.patch_size", "[1, p, p]"),
-    ({"student.architecture.rope_max_seq_len": 4}, "data.frames", "gives 5 tokens along that axis"),
-    ({"data.width": 1040}, "data.width", "gives 65 tokens along that axis"),
+    ({"student.architecture.rope_max_seq_len": 4}, "data.frames", "is 5 tokens along this axis"),
+    ({"data.width": 1040}, "data.width", "is 65 tokens along this axis"),
     # Batches and schedule.
     ({"engine.micro_batch": 5}, "engine.global_batch", "nearest are 30 and 35"),
-    ({"engine.sequence_parallel": 2}, "engine.sequence_parallel", "does not divide the 1 process"),
+    ({"engine.sequence_parallel": 2}, "engine.sequence_parallel", "does not divide the number of processes, 1"),
     ({"optimizer.schedule": "constant"}, "optimizer.final_lr_share", "no effect"),
     # Validation.
     ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
@@ -168,7 +168,7 @@ POSSIBLE: list[dict[str, Any]] = [
 def test_a_sequence_is_split_by_heads_and_the_batch_by_groups() -> None:
     rule = partial(run_errors, world=6)
     alone = {"engine.global_batch": 32, "engine.micro_batch": 16}
-    assert "4 attention heads" in found(RunConfig, changed({**alone, "engine.sequence_parallel": 3}), rule)[SEQUENCE]
+    assert "attention heads, 4" in found(RunConfig, changed({**alone, "engine.sequence_parallel": 3}), rule)[SEQUENCE]
     assert "3 processes" in found(RunConfig, changed({**alone, "engine.sequence_parallel": 2}), rule)[GLOBAL_BATCH]
     assert (
         found(
@@ -184,7 +184,13 @@ def test_possible_runs(changes: dict[str, Any]) -> None:
 
 
 WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
-    ("tiny", {"optimizer.ema.start_step": 800}, 1, "optimizer.ema.start_step", "a plain copy"),
+    (
+        "tiny",
+        {"optimizer.ema.start_step": 800},
+        1,
+        "optimizer.ema.start_step",
+        "the average stays equal to the weights",
+    ),
     ("tiny", {"optimizer.warmup_steps": 800}, 1, "optimizer.warmup_steps", "never reached"),
     ("tiny", {"evaluation.every": 801}, 1, "evaluation.every", "no validation"),
     (
@@ -192,7 +198,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         {"objective.derivative_precision": "bf16", "engine.precision": "fp32"},
         1,
         "objective.derivative_precision",
-        "pointless",
+        "less precise than the network",
     ),
     ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"objective": WHOLE}, 1, "times.diffusion_share", "choose times=flow_matching"),
@@ -203,9 +209,9 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         {"engine.fp8": "frozen", "engine.precision": "bf16", "objective.derivative_precision": "fp16"},
         1,
         "engine.fp8",
-        "none is safer",
+        "'none' is safer",
     ),
-    ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "already holds guidance"),
+    ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "is trained with guidance"),
     # 3 processes x micro-batch 2, 18 slots of which 9 are diffusion: the second micro-step holds 3 of 6, one a process;
     # with 12 slots, 6 diffusion fill the first micro-step; with 24 slots of which .4 are diffusion (10) it is uneven.
     (
@@ -213,7 +219,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         {"engine.global_batch": 24, "engine.micro_batch": 2, "times.diffusion_share": 0.4},
         3,
         "engine.global_batch",
-        "1 times too often per step; engine.global_batch=",
+        "1 times more often than needed in each step; engine.global_batch=",
     ),
 ]
 
@@ -235,7 +241,13 @@ def test_even_splits_do_not_warn() -> None:
 
 COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[str, Any], str, str]] = [
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c"}, "source", "prompts=FILE"),
-    (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "prompts": "p"}, "prompts", "give one"),
+    (
+        PrepareConfig,
+        commands.prepare,
+        {"out": "x", "codec": "c", "source": "s", "prompts": "p"},
+        "prompts",
+        "give only one",
+    ),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "frames": 80}, "frames", "77 and 81"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "height": 100}, "height", "96 and 112"),
     (SampleConfig, commands.sample, {"out": "x", "model": "m"}, "prompts", "prompt_file=FILE"),
@@ -260,7 +272,7 @@ COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[
         commands.evaluate,
         {"out": "x", "models": ["m"], "teacher": "t", "held_out": "h", "training_shards": "h"},
         "training_shards",
-        "is both",
+        "is also held_out",
     ),
 ]
 

@@ -18,28 +18,28 @@ TEXT_DIM = 6
 
 
 def make_sample(number: int) -> Sample:
-    """Sample `number`: its latents and text are full of that number, its text has number % 5 + 1 tokens."""
+    """Make a sample whose latents and text are filled with `number`; the text has number % 5 + 1 tokens."""
     text = torch.full((number % 5 + 1, TEXT_DIM), float(number))
     return Sample(f"clip-{number:03d}", torch.full(SHAPE, float(number)), text, f"caption {number}")
 
 
 def make_shards(folder: Path, sizes: Iterable[int]) -> Path:
-    """A folder with one shard per size, samples numbered through."""
+    """Make a folder with one shard per size. Samples are numbered across shards."""
     numbered = itertools.count()
     parts = ([make_sample(next(numbered)) for _ in range(size)] for size in sizes)
     return write_shards(folder, parts, make_manifest(), PromptTexts(torch.full((1, TEXT_DIM), -1.0), ()))
 
 
 def make_manifest() -> Manifest:
-    """Of `make_shards`, but for the shards."""
+    """Make the manifest for `make_shards`, without its list of shards."""
     return describe(SHAPE, TEXT_DIM, longest_text=5)
 
 
 def numbers(batches: Iterable[Batch]) -> list[int]:
-    """The numbers of the samples in some batches, read off the latents."""
+    """Read the numbers of the samples in some batches from the latents."""
     return [int(sample.flatten()[0]) for batch in batches for sample in batch.latents]
 
 
 def take(steps: Iterator[list[Batch]], count: int) -> list[list[Batch]]:
-    """The next `count` steps."""
+    """Return the next `count` steps."""
     return [next(steps) for _ in range(count)]

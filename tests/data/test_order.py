@@ -41,13 +41,13 @@ def test_a_sample_is_equally_likely_at_any_position_and_after_any_other(size: in
     ):
         chi_square = sum((counts[cell] - expected) ** 2 / expected for cell in counts)
         chi_square += (cells - len(counts)) * expected
-        # Chi-square with about `cells` degrees of freedom has deviation sqrt(2 cells): six of them never fail by
+        # Chi-square with about `cells` degrees of freedom has deviation sqrt(2 cells); six of them never fail by
         # chance.
         assert chi_square < cells + 6 * (2 * cells) ** 0.5
 
 
 def test_one_position_of_a_huge_set_is_found_at_once() -> None:
-    # The whole order of 10^12 samples cannot be built; any of its positions can be asked for.
+    # The whole order of 10^12 samples cannot be built, but any of its positions can be computed.
     size = 10**12
     assert 0 <= SampleOrder(3, (size,)).index(10**15 + 123) < size
 

@@ -23,7 +23,7 @@ SIZES = [4, 4, 4, 4]
 
 @dataclass(frozen=True)
 class Server:
-    """A web server of a shard folder: its address, what was asked for, and the folder."""
+    """Web server of a shard folder: its address, the requested files, and the folder."""
 
     url: str
     requests: Counter[str]
@@ -132,7 +132,10 @@ def test_a_shard_of_the_wrong_size_is_tried_again_then_bad(server: Server, tmp_p
     shard.write_bytes(shard.read_bytes()[:-700])
     shards = ShardSet.open(server.url, str(tmp_path / "cache"))
     for index in (4, 5):
-        with caplog.at_level(logging.WARNING), pytest.raises(BadSampleError, match="bytes arrived, the manifest says"):
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(BadSampleError, match="bytes arrived, but the manifest says"),
+        ):
             shards.read(index)
     assert server.requests["shard-000001.tar"] == remote.ATTEMPTS
     assert "trying again" in caplog.text

@@ -89,9 +89,9 @@ def test_a_missing_shard_is_a_bad_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({"text": torch.zeros(2, 6)}, "its latents are missing"),
-        ({"text": torch.zeros(2, 7), "latents": torch.zeros(2, 3, 4, 4)}, "its text is"),
-        ({"text": torch.zeros(2, 6), "latents": torch.zeros(2, 3, 4, 5)}, "its latents are"),
+        ({"text": torch.zeros(2, 6)}, "the latents are missing"),
+        ({"text": torch.zeros(2, 7), "latents": torch.zeros(2, 3, 4, 4)}, "the text is"),
+        ({"text": torch.zeros(2, 6), "latents": torch.zeros(2, 3, 4, 5)}, "the latents are"),
         ({"text": torch.zeros(2, 6), "latents": torch.full((2, 3, 4, 4), torch.nan)}, "non-finite"),
     ],
 )

@@ -1,8 +1,9 @@
-"""The pages that users read: links lead somewhere, commands exist, and the language is plain."""
+"""Pages that users read: links are valid, commands exist, and the language is plain."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "assets/tin
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"(?:anyflow|-m anyflow_train|launch/train\.sh)\s+([a-z0-9_]+)([^\n`|;]*)")
 EXPERIMENT = re.compile(r"\bexperiment=(\w+)")
+PART = re.compile(r"\b(model|recipe)=(\w+)")
 BARE_FIGURE = re.compile(r"(?:^|[\s(\[|=~<>-])\.\d")
 # Words that speak about the project instead of the user's task, or that are not plain English.
 UNPLAIN = re.compile(
@@ -27,17 +29,24 @@ UNPLAIN = re.compile(
 )
 
 
+def optional_commands() -> set[str]:
+    """Names of the commands that packages in `integrations/` add."""
+    files = (ROOT / "integrations").glob("*/pyproject.toml")
+    projects = [tomllib.loads(text_of(file))["project"] for file in files]
+    return {name for project in projects for name in project["entry-points"]["anyflow_train.commands"]}
+
+
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
 def without_code(text: str) -> str:
-    """Prose only: code blocks and inline code are removed."""
+    """Remove code blocks and inline code."""
     return re.sub(r"`[^`\n]+`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 
 def slug(heading: str) -> str:
-    """The anchor that both GitHub and MkDocs give a heading of plain words."""
+    """Make the anchor that both GitHub and MkDocs give a heading of plain words."""
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
 
 
@@ -54,7 +63,7 @@ def nav_pages(entries: Any) -> list[str]:
 
 
 def runs(text: str) -> list[tuple[str, str]]:
-    """(command, its arguments) of every command line; `\\` at a line's end continues it."""
+    """Find (command, arguments) of every command line; `\\` at the end of a line continues it."""
     return RUN.findall(text.replace("\\\n", " "))
 
 
@@ -91,10 +100,13 @@ def test_every_command_and_experiment_exists(page: Path) -> None:
     folders = ("experiment", "stage")
     experiments = {path.stem for folder in folders for path in (ROOT / "configs" / folder).rglob("*.yaml")}
     strategies = {path.stem for path in (ROOT / "launch").glob("*.yaml")}
+    names = {*COMMANDS, *optional_commands(), *strategies}
     for command, arguments in runs(text_of(page)):
-        assert command in COMMANDS or command in strategies, f"there is no command {command!r}"
+        assert command in names, f"there is no command {command!r}"
         for name in EXPERIMENT.findall(arguments):
             assert name in experiments, f"there is no experiment {name!r}"
+        for group, choice in PART.findall(arguments) if EXPERIMENT.search(arguments) else ():
+            assert (ROOT / "configs" / group / f"{choice}.yaml").exists(), f"there is no {group}={choice}"
 
 
 @pages

@@ -1,4 +1,4 @@
-"""A whole evaluation on small random networks: what is written, and what is equal where it must be."""
+"""A whole evaluation on small random networks: its files, and numbers that must be equal."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from anyflow_train.evaluation import evaluate
 from anyflow_train.evaluation.clip_choice import balanced_order, cycle
 from anyflow_train.evaluation.report import EvaluationReport
 from anyflow_train.flow.causal import ClipSampler
-from anyflow_train.tiny import world
+from anyflow_train.tiny import stripes as world
 from tests.export.runs import CHUNKS, FULL, make_run
 from tests.shards import describe, write_shards
 
@@ -96,7 +96,7 @@ def test_the_teacher_as_its_own_student_is_as_good_as_itself(folder: Path):
 def test_fine_guided_samples_are_near_the_guided_reference(folder: Path):
     report = run(folder, "guided", reference="guided_teacher", guidance_scale=3.0, videos=0, steps=(2,))
     fine = report.cells[-1].energy_distance
-    # The same law, drawn from other noise: zero within the interval.
+    # Equal distributions, drawn from other noise: zero is within the interval.
     assert fine.low <= 0 <= fine.high
 
 
@@ -104,7 +104,7 @@ def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder
     run(folder, "near", training_shards=str(folder / "training"), models=(), videos=0, steps=(1,))
     report = json.loads((folder / "near" / "report.json").read_text())
     assert [(cell["model"], cell["steps"]) for cell in report["cells"]] == [("teacher", 1), ("teacher", 4)]
-    # Every held-out clip is in the training shards, which no sample of a random network is.
+    # Every held-out clip is in the training shards. No sample of a random network is.
     assert report["training"]["clips"] == 30
     assert report["training"]["held_out"]["mean"]["high"] < 1e-4
     for cell in report["cells"]:
@@ -160,7 +160,7 @@ def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_conditioning
 def test_frames_that_leave_none_to_generate_are_refused(folder: Path):
     with pytest.raises(UserError, match="conditioning_frames: 2 of the clips' 2 latent frames leave none"):
         run(folder, "all", conditioning_frames=2)
-    with pytest.raises(UserError, match=r"conditioning_frames: 1 of 10 clips.* need 34; .* holds 24"):
+    with pytest.raises(UserError, match=r"conditioning_frames: 1 needs 10 clips .*, together 34; .* holds 24"):
         run(folder, "few", conditioning_frames=1)
 
 
@@ -177,7 +177,7 @@ def test_conditioning_frames_that_end_inside_of_a_chunk_are_refused_before_anyth
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "sample_all", None)
         with pytest.raises(
-            UserError, match=r"conditioning_frames: run: 2 latent frames are no whole chunks of \[1, 2\]"
+            UserError, match=r"conditioning_frames: run: 2 latent frames do not end at a chunk of \[1, 2\]"
         ):
             run(tmp_path, "inside", conditioning_frames=2)
 

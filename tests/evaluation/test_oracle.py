@@ -3,21 +3,38 @@
 import pytest
 import torch
 
-from anyflow_train.evaluation.oracle import judge_stripes, wilson
-from anyflow_train.tiny import world
+from anyflow_train.evaluation.oracle import judge_clips, mean_of, wilson
+from anyflow_train.tiny import shapes
+from anyflow_train.tiny import stripes as world
 
 
 def test_judge_counts_the_videos_that_show_their_caption():
     clips, labels = world.draw_clips(24, seed=0)
     captions = [world.caption(int(label)) for label in labels]
     captions[0], captions[1] = captions[1], captions[0]  # two different classes, exchanged
-    verdict = judge_stripes(clips, captions, decode=lambda latents: latents, batch=7)
+    verdict = judge_clips(clips, captions, decode=lambda latents: latents, batch=7, world="stripes")
     assert verdict.accuracy.value == pytest.approx(22 / 24)
     assert 0.7 < verdict.purity <= 1
-    part = judge_stripes(clips, captions[:6], decode=lambda latents: latents, batch=4)
+    part = judge_clips(clips, captions[:6], decode=lambda latents: latents, batch=4, world="stripes")
     assert part.accuracy.value == pytest.approx(4 / 6)
-    noise = judge_stripes(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24)
+    noise = judge_clips(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24, world="stripes")
     assert noise.purity < 0.05
+    assert noise.sharpness is None
+
+
+def test_shapes_have_a_sharpness_with_its_interval():
+    clips, labels = shapes.draw_clips(36, seed=0)
+    captions = [shapes.caption(int(label)) for label in labels]
+    verdict = judge_clips(clips, captions, decode=lambda latents: latents, batch=20, world="shapes")
+    assert verdict.accuracy.value == 1
+    assert verdict.sharpness is not None
+    assert 0.8 < verdict.sharpness.low < verdict.sharpness.value < verdict.sharpness.high <= 1
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+    estimate = mean_of(torch.tensor([0.0, 1.0]).repeat(50))
+    # Standard deviation 0.5 of 100 values: 0.5 +- 1.96 * 0.05.
+    assert (estimate.value, estimate.high - estimate.low) == (0.5, pytest.approx(2 * 1.959964 * 0.05))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind."""
+"""Files of an evaluation."""
 
 import json
 from pathlib import Path

@@ -37,7 +37,7 @@ def validator_of(folder: Path, **changes: Any) -> InRunValidator:
 
 
 def stay(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-    """The flow map that leaves noise where it is."""
+    """Return a zero velocity: the flow map that does not change the noise."""
     return torch.zeros_like(x)
 
 

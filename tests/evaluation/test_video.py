@@ -1,4 +1,4 @@
-"""What is written can be played, and shows what was given."""
+"""Written videos can be played, and show the given frames."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_mp4_plays_back_what_was_written(tmp_path: Path, fps: float):
     played, rate = read_mp4(tmp_path / "new" / "bar.mp4")
     assert played.shape == frames.shape
     assert rate == pytest.approx(fps, rel=1e-3)
-    # Half of the colour resolution is lost at the bar's edges; brightness is not.
+    # The colour at the bar's edges loses half of its resolution; the brightness does not.
     assert np.abs(played.mean(3) - frames.mean(3)).mean() < 4
 
 

@@ -1,4 +1,4 @@
-"""Runs that need no training: a checkpoint with drawn weights, of a student that started from a small Wan network."""
+"""Runs without training: a checkpoint with random weights of a student that started from a small Wan network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ARCHITECTURE = {
 
 
 def make_base(folder: Path) -> Path:
-    """A whole Wan2.1 pipeline folder with the embedded codec and a random transformer."""
+    """Make a whole Wan2.1 pipeline folder with the embedded codec and a random transformer."""
     torch.manual_seed(0)
     for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
         shutil.copytree(TINY_WAN / part, folder / part)
@@ -52,7 +52,10 @@ def make_run(
     causal: dict[str, Any] | None = None,
     **context: float,
 ) -> Path:
-    """A run directory with one checkpoint at step 7, whose EMA and raw weights differ; clips of 5 frames, causal 9."""
+    """Make a run directory with one checkpoint at step 7, with different EMA and raw weights.
+
+    Clips have 5 frames, those of causal students 9.
+    """
     base = folder / "base"
     config = RunConfig.model_validate(
         {

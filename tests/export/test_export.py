@@ -1,4 +1,4 @@
-"""What is exported loads in stock diffusers, without code of ours, and computes what was trained."""
+"""Exports load in stock diffusers without this package, and have the outputs of the trained model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def export(trained: Path, out: Path, **options) -> Path:
 
 
 def velocity(network, trained: Path, weights: str = "ema") -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of an exported network and of the trainer's model."""
+    """Compute outputs of an exported network and of the trained model."""
     model = load_trained_network(trained, weights)
     probe = verify.Probe.of(model.config)
     return verify.flow_map_outputs(network, probe), verify.flow_map_outputs(model, probe)
@@ -66,7 +66,7 @@ def test_a_causal_pipeline_samples_with_stock_diffusers_alone(tmp_path: Path, ad
 
 def test_a_causal_network_is_no_wan_pipeline(tmp_path: Path):
     trained = make_run(tmp_path, FULL, gate=0.0, causal=CHUNKS)
-    with pytest.raises(UserError, match="no place for a causal network"):
+    with pytest.raises(UserError, match="cannot contain a causal network"):
         export(trained, tmp_path / "out", format="wan_pipeline")
 
 
@@ -98,7 +98,10 @@ def test_a_lora_file_holds_the_second_time_embedder_and_loads_in_stock_diffusers
     out = export(trained, tmp_path / "out", format="lora", precision="fp32")
     names = load_file(out / "pytorch_lora_weights.safetensors")
     assert "transformer.condition_embedder.delta_embedder.linear_2.lora_A.weight" in names
-    # The model card's own lines are the recipe for users: they must work.
+    # Users copy these lines of the model card, so they must work.
+    assert (
+        (out / "README.md").read_text().startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n---\n")
+    )
     lines = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     lines = lines.replace('from_pretrained("base"', f'from_pretrained("{tmp_path / "base"}"')
     scope: dict = {}
@@ -169,7 +172,7 @@ def test_a_pipeline_needs_a_codec(tmp_path: Path):
 
 
 class _Named:
-    """A scheduler class that forgets the shift, as leaving it out would."""
+    """Scheduler class that loses the shift, as if it were not set."""
 
     def __init__(self, scheduler: type) -> None:
         self._scheduler = scheduler

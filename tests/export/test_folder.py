@@ -1,4 +1,4 @@
-"""A folder is whole or absent, and other people's files are safe."""
+"""An exported folder is complete or absent, and other files are safe."""
 
 import os
 from pathlib import Path

@@ -26,7 +26,7 @@ from tests.training.helpers import final_tensors, train
 
 @pytest.fixture
 def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, as the working directory: the paths in its configs are relative."""
+    """Copy of the old runs as the working directory, because the paths in their configs are relative."""
     folder = shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "old")
     monkeypatch.chdir(folder)
     return folder

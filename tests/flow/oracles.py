@@ -1,4 +1,4 @@
-"""Closed forms in float64: flow maps of Gaussian and of two-mode data, and random numbers for big batches."""
+"""Closed forms in float64: flow maps of Gaussian and two-mode data, and random numbers for large batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_TEXT = Condition(torch.zeros(1, 1, 1))
 
 @dataclass(frozen=True)
 class GaussianData:
-    """Data N(mean, std^2) in every element; `velocity` is E[z - x0 | x_t], the others follow from its ODE."""
+    """Data N(mean, std^2) in every element; `velocity` is E[z - x0 | x_t]; the flow map solves its ODE."""
 
     mean: float
     std: float
@@ -36,7 +36,7 @@ class GaussianData:
         return (1 - r) * self.mean + self.spread(r) / self.spread(t) * (x - (1 - t) * self.mean)
 
     def average_velocity(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition = NO_TEXT) -> Tensor:
-        """`(x - X(x, t, r)) / (t - r)` with the division carried out, so that r = t is no special case."""
+        """Compute `(x - X(x, t, r)) / (t - r)` in a form without division, which is also valid at r = t."""
         t, r = expand_time(t, x), expand_time(r, x)
         slope = (t + r - self.std**2 * (2 - t - r)) / (self.spread(t) * (self.spread(t) + self.spread(r)))
         return -self.mean + slope * (x - (1 - t) * self.mean)
@@ -44,7 +44,7 @@ class GaussianData:
 
 @dataclass(frozen=True)
 class TwoModes:
-    """Data from two Gaussians of one width: the velocity given x_t is not symmetric. The map is integrated by RK4."""
+    """Data from two Gaussians of equal width. The velocity given x_t is not symmetric. RK4 integrates the map."""
 
     share: float
     first: float
@@ -83,7 +83,7 @@ class TwoModes:
 
 @dataclass(frozen=True)
 class BulkDraw(Draw):
-    """One generator for all slots: fit for Monte-Carlo tests with many thousand samples."""
+    """Random numbers from one generator for all positions, for Monte-Carlo tests with many samples."""
 
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -95,5 +95,5 @@ class BulkDraw(Draw):
 
 
 def bulk_draw(batch: int, seed: int) -> BulkDraw:
-    """Random numbers in float64 for slots 0..batch-1 of one process."""
+    """Random numbers in float64 for the positions 0..batch-1 of one process."""
     return BulkDraw(seed, 0, tuple(range(batch)), torch.device("cpu"), torch.Generator().manual_seed(seed))

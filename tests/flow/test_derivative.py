@@ -71,10 +71,10 @@ def test_sine_in_time_is_low_passed() -> None:
 @pytest.mark.parametrize(
     ("t", "r", "expected"),
     [
-        (0.6, 0.2, 1.2),  # inside: exact for a parabola
-        (0.998, 0.2, 0.998 * 2 - 0.003),  # (1 + .993): the mean of both ends
+        (0.6, 0.2, 1.2),  # inside, exact for a parabola
+        (0.998, 0.2, 0.998 * 2 - 0.003),  # (1 + 0.993): the mean of both ends
         (1.0, 0.2, 1.995),
-        (0.203, 0.2, 0.408),  # (.208 + .2)
+        (0.203, 0.2, 0.408),  # (0.208 + 0.2)
         (0.2, 0.2, 0.405),  # one-sided; multiplied by zero in the objective
     ],
 )
@@ -148,7 +148,7 @@ def test_times_may_differ_between_frames() -> None:
 
 
 class Attention(torch.nn.Module):
-    """Attention over elements with time features: enough for the fused kernels to be chosen, were they allowed."""
+    """Attention with time features, for which torch would choose fused kernels if they were allowed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Randomness is a function of (seed, step, position, purpose)."""
+"""Random numbers are a function of (seed, step, position, purpose)."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_seed_step_slot_and_purpose_each_matter() -> None:
 
 
 def test_keys_are_pinned() -> None:
-    """Another value would change every run that is resumed with a newer version."""
+    """A change of this value would change every resumed run."""
     assert draw_key(0, 0, 0, "noise") == 5777082723615645222

@@ -22,7 +22,7 @@ def points(batch: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_average_velocity_is_the_velocity_at_r_equal_t_and_moves_along_the_map() -> None:
     x, t, r = points()
-    # The closed form is regular at r = t: rounding only.
+    # The closed form is regular at r = t, so only rounding remains.
     torch.testing.assert_close(DATA.average_velocity(x, t, t), DATA.velocity(x, t), rtol=0, atol=1e-14)
     moved = x - expand_time(t - r, x) * DATA.average_velocity(x, t, r)
     torch.testing.assert_close(moved, DATA.map(x, t, r), rtol=0, atol=1e-14)

@@ -1,4 +1,4 @@
-"""Times: the grid, the shift, the branches' intervals, and the published rounding."""
+"""Times: the grid, the shift, the intervals of each branch, and the published rounding."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_t_is_the_larger_and_r_the_smaller_of_two_shifted_uniforms(
 ) -> None:
     counts = branch_counts(40_000, 0.0, 0.0)
     interval = draw_interval(bulk_draw(40_000, seed=2), counts, shift, "fp32")
-    # Undo the shift (its inverse is the shift by 1/s); the standard error of the mean is .236 / 200.
+    # Undo the shift (its inverse is the shift by 1/s); the standard error of the mean is 0.236 / 200.
     t, r = shift_time(interval.t, 1 / shift), shift_time(interval.r, 1 / shift)
     assert t.mean().item() == pytest.approx(2 / 3, abs=0.005)
     assert r.mean().item() == pytest.approx(1 / 3, abs=0.005)
@@ -90,6 +90,6 @@ def test_rounding_keeps_r_below_t() -> None:
 def test_diffusion_times_have_the_named_distribution(distribution: TimeDistribution, quartile: float) -> None:
     draw = bulk_draw(40_000, seed=5)
     t = shift_time(draw_diffusion_time(draw, distribution, 5.0, "fp32"), 1 / 5.0)
-    # Quartiles: uniform .25, logit-normal sigmoid(-.6745) = .3375; the standard error is about .0022.
+    # Quartiles: uniform 0.25, logit-normal sigmoid(-0.6745) = 0.3375; the standard error is about 0.0022.
     assert t.quantile(0.25).item() == pytest.approx(quartile, abs=0.01)
     assert t.median().item() == pytest.approx(0.5, abs=0.01)

@@ -1,4 +1,4 @@
-"""Weights over time."""
+"""Loss weights as a function of time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_beta08_has_mean_one_over_the_shifted_grid_and_its_shape(shift: float) -
 
 
 def test_beta08_mean_without_shift_is_the_integral() -> None:
-    # int t (1-t)^.5 dt = B(2, 1.5) = 4/15; the grid mean is within its O(1/1000) of that.
+    # int t (1-t)^0.5 dt = B(2, 1.5) = 4/15; the grid mean is within its O(1/1000) of that.
     peak = torch.tensor(2 / 3, dtype=torch.float64)
     assert beta08(peak, 1.0).item() == pytest.approx((2 / 3) * (1 / 3) ** 0.5 * 15 / 4, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""The SLURM script, with an `srun` and an `scontrol` that write down what they are asked."""
+"""The SLURM script, with stand-ins for `srun` and `scontrol` that record their arguments."""
 
 from __future__ import annotations
 

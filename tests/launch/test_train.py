@@ -1,4 +1,4 @@
-"""launch/train.sh: what it finds, what it refuses, and how signals and exit codes pass through it."""
+"""launch/train.sh: GPUs that it finds, arguments that it refuses, and signals and exit codes that it passes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Stands in for `python`: writes down how the launcher was called, and behaves as the processes of a run do.
+# Stand-in for `python`: records the call of the launcher, and behaves like the processes of a run.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 echo "world ${WORLD_SIZE:-} threads $OMP_NUM_THREADS" >>"$CALLS"
@@ -36,7 +36,7 @@ esac
 
 
 def start(folder: Path, *words: str, mode: str = "", **variables: str) -> subprocess.Popen[str]:
-    """train.sh with a false python and a false nvidia-smi that shows three GPUs."""
+    """Start train.sh with stand-ins for python and for nvidia-smi, which shows three GPUs."""
     (folder / "python").write_text(PYTHON)
     (folder / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2; do echo "GPU $i: a card"; done\n')
     for name in ("python", "nvidia-smi"):

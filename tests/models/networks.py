@@ -32,7 +32,7 @@ def small(**changes) -> AnyFlowTransformer3DModel:
 
 
 def stock_twin(network: AnyFlowTransformer3DModel) -> diffusers.AnyFlowTransformer3DModel:
-    """diffusers' class with the same config and weights."""
+    """Build diffusers' class with the same config and weights."""
     names = set(diffusers.AnyFlowTransformer3DModel.__init__.__wrapped__.__annotations__) - {"return"}
     twin = diffusers.AnyFlowTransformer3DModel(**{name: network.config[name] for name in names})
     twin.load_state_dict(network.state_dict())
@@ -45,7 +45,7 @@ def small_wan(**changes) -> diffusers.WanTransformer3DModel:
 
 
 def inputs(batch: int = 3, frames: int = 3, text_length: int = 5) -> dict[str, torch.Tensor]:
-    """Latents, times per frame and text of a small network, t and r in 0..1000."""
+    """Inputs of a small network: latents, times per frame (t and r in 0..1000) and text."""
     draw = torch.Generator().manual_seed(1)
     t = torch.rand(batch, frames, generator=draw) * 1000
     return {
@@ -65,7 +65,7 @@ def small_far(**changes) -> AnyFlowFARTransformer3DModel:
 
 
 def stock_far_twin(network: AnyFlowFARTransformer3DModel) -> diffusers.AnyFlowFARTransformer3DModel:
-    """diffusers' class with the same config and weights."""
+    """Build diffusers' class with the same config and weights."""
     names = set(diffusers.AnyFlowFARTransformer3DModel.__init__.__wrapped__.__annotations__) - {"return"}
     twin = diffusers.AnyFlowFARTransformer3DModel(**{name: network.config[name] for name in names})
     twin.load_state_dict(network.state_dict())
@@ -75,7 +75,7 @@ def stock_far_twin(network: AnyFlowFARTransformer3DModel) -> diffusers.AnyFlowFA
 def far_inputs(
     partition: tuple[int, ...], noisy: int, size: tuple[int, int] = (8, 12), batch: int = 2
 ) -> dict[str, Any]:
-    """Of a call of a small causal network whose last `noisy` frames are noisy: context at t = r = 0."""
+    """Inputs of a small causal network. The last `noisy` frames are noisy, the context has t = r = 0."""
     draw = torch.Generator().manual_seed(1)
     frames = sum(partition)
     t = torch.rand(batch, frames, generator=draw) * 1000

@@ -1,4 +1,4 @@
-"""Adapters by peft, an implementation that is not ours."""
+"""Adapters by peft, as an independent implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow_train.models.backbone import Backbone
 
 
 def add_peft(network: Backbone, settings: Lora, seed: int) -> None:
-    """What `add_lora` does, by peft."""
+    """Add adapters as `add_lora` does, with peft."""
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] # peft only divides it by the rank
@@ -28,12 +28,12 @@ def add_peft(network: Backbone, settings: Lora, seed: int) -> None:
 
 
 def peft_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, under our names."""
+    """Trainable parameters under our names."""
     return {_plain(name): parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def peft_merged(network: nn.Module) -> dict[str, Tensor]:
-    """The weights with the adapters added, under the names of a network without adapters."""
+    """Merged weights, under the names of a network without adapters."""
     weights = {_plain(name): weight.clone() for name, weight in network.state_dict().items() if ".lora_" not in name}
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer):

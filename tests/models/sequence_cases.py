@@ -1,4 +1,4 @@
-"""What the test of sequence parallelism runs, in the test itself with one process and here with two.
+"""Cases of the sequence-parallel tests. The test runs them with one process, this file with two.
 
 `python -m tests.models.sequence_cases FOLDER` starts the two; each writes `FOLDER/RANK.safetensors`, everything that
 `run` returns under "case/name", and `FOLDER/RANK.json`, the messages of the calls that must be refused.
@@ -29,7 +29,7 @@ from tests.models.networks import inputs, small
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a small network of four heads: what differs from `inputs()`, 12 positions in each of three frames."""
+    """A call of a small network of four heads, 12 positions in each of three frames, as a change of `inputs()`."""
 
     changes: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ def _draw(*shape: int) -> Tensor:
 
 
 def _adapt(network: AnyFlowTransformer3DModel) -> None:
-    """Adapters that do something: as `add_lora` leaves them, half of their gradients are zero."""
+    """Set adapters to nonzero values. After `add_lora`, half of their gradients would be zero."""
     add_lora(network, Lora(kind="lora", rank=2, alpha=2, targets=("to_q", "to_v", "net.2"), full_modules=()), seed=3)
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -56,7 +56,6 @@ CASES = {
     "odd number of tokens": Case({"hidden_states": _draw(3, 3, 4, 6, 10)}),
     "times per sample": Case({"timestep": torch.tensor([900.0, 5.0, 40.0]), "r_timestep": torch.zeros(3)}),
     "one time": Case({"timestep": torch.tensor(900.0), "r_timestep": torch.tensor(300.0)}),
-    "image": Case({"encoder_hidden_states_image": _draw(3, 7, 28)}, {"image_dim": 28}),
     "checkpointing": Case(prepare=AnyFlowTransformer3DModel.enable_gradient_checkpointing),
     "adapters": Case(prepare=_adapt),
     "no gradient": Case(around=torch.no_grad),
@@ -85,7 +84,7 @@ def run(case: Case, group: Any) -> dict[str, Tensor]:
 
 
 def refusals(group: Any, only_first: Any) -> dict[str, str]:
-    """The messages of what must be refused. No process may be left waiting for another: all refuse, or all return."""
+    """Messages of calls that must be refused, on all processes, so that none waits for another."""
     network = small(num_attention_heads=4)
     network.split_sequence(group)
     tiny = inputs() | {"hidden_states": torch.zeros(3, 3, 4, 2, 2)}
@@ -116,5 +115,5 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Forked, since imports are nearly all that this costs; no thread of torch has run here that a fork could lose.
+    # Fork, because imports take nearly all of the time. No thread of torch has started that a fork could lose.
     start_processes(main, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")

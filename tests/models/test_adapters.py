@@ -23,7 +23,7 @@ def adapted(**changes):
 
 
 def trained(**changes):
-    """A network whose adapters do something."""
+    """Build a network with nonzero adapters."""
     network = adapted(**changes)
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def trained(**changes):
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"targets": ("attn1.to_q",), "full_modules": ("delta_embedder",)}])
 def test_they_start_compute_and_learn_as_those_of_peft(changes, autocast):
-    """Bit for bit: a run that began with peft's is resumed with ours."""
+    """They are equal bit for bit, so a run that started with peft's adapters can be resumed."""
     network, oracle = adapted(**changes), small()
     add_peft(oracle, settings(**changes), seed=4)
     ours, theirs = trainable_parameters(network), peft_parameters(oracle)
@@ -92,10 +92,10 @@ def test_modules_can_be_trained_whole():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("attn1.to_z",)}, "targets: 'attn1.to_z' names no module"),
-        ({"targets": ("to_q", "q")}, "targets: 'q' names no module"),
-        ({"targets": ("patch_embedding",)}, "patch_embedding' is no linear layer"),
-        ({"full_modules": ("time_embeder",)}, "full_modules: 'time_embeder' names no module"),
+        ({"targets": ("attn1.to_z",)}, "targets: the network has no module 'attn1.to_z'"),
+        ({"targets": ("to_q", "q")}, "targets: the network has no module 'q'"),
+        ({"targets": ("patch_embedding",)}, "patch_embedding' is not a linear layer"),
+        ({"full_modules": ("time_embeder",)}, "full_modules: the network has no module 'time_embeder'"),
         ({"full_modules": ("time_embedder",)}, "full_modules: .*time_embedder.linear_1' is also a target"),
     ],
 )
@@ -142,7 +142,7 @@ def test_the_merge_is_rounded_once():
 
 
 def test_stock_diffusers_reads_the_lora_file():
-    """With alpha other than the rank, and with the delta embedder in it."""
+    """The case has an alpha that differs from the rank, and an adapter on the delta embedder."""
     network = trained()
     stock = stock_twin(small())
     pipeline = diffusers.AnyFlowPipeline(None, None, stock, None, None)
@@ -151,7 +151,7 @@ def test_stock_diffusers_reads_the_lora_file():
     torch.testing.assert_close(stock(**inputs()).sample, expected, rtol=1e-5, atol=1e-5)
     half = stock(**inputs(), attention_kwargs={"scale": 0.5}).sample
     assert (half - expected).abs().max() > 0.01
-    # With a LoRA file ours is stock diffusers' network too: `scale` means the same, and leaves no trace.
+    # With a LoRA file our network equals that of stock diffusers: `scale` means the same and has no lasting effect.
     ours = small()
     ours.load_lora_adapter({name: factor.clone() for name, factor in lora_state_dict(network).items()})
     torch.testing.assert_close(ours(**inputs(), attention_kwargs={"scale": 0.5}).sample, half, rtol=1e-5, atol=1e-5)
@@ -159,7 +159,7 @@ def test_stock_diffusers_reads_the_lora_file():
 
 
 def test_a_lora_file_is_refused_where_it_would_lose_something():
-    with pytest.raises(ValueError, match="trained whole"):
+    with pytest.raises(ValueError, match="fully trained"):
         lora_state_dict(adapted(targets=("attn1.to_q",), full_modules=("delta_embedder",)))
     with pytest.raises(ValueError, match="no LoRA adapters"):
         lora_state_dict(small().requires_grad_(False))

@@ -18,7 +18,7 @@ def test_random_networks_follow_from_the_seed_and_disturb_no_other_draw():
 
 
 def test_damping_bounds_how_fast_a_random_network_turns_in_time():
-    """Every feature's slope, amplitude times frequency, is at most that of the fastest one left alone."""
+    """The slope of each feature (amplitude times frequency) is at most that of the fastest undamped one."""
     plain = build_network(SMALL, seed=1).condition_embedder
     damped = build_network(SMALL, seed=1, time_frequency_limit=0.03).condition_embedder
     frequency = 10000.0 ** (-torch.arange(16) / 16).repeat(2)

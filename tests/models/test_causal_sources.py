@@ -15,7 +15,7 @@ from tests.models.networks import FAR, SMALL, clean_inputs, far_inputs, small, s
 
 
 def load(source, gate_value=None, causal=None):
-    """The whole network of a source."""
+    """Load a network from a source."""
     times = None if gate_value is None else {"gate_value": gate_value, "deltatime_type": "r"}
     weights = open_pretrained(source, times, causal)
     return assemble(weights.arguments, weights.read)
@@ -61,13 +61,13 @@ def test_one_chunk_at_equal_times_is_the_teacher(wan_folder):
     with torch.no_grad():
         expected = small_wan()(given["hidden_states"].transpose(1, 2), t, given["encoder_hidden_states"]).sample
         found = student(**given | {"timestep": t, "r_timestep": t}).sample
-    # The same operations in another order, float32, outputs of size one.
+    # Same operations in another order, float32, outputs of size one.
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_it_starts_as_diffusers_own_start(wan_folder):
-    """diffusers resizes in its constructor, of random weights; so it is given ours first."""
+    """diffusers resizes random weights in its constructor, so the test first sets our weights."""
     network = load(wan_folder, causal=CAUSAL)
     stock = stock_far_twin(network)
     given = far_inputs((1, 2, 1), 3) | clean_inputs(3)
@@ -100,14 +100,14 @@ def test_a_bidirectional_student_becomes_causal(tmp_path):
 def test_a_causal_checkpoint_of_diffusers_stays_itself(tmp_path, place):
     network = small_far()
     with torch.no_grad():
-        network.far_patch_embedding.weight.mul_(2)  # trained since
+        network.far_patch_embedding.weight.mul_(2)  # simulates training
     stock_far_twin(network).save_pretrained(tmp_path / place)
     for causal in ({}, CAUSAL, {**CAUSAL, "chunk_partition": [1, 2, 1]}):
         loaded = load(tmp_path, causal=causal)
         assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), network.parameters(), strict=True))
     with pytest.raises(UserError, match="full_chunk_limit = 2"):
         load(tmp_path, causal={"full_chunk_limit": 3})
-    # Of the clips, not of the weights: those may be others.
+    # The partition is a property of the clips, so it may differ.
     assert load(tmp_path, causal={"chunk_partition": (1, 3)}).config["chunk_partition"] == (1, 3)
     assert load(tmp_path).config["chunk_partition"] == (1, 2, 1)
 

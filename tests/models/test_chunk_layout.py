@@ -13,7 +13,7 @@ def layout(partition, full_chunks, copies):
 
 
 def kinds(made: ChunkLayout) -> list[tuple[str, int]]:
-    """What each token is, and of which chunk: from the attributes alone."""
+    """Kind and chunk of each token, derived from the attributes only."""
     older = len(made.context)
     tokens = [("context", chunk) for chunk, frames in enumerate(made.context) for _ in range(6 * frames)]
     tokens += [("clean", older + chunk) for chunk, frames in enumerate(made.copies) for _ in range(24 * frames)]
@@ -21,7 +21,7 @@ def kinds(made: ChunkLayout) -> list[tuple[str, int]]:
 
 
 def sees(query: tuple[str, int], key: tuple[str, int], copies: bool) -> bool:
-    """The rules of FAR, for two tokens."""
+    """Whether one token sees another under the rules of FAR."""
     (kind, chunk), (other, past) = query, key
     if past > chunk or (kind != "full" and other == "full"):
         return False
@@ -36,7 +36,7 @@ CASES += [((2, 1, 2), 0, False), ((2, 1, 2), 1, True), ((1, 2, 1), 2, False)]
 
 @pytest.mark.parametrize(("partition", "full_chunks", "copies"), CASES)
 def test_segments_are_the_dense_mask(partition, full_chunks, copies):
-    """Outputs and gradients of one attention call with the mask that the rules give, token by token."""
+    """Outputs and gradients of one attention call with a dense mask from the rules."""
     made = layout(partition, full_chunks, copies)
     tokens = kinds(made)
     assert made.tokens == len(tokens)
@@ -48,7 +48,7 @@ def test_segments_are_the_dense_mask(partition, full_chunks, copies):
     found = made.attention().attend(*given)
     heads_first = [x.transpose(1, 2) for x in given]
     expected = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).flatten(2)
-    # float64: the same sums in another order.
+    # float64, same sums in another order
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     gradients = [torch.autograd.grad((output * weights).sum(), given) for output in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -61,10 +61,10 @@ def test_each_chunk_is_one_call():
         ((0, 6),),  # the context, one frame
         ((0, 6 + 48),),  # the copy of the second chunk
         ((0, 6), (54, 102)),  # the second chunk, noisy
-        ((0, 54), (102, 126)),  # the third chunk, noisy; nobody would see a copy of it
+        ((0, 54), (102, 126)),  # the third chunk, noisy; it has no copy
     ]
     first, *_ = layout((2, 1), 2, copies=True).attention().segments[1:]
-    assert first.keys == ((48, 96),)  # the first chunk sees itself alone
+    assert first.keys == ((48, 96),)  # the first chunk only sees itself
     assert [each.keys for each in layout((2, 1), 2, copies=False).attention().segments] == [((0, 48),), ((0, 72),)]
 
 
@@ -91,9 +91,9 @@ def test_layouts_are_values():
 @pytest.mark.parametrize(
     ("partition", "grid", "message"),
     [
-        ((), GRID, "one frame or more"),
-        ((1, 0), GRID, r"one frame or more.*\(1, 0\)"),
-        ((1, 1, 1), (4, 5), r"frames of 4 x 5 patches.*compressed_patch_size.*2 x 2.*1 chunks are context"),
+        ((), GRID, "at least 1 frame each"),
+        ((1, 0), GRID, r"at least 1 frame each.*\(1, 0\)"),
+        ((1, 1, 1), (4, 5), r"frames of 4 x 5 patches.*compressed_patch_size.*2 x 2.*the 1 oldest chunks"),
         ((1, 1, 1), (3, 4), "frames of 3 x 4 patches"),
     ],
 )

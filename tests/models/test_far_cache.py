@@ -1,4 +1,4 @@
-"""The causal network with a cache: chunk by chunk it computes what the masked forward computes at once."""
+"""The causal network with cached context equals the masked forward, chunk by chunk."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ TIMES = {"timestep": torch.tensor([700.0, 90.0]), "r_timestep": torch.tensor([30
 
 
 def encode(network, chunks: int, partition=PARTITION, clean=CLEAN, text=TEXT) -> KVCache:
-    """The cache of the first chunks."""
+    """Encode the first chunks as cached context."""
     done = partition[:chunks]
     if not done:
         return KVCache.empty()
@@ -43,7 +43,7 @@ def chunk_frames(chunk: int) -> slice:
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("chunk", range(len(PARTITION)))
 def test_a_cached_chunk_is_the_newest_one_of_the_masked_forward(chunk, limit):
-    """Outputs, and gradients by the latents and the weights of what is computed last."""
+    """Outputs, and gradients with respect to latents and weights of the newest chunk."""
     network = small_far(full_chunk_limit=limit).double()
     frames, own = sum(PARTITION[: chunk + 1]), chunk_frames(chunk)
     older = sum(PARTITION[: max(chunk + 1 - limit, 0)])
@@ -57,7 +57,7 @@ def test_a_cached_chunk_is_the_newest_one_of_the_masked_forward(chunk, limit):
     new = NOISY[:, own].double().requires_grad_()
     cache = encode(network, chunk, clean=CLEAN.double(), text=TEXT.double())
     cached = one_chunk(network, chunk, cache, new, text=TEXT.double())
-    # float64 but for the rotation tables and time features, which are the same numbers on both sides.
+    # float64, except for rotation tables and time features, which are equal on both sides.
     torch.testing.assert_close(cached, masked, rtol=0, atol=1e-12)
     ours = torch.autograd.grad(cached.square().sum(), [new, network.proj_out.weight])
     theirs = torch.autograd.grad(masked.square().sum(), [latents, network.proj_out.weight])
@@ -102,7 +102,7 @@ def test_checkpointing_changes_no_gradient_of_a_cached_chunk():
         gradients.append({name: weight.grad for name, weight in network.named_parameters()})
     plain, recomputed = gradients
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain if name[:4] != "far_")
-    assert plain["far_patch_embedding.weight"] is None  # only the cache has seen it, and that is constant
+    assert plain["far_patch_embedding.weight"] is None  # only the cache uses it, and the cache has no gradient
 
 
 def test_a_cached_chunk_compiles_whole():
@@ -132,7 +132,7 @@ def test_keys_that_a_norm_left_in_float32_are_kept_as_the_values_are():
 
 
 def stock_chunk(stock, chunk: int, latents: Tensor, clean: Tensor, partition) -> Tensor:
-    """The same by diffusers: a cache of given size is filled in place, then read."""
+    """Run diffusers with a cache of fixed size, which is filled in place and then read."""
     heads, width = stock.config.num_attention_heads, stock.config.attention_head_dim
     tokens = clean.shape[3] * clean.shape[4] // 4 * sum(partition)
     room = [{f"{kind}_cache": torch.zeros(2, 2, heads, tokens, width) for kind in ("compressed", "full")} for _ in "12"]
@@ -156,7 +156,7 @@ def test_diffusers_cache_is_ours_where_it_needs_no_padding(size, equal):
     clean, new = torch.randn(2, 3, 4, *size, generator=draw), torch.randn(2, 1, 4, *size, generator=draw)
     ours = one_chunk(network, 2, encode(network, 2, partition, clean), new, partition)
     difference = (ours - stock_chunk(stock_far_twin(network), 2, new, clean, partition)).abs().max()
-    # float32 in another order, as in the masked forward; attention that is spread over 104 zeros is another function.
+    # float32 in another order, as in the masked forward. Attention to 104 padding tokens gives other results.
     assert difference < 1e-5 if equal else difference > 1e-2
 
 
@@ -189,7 +189,7 @@ def test_a_cache_of_another_network_or_batch_is_refused():
     cache = encode(network, 3)
     fewer = replace(cache, keys=cache.keys[:1], values=cache.values[:1])
     single = replace(cache, keys=tuple(x[:1] for x in cache.keys), values=tuple(x[:1] for x in cache.values))
-    other = encode(small_far(full_chunk_limit=3), 3)  # more of it at full patch size
+    other = encode(small_far(full_chunk_limit=3), 3)  # more chunks with small patches
     for wrong, numbers in ((fewer, r"\(1, 2, 42\)"), (single, r"\(2, 1, 42\)"), (other, r"\(2, 2, 78\)")):
         with pytest.raises(ValueError, match=rf"{numbers} blocks, samples and tokens.*\(2, 2, 42\)"):
             one_chunk(network, 3, wrong, NOISY[:, 4:6])

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from tests.models.networks import clean_inputs, far_inputs, small, small_far, stock_far_twin
 
-# Partitions of at most two full chunks, and how many of their frames are noisy.
+# Partitions with at most two full chunks, and the number of noisy frames.
 LAYOUTS = [((3,), 3), ((1, 2), 3), ((1, 2, 1), 3), ((2, 1, 2, 1), 3)]
 IDS = ["one chunk", "no context", "context", "two chunks of context"]
 
@@ -20,7 +20,7 @@ def arguments(partition, noisy, clean):
 def test_outputs_are_those_of_diffusers(partition, noisy, clean):
     network = small_far()
     given = arguments(partition, noisy, clean)
-    # Both compute in float32, in another order: a dozen layers of roundings on numbers of size one.
+    # Both compute in float32, in different order: roundings of a dozen layers on numbers of size one.
     expected = stock_far_twin(network)(**given).sample
     torch.testing.assert_close(network(**given).sample, expected, rtol=1e-5, atol=1e-5)
 
@@ -94,7 +94,7 @@ def test_one_chunk_is_the_bidirectional_network():
 
 
 def changed_frames(before, after):
-    """Which of the noisy frames came out otherwise."""
+    """Noisy frames whose output changed."""
     return set((before != after).flatten(2).any(2).any(0).nonzero().flatten().tolist())
 
 

@@ -41,12 +41,3 @@ def test_no_autocast_means_full_precision_inside_of_autocast_too():
     expected = NetworkFlowMap(network, None)(x, **TIMES, condition=condition)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(NetworkFlowMap(network, None)(x, **TIMES, condition=condition), expected)
-
-
-def test_the_image_reaches_the_network():
-    network, x, condition = given(image_dim=28)
-    flow_map = NetworkFlowMap(network, None)
-    seen = Condition(condition.text, torch.randn(3, 7, 28))
-    expected = network(x, 1000 * TIMES["t"], 1000 * TIMES["r"], seen.text, seen.image).sample
-    assert torch.equal(flow_map(x, **TIMES, condition=seen), expected)
-    assert not torch.allclose(flow_map(x, **TIMES, condition=condition), expected)

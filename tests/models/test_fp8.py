@@ -1,4 +1,4 @@
-"""Products in 8 bits: how far they are off, where they are taken, and what they leave alone."""
+"""Products in fp8: their error, where they are used, and which layers stay unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens(count: int = 40) -> Tensor:
 
 
 def adapted(**changes: object) -> AnyFlowTransformer3DModel:
-    """A network of 8-bit frozen layers, with adapters that do something."""
+    """Build a network with fp8 frozen layers and nonzero adapters."""
     network = small(**WIDTHS, **changes)
     add_lora(network, LORA, seed=4)
     draw = torch.Generator().manual_seed(7)
@@ -89,7 +89,7 @@ def test_without_bfloat16_it_is_the_plain_layer(precision: torch.dtype | None) -
 
 
 def test_a_token_gets_the_same_whatever_is_beside_it() -> None:
-    """So splitting tokens over processes changes nothing."""
+    """Tokens can therefore be split over processes without changing the result."""
     eight = Fp8Linear(layer())
     with bfloat16():
         assert torch.equal(eight(tokens())[:, :16], eight(tokens()[:, :16]))
@@ -164,7 +164,7 @@ def test_it_compiles_without_a_break() -> None:
     eight = Fp8Linear(layer())
     compiled = torch.compile(eight, backend="aot_eager", fullgraph=True)
     with bfloat16():
-        # the product may be rounded to bfloat16 once less on its way to the bias
+        # the product may have one bfloat16 rounding less before the bias is added
         assert off(compiled(tokens()), eight(tokens())) < 0.005
 
 

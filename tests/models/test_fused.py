@@ -77,7 +77,7 @@ def test_a_frozen_input_gets_no_gradient(case):
 
 
 def test_gelu_slope_at_its_special_points():
-    """At 0 the slope is 1/2 (0 / 0 in the backward pass); far out it is 0 and 1."""
+    """The slope at 0 is 1/2 (0 / 0 in the backward pass), and 0 and 1 for large inputs."""
     x = torch.tensor([0.0, -0.0, -40.0, 40.0], requires_grad=True)
     fused.gelu_tanh(x).sum().backward()
     assert x.grad is not None
@@ -99,5 +99,5 @@ def test_layer_norm_keeps_neither_the_normalised_input_nor_an_expanded_modulatio
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         fused.modulated_layer_norm(x, modulation, modulation, 1e-6)
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in kept}
-    tokens = 2 * 6  # of each the mean and the inverse deviation
+    tokens = 2 * 6  # each has a mean and an inverse deviation
     assert sorted(sizes.values()) == [tokens, tokens, modulation.numel(), x.numel()]

@@ -17,14 +17,14 @@ from tests.models.networks import TINY_WAN, inputs, small, small_wan
 
 @pytest.fixture
 def wan_folder(tmp_path):
-    """A pipeline folder, as far as the transformer is concerned."""
+    """Save a pipeline folder that only contains the transformer."""
     small_wan().save_pretrained(tmp_path / "wan" / "transformer")
     (tmp_path / "wan" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return tmp_path / "wan"
 
 
 def load(source, gate_value=None, deltatime_type="r"):
-    """The whole network of a source."""
+    """Load a network from a source."""
     times = None if gate_value is None else {"gate_value": gate_value, "deltatime_type": deltatime_type}
     weights = open_pretrained(source, times)
     return assemble(weights.arguments, weights.read)
@@ -39,7 +39,7 @@ def change_weights(folder, change):
 
 @pytest.mark.parametrize(("deltatime_type", "gate"), [("r", 0.0), ("r", 0.25), ("r", 1.0), ("t-r", 0.0)])
 def test_a_student_is_its_teacher_at_equal_times(wan_folder, deltatime_type, gate):
-    """Oracle 10 of the design: at initialisation, at r = t."""
+    """At initialisation, the student equals Wan2.1 at r = t."""
     teacher = diffusers.WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer")
     student = load(wan_folder, gate, deltatime_type)
     arguments = inputs()
@@ -48,12 +48,12 @@ def test_a_student_is_its_teacher_at_equal_times(wan_folder, deltatime_type, gat
     with torch.no_grad():
         expected = teacher(latents.transpose(1, 2), t, text).sample.transpose(1, 2)
         found = NetworkFlowMap(student, None)(latents, t / 1000, t / 1000, Condition(text))
-    # The same operations in another order, float32, outputs of size one.
+    # Same operations in another order, float32, outputs of size one.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_interval_time_with_a_gate_is_not_the_teacher(wan_folder):
-    """So that the test above would see a gate or a second time that is not used."""
+    """Shows that the test above would detect an unused gate or second time."""
     teacher_like = load(wan_folder, 0.0, "t-r")
     other = load(wan_folder, 0.25, "t-r")
     arguments = inputs() | {"timestep": torch.tensor(700.0), "r_timestep": torch.tensor(700.0)}
@@ -109,8 +109,8 @@ def test_image_to_video_checkpoints_are_refused_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("blocks.1.attn2.to_k.bias"), "lacks the weight blocks.1.attn2.to_k.bias"),
-        (lambda weights: weights.update(more=torch.zeros(2)), "holds more, for which"),
+        (lambda weights: weights.pop("blocks.1.attn2.to_k.bias"), "has no weight blocks.1.attn2.to_k.bias"),
+        (lambda weights: weights.update(more=torch.zeros(2)), "has the weight more, which the network does not have"),
     ],
 )
 def test_every_key_is_accounted_for(wan_folder, change, message):
@@ -122,15 +122,15 @@ def test_every_key_is_accounted_for(wan_folder, change, message):
 def test_a_missing_key_of_an_anyflow_checkpoint_is_named(tmp_path):
     small().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights.pop("condition_embedder.delta_embedder.linear_1.bias"))
-    with pytest.raises(UserError, match=r"lacks the weight .*delta_embedder\.linear_1\.bias"):
+    with pytest.raises(UserError, match=r"has no weight .*delta_embedder\.linear_1\.bias"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: None, "holds neither"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config cannot be read"),
+        (lambda folder: None, "contains neither"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot read its config"),
         (lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "holds a UNet2DModel"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Gradient checkpointing by policy: what is done again, and that the gradient does not change."""
+"""Gradient checkpointing: what each policy recomputes, and that gradients do not change."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def test_selective_does_no_attention_again(name: str) -> None:
 def test_compiled_blocks_have_the_same_gradient(name: str, policy: str) -> None:
     plain, found = gradients(name, "none"), gradients(name, policy, compiled=True)
     for a, b in zip(plain, found, strict=True):
-        if a is not None and b is not None:  # other formulas of the norms and of GELU, in float32
+        if a is not None and b is not None:  # norms and GELU use other formulas, in float32
             assert (a - b).abs().max() <= 2e-5 * a.abs().max()

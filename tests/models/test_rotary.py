@@ -12,7 +12,7 @@ def test_rotation_is_that_of_diffusers():
     layout = {"total_frames": 3, "full_frame_shape": (4, 5)}
     frequencies = AnyFlowRotaryPosEmbed(16, (1, 2, 2), 32)(layout, CPU)["query"]
     expected = apply_rotary_emb(x.transpose(1, 2), frequencies).transpose(1, 2)
-    # The angles are float64 on both sides; the product is float32 here and complex128 there.
+    # Angles are float64 on both sides; our product is float32, the reference is complex128.
     torch.testing.assert_close(rotate(x, rotation_table(16, (3, 4, 5), CPU)), expected, rtol=0, atol=1e-6)
 
 
@@ -27,7 +27,7 @@ def test_the_table_of_context_and_later_frames_is_that_of_diffusers():
 
 
 def test_a_token_that_covers_positions_lies_in_their_middle():
-    """Exact for two positions: the mean of two unit numbers has the mean angle."""
+    """This is exact for two positions: the mean of two unit numbers has the mean angle."""
     pooled = rotation_table(12, (1, 1, 4), CPU, pool=2)
     single = rotation_table(12, (1, 1, 8), CPU)
     between = rotate(single[1::2].flatten(1)[None, :, None], single[0::2])[0, :, 0]  # the sum of the two angles
@@ -47,7 +47,7 @@ def test_compiled_rotation_is_the_eager_one():
 
 
 def test_attention_scores_depend_on_distance_only():
-    """The property that the embedding exists for: moving query and key together changes nothing."""
+    """Attention only depends on relative positions: moving query and key together does not change it."""
     table = rotation_table(12, (1, 1, 9), CPU)
     query, key = torch.randn(2, 1, 1, 1, 12, generator=torch.Generator().manual_seed(0)).expand(2, 1, 9, 1, 12)
     scores = torch.einsum("bqhd,bkhd->qk", rotate(query, table), rotate(key, table))

@@ -1,4 +1,4 @@
-"""Two processes that split the tokens compute what one process does."""
+"""Two processes that split the tokens compute the same as one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = sorted(set(CASES) - {"bf16 autocast"})
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes have left what they found in all cases: one launch for this file."""
+    """Folder with the results of two processes for all cases, from one launch for this file."""
     folder = tmp_path_factory.mktemp("sequence")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "tests.models.sequence_cases", str(folder)]
@@ -32,7 +32,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(folder: Path, case: str) -> list[dict[str, Tensor]]:
-    """What `run` returned in each process."""
+    """Results of `run` in each process."""
     files = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
     return [{k.removeprefix(f"{case}/"): v for k, v in file.items() if k.startswith(f"{case}/")} for file in files]
 
@@ -47,7 +47,7 @@ def test_outputs_and_summed_gradients_are_those_of_one_process(launched: Path, c
     whole = run(CASES[case], None)
     parts = found(launched, case)
     assert torch.equal(parts[0].pop("output"), parts[1]["output"])
-    # float32 in another order (products of fewer rows, keys in another order): as between us and diffusers.
+    # float32 in another order (products of fewer rows, keys in another order), as in the parity with diffusers.
     torch.testing.assert_close(parts[1]["output"], whole.pop("output"), rtol=1e-5, atol=1e-5)
     gradients = summed(parts)
     assert gradients.keys() == whole.keys() - {"tokens"}
@@ -63,7 +63,7 @@ def test_half_precision_strays_no_further_than_in_one_process(launched: Path) ->
     parts = found(launched, "bf16 autocast")
     split = summed(parts) | {"output": parts[1]["output"]}
     for name in exact.keys() - {"tokens"}:
-        # Other roundings of the same size: their root mean square is alike, but a small tensor shows few of them.
+        # Roundings differ but have the same size; in a small tensor their root mean square varies.
         assert _distance(split[name], exact[name]) <= 1.5 * _distance(whole[name], exact[name]) + 1e-3, name
 
 

@@ -1,4 +1,4 @@
-"""Roles on one base: each is the network that it would be alone, and none is touched by another."""
+"""Roles on one base: each computes as it would alone, and training one does not change another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared(network: AnyFlowTransformer3DModel | None = None) -> SharedBase:
 
 
 def moved(base: SharedBase, *roles: str) -> SharedBase:
-    """Adapters that do something."""
+    """Set adapters to nonzero values."""
     for role in roles:
         draw = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -53,7 +53,7 @@ def output(base: SharedBase, role: str | None) -> Tensor:
 
 
 def alone(base: SharedBase, role: str) -> AnyFlowTransformer3DModel:
-    """A network with a role's adapters only, through peft."""
+    """Build a network with the adapters of one role, with peft."""
     network = small()
     add_peft(network, SETTINGS[role], seed=5)
     theirs = peft_parameters(network)
@@ -66,7 +66,7 @@ def alone(base: SharedBase, role: str) -> AnyFlowTransformer3DModel:
 
 
 def gradients(base: SharedBase, role: str, backward: Callable[[Tensor], object]) -> dict[str, Tensor]:
-    """A role's gradients of a loss; nobody else has any."""
+    """Gradients of a role; checks that no other role has any."""
     backward(output(base, role).square().sum())
     for other in SETTINGS:
         found = [parameter.grad is not None for parameter in base.parameters(other).values()]
@@ -128,7 +128,7 @@ def test_training_one_changes_no_other(trained: str) -> None:
 @pytest.mark.parametrize("during", ["same", "other", None])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_checkpointing_recomputes_as_the_role_of_the_forward(during: str | None, when: str) -> None:
-    """Whatever is active during the backward, and whether it was enabled before the roles or after."""
+    """It holds for any active role during the backward, with checkpointing enabled before or after adding roles."""
     expected = gradients(moved(shared(), *SETTINGS), "student", torch.Tensor.backward)
     network = small()
     if when == "before":
@@ -145,7 +145,7 @@ def test_checkpointing_recomputes_as_the_role_of_the_forward(during: str | None,
 
 
 def test_a_loss_through_two_roles_gives_each_its_own_gradient() -> None:
-    """With checkpointing, whose recomputations alternate between the roles."""
+    """Gradient checkpointing is on, so recomputations alternate between roles."""
     base = moved(shared(), *SETTINGS)
     wanted = {role: gradients(moved(shared(), *SETTINGS), role, torch.Tensor.backward) for role in SETTINGS}
     base.network.enable_gradient_checkpointing()
@@ -195,7 +195,7 @@ def test_a_flow_map_is_called_as_its_role() -> None:
 
 
 def test_whole_modules_can_be_read_from_elsewhere() -> None:
-    """Where the base is in shards, copies of its modules come from its files."""
+    """If the base is sharded, copies of its modules are read from files."""
     network = small()
     base = SharedBase(network, lambda name: torch.full_like(network.get_parameter(name), 0.5))
     base.add("student", STUDENT, seed=4)
@@ -206,7 +206,7 @@ def test_whole_modules_can_be_read_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("full_modules", [("patch_embedding", "time_proj"), ("blocks.0", "attn2"), ("proj_out",)])
 def test_any_module_can_be_trained_whole(full_modules: tuple[str, ...]) -> None:
-    """Also those whose weights are looked at from outside, and one inside of another."""
+    """Includes modules whose weights are accessed from outside, and one inside another."""
     base = shared()
     settings = Lora(kind="lora", rank=2, targets=("blocks.1.attn1.to_q",), full_modules=full_modules)
     base.add("third", settings, seed=1)
@@ -221,22 +221,22 @@ def test_any_module_can_be_trained_whole(full_modules: tuple[str, ...]) -> None:
 def test_wrong_settings_are_reported() -> None:
     base = shared()
     wrong = Lora(kind="lora", targets=("attn1.to_z",))
-    with pytest.raises(UserError, match=r"^on_policy\.adapter\.targets: 'attn1\.to_z' names no module"):
+    with pytest.raises(UserError, match=r"^on_policy\.adapter\.targets: the network has no module 'attn1\.to_z'"):
         base.add("third", wrong, 0, where="on_policy.adapter")
     with pytest.raises(UserError, match=r"^third\.adapter\.targets"):
         base.add("third", wrong, 0)
     assert base.roles == ("student", "fake_score")
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="exists already"):
         base.add("student", STUDENT, 0)
     for call in (base.parameters, base.freeze):
-        with pytest.raises(ValueError, match="no role 'third'"):
+        with pytest.raises(ValueError, match="unknown role 'third'"):
             call("third")
-    with pytest.raises(ValueError, match="no role 'third'"), base.as_role("third"):
+    with pytest.raises(ValueError, match="unknown role 'third'"), base.as_role("third"):
         pass
 
 
 def test_three_roles_take_the_memory_of_one_network_and_their_adapters() -> None:
-    """Student, fake score and a teacher, in bytes of storage; three networks would be three times the base."""
+    """Compares bytes of storage for student, fake score and teacher; three networks would take three times the base."""
     network = small(num_attention_heads=8, ffn_dim=384)
     one = stored_bytes(network)
     base = shared(network)

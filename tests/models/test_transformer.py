@@ -3,36 +3,27 @@ import json
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from tests.models.networks import inputs, small, stock_twin
 
-IMAGE = {"image_dim": 28}
-
-
-def image_inputs(image_dim: int | None) -> dict[str, Tensor]:
-    if image_dim is None:
-        return inputs()
-    return inputs() | {"encoder_hidden_states_image": torch.randn(3, 7, image_dim, generator=torch.Generator())}
-
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, IMAGE, {"deltatime_type": "t-r", "gate_value": 0.7}, {"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}],
-    ids=["text", "image", "interval time", "no cross norm", "patch 1"],
+    [{}, {"deltatime_type": "t-r", "gate_value": 0.7}, {"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}],
+    ids=["text", "interval time", "no cross norm", "patch 1"],
 )
 def test_outputs_and_gradients_are_those_of_diffusers(changes):
     network = small(**changes)
     stock = stock_twin(network)
-    arguments = image_inputs(changes.get("image_dim"))
+    arguments = inputs()
     for each in (network, stock):
         latents = arguments["hidden_states"].clone().requires_grad_()
         output = each(**arguments | {"hidden_states": latents}).sample
         output.square().sum().backward()
         each.seen = (output.detach(), latents.grad)
-    # Both compute in float32, in another order: a dozen layers of roundings on numbers of size one.
+    # Both compute in float32, in different order: roundings of a dozen layers on numbers of size one.
     torch.testing.assert_close(network.seen[0], stock.seen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(network.seen[1], stock.seen[1], rtol=1e-4, atol=1e-4)
     gradients = {name: weight.grad for name, weight in stock.named_parameters()}
@@ -43,9 +34,9 @@ def test_outputs_and_gradients_are_those_of_diffusers(changes):
 
 
 def test_state_dict_goes_both_ways():
-    network = small(**IMAGE)
+    network = small()
     stock = stock_twin(network)  # strict
-    other = small(**IMAGE)
+    other = small()
     other.load_state_dict(stock.state_dict())
     assert {name: weight.shape for name, weight in network.state_dict().items()} == {
         name: weight.shape for name, weight in stock.state_dict().items()
@@ -65,7 +56,7 @@ def test_saved_folders_load_in_diffusers_and_back(tmp_path, gate):
     assert ours["_class_name"] == "AnyFlowTransformer3DModel"
     with torch.no_grad():
         expected = network(**inputs()).sample
-        # The gate is not among the weights: it must have come from the config, or the outputs would differ.
+        # The gate is not a weight. If it did not come from the config, the outputs would differ.
         torch.testing.assert_close(stock(**inputs()).sample, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(back(**inputs()).sample, expected)
 
@@ -128,7 +119,6 @@ def test_modulation_keeps_one_row_per_sample_for_times_per_sample():
         ({"hidden_states": torch.zeros(3, 17, 4, 2, 2), "timestep": torch.tensor(1.0)}, "rope_max_seq_len = 16"),
         ({"encoder_hidden_states": torch.zeros(3, 5, 19)}, "encoder_hidden_states must be"),
         ({"encoder_hidden_states": torch.zeros(2, 5, 20)}, "encoder_hidden_states must be"),
-        ({"encoder_hidden_states_image": torch.zeros(3, 5, 20)}, "without image_dim"),
     ],
 )
 def test_wrong_calls_are_named(change, message):
@@ -143,17 +133,12 @@ def test_wrong_calls_are_named(change, message):
         ({"patch_size": (2, 2, 2)}, "patch_size"),
         ({"patch_size": (1, 2, 4)}, "patch_size"),
         ({"attention_head_dim": 13}, "attention_head_dim"),
+        ({"image_dim": 28}, "image_dim"),
     ],
 )
 def test_wrong_constructions_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         small(**change)
-
-
-def test_wrong_image_shape_is_named():
-    arguments = image_inputs(28) | {"encoder_hidden_states_image": torch.zeros(3, 7, 27)}
-    with pytest.raises(ValueError, match="encoder_hidden_states_image must be"):
-        small(**IMAGE)(**arguments)
 
 
 def test_a_tuple_on_request():
@@ -211,5 +196,5 @@ def test_forward_mode_derivative_agrees_with_finite_differences():
         derivative = torch.func.jvp(velocity, (arguments["hidden_states"],), (tangent,))[1]
     step = 1e-4
     plus, minus = (velocity(arguments["hidden_states"] + sign * step * tangent) for sign in (1, -1))
-    # float64 throughout: the error of the difference is step^2 times a third derivative of size one to ten.
+    # All in float64: the error of the difference is step^2 times a third derivative of size one to ten.
     torch.testing.assert_close(derivative, (plus - minus) / (2 * step), rtol=0, atol=1e-7)

@@ -1,4 +1,4 @@
-"""What of a clip an objective is asked for, and what it is given."""
+"""Conditioning frames: which frames an objective generates, and which it is given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNKS = Chunks((1, 2, 2), 2)
 
 @dataclass
 class Seen:
-    """An objective that only notes what it is asked."""
+    """An objective that only records its batches."""
 
     batches: list[Batch] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
@@ -75,7 +75,7 @@ def test_the_first_frame_is_given_in_a_share_of_the_steps() -> None:
     for step in range(100):
         FirstFrameGiven(seen, 0.3)(ROLES, clips((0,)), draw_of((0,), step))
     given = [batch for batch in seen.batches if isinstance(batch.condition.past, Prefix)]
-    assert 14 < len(given) < 46  # binomial(100, .3): 30, give or take 3.5 standard deviations
+    assert 14 < len(given) < 46  # binomial(100, 0.3): 30, give or take 3.5 standard deviations
     for batch in given:
         assert isinstance(batch.condition.past, Prefix)
         assert frames_of(batch.condition.past.frames) == [0]

@@ -1,4 +1,4 @@
-"""The report on derivatives, where the true answers are known."""
+"""The report on derivatives, for cases with known errors."""
 
 from __future__ import annotations
 

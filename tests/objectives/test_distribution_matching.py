@@ -1,4 +1,4 @@
-"""Distribution matching and the fake score: closed forms, stationary points, and whom a gradient reaches."""
+"""Distribution matching and the fake score: closed forms, stationary points, and which roles receive gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def matching(scale: float = 1.0, endpoints: RolloutBuffer | None = None) -> Dist
 
 
 def networks() -> tuple[Roles, dict[str, SmallNetwork]]:
-    """Student, teacher and fake score of equal shape and other weights."""
+    """Student, teacher and fake score with equal shapes and different weights."""
     made = {name: SmallNetwork(seed) for seed, name in enumerate(("student", "teacher", "fake_score"))}
     return Roles(made["student"], made["student"], made["teacher"], made["fake_score"]), made
 
@@ -53,7 +53,7 @@ def test_two_gaussians_in_closed_form() -> None:
         return data.mean + gain * (x_s - (1 - s) * data.mean)
 
     distance = (x - expected(REAL)).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    # float64 rounding of two ways to write the same
+    # float64 rounding of two equivalent formulas
     torch.testing.assert_close(found.gradient, (expected(FAKE) - expected(REAL)) / distance, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.distance, distance.flatten(), rtol=1e-9, atol=0)
 
@@ -83,7 +83,7 @@ def test_equal_scores_leave_the_student_alone() -> None:
     assert loss.per_sample.abs().max() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in made["student"].parameters())
     guided = matching(scale=4.0)(dataclasses.replace(roles, fake_score=roles.teacher), batch_of(SLOTS), draw_of(SLOTS))
-    assert guided.per_sample.min() > 0  # the guided teacher is another
+    assert guided.per_sample.min() > 0  # the guided teacher differs
 
 
 def test_the_teacher_is_guided_by_the_usual_scale_and_the_fake_score_is_not() -> None:
@@ -122,7 +122,7 @@ def test_each_loss_reaches_its_own_network_only() -> None:
 
 @pytest.mark.parametrize("reuse", [True, False])
 def test_the_fake_score_sees_noised_clean_endpoints(reuse: bool) -> None:
-    """Its points are `(1 - t) x + t z` with x a finished rollout: the student's own, or a fresh one."""
+    """The fake score sees `(1 - t) x + t z`, where x is the student's rollout or a new one."""
     endpoints = RolloutBuffer() if reuse else None
     student, fake = Recorded(REAL.average_velocity), Recorded(FAKE.average_velocity)
     roles = Roles(student, student, FAKE.average_velocity, fake)
@@ -134,7 +134,7 @@ def test_the_fake_score_sees_noised_clean_endpoints(reuse: bool) -> None:
     assert (len(student.calls) == used) == reuse
     start = own if reuse else student.calls[used][0]
     assert torch.equal(start, own) == reuse
-    x0 = REAL.mean + REAL.std * start  # where every rollout of the oracle ends
+    x0 = REAL.mean + REAL.std * start  # the end of every rollout of the oracle
     ((point, t, r, _),) = fake.calls
     z = draw.scoped("fake score").normal("score noise", SHAPE)
     time = t.reshape(-1, 1, 1, 1, 1)
@@ -180,7 +180,7 @@ def test_times_stay_in_their_range() -> None:
 
 
 def test_a_rollout_that_the_teacher_predicts_has_a_least_distance() -> None:
-    """Where `x - real` is 0 but for rounding, the difference of the predictions is divided by 1e-6."""
+    """If `x - real` is 0 up to rounding, the difference of the predictions is divided by 1e-6."""
 
     def predicts(x0: float) -> FlowMap:
         return lambda x, t, r, condition: (x - x0) / t.reshape(-1, 1, 1, 1, 1)

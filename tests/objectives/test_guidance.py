@@ -1,7 +1,7 @@
-"""Guidance fusion on two Gaussians: `target` has the guided ODE's flow map as its fixed point, `prediction` has not.
+"""Guidance fusion on two Gaussians: only `target` has the flow map of the guided ODE as its fixed point.
 
 Everything is linear in x, so a fixed point is a pair of coefficients u = a x + b over t at r = 0, from a small ODE.
-The objectives are shown to be stationary at their own fixed point and not at the other's.
+Each objective is stationary at its own fixed point, and not at that of the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ State = tuple[float, float, float, float]  # a, b of the map without text, a, b 
 
 
 def velocity_line(data: GaussianData, t: float) -> tuple[float, float]:
-    """Slope and offset of the velocity, which is linear in x."""
+    """Slope and offset of a velocity that is linear in x."""
     slope = (t - (1 - t) * data.std**2) / ((1 - t) ** 2 * data.std**2 + t**2)
     return slope, -data.mean - slope * (1 - t) * data.mean
 
@@ -81,7 +81,7 @@ def fixed_point(guidance: Guidance) -> Tensor:
 
 
 def linear_map(guidance: Guidance) -> FlowMapFunction:
-    """The fixed point as a flow map: r = 0 from the table, r = t from the velocities. Text 1 is the prompt, 0 none."""
+    """The fixed point as a flow map: r = 0 from the table, r = t from the velocities. Text 0 is the negative prompt."""
     table = fixed_point(guidance)
 
     def flow_map(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
@@ -192,7 +192,7 @@ def test_no_forward_for_the_negative_prompt_where_the_text_is_the_negative_promp
     (asked,) = student.calls
     kept = ~torch.tensor(whole.dropped)
     assert torch.equal(asked[0], whole.x[kept])
-    # What the plain way, a forward for every sample, regresses to.
+    # The regression target if the network is called for every sample.
     r = whole.t if guidance == "target" else whole.r
     u, unconditional = network(whole.x, t, whole.r, whole.condition), network(whole.x, t, r, whole.negative)
     scale = SCALE if guidance == "prediction" else expand_time(torch.where(kept, SCALE, 1.0).double(), whole.x)
@@ -223,7 +223,7 @@ def test_the_teacher_s_velocity_replaces_the_data_s() -> None:
     guided = regression(roles, point, "target", SCALE, "teacher")
     torch.testing.assert_close(guided.velocity, unconditional + SCALE * (given - unconditional))
     assert guided.tangent is guided.velocity
-    assert not student.calls  # the guided teacher needs nothing from the student
+    assert not student.calls  # the guided teacher does not call the student
     assert all(torch.equal(r, t) for _, t, r, _ in teacher.calls)
     fused = regression(roles, point, "prediction", SCALE, "teacher")
     assert torch.equal(fused.tangent, given)

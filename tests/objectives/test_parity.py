@@ -1,4 +1,4 @@
-"""The faithful mode against a second transcription of the published formulas, sample by sample in float64."""
+"""The published settings against a second implementation of the published formulas, per sample in float64."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from anyflow_train.objectives.rebalance import balance_value, rebalanced
 from tests.objectives.toys import SHAPE, SmallNetwork, batch_of, draw_of, one_network
 
 SLOTS = tuple(range(12))
-EPSILON, SHIFT, DROPOUT = 0.005, 5.0, 0.4  # more dropped texts than published, so that 12 samples hold some
+EPSILON, SHIFT, DROPOUT = 0.005, 5.0, 0.4  # higher dropout than published, so that 12 samples include some
 
 
 def as_held(time: float, precision: TimePrecision) -> float:
-    """A time in [0, 1] as the published code holds it: on the 0..1000 scale, in bfloat16."""
+    """Round a time in [0, 1] as the published code does: in bfloat16 on the scale 0..1000."""
     return torch.tensor(time * 1000).bfloat16().item() / 1000 if precision == "bf16" else time
 
 
@@ -84,7 +84,7 @@ def test_reference_options_equal_the_published_formulas(precision: TimePrecision
     mean = balance_value(loss, "weighted")[:6].mean()
     ours = rebalanced(loss, mean, "weighted").sum() / len(SLOTS)
     published = published_loss(network, scale, precision)
-    # Both are float64; what differs is the order of operations, divided by 2 epsilon.
+    # Both are float64; only the order of operations differs, and is divided by 2 epsilon.
     torch.testing.assert_close(ours, published, rtol=1e-10, atol=0)
     for mine, theirs in zip(gradients(ours, network), gradients(published, network), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)

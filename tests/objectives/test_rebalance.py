@@ -1,4 +1,4 @@
-"""Rebalancing, sample by sample."""
+"""Rebalancing per sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_samples_with_r_below_t_count_as_the_diffusion_mean(
     assert result.tolist() == pytest.approx(final, rel=2e-4)
     assert not value.requires_grad
     (gradient,) = torch.autograd.grad(result.sum(), values)
-    # The scale is held fixed: the gradient is the final loss over the bare one.
+    # The scale is detached, so the gradient is the final loss divided by the original one.
     assert gradient.tolist() == pytest.approx(
         [f / v for f, v in zip(final, [1.0, 3.0, 8.0, 0.1], strict=True)], rel=2e-4
     )

@@ -1,4 +1,4 @@
-"""Rollouts of the student: whose random numbers, how many calls, which gradient, and what is kept of them."""
+"""Rollouts of the student: random numbers, number of calls, gradient, and the buffer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_processes_share_the_sampler_and_nothing_else() -> None:
         assert (calls.calls[0][0] - others.calls[0][0]).abs().mean() > 0.5  # other noise
         seen.add((one.steps, len(calls.calls), float(calls.calls[-1][1][0])))
     assert {steps for steps, _, _ in seen} == set(STEPS)
-    assert len(seen) > 20  # and other places in them
+    assert len(seen) > 20  # and with different steps
 
 
 def test_a_sample_does_not_depend_on_its_micro_batch() -> None:
@@ -72,7 +72,7 @@ def test_the_gradient_goes_through_the_jumps_that_are_asked_for(first_jump: Firs
         x = rollout(lambda x, t, r, condition, a=a: a * x, z, NO_TEXT, steps, index, 5.0, first_jump)
         (gradient,) = torch.autograd.grad(x.sum(), a)
         jumps = rollout_jumps(steps, index, 5.0)
-        counted = jumps[1:] if first_jump == "detached" and index > 0 else jumps  # at 0 there is no jump to the middle
+        counted = jumps[1:] if first_jump == "detached" and index > 0 else jumps  # index 0 has no first jump
         slope = -sum((t - r) / (1 - 0.3 * (t - r)) for t, r in counted)
         torch.testing.assert_close(gradient, x.detach().sum() * slope, rtol=1e-9, atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""The objective is stationary at the true flow map; with rebalancing only where the velocity given x_t is symmetric."""
+"""The objective is stationary at the true flow map; with rebalancing only if the velocity given x_t is symmetric."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_with_rebalancing_it_is_not_stationary_for_two_modes() -> None:
 
 
 def test_with_the_teachers_velocity_every_sample_s_loss_vanishes_there() -> None:
-    """So its scale does not matter, and rebalancing does no harm to any data."""
+    """Its scale therefore does not matter, and rebalancing is harmless for all data."""
     draw, generator = bulk_draw(SAMPLES, 4), torch.Generator().manual_seed(4)
     latents = TWO_MODES.draw((SAMPLES, 1, 1, 1, ELEMENTS), generator)
     text = torch.zeros(SAMPLES, 1, 1, dtype=torch.float64)
@@ -97,6 +97,6 @@ def test_with_the_teachers_velocity_every_sample_s_loss_vanishes_there() -> None
         mean[velocity] = FlowMapObjective(config, Times(), COUNTS)(
             Roles(oracle, oracle, teacher), batch, draw
         ).per_sample
-    # What is left is the difference's own error, of the order of epsilon^2, and that of the oracle's integration.
+    # The remaining errors are those of the central difference, about epsilon^2, and of the oracle's integration.
     assert mean["teacher"].max() < 1e-4
     assert mean["data"].mean() > 0.1

@@ -17,7 +17,7 @@ TEXT = (3, 4)
 
 
 class DoubleDraw(Draw):
-    """The library's random numbers, lifted to float64 before any arithmetic."""
+    """Random numbers of the library, converted to float64 before any arithmetic."""
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return super().normal(purpose, shape).double()
@@ -27,7 +27,7 @@ class DoubleDraw(Draw):
 
 
 class SmallNetwork(nn.Module):
-    """u(x, t, r, text): two layers with a sine of time, in float64."""
+    """A network u(x, t, r, text) of two layers with a sine of time, in float64."""
 
     def __init__(self, seed: int = 0, width: int = 24) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SmallNetwork(nn.Module):
 
 @dataclass
 class Recorded:
-    """A flow map, and with which x, t, r and text it was called."""
+    """A flow map that records the x, t, r and text of its calls."""
 
     flow_map: FlowMap
     calls: list[tuple[Tensor, Tensor, Tensor, Condition]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Recorded:
 
 
 def batch_of(positions: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Batch:
-    """Samples that depend on their slot alone."""
+    """Samples that only depend on their position."""
     draw = Draw(11, 0, positions, torch.device("cpu"))
     latents, text = draw.normal("latents", SHAPE).to(dtype), draw.normal("text", TEXT).to(dtype)
     negative = Draw(12, 0, (0,), torch.device("cpu")).normal("text", TEXT).to(dtype)
@@ -65,10 +65,10 @@ def batch_of(positions: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
 
 
 def draw_of(positions: tuple[int, ...], step: int = 3) -> DoubleDraw:
-    """Random numbers of some slots of one step."""
+    """Random numbers of some positions of one step."""
     return DoubleDraw(5, step, positions, torch.device("cpu"))
 
 
 def one_network(network: FlowMap, teacher: FlowMap | None = None) -> Roles:
-    """The student takes its own derivative."""
+    """Roles in which the student is also used for the derivative."""
     return Roles(student=network, derivative=network, teacher=teacher)

@@ -16,11 +16,19 @@ from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 
 WORLD = 8
+# Sizes of the 1.3B network, in a step of few operations: a dry run takes as long as there are operations.
+PLAIN = [
+    "experiment=wan1_3b_forward",
+    "student/adapter=full",
+    "objective.guidance=none",
+    "objective.guidance_scale=1",
+    "evaluation=none",
+]
 
 
 @cache
 def forecast(world: int = WORLD) -> RunForecast:
-    return foresee(compose("train", ["experiment=wan1_3b_forward"], None, world), world)
+    return foresee(compose("train", PLAIN, None, world), world)
 
 
 def planned() -> Memory:

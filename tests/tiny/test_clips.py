@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from anyflow_train.errors import UserError
-from anyflow_train.tiny import world
+from anyflow_train.tiny import shapes
+from anyflow_train.tiny import stripes as world
 from anyflow_train.tiny.clips import write_clips
 
 
@@ -54,3 +55,13 @@ def test_a_folder_of_other_clips_is_refused(tmp_path: Path) -> None:
     write_clips(tmp_path, count=1, seed=1)
     with pytest.raises(UserError, match=r"clips\.json"):
         write_clips(tmp_path, count=1, seed=2)
+
+
+def test_another_world_has_its_own_clips(tmp_path: Path) -> None:
+    (path,) = write_clips(tmp_path, count=1, seed=1, name="shapes")
+    real, labels = shapes.draw_clips(1, seed=1)
+    # As above: 40 dB, 2.5 grey levels of 255.
+    assert -10 * torch.log10(((_read(path) - real[0]) / 2).square().mean()) > 40
+    assert path.with_suffix(".txt").read_text().strip() == shapes.caption(int(labels[0]))
+    with pytest.raises(UserError, match=r"clips\.json"):
+        write_clips(tmp_path, count=1, seed=1)

@@ -1,1 +1,1 @@
-"""Rules between keys, which no single field's type can express. Each is a function from a config to findings."""
+"""Rules that involve several keys. Each rule is a function from a config to findings."""

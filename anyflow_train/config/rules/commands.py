@@ -1,4 +1,4 @@
-"""Rules of the commands beside training."""
+"""Rules for the commands other than `train`."""
 
 from __future__ import annotations
 
@@ -6,62 +6,56 @@ from collections.abc import Iterator
 
 from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.rules.geometry import WAN_PATCH, frame_count, side_length
+from anyflow_train.config.rules.geometry import frame_count, video_size
 
 
 def prepare(config: PrepareConfig) -> Iterator[Finding]:
-    """Something to encode, at sizes that Wan's VAE and patch divide."""
-    yield from frame_count("frames", config.frames)
-    yield from side_length("height", config.height, WAN_PATCH)
-    yield from side_length("width", config.width, WAN_PATCH)
+    """Check that there is something to encode, at sizes that Wan's VAE and patches divide."""
+    yield from video_size(config.frames, config.height, config.width)
     if config.source is None and config.prompts is None:
         yield Finding(
-            ("source", "prompts"), "null; give a folder or manifest of clips, or prompts=FILE for prompts only"
+            ("source", "prompts"), "null; give a folder or manifest of clips, or prompts=FILE to encode only prompts"
         )
     if config.source is not None and config.prompts is not None:
         yield Finding(
             ("prompts", "source"),
-            f"{config.prompts!r} is for prompt-only shards, and source={config.source} has captions; give one",
+            f"{config.prompts!r} is for shards of prompts only, but source={config.source} is also set; give only one",
         )
 
 
 def sample(config: SampleConfig) -> Iterator[Finding]:
-    """Something to sample, at possible sizes."""
+    """Check that there is a prompt, and that sizes and conditioning are possible."""
     if not config.prompts and config.prompt_file is None:
         yield Finding(("prompts", "prompt_file"), "is empty; give prompts='[\"a red car\"]' or prompt_file=FILE")
-    if config.frames is not None:
-        yield from frame_count("frames", config.frames)
-    for key, pixels in (("height", config.height), ("width", config.width)):
-        if pixels is not None:
-            yield from side_length(key, pixels, WAN_PATCH)
+    yield from video_size(config.frames, config.height, config.width)
     if config.image is not None and config.video is not None:
-        yield Finding(("image", "video"), f"{config.image!r}, but video={config.video} is given too; give one of them")
+        yield Finding(("image", "video"), f"{config.image!r}, but video={config.video} is also set; give only one")
     if config.context_frames is not None:
         yield from frame_count("context_frames", config.context_frames)
         if config.video is None:
             yield Finding(
                 ("context_frames", "video"),
-                f"{config.context_frames}, but there is no video to take them from; give video=FILE",
+                f"{config.context_frames} has no effect without a video; give video=FILE",
             )
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
-    """A guided reference needs guidance, the data has none; held-out clips are not those of the training."""
+    """Check that guidance fits the reference, and that training clips are not held-out clips."""
     if config.training_shards == config.held_out:
         yield Finding(
             ("training_shards", "held_out"),
-            f"{config.held_out!r} is both; give the shards that the models were trained on",
+            f"{config.held_out!r} is also held_out; give the shards that the models were trained on",
         )
     guided = config.reference == "guided_teacher"
     if guided and config.guidance_scale <= 1:
         yield Finding(
             ("guidance_scale", "reference"),
-            f"{config.guidance_scale:g} is no guidance, but reference=guided_teacher; "
+            f"{config.guidance_scale:g} means no guidance, but reference=guided_teacher; "
             "set a scale above 1, or reference=data",
         )
     if not guided and config.guidance_scale != 1:
         yield Finding(
             ("reference", "guidance_scale"),
-            f"data is compared with unguided samples, but guidance_scale={config.guidance_scale:g}; "
+            f"'data' requires unguided samples, but guidance_scale={config.guidance_scale:g}; "
             "set reference=guided_teacher, or guidance_scale=1",
         )

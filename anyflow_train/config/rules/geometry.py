@@ -1,4 +1,4 @@
-"""Rules of video sizes, of the network's shape, and of adapters."""
+"""Rules for video sizes, the network's shape, and adapters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from anyflow_train.config.parameters import in_modules, linear_layers, matches, 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
-# Wan2.1's patch in height and width; where the network is known, its own patch is used instead.
+# Wan2.1's patch size in height and width, for commands that do not know the network.
 WAN_PATCH = 2
-# The published networks by the last part of their hub id, which is also the usual name of a local copy.
+# Published networks, by the last part of their hub id. A local copy usually has that name too.
 PUBLISHED = {
     "Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
     "Wan2.1-T2V-14B-Diffusers": Architecture(),
@@ -21,16 +21,27 @@ PUBLISHED = {
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "in_channels")
 
 
+def video_size(
+    frames: int | None, height: int | None, width: int | None, patch: int = WAN_PATCH, prefix: str = ""
+) -> Iterator[Finding]:
+    """Check frames, height and width, if they are set. The keys start with `prefix`."""
+    if frames is not None:
+        yield from frame_count(f"{prefix}frames", frames)
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None:
+            yield from _side_length(f"{prefix}{name}", pixels, patch)
+
+
 def frame_count(key: str, frames: int) -> Iterator[Finding]:
-    """The VAE turns one frame into the first latent and every 4 after it into one more."""
+    """Check for 4n + 1 frames: the VAE encodes the first frame alone, and then 4 frames into one latent frame."""
     beyond = (frames - 1) % TEMPORAL_FACTOR
     if beyond:
         lower = frames - beyond
-        yield Finding((key,), f"{frames} frames are not 4n+1; nearest are {lower} and {lower + TEMPORAL_FACTOR}")
+        yield Finding((key,), f"{frames} frames are not 4n + 1; nearest are {lower} and {lower + TEMPORAL_FACTOR}")
 
 
-def side_length(key: str, pixels: int, patch: int) -> Iterator[Finding]:
-    """A side must divide into VAE cells and those into patches."""
+def _side_length(key: str, pixels: int, patch: int) -> Iterator[Finding]:
+    """Check that a side is a multiple of the VAE's factor times the patch size."""
     unit = SPATIAL_FACTOR * patch
     if pixels % unit:
         lower = pixels // unit * unit
@@ -41,86 +52,81 @@ def side_length(key: str, pixels: int, patch: int) -> Iterator[Finding]:
 
 
 def run_sizes(config: RunConfig) -> Iterator[Finding]:
-    """Frames, height and width of the training clips against the VAE, the patch and the rotary table."""
-    architecture = config.student.architecture
-    size = [
-        *frame_count("data.frames", config.data.frames),
-        *side_length("data.height", config.data.height, architecture.patch_size[1]),
-        *side_length("data.width", config.data.width, architecture.patch_size[2]),
-    ]
+    """Check frames, height and width of the training clips against the VAE, the patch and the rotary table."""
+    architecture, data = config.student.architecture, config.data
+    size = [*video_size(data.frames, data.height, data.width, architecture.patch_size[1], "data.")]
     yield from size
     if size:
         return
-    latent = latent_shape(config.data, architecture.in_channels)
+    latent = latent_shape(data, architecture.in_channels)
     longest = architecture.rope_max_seq_len
     for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
         if tokens > longest:
             yield Finding(
                 (f"data.{axis}", "student.architecture.rope_max_seq_len"),
-                f"{getattr(config.data, axis)} gives {tokens} tokens along that axis, more than "
-                f"student.architecture.rope_max_seq_len={longest}",
+                f"{getattr(data, axis)} is {tokens} tokens along this axis, more than "
+                f"student.architecture.rope_max_seq_len={longest}; lower it",
             )
 
 
 def network_shape(config: RunConfig) -> Iterator[Finding]:
-    """What the transformer's constructor would refuse later."""
+    """Check the shape that the transformer's constructor requires."""
     architecture = config.student.architecture
     prefix = "student.architecture"
     patch = architecture.patch_size
     if patch[0] != 1 or patch[1] != patch[2]:
-        yield Finding((f"{prefix}.patch_size",), f"{list(patch)} is not of the form [1, p, p] (Wan2.1: [1, 2, 2])")
-    if architecture.attention_head_dim % 2:
-        yield Finding(
-            (f"{prefix}.attention_head_dim",),
-            f"{architecture.attention_head_dim} is odd; the rotary embedding turns pairs, so it must be even",
-        )
-    if architecture.freq_dim % 2:
-        yield Finding(
-            (f"{prefix}.freq_dim",),
-            f"{architecture.freq_dim} is odd; time features are sine and cosine, so it must be even",
-        )
+        yield Finding((f"{prefix}.patch_size",), f"{list(patch)} must have the form [1, p, p] (Wan2.1: [1, 2, 2])")
+    for name, reason in (("attention_head_dim", "rotary embedding rotates pairs"), ("freq_dim", "features are pairs")):
+        if (size := getattr(architecture, name)) % 2:
+            yield Finding((f"{prefix}.{name}",), f"{size} must be even, because {reason}")
     if architecture.in_channels != architecture.out_channels:
         yield Finding(
             (f"{prefix}.out_channels", f"{prefix}.in_channels"),
-            f"{architecture.out_channels} differs from {prefix}.in_channels={architecture.in_channels}; "
-            "a velocity has the shape of its latents",
+            f"{architecture.out_channels} must be equal to {prefix}.in_channels={architecture.in_channels}, because a "
+            "velocity has the shape of the latents",
         )
 
 
 def student_start(config: RunConfig) -> Iterator[Finding]:
-    """Random weights and adapters, each where it makes sense."""
+    """Check that adapters have trained weights, and that options for random weights have random weights."""
     student = config.student
     if student.init is None and isinstance(student.adapter, Lora):
         yield Finding(
             ("student.adapter", "student.init"),
-            "kind=lora would leave random weights frozen; give student.init=..., or choose student/adapter=full",
+            "kind=lora would freeze random weights; give student.init=..., or choose student/adapter=full",
         )
     if student.init is not None and student.time_frequency_limit is not None:
         yield Finding(
             ("student.time_frequency_limit", "student.init"),
-            f"{student.time_frequency_limit} is only for random weights, and student.init={student.init} gives "
-            "trained ones; set student.time_frequency_limit=null",
+            f"{student.time_frequency_limit} is only for random weights, but student.init={student.init} is trained; "
+            "set student.time_frequency_limit=null",
         )
 
 
 def known_shapes(config: RunConfig) -> Iterator[Finding]:
-    """A published network that the student starts from, or shares with the teacher, has the student's shape.
+    """Check the student's shape against the published network that it starts from or shares with the teacher.
 
-    Other networks are compared where their weights are opened.
+    Other networks are checked when their weights are loaded.
     """
     init, teacher = config.student.init, config.teacher.source
     if difference := _difference(config, init):
-        ours = [name for name, shape in PUBLISHED.items() if _fits(config, shape)]
+        ours = [name for name in PUBLISHED if not _difference(config, name)]
         advice = f"give student.init=Wan-AI/{ours[0]}" if ours else "give a network of the student's shape"
         whose = " (the teacher)" if init == teacher else ""
         yield Finding(("student.init", "student.architecture"), f"{init}{whose} {difference}; {advice}")
     elif shares_base(config) and (difference := _difference(config, teacher)):
         key = "on_policy.fake_score.adapter"
-        yield Finding((key, "teacher.source"), f"lora shares one base, but {teacher} {difference}; set {key}.kind=full")
+        yield Finding(
+            (key, "teacher.source"),
+            f"lora requires one base for all roles, but {teacher} {difference}; set {key}.kind=full",
+        )
 
 
 def _difference(config: RunConfig, source: str | None) -> str | None:
-    """The first size in which a published network differs from the student; None where none does, or none is known."""
+    """Describe the first size in which a published network differs from the student.
+
+    Returns None if no size differs or the network is not a published one.
+    """
     shape = PUBLISHED.get(source.rstrip("/").rpartition("/")[2]) if source else None
     ours = config.student.architecture
     for name in SIZES if shape is not None else ():
@@ -129,12 +135,8 @@ def _difference(config: RunConfig, source: str | None) -> str | None:
     return None
 
 
-def _fits(config: RunConfig, shape: Architecture) -> bool:
-    return all(getattr(shape, name) == getattr(config.student.architecture, name) for name in SIZES)
-
-
 def adapter_targets(config: RunConfig) -> Iterator[Finding]:
-    """Adapters must name layers that exist, and nothing twice."""
+    """Check that adapters name existing layers, and no layer twice."""
     adapter = config.student.adapter
     if not isinstance(adapter, Lora):
         return
@@ -156,12 +158,12 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
         elif any(matches(name.removesuffix(".weight"), adapter.targets) for name in inside):
             yield Finding(
                 ("student.adapter.full_modules", "student.adapter.targets"),
-                f"{module!r} holds layers that student.adapter.targets adapts too; leave it in one of them",
+                f"{module!r} has layers that are also in student.adapter.targets; remove them from one of the two",
             )
 
 
 def _last_parts(names: list[str]) -> list[str]:
-    """`blocks.0.attn1.to_q` -> `attn1.to_q`; names outside of the blocks lose `condition_embedder.` only."""
+    """Shorten names: `blocks.0.attn1.to_q` -> `attn1.to_q`; other names lose only `condition_embedder.`."""
     shortened = (
         name.split(".", 2)[2] if name.startswith("blocks.") and name.count(".") > 1 else name for name in names
     )
@@ -169,7 +171,7 @@ def _last_parts(names: list[str]) -> list[str]:
 
 
 def _parents(name: str) -> list[str]:
-    """`a.b.c` -> `a`, `a.b`."""
+    """List the parents of a dotted name: `a.b.c` -> `a`, `a.b`."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 

@@ -8,7 +8,7 @@ from anyflow_train.config.run import RunConfig
 
 
 def run_errors(config: RunConfig, world: int) -> list[Finding]:
-    """Contradictions that a run on `world` processes cannot start with."""
+    """List the contradictions that prevent a run on `world` processes."""
     return [
         *geometry.network_shape(config),
         *geometry.student_start(config),
@@ -31,7 +31,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
 
 
 def run_warnings(config: RunConfig, world: int) -> list[Finding]:
-    """What is probably not meant, in a config without errors."""
+    """List the warnings about a config without errors."""
     return [
         *warnings.schedule(config),
         *objective.unused_shares(config),

@@ -1,4 +1,4 @@
-"""Rules of batches, the optimizer's schedule, and validation inside of a run."""
+"""Rules for batches, the learning-rate schedule, and validation during a run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from anyflow_train.config.findings import Finding
 from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.text import nearest
 
-# What validation measures at each step count, lower is better; the values say what it needs.
+# Metrics of validation at each step count; lower is better.
 DISTANCES = ("energy_distance", "sliced_wasserstein")
 ORACLE_METRICS = ("class_error",)
 
 
 def sequence(config: RunConfig, world: int) -> Iterator[Finding]:
-    """Processes that share a sample must come out even, and so must its heads among them."""
+    """Check that sequence_parallel divides the processes and the attention heads."""
     key, width = "engine.sequence_parallel", config.engine.sequence_parallel
     if world % width:
-        yield Finding((key,), f"{width} does not divide the {world} process{'es' if world > 1 else ''} of this start")
+        yield Finding((key,), f"{width} does not divide the number of processes, {world}")
     heads = config.student.architecture.num_attention_heads
     if heads % width:
         yield Finding(
-            (key, "student.architecture.num_attention_heads"), f"{width} does not divide the {heads} attention heads"
+            (key, "student.architecture.num_attention_heads"),
+            f"{width} does not divide the number of attention heads, {heads}",
         )
 
 
 def batches(config: RunConfig, world: int) -> Iterator[Finding]:
-    """The global batch must be whole micro-batches on every process, or group of processes that share samples."""
+    """Check that the global batch is whole micro-batches on every process or sequence-parallel group."""
     engine = config.engine
     world = max(world // engine.sequence_parallel, 1)
     width = engine.micro_batch * world
@@ -42,7 +43,7 @@ def batches(config: RunConfig, world: int) -> Iterator[Finding]:
 
 
 def learning_rate(config: RunConfig) -> Iterator[Finding]:
-    """Options of a schedule that is not the chosen one."""
+    """Check for options of a schedule that is not the chosen one."""
     optimizer = config.optimizer
     if optimizer.schedule == "constant" and optimizer.final_lr_share != 0:
         yield Finding(
@@ -53,7 +54,7 @@ def learning_rate(config: RunConfig) -> Iterator[Finding]:
 
 
 def validation(config: RunConfig) -> Iterator[Finding]:
-    """Validation must be able to measure what it is asked for."""
+    """Check that validation has what its metrics require."""
     evaluation = config.evaluation
     if evaluation.every == 0:
         return
@@ -62,8 +63,8 @@ def validation(config: RunConfig) -> Iterator[Finding]:
         if wanted and source is None:
             yield Finding(
                 ("teacher.codec", f"evaluation.{key}"),
-                f"null, but evaluation.{key}={getattr(evaluation, key)} decodes videos; give the pipeline folder or "
-                f"hub id that holds the VAE, or set evaluation.{key}={'none' if key == 'oracle' else 0}",
+                f"null, but evaluation.{key}={getattr(evaluation, key)} decodes videos; give a pipeline folder or "
+                f"hub id with the VAE, or set evaluation.{key}={'none' if key == 'oracle' else 0}",
             )
     if evaluation.held_out is not None:
         yield from _best_metric(evaluation)

@@ -1,4 +1,4 @@
-"""What is possible but probably not meant: said on the terminal, never an error."""
+"""Warnings about settings that are possible but probably not intended."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from anyflow_train.config.run import RunConfig
 
 
 def schedule(config: RunConfig) -> Iterator[Finding]:
-    """Steps at which something starts, after the run's end."""
+    """Warn if the run ends before the average, the full learning rate or the first validation starts."""
     steps = config.steps
     if config.optimizer.ema.start_step >= steps:
         yield Finding(
             ("optimizer.ema.start_step",),
-            f"{config.optimizer.ema.start_step} is not below steps={steps}: the average stays a plain copy "
-            "of the weights",
+            f"{config.optimizer.ema.start_step} is not below steps={steps}; the average stays equal to the weights",
         )
     if config.optimizer.warmup_steps >= steps:
         yield Finding(
             ("optimizer.warmup_steps",),
-            f"{config.optimizer.warmup_steps} is not below steps={steps}: the full learning rate is never reached",
+            f"{config.optimizer.warmup_steps} is not below steps={steps}; the full learning rate is never reached",
         )
     if config.evaluation.every > steps:
         yield Finding(
-            ("evaluation.every",), f"{config.evaluation.every} is above steps={steps}: no validation on the way"
+            ("evaluation.every",),
+            f"{config.evaluation.every} is above steps={steps}; there is no validation before the end",
         )
 
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
-    """A derivative that is less precise than the network, or takes most of a step."""
+    """Warn about a derivative that is less precise than the network, or that takes most of a step's time."""
     settings = config.objective.derivative
     if settings is None or settings.precision_key is None:
         return
@@ -38,40 +38,39 @@ def derivative(config: RunConfig) -> Iterator[Finding]:
     if precision != "fp32" and not half:
         yield Finding(
             (key,),
-            f"{precision} rounds the derivative of a network that runs in engine.precision=fp32: pointless, except to "
-            "see what it costs; fp32 is better",
+            f"{precision} makes the derivative less precise than the network with engine.precision=fp32; use fp32",
         )
     if precision == "fp32" and half:
         yield Finding(
             (key,),
-            "fp32 is many times slower on a GPU than half precision; fp16 is as fast as bf16 and its derivative an "
-            "eighth as far off (docs/recipe.md)",
+            "fp32 is many times slower on a GPU than half precision; fp16 is as fast as bf16 and has an eighth of its "
+            "error (docs/recipe.md)",
         )
 
 
 def validation(config: RunConfig) -> Iterator[Finding]:
-    """Validation that samples otherwise than the student was trained, or keeps no best checkpoint."""
+    """Warn about validation with other settings than training, or without a best checkpoint."""
     evaluation = config.evaluation
     if evaluation.every == 0:
         return
     if evaluation.held_out is None:
-        yield Finding(("evaluation.held_out",), "null: no distances are measured, so no best checkpoint is kept")
+        yield Finding(("evaluation.held_out",), "null; no distances are measured and no best checkpoint is kept")
     if evaluation.shift != config.times.shift and config.objective.any_step:
         yield Finding(
             ("evaluation.shift",),
-            f"{evaluation.shift:g} differs from times.shift={config.times.shift:g}: "
-            "the sampled steps are not those trained most",
+            f"{evaluation.shift:g} differs from times.shift={config.times.shift:g}; "
+            "validation uses other times than those trained most",
         )
     if config.objective.holds_guidance and evaluation.guidance_scale != 1:
         yield Finding(
             ("evaluation.guidance_scale",),
-            f"{evaluation.guidance_scale:g} guides a student that already holds guidance "
-            f"(objective: {config.objective.summary}); 1 samples it as trained",
+            f"{evaluation.guidance_scale:g} adds guidance to a student that is trained with guidance "
+            f"(objective: {config.objective.summary}); set it to 1",
         )
 
 
 def balance(config: RunConfig, world: int) -> Iterator[Finding]:
-    """Micro-steps in which processes hold different numbers of diffusion samples: all of them run the differences."""
+    """Warn if processes have different numbers of diffusion samples, which costs needless computation."""
     engine = config.engine
     world = world // engine.sequence_parallel
     counts = config.objective.branch_counts(config.times, engine.global_batch)
@@ -87,6 +86,6 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
         advice = f"; engine.global_batch={accumulation * engine.micro_batch * world} avoids it" if accumulation else ""
         yield Finding(
             ("engine.global_batch",),
-            f"{engine.global_batch} on {world} processes computes the term of r < t {needless} times too often per "
-            f"step{advice}",
+            f"{engine.global_batch} on {world} processes computes the term for r < t {needless} times more often than "
+            f"needed in each step{advice}",
         )

@@ -1,10 +1,10 @@
 """`anyflow prepare`: clips and captions -> shards of latents and text embeddings.
 
-Two passes, so that the text encoder (11 GiB for Wan2.1) and the VAE are never in memory together: first the texts of
-every unfinished shard, each into a file of its own, then the videos, decoded in the background while the VAE encodes.
-A shard appears whole, and what is in it depends on the list of clips alone: a job that was killed continues where the
-last whole shard ended, and any number of processes share the shards of a job (`accelerate launch`): the folder is the
-same, byte for byte, where they compute on the same kind of device with the same number of threads.
+There are two passes, so that the text encoder (11 GiB for Wan2.1) and the VAE are never in memory together. The first
+pass writes the texts of each unfinished shard into a temporary file. The second pass encodes the videos, which are
+decoded in the background. The contents of a shard depend on the list of clips alone, and a shard appears only when it
+is complete. So a killed job continues after its last complete shard, and any number of processes can share a job
+(`accelerate launch`). The folder is equal byte for byte if the device and the number of threads are the same.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SKIPPED = "skipped.jsonl"
 
 
 def run(config: PrepareConfig) -> None:
-    """Write what is missing of the shards, and the manifest when all are there.
+    """Write the missing shards, and then the manifest.
 
     Raises:
-        UserError: there is no clip, the folder was begun with other settings, or no clip at all was usable.
-        KeyboardInterrupt: after saying how to continue.
-        SystemExit: on processes other than 0, where it is process 0 that says why.
+        UserError: there are no clips, the folder was started with other settings, or no clip could be used.
+        KeyboardInterrupt: after a message on how to continue.
+        SystemExit: on other processes than 0; process 0 reports the reason.
     """
     with join_workers() as workers:
         plan = make_plan(config)
@@ -54,7 +54,7 @@ def run(config: PrepareConfig) -> None:
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What one process has to do, and by what."""
+    """The work of one process, and the device for it."""
 
     config: PrepareConfig
     plan: PreparePlan
@@ -64,11 +64,11 @@ class PrepareJob:
 
     @property
     def folder(self) -> Path:
-        """Where the shards go."""
+        """Folder of the shards."""
         return self.plan.folder
 
     def codec(self, precision: str) -> Codec:
-        """Loaded anew at each call, so that the VAE does not wait in memory beside the text encoder."""
+        """Load the codec. Each call loads it again, so that VAE and text encoder are not in memory together."""
         return Codec.load(self.config.codec, self.device, DTYPES[precision])
 
 
@@ -84,7 +84,8 @@ def _prepare(job: PrepareJob) -> None:
     except KeyboardInterrupt:
         if job.workers.is_main:
             done = len(plan.shards) - len(plan.unfinished())
-            print(f"stopped: {done} of {len(plan.shards)} shards are written; the same command continues", flush=True)
+            shards = f"{done} of {len(plan.shards)} shards are written"
+            print(f"stopped: {shards}; run the same command to continue", flush=True)
         raise
     if not job.workers.is_main:
         return
@@ -94,7 +95,7 @@ def _prepare(job: PrepareJob) -> None:
     wait_until_all_are_there(plan)
     _finish(job)
     rate = job.share.clips / (time.monotonic() - start)
-    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s with all start-up")
+    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
 
 
 def _encode_texts(job: PrepareJob) -> None:
@@ -124,24 +125,24 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
 
 
 def _finish(job: PrepareJob) -> None:
-    """Name what was skipped, and write the manifest, which makes the folder usable."""
+    """Write the list of skipped clips, and the manifest, which makes the folder usable."""
     plan = job.plan
     for shard in plan.shards:
-        (plan.folder / shard.text_name).unlink(missing_ok=True)  # where a job was killed just before it did
+        (plan.folder / shard.text_name).unlink(missing_ok=True)  # a job may have been killed before this
     skipped = read_all_skipped(plan)
     with atomic_file(plan.folder / SKIPPED) as file:
         for entry in skipped:
             file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
     manifest = _manifest(job.config, plan)
     if manifest.samples == 0:
-        raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} names them")
+        raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
     if job.config.prompts is None:
         manifest = _with_video(manifest, job.config, job.codec(job.config.vae_precision))
     write_manifest(plan.folder, manifest)
 
 
 def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
-    """The manifest of shards without video."""
+    """Make the manifest of shards without video."""
     indices = [plan.index(shard) for shard in plan.shards]
     shards = tuple(
         ShardInfo(name=shard.name, samples=len(index.entries), bytes=(plan.folder / shard.name).stat().st_size)
@@ -165,23 +166,15 @@ def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
 
 
 def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
-    """The manifest of shards with video, from that of their texts."""
+    """Add the facts about videos to the manifest of their texts."""
     frames = (config.frames - 1) // codec.temporal_factor + 1
     height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
-    normalisation = {
-        "vae": component_fingerprint(config.codec, "vae"),
-        "latents_mean": codec.latents_mean,
-        "latents_std": codec.latents_std,
-    }
-    facts = {
+    vae = {"vae": component_fingerprint(config.codec, "vae")}
+    normalisation = {"latents_mean": codec.latents_mean, "latents_std": codec.latents_std}
+    facts = config.model_dump(include={"latent_dtype", "frames", "height", "width", "fps"}) | {
         "kind": "video",
         "latent_shape": (frames, len(codec.latents_mean), height, width),
-        "latent_dtype": config.latent_dtype,
-        "frames": config.frames,
-        "height": config.height,
-        "width": config.width,
-        "fps": config.fps,
-        "codec": manifest.codec.model_copy(update=normalisation),
+        "codec": manifest.codec.model_copy(update=vae | normalisation),
     }
     return manifest.model_copy(update=facts)
 
@@ -191,11 +184,11 @@ def _summary(plan: PreparePlan) -> str:
     samples = sum(len(plan.index(shard).entries) for shard in plan.shards)
     text = f"{samples} samples in {len(plan.shards)} shards from {len(plan.source.clips)} clips"
     if skipped:
-        text += f"; {len(skipped)} skipped ({_reasons(skipped)}), named in {plan.folder / SKIPPED}"
+        text += f"; {len(skipped)} skipped ({_reasons(skipped)}), listed in {plan.folder / SKIPPED}"
     return text
 
 
 def _reasons(skipped: list[Skipped]) -> str:
-    """How many were skipped for which reason, without the details of each."""
+    """Count the skipped clips by reason, without the details after the colon."""
     counts = Counter(entry.reason.partition(":")[0] for entry in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

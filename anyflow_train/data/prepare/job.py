@@ -1,4 +1,4 @@
-"""What `anyflow prepare` is going to write."""
+"""The plan of `anyflow prepare`: its clips, shards and settings."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
 from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts, validation_prompts
 
-# These change neither what is written nor (but for rounding, `batch`) its numbers; the others name what they change.
+# These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
 FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write: a fixed run of the source's clips, whichever of them turn out to be usable."""
+    """One shard to write: a fixed range of the source's clips, usable or not."""
 
     name: str
     clips: tuple[Clip, ...]
 
     @property
     def text_name(self) -> str:
-        """File of the shard's text embeddings, until the shard itself holds them."""
+        """Temporary file of the shard's text embeddings."""
         return "." + self.name.removesuffix(".tar") + ".text.safetensors"
 
 
@@ -34,10 +34,10 @@ class PreparePlan:
     """The whole job.
 
     Attributes:
-        folder: where the shards go.
+        folder: folder of the shards.
         source: all clips.
-        shards: all shards, in order; nothing in them depends on who writes them.
-        settings: what the shards are made with, as written to `prepare.json`.
+        shards: all shards, in order; they do not depend on the number of processes.
+        settings: settings that change the shards, as written to `prepare.json`.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class PreparePlan:
     settings: dict[str, object]
 
     def index(self, shard: ShardPlan) -> ShardIndex:
-        """The index of a finished shard."""
+        """Read the index of a finished shard."""
         return parse_index((self.folder / index_name(shard.name)).read_bytes())
 
     def unfinished(self) -> list[ShardPlan]:
-        """The shards still to write: the index is written last, so a shard that has one is whole."""
+        """List the shards that are not complete. The index is written last, so a shard with an index is complete."""
         present = {entry.name for entry in self.folder.iterdir()}
         return [shard for shard in self.shards if not {shard.name, index_name(shard.name)} <= present]
 
 
 def make_plan(config: PrepareConfig) -> PreparePlan:
-    """List the clips and deal them into shards. Raises UserError where there is nothing to prepare."""
+    """List the clips and divide them into shards. Raises UserError if there are none."""
     source = list_prompts(config.prompts) if config.prompts is not None else list_clips(config.source or "")
     size = config.samples_per_shard
     runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
@@ -80,5 +80,5 @@ def _listing_digest(source: Source) -> str:
 
 
 def read_all_skipped(plan: PreparePlan) -> list[Skipped]:
-    """Everything that the shards, all finished, left out, and what could not be listed."""
+    """List all skipped clips of finished shards, and the clips that could not be listed."""
     return [*plan.source.problems, *(entry for shard in plan.shards for entry in plan.index(shard).skipped)]

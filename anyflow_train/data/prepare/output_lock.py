@@ -1,4 +1,4 @@
-"""The output folder of `anyflow prepare`: who may write to it, whether it can be continued, and who does what of it."""
+"""The output folder of `anyflow prepare`: its lock, its settings, and the share of each process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from anyflow_train.files import TEMPORARY, take_lock, write_json
 
 SETTINGS = "prepare.json"
 LOCK = ".lock"
-# A network file system may show a new file to other nodes this much later.
+# A network file system can take this long to show a new file to other nodes.
 VISIBLE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class WorkShare:
-    """What one process is to do.
+    """The work of one process.
 
     Attributes:
-        shards: to write.
-        texts: those of them whose texts are not encoded yet.
-        clips, text_clips: how many clips all processes have to do, in both passes.
+        shards: shards that this process writes.
+        texts: those of `shards` whose texts are not encoded yet.
+        clips, text_clips: clips of all processes in the second and in the first pass.
     """
 
     shards: list[ShardPlan]
@@ -41,14 +41,14 @@ class WorkShare:
 
 @contextmanager
 def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[WorkShare]:
-    """Hold the output folder, and take this process's share of what is left to do in it.
+    """Lock the output folder, and yield this process's share of the remaining work.
 
-    Process 0 looks at what a job before has left, and deals it out whole shard by whole shard: no process looks for
-    itself, while others are already writing.
+    Only process 0 looks at the results of an earlier job, and distributes the missing shards. Other processes must not
+    look for themselves, because some of them are already writing.
 
     Raises:
-        UserError: another job holds the folder, it was begun with other settings (the first such key is named), it
-            holds something else, or this process sees another folder than process 0.
+        UserError: another job writes to the folder, the folder was started with other settings (the first such key is
+            named), it contains other files, or this process does not see the folder of process 0.
     """
     if workers.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,8 @@ def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[WorkShare]:
             for left_over in plan.folder.glob(f"{TEMPORARY}*"):
                 left_over.unlink()
             if workers.size > 1:
-                # All processes of a job share the lock: where process 0 alone has died, the others still keep a new job
-                # from writing the same files.
+                # All processes of a job share the lock. If process 0 dies, the others still keep a new job from
+                # writing the same files.
                 _take(lock, fcntl.LOCK_SH, plan.folder)
             yield _share(plan, workers, workers.share(_job(plan)))
         return
@@ -71,28 +71,30 @@ def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[WorkShare]:
 
 
 def check_settings(plan: PreparePlan) -> None:
-    """Continue only what was begun with the same settings; note them in a new folder. Raises UserError."""
+    """Compare the settings with those of the folder, or save them in a new folder.
+
+    Raises:
+        UserError: a setting differs (the key is named), or the folder contains other files.
+    """
     path = plan.folder / SETTINGS
     if not path.exists():
         others = sorted(entry.name for entry in plan.folder.iterdir() if not entry.name.startswith("."))
         if others:
-            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); give a new folder")
+            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); name a new folder")
         write_json(path, plan.settings)
         return
-    begun = json.loads(path.read_text())
-    for key, before, now in _differences(begun, plan.settings):
-        change = {
-            "source": "the list of clips has changed since",
-            "codec": "its files have changed since",
-        }.get(key, f"{now!r} now, but {before!r} then")
-        raise UserError(key, f"{change} {plan.folder} was begun; go back to that, or give another `out`")
+    changes = {"source": "the list of clips has changed", "codec": "the files of the codec have changed"}
+    for key, before, now in _differences(json.loads(path.read_text()), plan.settings):
+        change = changes.get(key, f"was {before!r} and is now {now!r}")
+        raise UserError(key, f"{change} since {plan.folder} was started; change it back, or name another `out`")
 
 
 def wait_until_all_are_there(plan: PreparePlan) -> None:
-    """Wait until process 0 sees what the others wrote. Raises UserError if it never does."""
+    """Wait until process 0 sees the shards of all processes. Raises UserError after `VISIBLE_SECONDS`."""
     if not _appears(lambda: not plan.unfinished()):
         missing = plan.unfinished()[0].name
-        raise UserError("out", f"{plan.folder} lacks {missing}, which another process wrote; all nodes must share it")
+        problem = f"{plan.folder} lacks {missing}, which another process wrote; all nodes must share this folder"
+        raise UserError("out", problem)
 
 
 def _job(plan: PreparePlan) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _check_same(plan: PreparePlan, workers: Workers, wanted: dict[str, Any]) -> 
     for key, main, own in _differences(wanted, json.loads(json.dumps(plan.settings))):
         raise UserError(key, f"is {own!r} {here}, but {main!r} on process 0; give all nodes the same files")
     if not _appears(lambda: _read_settings(plan.folder) == wanted):
-        raise UserError("out", f"{plan.folder} {here} is not process 0's; all nodes must share it")
+        raise UserError("out", f"{plan.folder} {here} is not the folder of process 0; all nodes must share one folder")
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
@@ -142,4 +144,4 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
 
 def _take(file: TextIO, kind: int, folder: Path) -> None:
     if not take_lock(fcntl.flock, file.fileno(), kind, folder):
-        raise UserError("out", f"another `anyflow prepare` is writing to {folder}")
+        raise UserError("out", f"another `anyflow prepare` is writing to {folder}; wait for it, or name another folder")

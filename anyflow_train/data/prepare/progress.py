@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of `anyflow prepare`: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE_SECONDS = 10.0
 
 
 class ClipProgress:
-    """Counts clips, with rate and remaining time, on stderr: those of all processes, shown by process 0."""
+    """Counter of the clips of all processes. Process 0 shows count, rate and remaining time on stderr."""
 
     def __init__(self, task: str, total: int, workers: Workers) -> None:
         self._task = task
@@ -37,12 +37,12 @@ class ClipProgress:
             self._print_line()
 
     def advance(self, count: int) -> None:
-        """Note that this process has done `count` more clips."""
+        """Count `count` more clips of this process."""
         self._mine += count
         self._show(self._workers.count(self._task, self._mine))
 
     def finish(self) -> None:
-        """This process has done its share; process 0 waits here for the others."""
+        """Mark this process's share as done. Process 0 waits for the others."""
         self._workers.finish(self._task, self._show)
 
     def _show(self, done: int) -> None:

@@ -1,4 +1,4 @@
-"""Where clips come from: a folder, a WebDataset of videos, a JSONL or CSV list; or prompts alone."""
+"""Sources of clips: a folder, a WebDataset of videos, a JSONL or CSV list; or a list of prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from anyflow_train.data.captions import NAMES, parse_caption
+from anyflow_train.data.captions import NAMES, parse_caption, read_lines
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.tar import Member, scan
 from anyflow_train.errors import UserError
@@ -24,20 +24,20 @@ VIDEO_COLUMNS = ("video", "path", "file", "file_name", "video_path")
 
 @dataclass(frozen=True)
 class Blob:
-    """A file, or a part of one. size None is all of it."""
+    """A file or a part of a file. offset and size are in bytes; size None means the whole file."""
 
     path: Path
     offset: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError."""
+        """Read the bytes. Raises OSError."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
     def seekable(self) -> Path | BinaryIO:
-        """What a video reader opens: the file itself, or the part's bytes. Raises OSError."""
+        """Return an input for a video reader: the path of the file, or the bytes of the part. Raises OSError."""
         return self.path if self.size is None else io.BytesIO(self.read())
 
 
@@ -46,9 +46,9 @@ class Clip:
     """A clip before it is encoded.
 
     Attributes:
-        key: its name, unique in the source, fit for a file in a WebDataset (no dots).
-        video: None for a prompt without video.
-        caption: the text, or the file that holds it; None if there is none.
+        key: unique name without dots, as WebDataset requires.
+        video: the video file; None for a prompt without video.
+        caption: the text or its file; None if there is no caption.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Clip:
     caption: str | Blob | None
 
     def read_caption(self) -> str:
-        """The caption, stripped; empty if there is none. Raises OSError."""
+        """Read the caption without surrounding white space; empty if there is none. Raises OSError."""
         if isinstance(self.caption, Blob):
             return parse_caption(self.caption.read())
         return (self.caption or "").strip()
@@ -64,7 +64,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Source:
-    """All clips in a fixed order, and what could not even be listed."""
+    """All clips in a fixed order, and the files that could not be listed."""
 
     clips: tuple[Clip, ...]
     problems: tuple[Skipped, ...] = ()
@@ -73,7 +73,8 @@ class Source:
 def list_clips(source: str) -> Source:
     """List a folder of videos, a tar or a folder of tars (WebDataset), or a `.jsonl`/`.csv` manifest.
 
-    Raises UserError if there is no such thing, or no clip in it.
+    Raises:
+        UserError: the source does not exist, has another format, or contains no clips.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".csv") and path.is_file():
@@ -83,33 +84,25 @@ def list_clips(source: str) -> Source:
     elif path.is_dir():
         found = _from_folder(path)
     else:
-        raise UserError("source", f"{source} is not a folder, a .tar, a .jsonl or a .csv file")
+        raise UserError("source", f"{source} is not a folder, and not a .tar, .jsonl or .csv file")
     if not found.clips:
-        raise UserError("source", f"{source} holds no clip ({', '.join(VIDEOS)})")
+        raise UserError("source", f"{source} holds no clip; videos are files of type {', '.join(VIDEOS)}")
     return Source(tuple(_with_unique_keys(found.clips)), found.problems)
 
 
 def list_prompts(path: str) -> Source:
-    """One prompt a line; empty lines count for nothing. Raises UserError if there is none."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("prompts", f"{path} cannot be read ({error}); a text file with one prompt a line") from None
-    prompts = [line for line in lines if line]
+    """List a text file with one prompt per line; empty lines are ignored. Raises UserError if there are no prompts."""
+    prompts = [line for line in read_lines(path, "prompts") if line]
     if not prompts:
-        raise UserError("prompts", f"{path} holds no prompt; a text file with one prompt a line")
+        raise UserError("prompts", f"{path} holds no prompt; name a text file with one prompt per line")
     return Source(tuple(Clip(f"prompt-{number:08d}", None, prompt) for number, prompt in enumerate(prompts)))
 
 
 def validation_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    """The prompts themselves, or the lines of the one `.txt` file named. Raises UserError if it cannot be read."""
+    """Return the prompts, or the lines of a single `.txt` file. Raises UserError if the file cannot be read."""
     if len(prompts) != 1 or not prompts[0].endswith(".txt"):
         return prompts
-    try:
-        lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("validation_prompts", f"{prompts[0]} cannot be read: {error}") from None
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(line for line in read_lines(prompts[0], "validation_prompts") if line)
 
 
 def _from_folder(root: Path) -> Source:
@@ -118,9 +111,8 @@ def _from_folder(root: Path) -> Source:
     videos = [path for path in files if path.suffix[1:].lower() in VIDEOS]
     tars = [path for path in files if path.suffix == ".tar"]
     if videos and tars:
-        raise UserError(
-            "source", f"{root} holds both videos and tars ({videos[0].name}, {tars[0].name}): name one kind"
-        )
+        found = f"({videos[0].name}, {tars[0].name})"
+        raise UserError("source", f"{root} holds both videos and tars {found}; name a folder with only one of them")
     if tars:
         return _from_tars(tars)
     present = set(files)
@@ -139,7 +131,7 @@ def _from_tars(paths: list[Path]) -> Source:
         with open(path, "rb") as file:
             listing = scan(file)
         if listing.problem is not None:
-            problems.append(Skipped(path.name, f"damaged tar, clips after the damage are lost: {listing.problem}"))
+            problems.append(Skipped(path.name, f"damaged tar, clips after the damage are missing: {listing.problem}"))
         samples: dict[str, dict[str, Member]] = {}
         for member in listing.members:
             samples.setdefault(member.key, {})[member.extension] = member
@@ -157,7 +149,7 @@ def _from_table(path: Path) -> Iterator[Clip]:
         where = f"{path} line {number}"
         video = next((str(row[name]) for name in VIDEO_COLUMNS if row.get(name)), None)
         if video is None:
-            raise UserError("source", f"{where} names no video; give one of the columns {', '.join(VIDEO_COLUMNS)}")
+            raise UserError("source", f"{where} names no video; add one of the columns {', '.join(VIDEO_COLUMNS)}")
         caption = next((str(row[name]) for name in NAMES if row.get(name)), None)
         key = str(row.get("key") or Path(video).with_suffix(""))
         yield Clip(_key(key), Blob(path.parent / video), caption)
@@ -183,12 +175,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def _key(name: str) -> str:
-    """A name fit for a tar and for WebDataset, which cuts names at the first dot."""
+    """Replace characters that a tar or WebDataset cannot have in a key; WebDataset cuts names at the first dot."""
     return re.sub(r"[^\w/=+-]", "_", name.replace(os.sep, "/")).strip("/")
 
 
 def _with_unique_keys(clips: Iterable[Clip]) -> Iterator[Clip]:
-    """Clips that would share a name (`a.mp4` and `a.mov`, a video listed twice) get a number."""
+    """Add a number to the key of clips that share it (`a.mp4` and `a.mov`, or a video that is listed twice)."""
     taken: set[str] = set()
     for clip in clips:
         key, number = clip.key, 1

@@ -21,17 +21,18 @@ TEXT_BATCH = 16
 
 
 @dataclass(frozen=True)
-class ShardTexts:
-    """The captions of a shard's clips, empty where there is none, and the embedding (L, D) of each different one."""
+class Captioned:
+    """A clip with its caption and the caption's embedding (L, D); None if the caption is empty."""
 
-    captions: tuple[str, ...]
-    embeddings: dict[str, Tensor]
+    clip: Clip
+    caption: str
+    text: Tensor | None
 
 
 def encode_shard_texts(
     codec: Codec, folder: Path, shards: list[ShardPlan], max_length: int, progress: ClipProgress
 ) -> None:
-    """Encode the captions of each shard into a file of its own, each different caption once."""
+    """Encode the captions of each shard into its temporary file. Equal captions are encoded once."""
     for shard in shards:
         captions = [_caption(clip) for clip in shard.clips]
         different = [caption for caption in dict.fromkeys(captions) if caption]
@@ -42,13 +43,14 @@ def encode_shard_texts(
         progress.advance(len(shard.clips))
 
 
-def read_shard_texts(path: Path) -> ShardTexts:
-    """What `encode_shard_texts` wrote."""
-    with safe_open(path, "pt") as file:
+def read_shard_texts(folder: Path, shard: ShardPlan) -> list[Captioned]:
+    """Read the texts that `encode_shard_texts` wrote for the clips of a shard."""
+    with safe_open(folder / shard.text_name, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
         different = [caption for caption in dict.fromkeys(captions) if caption]
         embeddings = {caption: file.get_tensor(str(number)) for number, caption in enumerate(different)}
-    return ShardTexts(tuple(captions), embeddings)
+    pairs = zip(shard.clips, captions, strict=True)
+    return [Captioned(clip, caption, embeddings.get(caption)) for clip, caption in pairs]
 
 
 def encode_prompts(codec: Codec, folder: Path, negative: str, validation: tuple[str, ...], max_length: int) -> None:
@@ -58,7 +60,7 @@ def encode_prompts(codec: Codec, folder: Path, negative: str, validation: tuple[
 
 
 def encode_texts(codec: Codec, texts: list[str], max_length: int) -> list[Tensor]:
-    """(L_i, D) each, on the CPU, in the codec's dtype."""
+    """Encode texts in batches. Returns embeddings (L_i, D) on the CPU in the codec's dtype."""
     found: list[Tensor] = []
     for start in range(0, len(texts), TEXT_BATCH):
         part = codec.encode_text(texts[start : start + TEXT_BATCH], max_length)
@@ -69,5 +71,5 @@ def encode_texts(codec: Codec, texts: list[str], max_length: int) -> list[Tensor
 def _caption(clip: Clip) -> str:
     try:
         return clip.read_caption()
-    except OSError:  # a file that vanished, or may not be read, is no caption: the clip is skipped and named
+    except OSError:  # an empty caption: the clip is skipped and listed
         return ""

@@ -1,4 +1,4 @@
-"""A clip as a tensor: frames by presentation time, resized, cropped, in [-1, 1]."""
+"""Reading a clip as a tensor: frames chosen by presentation time, resized, cropped, in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Presentation times are rounded to the container's time base: a frame this close (seconds) counts as already shown.
+# Presentation times are rounded to the container's time base. A frame that is this close (seconds) counts as shown.
 TIME_TOLERANCE = 1e-3
 
 
 class ClipError(Exception):
-    """A clip that cannot be used, and why, in a few words."""
+    """A clip cannot be used. The message is the reason."""
 
 
 def read_clip(source: Path | BinaryIO, frames: int, height: int, width: int, fps: float) -> Tensor:
-    """Read the first frames of a video at a rate of our own.
+    """Read the first frames of a video at a given rate.
 
-    Frame k is the one that a player shows k / fps seconds after the first; a slower video repeats frames. Each is
-    scaled, keeping its aspect, until it covers the target, and cut around its centre.
+    Frame k is the frame that a player shows k / fps seconds after the first one; a slower video repeats frames. Each
+    frame is scaled with its aspect ratio until it covers the target size, and cropped around its centre.
 
     Args:
         source: a video file, or its bytes.
-        frames: how many frames, 4n+1 for Wan's VAE.
-        height, width: target size in pixels.
-        fps: target rate, frames per second.
+        frames: number of frames, 4n + 1 for Wan's VAE.
+        height: target height in pixels.
+        width: target width in pixels.
+        fps: target rate in frames per second.
 
     Returns:
         (3, frames, height, width) float32 in [-1, 1].
@@ -51,11 +52,12 @@ def read_clip(source: Path | BinaryIO, frames: int, height: int, width: int, fps
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         raise ClipError(f"unreadable: {error}") from error
     needed = (frames - 1) / fps
-    raise ClipError(f"too short: it lasts {end:.2f} s, {frames} frames at {fps:g} fps need more than {needed:.2f} s")
+    needs = f"{frames} frames at {fps:g} fps need more than {needed:.2f} s"
+    raise ClipError(f"too short: it lasts {end:.2f} s, but {needs}")
 
 
 def fit(pixels: Tensor, height: int, width: int) -> Tensor:
-    """A picture (3, h, w) in 0..255, scaled until it covers the target and cut around its centre, as float32."""
+    """Scale a picture (3, h, w) in 0..255 until it covers the target, and crop around its centre. Returns float32."""
     scale = max(height / pixels.shape[1], width / pixels.shape[2])
     size = (max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale)))
     pixels = pixels.float()
@@ -66,7 +68,7 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _shown_frames(source: Path | BinaryIO) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Each frame with the time (seconds after the first frame) until which a player shows it."""
+    """Yield each frame with the time (seconds after the first frame) until which a player shows it."""
     with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -86,6 +88,6 @@ def _shown_frames(source: Path | BinaryIO) -> Iterator[tuple[av.VideoFrame, floa
 
 
 def _pixels(frame: av.VideoFrame) -> Tensor:
-    """(3, h, w) uint8, upright: phones store the picture turned and say by how much (degrees counter-clockwise)."""
+    """Convert a frame to (3, h, w) uint8, upright. Phones store rotated pictures and the angle in degrees."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(2, 0)
     return torch.rot90(pixels, round(frame.rotation / 90), (1, 2))

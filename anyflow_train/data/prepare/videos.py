@@ -1,11 +1,11 @@
-"""Second pass of `anyflow prepare`: videos -> latents, and everything into shards."""
+"""Second pass of `anyflow prepare`: videos -> latents, and shards of latents and texts."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from anyflow_train.data.index import Skipped
+from anyflow_train.data.loader import map_ahead
 from anyflow_train.data.prepare.job import ShardPlan
 from anyflow_train.data.prepare.progress import ClipProgress
-from anyflow_train.data.prepare.sources import Clip
-from anyflow_train.data.prepare.texts import ShardTexts, read_shard_texts
+from anyflow_train.data.prepare.texts import Captioned, read_shard_texts
 from anyflow_train.data.prepare.video import ClipError, read_clip
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
@@ -26,7 +26,7 @@ DECODERS = 2
 
 @dataclass(frozen=True)
 class VideoShape:
-    """What every clip is made into: 4n+1 frames at a rate (frames per second), in pixels."""
+    """Target size of all clips: 4n + 1 frames, height and width in pixels, rate in frames per second."""
 
     frames: int
     height: int
@@ -34,20 +34,10 @@ class VideoShape:
     fps: float
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """A clip with its caption and the caption's embedding (L, D); an empty caption has none."""
-
-    clip: Clip
-    caption: str
-    text: Tensor | None
-
-
 def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
     """Write shards without video."""
     for shard in shards:
-        items = _captioned(shard, read_shard_texts(folder / shard.text_name))
-        _write(folder, shard, (_without_video(item) for item in items), progress)
+        _write(folder, shard, map(_without_video, read_shard_texts(folder, shard)), progress)
 
 
 def write_video_shards(
@@ -59,16 +49,20 @@ def write_video_shards(
     dtype: torch.dtype,
     progress: ClipProgress,
 ) -> None:
-    """Write shards; clips of the next ones are decoded while the VAE works.
+    """Write shards with video. Later clips are decoded while the VAE encodes.
 
     Args:
-        encode: (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W').
-        shape: of the clips.
-        batch: clips that are encoded at a time.
-        dtype: of the stored latents.
+        encode: function from (B, 3, F, H, W) in [-1, 1] to normalised latents (B, F', C, H', W').
+        folder: folder of the shards.
+        shards: shards to write.
+        shape: target size of the clips.
+        batch: clips per call of `encode`.
+        dtype: dtype of the stored latents.
+        progress: counts the clips.
     """
     pool = ThreadPoolExecutor(DECODERS, "decode")
-    decoded = _decoded_ahead(pool, folder, shards, shape, batch + DECODERS)
+    items = (item for shard in shards for item in read_shard_texts(folder, shard))
+    decoded = map_ahead(pool, partial(_decode, shape), items, batch + DECODERS)
     try:
         for shard in shards:
             clips = islice(decoded, len(shard.clips))
@@ -88,43 +82,24 @@ def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> It
         progress.advance(1)
 
 
-def _captioned(shard: ShardPlan, texts: ShardTexts) -> list[Captioned]:
-    pairs = zip(shard.clips, texts.captions, strict=True)
-    return [Captioned(clip, caption, texts.embeddings.get(caption)) for clip, caption in pairs]
-
-
 def _without_video(item: Captioned) -> Sample | Skipped:
     if item.text is None:
         return Skipped(item.clip.key, "empty caption")
     return Sample(item.clip.key, None, item.text, item.caption)
 
 
-def _decoded_ahead(
-    pool: ThreadPoolExecutor, folder: Path, shards: list[ShardPlan], shape: VideoShape, ahead: int
-) -> Iterator[tuple[Captioned, Tensor | Skipped]]:
-    """Every clip of the shards, in order, with its pixels or the reason why it has none; `ahead` are under way."""
-    queue: deque[tuple[Captioned, Future[Tensor | Skipped]]] = deque()
-    for shard in shards:
-        for item in _captioned(shard, read_shard_texts(folder / shard.text_name)):
-            queue.append((item, pool.submit(_decode, item, shape)))
-            if len(queue) > ahead:
-                first, future = queue.popleft()
-                yield first, future.result()
-    while queue:
-        first, future = queue.popleft()
-        yield first, future.result()
-
-
-def _decode(item: Captioned, shape: VideoShape) -> Tensor | Skipped:
+def _decode(shape: VideoShape, item: Captioned) -> tuple[Captioned, Tensor | Skipped]:
+    """Read the pixels (3, F, H, W) of a clip, or state why it is skipped."""
     if item.text is None:
-        return Skipped(item.clip.key, "empty caption")
+        return item, Skipped(item.clip.key, "empty caption")
     try:
         assert item.clip.video is not None
         video = item.clip.video.seekable()
-        return read_clip(video, shape.frames, shape.height, shape.width, shape.fps)
-    except (ClipError, OSError) as error:
-        reason = str(error) if isinstance(error, ClipError) else f"unreadable: {error}"
-        return Skipped(item.clip.key, reason)
+        return item, read_clip(video, shape.frames, shape.height, shape.width, shape.fps)
+    except ClipError as error:
+        return item, Skipped(item.clip.key, str(error))
+    except OSError as error:
+        return item, Skipped(item.clip.key, f"unreadable: {error}")
 
 
 def _encoded(
@@ -133,7 +108,7 @@ def _encoded(
     batch: int,
     dtype: torch.dtype,
 ) -> Iterator[Sample | Skipped]:
-    """Samples in batches of one call of the VAE; what was skipped comes first, it needs none."""
+    """Encode clips in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
     waiting: list[tuple[Captioned, Tensor]] = []
     for item, video in clips:
         if isinstance(video, Skipped):
@@ -153,6 +128,6 @@ def _encode_batch(
     latents = encode(torch.stack([video for _, video in waiting])).to("cpu", dtype)
     for (item, _), sample in zip(waiting, latents, strict=True):
         if item.text is None or not torch.isfinite(sample).all():
-            yield Skipped(item.clip.key, "the VAE gave non-finite latents")
+            yield Skipped(item.clip.key, "the VAE returned non-finite latents")
         else:
             yield Sample(item.clip.key, sample.clone(), item.text, item.caption)

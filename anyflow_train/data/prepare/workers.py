@@ -1,8 +1,7 @@
-"""The processes of one `anyflow prepare`: process 0 deals the work and reports, every one does its share on its own.
+"""The processes of one `anyflow prepare`: process 0 distributes the work and reports the progress of all.
 
-They never wait for each other while they work, so that one may take much longer than another. What they say goes
-through the launcher's key-value store, which lives and dies with the launch: nothing that a killed one has left behind
-can be mistaken for news.
+Processes do not wait for each other while they work, so that one may take much longer than another. Their reports go
+through the launcher's key-value store. The store ends with the launch, so no report of an earlier, killed job is left.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from anyflow_train.errors import UserError, UserErrors
 
 T = TypeVar("T")
 
-# How often a process looks for news, and at most how often it tells its own.
+# Interval at which processes send their reports, and at which process 0 reads them.
 NEWS_SECONDS = 0.5
-# Processes may start minutes apart: on some nodes Python itself comes over the network.
+# Processes may start minutes apart, because some nodes load Python over the network.
 JOIN_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass
 class WorkerReport:
-    """What a process says of itself.
+    """Report of one process.
 
     Attributes:
         counts: clips done, by task.
-        finished: its share is done.
-        errors: why it cannot go on; key and problem of each UserError.
+        finished: whether the share of the process is done.
+        errors: key and problem of each UserError that stopped the process.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -50,11 +49,12 @@ class WorkerReport:
 
 
 class Workers:
-    """The processes, as one of them sees them. Made by `join_workers`.
+    """All processes of the job, as seen from one of them. Made by `join_workers`.
 
     Attributes:
-        rank, size: of this process among all.
-        local_rank: of this process on its node.
+        rank: number of this process.
+        size: number of processes.
+        local_rank: number of this process on its node.
     """
 
     def __init__(self, rank: int, size: int, local_rank: int, store: Store | None) -> None:
@@ -69,11 +69,11 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process deals the work and talks to people."""
+        """Whether this process distributes the work and prints messages."""
         return self.rank == 0
 
     def share(self, value: T) -> T:
-        """Process 0's value, which must survive JSON; the others wait for it as long as it takes."""
+        """Return the value of process 0, as JSON decodes it. The other processes wait for it without a limit."""
         if self._store is None:
             return value
         if self.is_main:
@@ -84,20 +84,27 @@ class Workers:
         return json.loads(self._store.get("job"))
 
     def count(self, task: str, done: int) -> int:
-        """Note how many clips this process has done. Returns, on process 0, how many all of them have.
+        """Report the number of clips that this process has done.
+
+        Returns:
+            On process 0, the clips that all processes have done; on others, `done`.
 
         Raises:
-            UserErrors: on process 0, where another cannot go on.
+            UserErrors: on process 0, if errors stopped another process.
         """
         self._report.counts[task] = done
         self._exchange()
         return done + sum(other.counts.get(task, 0) for other in self._others)
 
     def finish(self, task: str, show: Callable[[int], object]) -> None:
-        """Say that this process's share is done. Process 0 waits for the others, and shows the clips of all meanwhile.
+        """Report that this process's share is done. Process 0 waits for the others.
+
+        Args:
+            task: the task that is counted.
+            show: called with the clips of all processes while process 0 waits.
 
         Raises:
-            UserErrors: on process 0, where another cannot go on.
+            UserErrors: on process 0, if errors stopped another process.
         """
         self._report.finished = True
         self._tell()
@@ -108,11 +115,11 @@ class Workers:
             time.sleep(NEWS_SECONDS)
 
     def report_errors(self, errors: list[UserError]) -> None:
-        """Leave this process's errors to process 0, which says them once and ends; the launcher then ends this one."""
+        """Send errors to process 0, which prints them and ends. Wait until the launcher ends this process."""
         self._report.errors = [(error.where, error.problem) for error in errors]
         self._tell()
         while self._store is not None:
-            self._store.check(["job"])  # fails when the store has gone
+            self._store.check(["job"])  # raises when process 0 has closed the store
             time.sleep(NEWS_SECONDS)
 
     def _exchange(self) -> None:
@@ -141,17 +148,18 @@ class Workers:
 
 @contextmanager
 def join_workers() -> Iterator[Workers]:
-    """Join the processes that a launcher started; process 0 speaks for all of them.
+    """Join the processes that a launcher started. Process 0 reports the errors of all of them.
 
     Raises:
-        UserError: on process 0, also for what the others found.
-        SystemExit: on the others.
+        UserError: on process 0, also for errors of other processes.
+        SystemExit: on the other processes.
+        KeyboardInterrupt: on process 0.
     """
     workers = _join()
     try:
         yield workers
     except DistError as error:
-        problem = "has lost contact with the other processes; the same command continues"
+        problem = "lost contact with the other processes; run the same command to continue"
         if workers.is_main:
             raise UserError("prepare", problem) from error
         raise SystemExit(1) from error
@@ -177,7 +185,7 @@ def _join() -> Workers:
         return Workers(0, 1, 0, None)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError("WORLD_SIZE", f"is {size}, but {missing[0]} is missing; start with `accelerate launch`")
+        raise UserError("WORLD_SIZE", f"is {size}, but {missing[0]} is not set; start with `accelerate launch`")
     store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
     return Workers(rank, size, int(os.environ.get("LOCAL_RANK", "0")), PrefixStore("prepare", store))
 

@@ -1,4 +1,4 @@
-"""Writing one shard: a WebDataset tar of `KEY.safetensors` and `KEY.json`, and its index."""
+"""Writing of one shard: a WebDataset tar of `KEY.safetensors` and `KEY.json`, and its index."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from anyflow_train.files import atomic_file
 
 
 def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -> ShardIndex:
-    """Write the samples as they come; a clip that was skipped is only noted in the index.
+    """Write the samples in their order. A skipped clip appears in the index only.
 
-    The tar appears when it is whole, the index after it: a shard is complete if, and only if, it has its index.
+    The tar appears when it is complete, and the index after it. A shard is complete if and only if it has an index.
     """
     entries: list[SampleEntry] = []
     skipped: list[Skipped] = []

@@ -16,8 +16,8 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from anyflow_train.errors import UserError
-from stripes_text import build_text_encoder, build_tokenizer
-from stripes_vae import CodecSettings, Phase, train_vae
+from world_text import build_text_encoder, build_tokenizer
+from world_vae import CodecSettings, Phase, train_vae
 
 SETTINGS_FILE = "codec.json"
 
@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_settings(values: dict[str, Any]) -> CodecSettings:
-    """The recipe in a JSON file; keys that it leaves out are the shipped recipe's.
+    """Read the recipe from the values of a JSON file. Missing keys get the values of the shipped recipe.
 
     Raises:
-        ValueError: it has a key that is not a setting.
+        ValueError: a key is not a setting.
     """
     try:
         phases: dict[str, Any] = {name: Phase(**values[name]) for name in ("joint", "decoder") if name in values}
@@ -54,13 +54,13 @@ def read_settings(values: dict[str, Any]) -> CodecSettings:
 def train_codec(settings: CodecSettings, out: Path, report: Callable[[str], None] = print) -> None:
     """Train the codec and write `vae/ text_encoder/ tokenizer/ scheduler/` and `codec.json` under `out`.
 
-    `out` appears under its name only when it is complete. Where it is there already, made with the same settings,
-    nothing happens. Weights are float16. There is no transformer yet: stage 0 trains it, export adds it.
+    `out` appears only when it is complete. If it exists and was made with the same settings, nothing happens. Weights
+    are float16. The transformer is added later: stage 0 trains it, and the export writes it.
 
     Args:
-        settings: the whole recipe; saved beside the result.
-        out: the folder to make; its parents are made too.
-        report: takes progress lines.
+        settings: the whole recipe; it is saved as `codec.json`.
+        out: the folder to make, with its parents.
+        report: called with each line of progress.
 
     Raises:
         UserError: `out` exists and is not the result of these settings.
@@ -73,8 +73,8 @@ def train_codec(settings: CodecSettings, out: Path, report: Callable[[str], None
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     train_vae(settings, report).half().save_pretrained(partial / "vae")
-    build_text_encoder(settings.seed).half().save_pretrained(partial / "text_encoder")
-    build_tokenizer().save_pretrained(partial / "tokenizer")
+    build_text_encoder(settings.seed, settings.world).half().save_pretrained(partial / "text_encoder")
+    build_tokenizer(settings.world).save_pretrained(partial / "tokenizer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=settings.flow_shift).save_pretrained(
         partial / "scheduler"
     )
@@ -89,7 +89,7 @@ def _text(settings: CodecSettings) -> str:
 def _check_same(settings: CodecSettings, out: Path) -> None:
     recipe = out / SETTINGS_FILE
     if not recipe.exists() or recipe.read_text() != _text(settings):
-        raise UserError(str(out), "the folder exists and was not made with these settings: give another folder")
+        raise UserError(str(out), "the folder exists and was not made with these settings; name another folder")
 
 
 if __name__ == "__main__":

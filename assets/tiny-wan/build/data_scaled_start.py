@@ -1,11 +1,11 @@
-"""A data-scaled start for the tiny codec, which from diffusers' default weights never leaves the mean colour."""
+"""Data-scaled initial weights for the tiny codec. With diffusers' default weights it only learns the mean colour."""
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
-# Branches that are added to something (the last convolution of a residual block, the attention's projection) start
-# small, so that every block is nearly the identity; the pixels start at the spread of the stripes.
+# The outputs of residual branches (last convolution of a block, projection of the attention) start small, so that every
+# block is nearly the identity. The pixels start with the standard deviation of the stripes.
 _BRANCH_SPREAD = 0.1
 _PIXEL_SPREAD = 0.4
 _POSTERIOR_LOG_VARIANCE = -6.0
@@ -13,10 +13,10 @@ _POSTERIOR_LOG_VARIANCE = -6.0
 
 @torch.no_grad()
 def initialise(codec: AutoencoderKLWan, video: Tensor) -> None:
-    """Makes every convolution orthogonal, then centres and scales its output on `video`, in one forward pass.
+    """Make every convolution orthogonal, and centre and scale its output on `video`, in one forward pass.
 
     This is layer-sequential unit-variance initialisation (Mishkin and Matas, arXiv 1511.06422). The log-variance half
-    of the posterior starts at a small constant, so that the first steps see nearly noise-free latents.
+    of the posterior starts at a small constant, so that latents of the first steps are nearly noise-free.
 
     Args:
         codec: changed in place.
@@ -40,21 +40,21 @@ def initialise(codec: AutoencoderKLWan, video: Tensor) -> None:
 
 
 def _spread(name: str) -> float:
-    """The standard deviation that the named convolution's output should start with."""
+    """Return the initial standard deviation of the output of a convolution, given by its name."""
     if name == "decoder.conv_out":
         return _PIXEL_SPREAD
     return _BRANCH_SPREAD if name.endswith(("conv2", "proj")) else 1.0
 
 
 class _Rescale:
-    """A forward hook: at the first call centres each output channel and gives the whole output one spread."""
+    """Forward hook that centres each output channel, and scales the whole output, at the first call."""
 
     def __init__(self, spread: float) -> None:
         self.spread = spread
         self.done = False
 
     def __call__(self, module: nn.Conv2d | nn.Conv3d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.done:  # the codec runs over chunks of frames, each convolution several times
+        if self.done:  # the codec calls each convolution once per chunk of frames
             return output
         self.done = True
         over = [0, *range(2, output.dim())]

@@ -1,4 +1,4 @@
-"""VBench for anyflow_train: videos in its layout, its scores, and one table of them."""
+"""VBench for anyflow_train: write videos in VBench's layout, score them, and write a table."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from anyflow_train.config.extensions import Extension
 from anyflow_vbench.config import VBenchConfig, rules
 
 COMMAND = Extension(
-    summary="measure videos of models with VBench",
+    summary="score videos of models with VBench",
     target="anyflow_vbench.command:run",
     model=VBenchConfig,
     rules=rules,
     configs=Path(__file__).with_name("configs"),
 )
-"""What the entry point `anyflow_train.commands` names."""
+"""Target of the entry point in the group `anyflow_train.commands`."""

@@ -1,4 +1,4 @@
-"""`anyflow vbench`: videos in the layout of VBench, and its scores at every number of calls."""
+"""`anyflow vbench`: write videos in VBench's layout, and score them at every number of calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAY_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is measured: where its codec is, what its clips are like, and a folder for each number of calls."""
+    """A model to measure, with the source of its codec, the shape of its clips, and a folder per number of calls."""
 
     model: LoadedNetwork
     source: str
@@ -45,11 +45,11 @@ class Candidate:
 def run(config: VBenchConfig) -> list[Column]:
     """Write `<out>/<model>/<calls>/videos/{prompt}-{index}.mp4`, score them, write `vbench.json` and `vbench.md`.
 
-    Videos and scores that are there already are kept.
+    Existing videos and scores are kept.
 
     Raises:
-        UserError: VBench, a file or a model is missing, or the folder holds videos that were made otherwise.
-        UserErrors: VBench failed at some dimensions; the table has the others.
+        UserError: VBench, a file or a model is missing, or the folder has videos that were made with other settings.
+        UserErrors: VBench failed for some dimensions; the table has the other dimensions.
     """
     say = timed_printer()
     device = pick_device(config.device, config.threads)
@@ -63,10 +63,10 @@ def run(config: VBenchConfig) -> list[Column]:
         for candidate in candidates:
             _make_videos(config, candidate, prompts, device, say)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the networks leave is VBench's
+            torch.cuda.empty_cache()  # free the memory of the networks for VBench
         columns, errors, commands = _score(config, vbench, folders, say)
     if commands:
-        print(f"{len(commands)} commands score what is not scored yet; then start this again for the table:")
+        print(f"run these {len(commands)} commands to score the videos, then start this again for the table:")
         print("\n".join(commands))
     write_table(config, columns)
     if errors:
@@ -101,7 +101,7 @@ def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.devic
 
 
 def _settings(config: VBenchConfig, model: LoadedNetwork, shape: Shape, calls: int) -> dict[str, Any]:
-    """What the videos depend on, beside prompt and seed."""
+    """Collect the settings that the videos depend on, except prompt and seed."""
     names = ("weights", "shift", "guidance_scale", "text_length", "precision")
     return {
         "model": model.name,
@@ -123,11 +123,11 @@ def _make_videos(
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Those that are missing; the noise of a video is the same at every number of calls."""
+    """Make the missing videos. The noise of a video is the same at every number of calls."""
     missing = {folder.calls: folder.missing() for folder in candidate.folders}
     total, done, said = sum(map(len, missing.values())), 0, time.monotonic()
     name = candidate.folders[0].model
-    say(f"{name}: {total} videos to make" if total else f"{name}: all videos are there")
+    say(f"{name}: {total} videos to make" if total else f"{name}: all videos exist")
     if total == 0:
         return
     needed = sorted({prompt.text for videos in missing.values() for prompt, _ in videos})
@@ -150,7 +150,7 @@ def _make_videos(
 def _maker(
     config: VBenchConfig, candidate: Candidate, texts: list[str], device: torch.device
 ) -> tuple[ClipMaker, dict[str, torch.Tensor]]:
-    """The model on its device, and the embeddings of the texts."""
+    """Move the model to its device and encode the texts."""
     dtype, model = autocast_dtype(config.precision), candidate.model
     every = [*texts, config.negative_prompt]
     *encoded, negative = encode_texts(candidate.source, every, config.text_length, device, dtype)
@@ -164,10 +164,10 @@ def _maker(
 def _score(
     config: VBenchConfig, vbench: VBench, folders: list[Folder], say: Callable[[str], None]
 ) -> tuple[list[Column], list[UserError], list[str]]:
-    """One process of VBench for each folder and dimension, so that a failure costs one dimension only.
+    """Score with one VBench process for each folder and dimension, so that a failure affects only one dimension.
 
     Returns:
-        The columns, what failed, and the commands that were not run because the user did not want to.
+        The columns, the errors, and the commands that were not run because of score=false.
     """
     columns, errors, commands = [], [], []
     for folder in folders:

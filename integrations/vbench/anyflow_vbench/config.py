@@ -1,4 +1,4 @@
-"""Keys of `anyflow vbench`, and the rules that they follow; no torch."""
+"""Keys and rules of `anyflow vbench`; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import Steps
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.rules.geometry import WAN_PATCH, frame_count, side_length
+from anyflow_train.config.rules.geometry import video_size
 
 Dimension = Literal[
     "subject_consistency",
@@ -30,7 +30,7 @@ Dimension = Literal[
     "temporal_style",
     "overall_consistency",
 ]
-"""What VBench measures, in the order of its tables."""
+"""Dimensions that VBench scores, in the order of its tables."""
 
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 
@@ -45,30 +45,31 @@ OF_THE_SUITE = frozenset(
         "appearance_style",
     }
 )
-"""Dimensions that are measured on VBench's own prompts only.
+"""Dimensions that are scored only on VBench's own prompts.
 
-VBench refuses six of them for other prompts, because it needs to know what is to be seen; of human_action it reads that
-off the names of the files.
+VBench refuses six of them for other prompts, because it needs to know the expected content. For human_action it takes
+the content from the file names.
 """
 
 
 class VBenchConfig(Model):
-    """`anyflow vbench`: VBench's scores of the videos of models; VBench has a Python environment of its own.
+    """`anyflow vbench`: score videos of models with VBench, which runs in a separate Python environment.
 
     models: runs, checkpoints, exported folders or hub ids.
-    codec: pipeline folder or hub id with VAE and text encoder; null: that of each model.
+    codec: pipeline folder or hub id with VAE and text encoder; null uses the codec of each model.
     steps: numbers of network calls per video.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
-    python: interpreter that VBench is installed for; null: this one.
+    python: Python interpreter with VBench installed; null uses the current one.
     score: false writes the videos, and prints the commands that score them.
-    dimensions: what is measured, and so of which prompts videos are made; null: all that apply.
-    info: VBench's list of prompts, `VBench_full_info.json`; null: the installed one.
-    texts: file with a line for each entry of `info`, in its order: what a model is given in place of the prompt.
-    prompts: file of prompts of your own, one a line, in place of `info`.
-    videos: made of every prompt; VBench's own prompts require 5.
-    frames, height, width: of the videos; null: as the model was trained.
-    chunk_partition: latent frames of a causal student's chunks; null: those that it was trained with.
-    gpus: that VBench scores on.
+    dimensions: dimensions to score; videos are made only for their prompts. null means all that apply.
+    info: VBench's list of prompts, `VBench_full_info.json`; null uses the installed one.
+    texts: file with one line for each entry of `info`, in order; models get this text instead of the prompt.
+    prompts: file with your own prompts, one per line, instead of `info`.
+    videos: number of videos per prompt; VBench's own prompts require 5.
+    frames: frames of a video; null uses the model's training size.
+    height, width: size of a video in pixels; null uses the model's training size.
+    chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
+    gpus: number of GPUs that VBench uses.
     """
 
     out: str
@@ -100,35 +101,32 @@ class VBenchConfig(Model):
 
     @property
     def chosen(self) -> tuple[Dimension, ...]:
-        """The dimensions to measure, in the order of VBench's tables."""
+        """Dimensions to score, in the order of VBench's tables."""
         if self.dimensions is not None:
             return tuple(name for name in DIMENSIONS if name in self.dimensions)
         return DIMENSIONS if self.prompts is None else tuple(name for name in DIMENSIONS if name not in OF_THE_SUITE)
 
 
 def rules(config: VBenchConfig) -> Iterator[Finding]:
-    """Models, VBench's prompts or others, dimensions that can be measured on them, at possible sizes."""
+    """Check models, sizes, and whether the dimensions can be scored on the prompts."""
     if not config.models:
         yield Finding(("models",), "is empty; VBench needs at least one model")
     if config.dimensions == ():
-        yield Finding(("dimensions",), "is empty; score=false writes the videos without measuring them")
-    sides = {"height": config.height, "width": config.width}
-    if config.frames is not None:
-        yield from frame_count("frames", config.frames)
-    for key, pixels in sides.items():
-        if pixels is not None:
-            yield from side_length(key, pixels, WAN_PATCH)
+        yield Finding(
+            ("dimensions",), "is empty; give at least one, or score=false to write videos without scoring them"
+        )
+    yield from video_size(config.frames, config.height, config.width)
     if config.prompts is None:
         return
     for key in ("info", "texts"):
         if getattr(config, key) is not None:
             yield Finding(
                 (key, "prompts"),
-                f"{getattr(config, key)!r} goes with VBench's own prompts, but prompts={config.prompts}; "
+                f"{getattr(config, key)!r} requires VBench's own prompts, but prompts={config.prompts}; "
                 "leave out one of them",
             )
     if refused := sorted(OF_THE_SUITE & set(config.chosen)):
         yield Finding(
             ("dimensions", "prompts"),
-            f"{', '.join(refused)}: measured on VBench's own prompts only; leave out prompts",
+            f"{', '.join(refused)} can be scored only on VBench's prompts; leave out prompts",
         )

@@ -1,4 +1,4 @@
-"""The folder of one model at one number of calls: videos in VBench's layout, how they were made, and their scores."""
+"""Folder of one model at one number of calls: videos in VBench's layout, their settings, and their scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anyflow_vbench.prompts import Prompt
 MADE = "videos.json"
 LOCK = ".lock"
 DIGEST_VALUES = 1024
-"""Of each weight: training changes all of them, and the whole of a large network takes long to read."""
+"""Values to read of each weight. Training changes all weights, and reading a large network in full takes long."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Folder:
     """`videos/{prompt}-{index}.mp4`, `videos.json`, `prompts.json`, and `scores/<dimension>/`.
 
     Attributes:
-        path: of the folder.
-        model: its label.
-        calls: of the network for a video.
-        settings: what the videos depend on, beside prompt and seed.
-        prompts: whose videos are wanted.
-        count: of videos for each prompt.
-        seed: of all noise.
-        closed: no other videos may be there, because VBench would take them in: so with a user's own prompts.
+        path: path of the folder.
+        model: label of the model.
+        calls: network calls per video.
+        settings: settings that the videos depend on, except prompt and seed.
+        prompts: prompts to make videos of.
+        count: number of videos per prompt.
+        seed: seed of all noise.
+        closed: True if other videos are not allowed. With a user's own prompts VBench would score them too.
     """
 
     path: Path
@@ -49,35 +49,37 @@ class Folder:
 
     @property
     def videos(self) -> Path:
-        """Where they are."""
+        """Folder of the videos."""
         return self.path / "videos"
 
     def scores(self, dimension: Dimension) -> Path:
-        """Where VBench's result is."""
+        """Return the folder of VBench's result for one dimension."""
         return self.path / "scores" / dimension
 
     def files(self, dimension: Dimension) -> set[str]:
-        """Names of the videos behind one dimension."""
+        """List the file names of the videos that one dimension uses."""
         prompts = [prompt for prompt in self.prompts if dimension in prompt.dimensions]
         return {prompt.file(index) for prompt in prompts for index in range(self.count)}
 
     def missing(self) -> set[tuple[Prompt, int]]:
-        """Prompt and index of the videos that are not there."""
+        """List prompt and index of the videos that do not exist yet."""
         there = {path.name for path in self.videos.iterdir()}
         wanted = ((prompt, index) for prompt in self.prompts for index in range(self.count))
         return {(prompt, index) for prompt, index in wanted if prompt.file(index) not in there}
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder, and note what its videos are made with; what a killed run left half-written is removed.
+        """Lock the folder, record the settings of its videos, and remove incomplete files of a killed run.
 
         Raises:
-            UserError: another process holds it, or it has videos that were made otherwise.
+            UserError: another process has the lock, or the folder has videos that were made with other settings.
         """
         self.videos.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as lock:
             if not take_lock(fcntl.flock, lock.fileno(), fcntl.LOCK_EX, self.path):
-                raise UserError("out", f"another `anyflow vbench` is writing to {self.path}")
+                raise UserError(
+                    "out", f"another `anyflow vbench` is writing to {self.path}; wait for it, or give another out"
+                )
             for left_over in self.videos.glob(f"{TEMPORARY}*"):
                 left_over.unlink()
             self._note()
@@ -90,14 +92,17 @@ class Folder:
         before = self._before()
         strangers = sorted(path.name for path in self.videos.iterdir() if path.name not in videos)
         if self.closed and strangers:
-            raise UserError("out", f"{self.videos} holds another video, {strangers[0]}; give another out, or remove it")
+            problem = f"{self.videos} contains a different video, {strangers[0]}; give another out, or remove it"
+            raise UserError("out", problem)
         for key, now in made["settings"].items():  # by name, so that weights come before their digest
             if before["settings"].get(key, now) != now:
                 then = before["settings"][key]
-                raise UserError("out", f"{self.path} holds videos of {key}={then!r}, not {now!r}; give another out")
+                raise UserError(
+                    "out", f"{self.path} contains videos with {key}={then!r}, not {now!r}; give another out"
+                )
         for name, now in made["videos"].items():
             if before["videos"].get(name, now) != now:
-                raise UserError("out", f"{self.path} holds {name} of another text or seed; give another out")
+                raise UserError("out", f"{self.path} contains {name} with another text or seed; give another out")
         write_json(self.path / MADE, {"settings": made["settings"], "videos": before["videos"] | made["videos"]})
         write_json(self.path / "prompts.json", {prompt.file(index): prompt.prompt for prompt, index in wanted})
 
@@ -113,7 +118,7 @@ class Folder:
 
 
 def digest(network: Backbone) -> str:
-    """A short name for what a network computes: of its config, and the first values of each of its weights."""
+    """Hash a network's config and the first values of each weight, to identify what it computes."""
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     found = hashlib.sha256(to_json(config))
     for name, weight in sorted(network.named_parameters()):

@@ -1,7 +1,7 @@
-"""VBench as a program: where it is, how it is called, what it writes, and its overall scores.
+"""Find and run VBench, read its results, and compute its overall scores.
 
-Written for VBench 0.1.5 (github.com/Vchitect/VBench, Huang et al., arXiv 2311.17982). It needs older versions of
-packages than this project, so it runs in a Python environment of its own.
+Written for VBench 0.1.5 (github.com/Vchitect/VBench, Huang et al., arXiv 2311.17982). VBench requires older versions of
+packages than anyflow_train, so it runs in a separate Python environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INSTALL = (
     "vbench-env/bin/pip install 'torch<2.6' torchvision --index-url https://download.pytorch.org/whl/cu118 && "
     "vbench-env/bin/pip install vbench 'setuptools<70'"
 )
-ALONE = "score=false writes the videos alone"
+ALONE = "set score=false to write only the videos"
 PROBE = """
 import json, pathlib, vbench.launch.evaluate, torch
 info = pathlib.Path(vbench.__file__).with_name("VBench_full_info.json")
@@ -43,21 +43,21 @@ RANGES: Mapping[Dimension, tuple[float, float]] = {
     "temporal_style": (0.0, 0.364),
     "overall_consistency": (0.0, 0.364),
 }
-"""Lowest and highest score, where they are not 0 and 1."""
+"""Lowest and highest score of dimensions whose range is not [0, 1]."""
 WEIGHTS: Mapping[Dimension, float] = {"dynamic_degree": 0.5}
-"""Of a dimension among those of its kind, where it is not 1."""
+"""Weight of a dimension in its mean (quality or semantic), if it is not 1."""
 QUALITY_WEIGHT = 4.0
-"""Of the quality score against the semantic score."""
+"""Weight of the quality score relative to the semantic score."""
 
 
 @dataclass(frozen=True)
 class VBench:
-    """An installation.
+    """An installation of VBench.
 
     Attributes:
-        python: interpreter that it is installed for.
-        info: its list of prompts; None where the user has prompts of their own.
-        gpus: to score on.
+        python: Python interpreter with VBench installed.
+        info: VBench's list of prompts; None if the user has their own prompts.
+        gpus: number of GPUs to score on.
     """
 
     python: str
@@ -65,13 +65,13 @@ class VBench:
     gpus: int
 
     def command(self, videos: Path, prompts: Path, dimension: Dimension, out: Path) -> list[str]:
-        """What scores one dimension of a folder of videos.
+        """Return the command line that scores one dimension of a folder of videos.
 
-        Its own command `vbench evaluate` calls the same module through a shell, and hides that it failed.
+        VBench's own `vbench evaluate` calls the same module through a shell, and hides failures.
 
         Args:
             prompts: JSON file, name of each video -> prompt, for a user's own prompts.
-            out: folder that it writes the result to.
+            out: folder for the result.
         """
         suite = ["--mode", "custom_input", "--prompt_file", str(prompts)]
         if self.info is not None:
@@ -82,10 +82,10 @@ class VBench:
 
 
 def find_vbench(config: VBenchConfig) -> VBench:
-    """The installation that the config names. What it is not needed for, it is not asked.
+    """Find the installation that the config names. VBench is started only if the config requires it.
 
     Raises:
-        UserError: it is needed, and not there; it sees no GPU to score on.
+        UserError: VBench is required but not installed, or it finds too few GPUs.
     """
     python = sys.executable if config.python is None else str(Path(config.python).expanduser())
     info = None if config.info is None else Path(config.info).expanduser().absolute()
@@ -93,7 +93,7 @@ def find_vbench(config: VBenchConfig) -> VBench:
     if config.score or needs_info:
         found = _probe(python)
         if config.score and found["gpus"] < config.gpus:
-            problem = f"{config.gpus}, but torch of {python} sees {found['gpus']}, and VBench scores on GPUs only"
+            problem = f"{config.gpus}, but torch of {python} finds {found['gpus']}, and VBench scores only on GPUs"
             raise UserError("gpus", f"{problem}; {ALONE}")
         info = Path(found["info"]) if needs_info else info
     return VBench(python, info, config.gpus)
@@ -108,19 +108,19 @@ def _probe(python: str) -> dict:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise UserError(
             "python",
-            f"{python} has no VBench ({reason[0]}). It needs an environment of its own: `{INSTALL}`; then set "
-            f"python=vbench-env/bin/python. Without it, {ALONE}, of the prompts in info=FILE",
+            f"{python} cannot import VBench ({reason[0]}). Install it in a separate environment: `{INSTALL}`; then set "
+            f"python=vbench-env/bin/python. Without VBench, {ALONE}, with the prompts in info=FILE",
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @dataclass(frozen=True)
 class Result:
-    """What VBench found.
+    """Result of VBench for one dimension.
 
     Attributes:
         score: higher is better, mostly from 0 to 1.
-        files: names of the videos behind it.
+        files: file names of the scored videos.
     """
 
     score: float
@@ -128,10 +128,10 @@ class Result:
 
 
 def score(command: list[str], dimension: Dimension, out: Path) -> Result:
-    """Run VBench's command, with its output in `vbench.log`.
+    """Run VBench's command and write its output to `vbench.log`.
 
     Raises:
-        UserError: it failed, or gave no score.
+        UserError: VBench failed or gave no score.
     """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOG, "w", encoding="utf-8") as log:
@@ -139,14 +139,14 @@ def score(command: list[str], dimension: Dimension, out: Path) -> Result:
     result = read_result(out, dimension)
     if code or result is None:
         reason = _reason(out / LOG) or (f"exit code {code}" if code else "no score")
-        raise UserError("dimensions", f"VBench failed at {dimension}: {reason}; its output is in {out / LOG}")
+        raise UserError("dimensions", f"VBench failed for {dimension}: {reason}; see {out / LOG}")
     return result
 
 
 def read_result(folder: Path, dimension: Dimension) -> Result | None:
-    """The last result in a folder, None where there is none.
+    """Read the last result in a folder; None if there is no result.
 
-    VBench calls it `results_<date and time>_eval_results.json`: dimension -> [score, [a mapping for each video]].
+    VBench writes `results_<date and time>_eval_results.json`: dimension -> [score, [a mapping for each video]].
     """
     files = sorted(folder.glob("*_eval_results.json"))
     if not files:
@@ -155,16 +155,16 @@ def read_result(folder: Path, dimension: Dimension) -> Result | None:
         value, videos = json.loads(files[-1].read_text(encoding="utf-8"))[dimension]
         result = Result(float(value), frozenset(Path(video["video_path"]).name for video in videos))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"is not what VBench writes for {dimension}: {type(error).__name__}: {error}; remove it"
+        problem = f"is not a result of VBench for {dimension}: {type(error).__name__}: {error}; remove it"
         raise UserError(str(files[-1]), problem) from None
     return result if math.isfinite(result.score) else None
 
 
 def overall(scores: Mapping[Dimension, float]) -> dict[str, float]:
-    """`quality`, `semantic` and `total`, those for which all dimensions are there.
+    """Compute `quality`, `semantic` and `total`, each only if all of its dimensions are present.
 
-    A weighted mean of scores that were mapped from their range to [0, 1]; ranges and weights are those of VBench's
-    scripts/constant.py (commit 45e79ec), used in its scripts/cal_final_score.py.
+    Each is a weighted mean of scores that are mapped from their range to [0, 1]. Ranges and weights are from VBench's
+    scripts/constant.py (commit 45e79ec), as used in its scripts/cal_final_score.py.
     """
     means = {"quality": _mean(scores, QUALITY), "semantic": _mean(scores, SEMANTIC)}
     found = {name: mean for name, mean in means.items() if mean is not None}
@@ -184,7 +184,7 @@ def _mean(scores: Mapping[Dimension, float], names: tuple[Dimension, ...]) -> fl
 
 
 def _reason(log: Path) -> str | None:
-    """The last line of a log that names an exception."""
+    """Find the last line of a log with an exception."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     named = (re.match(r"(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): \S.*)", line) for line in reversed(lines))
     return next((found[1] for found in named if found), None)

@@ -1,4 +1,4 @@
-"""The prompts that VBench measures a model on: its own, or a user's."""
+"""Prompts for VBench: its own, or a user's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyflow_train.data.captions import read_lines
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.prompts import distinct, read_lines, slug
+from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_vbench.config import Dimension, VBenchConfig
 
 
@@ -18,10 +19,10 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        name: what its files are called, before `-0.mp4`. VBench finds its own prompts by this.
-        prompt: what VBench expects to see.
-        text: what the model is given.
-        dimensions: what is measured on it.
+        name: file name of its videos, before `-0.mp4`. VBench finds its own prompts by this name.
+        prompt: content that VBench expects.
+        text: text for the model.
+        dimensions: dimensions that use the prompt.
     """
 
     name: str
@@ -30,41 +31,41 @@ class Prompt:
     dimensions: frozenset[Dimension]
 
     def file(self, index: int) -> str:
-        """Of its video number `index`."""
+        """Return the file name of video number `index`."""
         return f"{self.name}-{index}.mp4"
 
     def seed(self, seed: int, index: int) -> int:
-        """Of the noise of one video: another for each, as VBench asks for (prompts/README.md), and always the same.
+        """Return the seed of the noise of one video. It differs between videos, as VBench requires (prompts/README.md).
 
-        It does not depend on the model, its calls, nor on what else is measured.
+        It does not depend on the model, the number of calls or the other prompts.
         """
         return int(hashlib.sha256(f"{seed} {index} {self.prompt}".encode()).hexdigest()[:8], 16)
 
 
 def read_prompts(config: VBenchConfig, info: Path | None) -> list[Prompt]:
-    """The prompts of the chosen dimensions.
+    """Read the prompts of the chosen dimensions.
 
     Args:
-        info: VBench's list of prompts; None where the user has prompts of their own.
+        info: VBench's list of prompts; None if the user has their own prompts.
 
     Raises:
-        UserError: a file cannot be read, is empty or of another form, or no prompt is for these dimensions.
+        UserError: a file cannot be read, is empty or has a wrong format, or no prompt is for these dimensions.
     """
     chosen = frozenset(config.chosen)
     if config.prompts is not None:
         lines = distinct(read_lines(config.prompts, "prompts"))
         if not lines:
-            raise UserError("prompts", f"'{config.prompts}' holds no prompt; write one a line")
+            raise UserError("prompts", f"'{config.prompts}' has no prompts; write one prompt per line")
         return [Prompt(slug(number, line), line, line, chosen) for number, line in enumerate(lines)]
     assert info is not None
     prompts = [prompt for prompt in _suite(info, config.texts) if prompt.dimensions & chosen]
     if not prompts:
-        raise UserError("dimensions", f"no prompt of '{info}' is for {', '.join(config.chosen)}")
+        raise UserError("dimensions", f"{', '.join(config.chosen)}: no prompt of '{info}' is for these; choose others")
     return prompts
 
 
 def _suite(info: Path, texts: str | None) -> list[Prompt]:
-    """All of VBench's prompts; those that it lists twice, once, with the first text."""
+    """Read all of VBench's prompts. A prompt that is listed twice is returned once, with the first text."""
     entries = list(_entries(info))
     given = [prompt for prompt, _ in entries] if texts is None else read_lines(texts, "texts")
     if len(given) != len(entries):
@@ -78,7 +79,7 @@ def _suite(info: Path, texts: str | None) -> list[Prompt]:
 
 
 def _entries(info: Path) -> Iterator[tuple[str, frozenset[Dimension]]]:
-    """Prompt and dimensions of each entry: a list of `{"prompt_en": ..., "dimension": [...], ...}`."""
+    """Yield prompt and dimensions of each entry of a list of `{"prompt_en": ..., "dimension": [...], ...}`."""
     try:
         for entry in json.loads(info.read_text(encoding="utf-8")):
             name = str(entry["prompt_en"])

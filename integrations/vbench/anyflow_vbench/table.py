@@ -1,4 +1,4 @@
-"""One table of VBench's scores: dimensions by models and numbers of calls."""
+"""Table of VBench's scores: one row per dimension, one column per model and number of calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyflow_vbench.program import Result, overall
 
 @dataclass(frozen=True)
 class Column:
-    """Of the table: one model at one number of calls. Results by dimension, those that there are."""
+    """Column of the table: one model at one number of calls, with the existing results by dimension."""
 
     model: str
     calls: int
@@ -24,7 +24,7 @@ class Column:
 
 
 def write_table(config: VBenchConfig, columns: list[Column]) -> None:
-    """A row for each dimension; VBench's overall scores, where its own prompts were used."""
+    """Write a row for each dimension, and VBench's overall scores if its own prompts were used."""
     totals = [
         overall({name: result.score for name, result in column.results.items()}) if not config.prompts else {}
         for column in columns
@@ -45,10 +45,10 @@ def write_table(config: VBenchConfig, columns: list[Column]) -> None:
 
 def _caption(config: VBenchConfig) -> str:
     prompts = "VBench's prompts" if config.prompts is None else config.prompts
-    given = "" if config.texts is None else f", given as in {config.texts}"
-    static = " Static videos were not picked out for temporal_flickering." * ("temporal_flickering" in config.chosen)
+    given = "" if config.texts is None else f", with the texts in {config.texts}"
+    static = " temporal_flickering is not limited to static videos." * ("temporal_flickering" in config.chosen)
     return (
-        f"VBench's scores of {config.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
+        f"VBench scores of {config.videos} videos for each of {prompts}{given}; shift {config.shift:g}, guidance "
         f"scale {config.guidance_scale:g}.{static}"
     )
 
@@ -72,5 +72,5 @@ def _to_json(config: VBenchConfig, columns: list[Column], totals: Sequence[dict[
 
 
 def label(model: str, count: int) -> str:
-    """Head of a column."""
+    """Format the header of a column."""
     return f"{model}, {calls(count)}"

@@ -1,4 +1,4 @@
-"""Several processes of one `anyflow prepare`, without a launcher: forked from one in which the imports are done."""
+"""Several processes of one `anyflow prepare` without a launcher, forked from a process that has done the imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anyflow_train.errors import UserError
 
 
 def start(configs: list[PrepareConfig], log: Path) -> list[BaseProcess]:
-    """One process for each config; what they print goes to one file."""
+    """Start one process for each config. All of them print to one file."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

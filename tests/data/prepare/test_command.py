@@ -68,7 +68,7 @@ def test_samples_are_the_encoded_clips(prepared: Path, codec: str, clips: Path) 
     assert held_out.keys == [f"{number:05d}" for number in range(8)]
     for number in range(8):
         clip = read_clip(clips / f"{number:05d}.mp4", 5, 32, 32, 16.0)
-        # Encoded alone here, two at a time there: only the order of sums differs.
+        # One clip at a time against two at a time: only the order of sums differs.
         assert torch.allclose(held_out.latents[number], reference.encode_video(clip[None])[0], atol=1e-4)
         caption = (clips / f"{number:05d}.txt").read_text().strip()
         assert held_out.captions[number] == caption
@@ -100,10 +100,10 @@ def test_a_second_run_does_nothing(prepared: Path, codec: str, clips: Path, caps
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 9}, "frames: 9 now, but 5 then"),
-        ({"latent_dtype": "bf16"}, "latent_dtype: 'bf16' now"),
+        ({"frames": 9}, "frames: was 5 and is now 9 since"),
+        ({"latent_dtype": "bf16"}, "latent_dtype: was 'fp32' and is now 'bf16'"),
         ({"validation_prompts": ("wide",)}, "validation_prompts: "),
-        ({"samples_per_shard": 4}, "samples_per_shard: 4 now"),
+        ({"samples_per_shard": 4}, "samples_per_shard: was 3 and is now 4"),
     ],
 )
 def test_changed_settings_are_refused_by_name(
@@ -187,15 +187,15 @@ def test_real_clips_are_prepared(codec: str, tmp_path: Path) -> None:
 
 
 def release(pipe: Path) -> None:
-    """Let whoever waits to read a named pipe see its end."""
+    """Let a process that waits to read a named pipe see its end."""
     try:
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:  # nobody waits
+    except OSError:  # no process waits
         time.sleep(0.05)
 
 
 def run_interruptibly(config: PrepareConfig) -> None:
-    """Prepare, open to SIGINT even where the test suite itself is a background job, for which shells ignore it."""
+    """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run(config)
 
@@ -206,7 +206,7 @@ def test_a_killed_job_continues_to_the_same_bytes(
 ) -> None:
     source, out = tmp_path / "clips", tmp_path / "out"
     shutil.copytree(clips, source)
-    # The last clip of the second shard is a pipe that nobody writes to: the job waits there for ever.
+    # The last clip of the second shard is a pipe that no process writes to, so the job waits there forever.
     whole = (source / "00005.mp4").read_bytes()
     (source / "00005.mp4").unlink()
     os.mkfifo(source / "00005.mp4")
@@ -218,7 +218,7 @@ def test_a_killed_job_continues_to_the_same_bytes(
         assert job.is_alive()
         time.sleep(0.01)
     os.kill(job.pid or 0, number)
-    while job.is_alive():  # after SIGINT the job still waits for the clips under way: end them
+    while job.is_alive():  # after SIGINT the job still waits for clips that are being read: end them
         release(source / "00005.mp4")
     assert job.exitcode == (-number if number == signal.SIGKILL else 1)
     first = (out / "shard-000000.tar").read_bytes(), (out / "shard-000000.tar").stat().st_mtime_ns

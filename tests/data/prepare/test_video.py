@@ -33,7 +33,7 @@ def test_frames_are_those_that_a_player_shows(tmp_path: Path, source_fps: float,
 def test_a_clip_may_just_be_long_enough(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", [50] * 17)
     assert read_clip(path, 17, 64, 64, 16.0).shape[1] == 17
-    with pytest.raises(ClipError, match=r"too short: it lasts 1\.06 s, 21 frames at 16 fps need more than 1\.25 s"):
+    with pytest.raises(ClipError, match=r"too short: it lasts 1\.06 s, but 21 frames at 16 fps need more than 1\.25 s"):
         read_clip(path, 21, 64, 64, 16.0)
 
 

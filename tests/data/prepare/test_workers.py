@@ -1,4 +1,4 @@
-"""Several processes prepare one folder: real ones, some of them killed."""
+"""Several real processes prepare one folder, and some of them are killed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process makes of them."""
+    """Shards that a single process makes of the clips."""
     out = tmp_path_factory.mktemp("alone")
     run(make_config(clips, out))
     return contents(out)
@@ -59,7 +59,7 @@ def make_config(source: Path, out: Path, **changes: object) -> PrepareConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files, hidden ones too; the lock is empty."""
+    """Read all files, including hidden ones; the lock is empty."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -90,7 +90,7 @@ def test_a_killed_job_is_continued_by_another_number_of_processes(
 ) -> None:
     source, out = tmp_path / "clips", tmp_path / "out"
     shutil.copytree(clips, source)
-    # A pipe that nobody writes to, in the fourth shard: process 1 waits there for ever, process 0 for process 1.
+    # The fourth shard has a pipe that no process writes to: process 1 waits there forever, and process 0 for process 1.
     (source / "00006.mp4").unlink()
     os.mkfifo(source / "00006.mp4")
     crew = start([make_config(source, out)] * 2, tmp_path / "log")

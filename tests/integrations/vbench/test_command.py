@@ -198,14 +198,14 @@ def test_own_prompts_go_with_a_list_of_what_each_video_shows(root: Path, run: Ru
     assert listed.endswith(f"--mode custom_input --prompt_file {root}/out/run/1/prompts.json")
     # VBench would score every video of the folder, so it must hold no others.
     prompts.write_text("a bird\n")
-    with pytest.raises(UserError, match=r"out: .*videos holds another video, 000_a-cat-dog-0\.mp4"):
+    with pytest.raises(UserError, match=r"out: .*videos contains a different video, 000_a-cat-dog-0\.mp4"):
         run({"prompts": str(prompts), "dimensions": ("overall_consistency",)}, steps=(1,))
 
 
 def test_what_failed_is_named_and_the_rest_is_kept(root: Path, run: Run):
     run({"dimensions": ("temporal_flickering",)}, steps=(1,))
     (root / "broken").touch()
-    with pytest.raises(UserErrors, match=r"VBench failed at color: ModuleNotFoundError: No module named 'detectron2'"):
+    with pytest.raises(UserErrors, match=r"VBench failed for color: ModuleNotFoundError: No module named 'detectron2'"):
         run({}, steps=(1,))
     assert "| temporal_flickering | 0.2500      |" in (root / "out" / "vbench.md").read_text()
 
@@ -225,9 +225,9 @@ def test_a_causal_student_makes_its_clips_chunk_by_chunk(root: Path, run: Run):
 
 def test_mistakes_are_told_before_anything_is_made(root: Path, run: Run):
     mistakes: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"gpus": 2}, {}, r"gpus: 2, but torch of .* sees 1, and VBench scores on GPUs only"),
+        ({"gpus": 2}, {}, r"gpus: 2, but torch of .* finds 1, and VBench scores only on GPUs"),
         ({"info": str(root / "absent.json")}, {}, r"info: .* cannot be read"),
-        ({"height": 40}, {}, r"height: 40 is no multiple of 16"),
+        ({"height": 40}, {}, r"height: 40 is not a multiple of 16"),
         ({}, {"models": (str(root / "absent"),)}, "absent"),
     ]
     for vbench, options, message in mistakes:
@@ -240,14 +240,14 @@ def test_mistakes_are_told_before_anything_is_made(root: Path, run: Run):
 def test_videos_that_were_made_otherwise_are_not_mixed_in(root: Path, run: Run):
     run({"videos": 1, "dimensions": ("color",)}, steps=(1,))
     before = written(root)
-    with pytest.raises(UserError, match=r"out: .*/run/1 holds videos of shift=5\.0, not 3\.0; give another out"):
+    with pytest.raises(UserError, match=r"out: .*/run/1 contains videos with shift=5\.0, not 3\.0; give another out"):
         run({}, shift=3.0)
-    with pytest.raises(UserError, match=r"holds videos of weights='ema', not 'raw'"):
+    with pytest.raises(UserError, match=r"contains videos with weights='ema', not 'raw'"):
         run({}, weights="raw")
-    with pytest.raises(UserError, match=r"holds .*-0\.mp4 of another text or seed"):
+    with pytest.raises(UserError, match=r"contains .*-0\.mp4 with another text or seed"):
         run({}, seed=1)
     make_run(root / "later", FULL, gate=0.5)
-    with pytest.raises(UserError, match=r"holds videos of weights_digest="):
+    with pytest.raises(UserError, match=r"contains videos with weights_digest="):
         run({}, models=(str(root / "later" / "run"),))
     with open(root / "out" / "run" / "1" / ".lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -266,11 +266,11 @@ def test_the_core_works_without_the_package(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.usefixtures("installed")
 def test_the_installed_package_adds_its_command_and_its_help(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
-    assert "  vbench    measure videos of models with VBench" in capsys.readouterr().out
+    assert "  vbench    score videos of models with VBench" in capsys.readouterr().out
     assert main(["vbench", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "dimensions: list of" in shown
-    assert "models: list of str (must be given)" in shown
+    assert "models: list of str (required)" in shown
 
 
 def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -288,5 +288,5 @@ def test_the_command_line_takes_its_keys(root: Path, capfd: pytest.CaptureFixtur
     assert main(["vbench", *arguments]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith(f"error: python: {sys.executable} has no VBench (ModuleNotFoundError")
+    assert error.startswith(f"error: python: {sys.executable} cannot import VBench (ModuleNotFoundError")
     assert not (root / "out").exists()

@@ -19,13 +19,13 @@ def found(values: dict[str, Any]) -> dict[str, str]:
     ("values", "key", "words"),
     [
         ({"models": []}, "models", "at least one model"),
-        ({"dimensions": []}, "dimensions", "score=false writes the videos"),
+        ({"dimensions": []}, "dimensions", "score=false to write videos"),
         ({"dimensions": ["scenes"]}, "dimensions.0", "nearest is 'scene'"),
         ({"frames": 80}, "frames", "77 and 81"),
         ({"width": 100}, "width", "96 and 112"),
-        ({"prompts": "p", "info": "i"}, "info", "goes with VBench's own prompts"),
-        ({"prompts": "p", "texts": "t"}, "texts", "goes with VBench's own prompts"),
-        ({"prompts": "p", "dimensions": ["color", "human_action"]}, "dimensions", "color, human_action:"),
+        ({"prompts": "p", "info": "i"}, "info", "requires VBench's own prompts"),
+        ({"prompts": "p", "texts": "t"}, "texts", "requires VBench's own prompts"),
+        ({"prompts": "p", "dimensions": ["color", "human_action"]}, "dimensions", "color, human_action can be scored"),
         ({"videos": 6}, "videos", "less than or equal to 5"),
     ],
 )

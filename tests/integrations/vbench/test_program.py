@@ -77,7 +77,7 @@ def test_a_mean_over_nothing_is_no_score(tmp_path: Path):
 @pytest.mark.parametrize("content", [{"scene": [1.0, []]}, {"color": 1.0}, {"color": ["much", []]}, []])
 def test_another_format_is_named(tmp_path: Path, content: object):
     write_result(tmp_path, "now", content)
-    with pytest.raises(UserError, match=r"results_now_eval_results\.json: is not what VBench writes for color"):
+    with pytest.raises(UserError, match=r"results_now_eval_results\.json: is not a result of VBench for color"):
         read_result(tmp_path, "color")
 
 
@@ -94,7 +94,7 @@ def test_another_format_is_named(tmp_path: Path, content: object):
     ],
 )
 def test_a_failure_says_why(tmp_path: Path, program: str, reason: str):
-    with pytest.raises(UserError, match=rf"VBench failed at color: {reason}; its output is in .*vbench\.log"):
+    with pytest.raises(UserError, match=rf"VBench failed for color: {reason}; see .*vbench\.log"):
         score([sys.executable, "-c", program], "color", tmp_path / "color")
 
 
@@ -113,5 +113,5 @@ def test_videos_alone_need_no_vbench_but_its_list_of_prompts(tmp_path: Path):
     info = tmp_path / "info.json"
     assert find_vbench(options(score=False, info=str(info))).info == info
     assert find_vbench(options(score=False, prompts="mine.txt")).info is None
-    with pytest.raises(UserError, match="no VBench"):
+    with pytest.raises(UserError, match="cannot import VBench"):
         find_vbench(options(score=False))

@@ -98,7 +98,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path, info: Path):
     with pytest.raises(UserError, match=r"info: .*absent\.json' cannot be read: No such file"):
         read_prompts(options(), tmp_path / "absent.json")
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError, match=r"prompts: .*empty\.txt' holds no prompt"):
+    with pytest.raises(UserError, match=r"prompts: .*empty\.txt' has no prompts"):
         read_prompts(options(prompts=str(tmp_path / "empty.txt")), None)
-    with pytest.raises(UserError, match=r"dimensions: no prompt of .* is for color"):
+    with pytest.raises(UserError, match=r"dimensions: color: no prompt of .* is for these"):
         read_prompts(options(dimensions=("color",)), info)

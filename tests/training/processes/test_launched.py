@@ -107,7 +107,7 @@ def test_a_scheduler_s_signal_before_the_run_began_asks_for_another_start(tmp_pa
     [
         ("UserError('data.shards', 'is gone')", "error: data.shards: is gone (process 3)\n"),
         ("SharedErrors([UserError('data.shards', 'is gone')])", ""),
-        ("RuntimeError('a bug')", "error: stopped by a failure, see its log in the run's directory (process 3)\n"),
+        ("RuntimeError('a bug')", "error: a process failed; see its log in the run directory (process 3)\n"),
     ],
 )
 def test_what_one_process_alone_finds_reaches_the_terminal(tmp_path: Path, failure: str, told: str) -> None:

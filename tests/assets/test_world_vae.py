@@ -1,13 +1,14 @@
-"""The codec's recipe: its start, its penalties and what each phase may change. The shipped codec: its quality."""
+"""Recipe of the codec: initial weights, penalties, and the weights that each phase changes. Quality of the asset."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-import stripes_vae as vae
-from anyflow_train.tiny import world
+import world_vae as vae
+from anyflow_train.tiny import stripes as world
 from data_scaled_start import initialise
 
 ASSET = Path(__file__).parents[2] / "assets" / "tiny-wan"
@@ -22,7 +23,7 @@ SHORT = vae.CodecSettings(
 
 @pytest.fixture(scope="module")
 def started() -> AutoencoderKLWan:
-    """An initialised codec, as the first phase finds it."""
+    """Initialised codec, before the first phase."""
     torch.manual_seed(0)
     codec = vae.build()
     initialise(codec, _crops())
@@ -67,13 +68,13 @@ def test_moment_penalty_judges_each_frame_by_itself() -> None:
 
 def test_psnr_of_a_known_error() -> None:
     real = torch.zeros(2, 3, 1, 4, 4)
-    assert vae.psnr(real + 0.02, real) == pytest.approx(40, abs=1e-3)  # .01 of the range of 2
+    assert vae.psnr(real + 0.02, real) == pytest.approx(40, abs=1e-3)  # 0.01 of the range of 2
 
 
 def test_the_second_phase_leaves_the_latents_alone(started: AutoencoderKLWan) -> None:
     before = vae.encode(started, _crops())
     weight = started.decoder.conv_out.weight.clone()
-    vae.write_statistics(started, clips=4)
+    vae.write_statistics(started, replace(SHORT, statistics_clips=4))
     trained = vae.train_decoder(started, SHORT, lambda line: None)
     assert torch.equal(vae.encode(trained, _crops()), before)
     assert not torch.equal(trained.decoder.conv_out.weight, weight)
@@ -92,3 +93,16 @@ def test_the_shipped_codec_keeps_every_frame_and_every_class() -> None:
     spread = ((latents - mean) / std).std(dim=(0, 1, 3, 4))
     assert spread.min() > 0.8
     assert spread.max() < 1.2
+
+
+def test_crops_of_shapes_count_the_foreground() -> None:
+    settings = vae.CodecSettings(world="shapes", foreground_weight=6.0)
+    torch.manual_seed(0)
+    video = vae.draw("shapes", 4, 9, 32)
+    assert video.shape == (4, 3, 9, 32, 32)
+    weights = vae._pixel_weights(video, settings)
+    bright = (video - video[:, :, :1, :1, :1]).abs().amax(1, keepdim=True) > 0.5
+    counted = weights.expand_as(bright)
+    # Full foreground counts 1 + 6 times the far background, in every frame.
+    assert counted[bright].min() > 3 * counted.flatten(3).amin(3).max() / settings.first_frame_weight
+    assert torch.equal(vae._pixel_weights(video, vae.CodecSettings()), vae._weights(9, vae.CodecSettings()))

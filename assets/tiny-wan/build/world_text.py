@@ -1,25 +1,25 @@
-"""The text side of the stripes world: a word-level tokenizer and a random, frozen UMT5 encoder.
+"""Text encoder of an embedded world: a word-level tokenizer and a random, frozen UMT5 encoder.
 
-Twelve words need no training: random embeddings mixed by random attention already tell all captions apart.
+Twelve words need no training: random embeddings and random attention already give different outputs for all captions.
 """
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from anyflow_train.tiny import world
+from anyflow_train.tiny.worlds import WORLDS
 
 WIDTH = 64
 LAYERS = 2
-# The length that Wan's pipeline pads prompts to unless told otherwise.
+# Default length to which Wan's pipeline pads prompts.
 LONGEST_PROMPT = 512
 
 _PADDING, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the captions, in a fixed order, and an end token, as UMT5's tokenizer has it."""
-    vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *world.WORDS))}
+def build_tokenizer(world: str = "stripes") -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per word, in a fixed order, and an end token, as in UMT5's tokenizer."""
+    vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *WORLDS[world].WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -34,10 +34,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(seed: int) -> UMT5EncoderModel:
-    """The random encoder, float32, frozen: the same weights for the same seed, whatever was drawn before."""
+def build_text_encoder(seed: int, world: str = "stripes") -> UMT5EncoderModel:
+    """Build the random, frozen encoder in float32. The weights depend on the seed and the world's words alone."""
     config = UMT5Config(
-        vocab_size=len(build_tokenizer()),
+        vocab_size=len(build_tokenizer(world)),
         d_model=WIDTH,
         d_kv=16,
         d_ff=2 * WIDTH,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anyflow_train.tiny import world
+from anyflow_train.tiny import stripes as world
 
 
 def _clip(label: int, phase: float = 0.0, contrast: float = 1.0, **shape: int) -> torch.Tensor:

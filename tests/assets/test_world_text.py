@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from anyflow_train.tiny import world
-from stripes_text import build_text_encoder, build_tokenizer
+from anyflow_train.tiny import stripes as world
+from world_text import build_text_encoder, build_tokenizer
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
@@ -36,5 +36,5 @@ def test_all_captions_are_told_apart() -> None:
     tokens = build_tokenizer()(captions, return_tensors="pt")
     features = build_text_encoder(0)(tokens.input_ids, tokens.attention_mask).last_hidden_state.flatten(1)
     distance = torch.cdist(features, features) + 1e9 * torch.eye(len(captions))
-    # Captions differ in one to three of six words: the nearest pair keeps a fair share of the vectors' own length.
+    # Captions differ in one to three of six words. The nearest pair must differ by a fair share of the vectors' length.
     assert distance.min() > 0.2 * features.norm(dim=1).mean()
