@@ -125,7 +125,7 @@ def test_processes_with_other_configs_end_with_one_line_a_key(refused: Launch) -
 def test_processes_with_other_data_are_refused(refused: Launch) -> None:
     assert refused.codes("manifest") == [2, 2]
     assert refused.text().count("error: data.shards: is a manifest of 20 samples") == 1
-    assert "but one of 21 samples" in refused.text()
+    assert "but a manifest of 21 samples" in refused.text()
 
 
 @pytest.mark.parametrize("launch", ["ddp"], indirect=True)

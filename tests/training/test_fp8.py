@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_bit_exactly_and_hands_on_a_plain_network(fol
 def test_a_gpu_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    with pytest.raises(UserError, match=r"capability 8.9 .*A100 has 8.0; set it to none") as caught:
+    with pytest.raises(UserError, match=r"capability 8.9, but .*A100 has 8.0; set it to none") as caught:
         check_fp8(Engine(fp8="frozen"), torch.device("cuda"))
     assert caught.value.where == "engine.fp8"
     check_fp8(Engine(), torch.device("cuda"))

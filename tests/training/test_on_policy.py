@@ -209,7 +209,7 @@ def test_stage_2_goes_on_with_the_adapter_of_stage_1(folder: Path, tmp_path: Pat
 def test_a_base_that_is_not_the_teacher_is_refused(folder: Path, tmp_path: Path) -> None:
     config = on_one_base(folder, out=str(tmp_path))
     config["student"]["init"] = str(folder / "network")
-    with pytest.raises(UserError, match=r"teacher\.source.*is not .*network"):
+    with pytest.raises(UserError, match=r"teacher\.source.*is neither .*network"):
         training.run(RunConfig.model_validate(config))
 
 

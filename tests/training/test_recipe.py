@@ -95,7 +95,7 @@ def test_another_architecture_is_named_by_key_and_both_values(tmp_path: Path) ->
         "student.architecture.num_layers",
     ]
     assert "is 2" in caught.value.errors[1].problem
-    assert "made with 1" in caught.value.errors[1].problem
+    assert "built with 1" in caught.value.errors[1].problem
 
 
 def test_another_gate_is_named_with_both_values(tmp_path: Path) -> None:

@@ -212,10 +212,10 @@ def test_the_student_shares_its_base(tmp_path: Path) -> None:
     frozen = shared.parameters("teacher")
     assert all(torch.equal(frozen[name], theirs[name]) and not frozen[name].requires_grad for name in theirs)
     other = trained(tmp_path, "other", network(tmp_path), FULL)
-    with pytest.raises(UserError, match=r"^teacher\.source: .*/other is not .*/network"):
+    with pytest.raises(UserError, match=r"^teacher\.source: .*/other is neither .*/network"):
         share_frozen(shared, "third", str(other), settings, "teacher.source")
     changed = settings.model_copy(update={"deltatime_type": "t-r"})
-    with pytest.raises(UserError, match=r"^student\.deltatime_type: 't-r'"):
+    with pytest.raises(UserError, match=r"^student\.deltatime_type: is 't-r'"):
         share_frozen(shared, "third", str(run), changed, "teacher.source")
     with pytest.raises(UserError, match=r"^student\.adapter"):
         start_shared(student(tmp_path, run, FULL), 0, ALONE)
