@@ -171,7 +171,11 @@ def test_tiny_has_the_names_of_its_stages_too() -> None:
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
-        (["experiment=teacher", "model=tiny", "recipe=reference"], "experiment", "there are model=tiny, model=wan14b"),
+        (
+            ["experiment=teacher", "model=tiny", "recipe=reference"],
+            "experiment",
+            "there are model=shapes, model=tiny, model=wan14b",
+        ),
         (["experiment=forward", "model=tinny"], "experiment", "no experiment with model=tinny"),
         (["experiment=tiny", "model=wan14b"], "model", "experiment=tiny is not a stage"),
         (["recipe=reference", "steps=1", "name=a"], "recipe", "no experiment is given"),
