@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
@@ -121,8 +120,8 @@ def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
 def block_counts(config: RunConfig) -> set[int]:
     """The numbers of blocks that the run's networks have."""
     sources = [config.teacher.source]
-    if isinstance(config.on_policy, DistributionMatching):
-        sources.append(config.on_policy.fake_score.init)
+    if config.on_policy.matching is not None:
+        sources.append(config.on_policy.matching.fake_score.init)
     found = [stored_architecture(source) for source in sources]
     return {config.student.architecture.num_layers, *(other.num_layers for other in found if other is not None)}
 
