@@ -174,7 +174,7 @@ def test_an_installed_package_names_its_objectives(tmp_path: Path, monkeypatch: 
     with pytest.warns(ConfigWarning):
         config: RunConfig = compose("train", ["experiment=tiny", "objective.kind=halves"])
     assert (config.objective.kind, type(config.objective).__name__) == ("halves", "ShortcutConfig")
-    assert "valid are flow_matching, flow_map, halves" in errors("objective.kind=halfs")["objective.kind"]
+    assert "valid are flow_matching, flow_map, halves" in errors("objective.kind=halvez")["objective.kind"]
 
 
 def test_keys_of_another_kind_are_left_out_and_typed_ones_refused() -> None:
