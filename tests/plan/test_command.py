@@ -43,11 +43,22 @@ def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
     """Advice never splits its sequences, which it cannot do."""
     given = ["experiment=tiny_causal", "engine.micro_batch=1"]
     assert run([*given, "gpus=8"], None) == FITS
-    assert "chunks   " in capsys.readouterr().out
+    assert "1 + 2 + 2 latent frames" in capsys.readouterr().out
     config = compose("train", given, None, 8)
     tried = [setting.config for setting in fit.settings(config, None, "ddp", 8)]
     assert tried
     assert {config.engine.sequence_parallel for config in tried} == {1}
+
+
+@pytest.mark.nightly  # faster: test_a_causal_student, and test_what_does_not_fit_gets_the_nearest_that_does
+def test_advice_for_a_published_causal_student_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=none", "gpu=rtx4090-24"]
+    assert run(given, None) == DOES_NOT_FIT
+    printed = capsys.readouterr().out
+    assert "1 + 3 + 3 + 3 + 3 + 3 + 3 + 2 latent frames" in printed
+    advised = printed.splitlines()[-1]
+    assert "sequence_parallel" not in advised
+    assert run([*given, *advised.rpartition(": ")[2].split()], None) == FITS
 
 
 def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixture[str]) -> None:
