@@ -52,7 +52,7 @@ def test_a_causal_student(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.nightly  # faster: test_a_causal_student, and test_what_does_not_fit_gets_the_nearest_that_does
 def test_advice_for_a_published_causal_student_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=none", "gpu=rtx4090-24"]
+    given = ["experiment=wan1_3b_causal", "gpus=8", "student.gradient_checkpointing=none", "gpu=l40s-48"]
     assert run(given, None) == DOES_NOT_FIT
     printed = capsys.readouterr().out
     assert "1 + 3 + 3 + 3 + 3 + 3 + 3 + 2 latent frames" in printed
