@@ -84,8 +84,9 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
 
 
 def needs_teacher(config: RunConfig) -> bool:
-    """Whether a run calls the teacher: for its velocity, or in stage 2."""
-    return config.objective.follows_teacher or config.on_policy.matching is not None
+    """Whether a run calls the teacher: for its velocity, in stage 2, or as the reference of validation."""
+    evaluated = bool(config.evaluation.every) and config.evaluation.reference == "teacher"
+    return evaluated or config.objective.follows_teacher or config.on_policy.matching is not None
 
 
 def adapter_on_shared_base(config: RunConfig) -> Lora | None:

@@ -108,6 +108,11 @@ class ObjectiveConfig(Model):
         return False
 
     @property
+    def held_scale(self) -> float:
+        """CFG scale w of the velocities that the trained student predicts: by default the key `guidance_scale`."""
+        return getattr(self, "guidance_scale", 1.0) if self.holds_guidance else 1.0
+
+    @property
     def summary(self) -> str:
         """Short description for the model card."""
         return self.kind

@@ -51,6 +51,7 @@ class DryRun:
         samples: in the calls of a flow map, by part, of such a step.
         moments: the fullest ones of each part, on one process: part -> candidates.
         sizes: of every role's network; `student` is the first.
+        calls: operations of one call for one sample in validation, of the student and of a teacher as reference.
         costliest: number of the draw of shared numbers whose step costs most.
         assumed: roles whose network is taken to be as large as the student's, because its config is not here.
     """
@@ -60,6 +61,7 @@ class DryRun:
     moments: Sequence[tuple[str, Moment]]
     sizes: Mapping[str, Sizes]
     assumed: tuple[str, ...]
+    calls: Mapping[str, float]
     costliest: int
 
     @property
@@ -199,8 +201,8 @@ class _DryStep:
             always = replace(update, terms=tuple(replace(term, probability=1.0) for term in update.terms))
             make_update(always, self.recipe.trainables[update.role], self.recipe.roles, batches, draws, 0.0, "")
         del waiting, batches
-        sample_once(self.config, self.recipe, self.meter)
-        figures = dict(self.networks)
+        calls = sample_once(self.config, self.recipe, self.meter)
+        figures: Figures = {**self.networks, **{("call", role): count for role, count in calls.items()}}
         for (part, name), moment in self.meter.moments.items():
             figures |= {("moment", part, name, field): value for field, value in asdict(moment).items()}
         return figures
@@ -259,5 +261,6 @@ def _unpacked(figures: Figures) -> DryRun:
         moments=[(part, Moment(**fields)) for (part, _), fields in moments.items()],
         sizes={role: Sizes(**fields) for role, fields in sizes.items()},
         assumed=tuple(key[1] for key in figures if isinstance(key, tuple) and key[0] == "assumed"),
+        calls={key[1]: count for key, count in figures.items() if isinstance(key, tuple) and key[0] == "call"},
         costliest=int(figures["variant",]),
     )

@@ -8,8 +8,8 @@ from anyflow_train.config.findings import Finding
 from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.text import nearest
 
-# Metrics of validation at each step count; lower is better.
-DISTANCES = ("energy_distance", "sliced_wasserstein")
+# Metrics of validation at each step count, by `evaluation.reference`; lower is better.
+DISTANCES = {"clips": ("energy_distance", "sliced_wasserstein"), "teacher": ("energy_distance", "rms")}
 ORACLE_METRICS = ("class_error",)
 
 
@@ -66,12 +66,25 @@ def validation(config: RunConfig) -> Iterator[Finding]:
                 f"null, but evaluation.{key}={getattr(evaluation, key)} decodes videos; give a pipeline folder or "
                 f"hub id with the VAE, or set evaluation.{key}={'none' if key == 'oracle' else 0}",
             )
-    if evaluation.held_out is not None:
+    if evaluation.reference == "teacher":
+        yield from _teacher_reference(config)
+    if evaluation.held_out is not None or evaluation.reference == "teacher":
         yield from _best_metric(evaluation)
 
 
+def _teacher_reference(config: RunConfig) -> Iterator[Finding]:
+    if config.teacher.source is None:
+        yield Finding(
+            ("teacher.source", "evaluation.reference"),
+            "null, but evaluation.reference=teacher compares samples with a teacher; give a pipeline folder or hub id, "
+            "or set evaluation.reference=clips",
+        )
+    if config.evaluation.samples < 2:
+        yield Finding(("evaluation.samples",), "1, but a distance to the teacher's samples needs 2 or more")
+
+
 def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
-    metrics = DISTANCES + (ORACLE_METRICS if evaluation.oracle != "none" else ())
+    metrics = DISTANCES[evaluation.reference] + (ORACLE_METRICS if evaluation.oracle != "none" else ())
     valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
     if evaluation.best_metric in valid:
         return

@@ -53,8 +53,10 @@ def validation(config: RunConfig) -> Iterator[Finding]:
     evaluation = config.evaluation
     if evaluation.every == 0:
         return
-    if evaluation.held_out is None:
-        yield Finding(("evaluation.held_out",), "null; no distances are measured and no best checkpoint is kept")
+    if evaluation.held_out is None and evaluation.reference == "clips":
+        advice = "set it, or evaluation.reference=teacher"
+        text = f"null; no distances are measured and no best checkpoint is kept; {advice}"
+        yield Finding(("evaluation.held_out",), text)
     if evaluation.shift != config.times.shift and config.objective.any_step:
         yield Finding(
             ("evaluation.shift",),
