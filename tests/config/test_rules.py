@@ -21,6 +21,7 @@ from anyflow_train.config.run import RunConfig
 WHOLE = {"kind": "flow_matching", "guidance": "none", "guidance_scale": 1.0, "text_dropout": 0.1}
 LORA = {"kind": "lora"}
 EIGHT_BITS = {"engine.fp8": "frozen", "engine.precision": "bf16", "student.adapter": LORA}
+TAUGHT = {"evaluation.reference": "teacher", "evaluation.held_out": None}
 # What the cases below start from, whatever the experiment is tuned to.
 BASE: dict[str, Any] = {
     "steps": 800,
@@ -138,6 +139,17 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     # Validation.
     ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
     ({"evaluation.best_metric": "energy_4"}, "evaluation.best_metric", "nearest is 'energy_distance_4'"),
+    (
+        TAUGHT | {"evaluation.best_metric": "sliced_wasserstein_4"},
+        "evaluation.best_metric",
+        "(metrics energy_distance, rms, class_error",
+    ),
+    (TAUGHT | {"evaluation.samples": 1}, "evaluation.samples", "needs 2 or more"),
+    (
+        TAUGHT | {"teacher.source": None, "teacher.codec": "x"},
+        "teacher.source",
+        "set evaluation.reference=clips",
+    ),
     ({"teacher.source": None, "evaluation.videos": 0}, "teacher.codec", "evaluation.oracle=none"),
     ({"teacher.source": None, "evaluation.oracle": "none"}, "teacher.codec", "evaluation.videos=0"),
 ]
