@@ -10,6 +10,7 @@ from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.positions import BranchCounts
 from anyflow_train.config.run import Data, RunConfig
+from anyflow_train.config.schedule import stages
 from anyflow_train.errors import UserError
 
 # Wan2.1's VAE: 8x in height and width, 4x in time after the first frame, 16 channels.
@@ -26,6 +27,7 @@ class Derived:
     branches: samples of each branch per step; None if the objective has no branches or stage 2 leaves it out.
     turns: steps in which the student is updated in stage 2; None outside stage 2, where every step updates it.
     chunks: chunks of a causal student; None for other students.
+    schedule: steps of each stage of the run; one stage without a schedule.
     """
 
     shares: int
@@ -38,6 +40,7 @@ class Derived:
     steps: int
     turns: int | None
     chunks: Chunks | None
+    schedule: tuple[range, ...]
 
     @property
     def samples(self) -> int:
@@ -67,6 +70,7 @@ def derive(config: RunConfig, world: int) -> Derived:
         steps=config.steps,
         turns=math.ceil(config.steps / matching.fake_score.updates) if matching else None,
         chunks=Chunks.of(config.student.architecture),
+        schedule=tuple(stage.steps for stage in stages(config)),
     )
 
 
@@ -86,7 +90,8 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
 def needs_teacher(config: RunConfig) -> bool:
     """Whether a run calls the teacher: for its velocity, in stage 2, or as the reference of validation."""
     evaluated = bool(config.evaluation.every) and config.evaluation.reference == "teacher"
-    return evaluated or config.objective.follows_teacher or config.on_policy.matching is not None
+    followed = any(stage.config.objective.follows_teacher for stage in stages(config))
+    return evaluated or followed or config.on_policy.matching is not None
 
 
 def adapter_on_shared_base(config: RunConfig) -> Lora | None:
@@ -139,6 +144,8 @@ def table(derived: Derived) -> list[tuple[str, str]]:
         *_on_policy_rows(derived),
         ("samples seen", f"{derived.samples:,}"),
     ]
+    if len(derived.schedule) > 1:
+        rows.append(("stages", ", ".join(f"steps {steps[0]:,} to {steps[-1]:,}" for steps in derived.schedule)))
     if derived.branches is not None:
         counts = derived.branches
         text = (

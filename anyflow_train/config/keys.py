@@ -29,7 +29,9 @@ class Key:
 
 
 def variants(annotation: Any) -> list[type[Model]]:
-    """List the models that a field may hold: none for a plain value, several for a union tagged by `kind`."""
+    """List the models that a field may hold: none for a value or a list, several for a union tagged by `kind`."""
+    if typing.get_origin(annotation) is tuple:
+        return []
     if inspect.isclass(annotation) and issubclass(annotation, Model):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in variants(part)]
@@ -70,10 +72,11 @@ def walk(
 
 
 def field_texts(model: type[Model]) -> dict[str, str]:
-    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the class docstring."""
+    """Map field -> description, from lines `name: text` or `a, b: text` in the docstrings of a class and its bases."""
     texts: dict[str, str] = {}
     current: list[str] = []
-    for line in inspect.cleandoc(model.__doc__ or "").splitlines():
+    documents = [inspect.cleandoc(each.__doc__ or "") for each in reversed(model.__mro__)]
+    for line in "\n".join(documents).splitlines():
         entry = _ENTRY.match(line)
         names = entry["names"].split(", ") if entry else []
         if entry and all(name in model.model_fields for name in names):
@@ -123,6 +126,8 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if annotation is type(None):
         return "null"
+    if inspect.isclass(annotation) and issubclass(annotation, Model):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -27,6 +27,9 @@ def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memor
     gpu = GPUS[options.gpu]
     lines = [f"{config.name} on {options.world} x {gpu.title}, strategy {options.strategy}: predicted, not measured"]
     lines += ["", *_run(config, options, found)]
+    if len(found.stages) > 1:
+        number = found.stages.index(found.work)
+        lines.append(_row("planned", f"stage {number + 1}", f"the dearest of {len(found.stages)} stages"))
     lines += ["", "Operations of a step (of all GPUs together)", *_operations(found)]
     lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory, options.gpus)]
     lines += ["", "Time and cost", *_time(config, options, found)]

@@ -22,9 +22,9 @@ class RunForecast:
     found: DryRun
 
     @property
-    def work(self) -> float:
-        """Operations of a step of all processes together, without those that checkpointing repeats."""
-        return self.found.work
+    def work(self) -> tuple[float, ...]:
+        """Operations of a step of each stage, of all processes together, without those that checkpointing repeats."""
+        return self.found.stages
 
     def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
         """What to warn of before a run starts; None if it should fit.

@@ -33,8 +33,8 @@ class Forecast(Protocol):
     """What a run is foreseen to need; `plan` makes it."""
 
     @property
-    def work(self) -> float:
-        """Operations of a step of all processes together, without those that are done twice."""
+    def work(self) -> tuple[float, ...]:
+        """Operations of a step of each stage, of all processes together, without those that are done twice."""
         ...
 
     def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
@@ -50,11 +50,11 @@ Foresee = Callable[[RunConfig, int], Forecast]
 """Config and number of processes -> forecast."""
 
 
-def check_memory(config: RunConfig, world: World, foresee: Foresee) -> float | None:
+def check_memory(config: RunConfig, world: World, foresee: Foresee) -> tuple[float, ...] | None:
     """Print one warning, from process 0, if some GPU is short of memory.
 
     Returns:
-        Operations of a step, as the forecast has them; None on a CPU, for which nothing is foreseen.
+        Operations of a step of each stage, as the forecast has them; None on a CPU, for which nothing is foreseen.
 
     Raises:
         SharedErrors: on every process, the run cannot fit.
@@ -63,7 +63,7 @@ def check_memory(config: RunConfig, world: World, foresee: Foresee) -> float | N
         return None
     gpus = world.gather(GpuMemory(socket.gethostname(), *torch.cuda.mem_get_info(world.device)))
 
-    def look() -> tuple[str | None, float]:
+    def look() -> tuple[str | None, tuple[float, ...]]:
         forecast = foresee(config, world.size)
         return forecast.memory_warning(engine_name(), gpus), forecast.work
 

@@ -46,6 +46,10 @@ BASE: dict[str, Any] = {
 }
 
 
+def stage(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"steps": 10, "changes": changes}]
+
+
 @cache
 def saved(experiment: str) -> str:
     return compose("train", [f"experiment={experiment}"]).model_dump_json()
@@ -136,6 +140,22 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"engine.micro_batch": 5}, "engine.global_batch", "nearest are 30 and 35"),
     ({"engine.sequence_parallel": 2}, "engine.sequence_parallel", "does not divide the number of processes, 1"),
     ({"optimizer.schedule": "constant"}, "optimizer.final_lr_share", "no effect"),
+    # Stages.
+    ({"objective.schedule": stage({"times.diffusion_share": 0.9})}, "objective.schedule.0", "add up to 1.15"),
+    ({"objective.schedule": stage({"objective.epsilon": 0.5})}, "objective.schedule.0", "less than or equal to 0.1"),
+    (
+        {"objective.schedule": stage({"objective.epsilom": 0.01})},
+        "objective.schedule.0",
+        "objective.epsilom: unknown key; nearest is 'epsilon'",
+    ),
+    ({"objective.schedule": stage({"objective.kind": "x"})}, "objective.schedule.0", "the same in all stages"),
+    ({"objective.schedule": stage({"optimizer.lr": 1.0})}, "objective.schedule.0", "a stage changes keys of objective"),
+    (
+        {"objective.schedule": stage({"objective.derivative_network": "student"})},
+        "objective.schedule.0",
+        "cannot change the weights (student)",
+    ),
+    ({"objective.schedule": [{"steps": 0, "changes": {}}]}, "objective.schedule.0.steps", "greater than 0"),
     # Validation.
     ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
     ({"evaluation.best_metric": "energy_4"}, "evaluation.best_metric", "nearest is 'energy_distance_4'"),
@@ -169,6 +189,7 @@ POSSIBLE: list[dict[str, Any]] = [
     {"objective.guidance": "target", "objective.guidance_scale": 3.0},
     {"times.diffusion_share": 0.0, "objective.rebalance": "none"},
     {"times.diffusion_share": 0.5, "times.consistency_share": 0.5},
+    {"objective.schedule": stage({"times.diffusion_share": 1.0, "times.consistency_share": 0.0})},
     {"student.init": None, "student.time_frequency_limit": 0.03},
     {"student.adapter": LORA | {"full_modules": ["time_embedder", "delta_embedder"]}},
     {"evaluation.best_metric": "sliced_wasserstein_8"},
@@ -214,6 +235,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"objective": WHOLE}, 1, "times.diffusion_share", "choose times=flow_matching"),
+    ("tiny", {"objective.schedule": [{"steps": 800, "changes": {}}]}, 1, "objective.schedule", "are never used"),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
     (

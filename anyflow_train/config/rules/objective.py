@@ -21,15 +21,17 @@ def shares(config: RunConfig) -> Iterator[Finding]:
             f"most 1 is possible; set it to {max(0.0, 1 - times.diffusion_share):g} or less",
         )
         return
-    if not config.objective.branches:
-        return
-    if times.diffusion_share >= 1:
+    if config.objective.branches:
+        yield from _branch_sizes(config)
+
+
+def learns_the_map(config: RunConfig) -> Iterator[Finding]:
+    """Check that there are samples with r < t. Only stages of a schedule may do without them."""
+    if config.objective.branches and config.times.diffusion_share >= 1:
         yield Finding(
-            keys[::-1],
+            ("times.diffusion_share", "times.consistency_share"),
             "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching",
         )
-        return
-    yield from _branch_sizes(config)
 
 
 def unused_shares(config: RunConfig) -> Iterator[Finding]:

@@ -53,6 +53,17 @@ def learning_rate(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def one_derivative(config: RunConfig, stage: RunConfig) -> Iterator[Finding]:
+    """Check that a stage takes derivatives of the same weights in the same precision as the run: one role has them."""
+    wanted, found = config.objective.derivative, stage.objective.derivative
+    if found is not None and (wanted is None or (found.network, found.precision) != (wanted.network, wanted.precision)):
+        yield Finding(
+            ("objective.derivative",),
+            f"a stage cannot change the weights ({found.network}) or the precision ({found.precision}) that the "
+            "derivative is taken of",
+        )
+
+
 def validation(config: RunConfig) -> Iterator[Finding]:
     """Check that validation has what its metrics require."""
     evaluation = config.evaluation

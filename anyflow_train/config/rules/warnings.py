@@ -29,6 +29,16 @@ def schedule(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def stages(config: RunConfig) -> Iterator[Finding]:
+    """Warn if the run ends before the objective's own keys apply."""
+    planned = sum(stage.steps for stage in config.objective.schedule)
+    if planned >= config.steps:
+        yield Finding(
+            ("objective.schedule",),
+            f"its stages take {planned} steps of steps={config.steps}; the objective's own keys are never used",
+        )
+
+
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """Warn about a derivative that is less precise than the network, or that takes most of a step's time."""
     settings = config.objective.derivative
