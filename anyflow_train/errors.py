@@ -36,6 +36,12 @@ class SharedErrors(UserErrors):
     """User errors that every process of a run raises, so that each process ends by itself."""
 
 
+def raise_all(errors: list[UserError], kind: type[UserErrors] = UserErrors) -> None:
+    """Raise the errors together, as `kind`, if there are any."""
+    if errors:
+        raise kind(errors)
+
+
 class ConfigWarning(UserWarning):
     """A warning about a config: printed as one line, and the command continues."""
 

@@ -67,7 +67,7 @@ class Saver:
         world = self._world
         saved = (entry for entries in groups.values() for entry in entries.values())
         size = sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
-        streams = {group: world.activity.touch_each(read_entries(entries)) for group, entries in groups.items()}
+        streams = {group: read_entries(entries) for group, entries in groups.items()}
         with world.activity.untimed("saving"):
             with world.together():
                 self._end_last(state.step)
