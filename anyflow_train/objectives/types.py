@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +32,10 @@ class Roles:
     derivative: FlowMap
     teacher: FlowMap | None = None
     fake_score: FlowMap | None = None
+
+    def wrapped(self, wrap: Callable[[str, FlowMap], FlowMap]) -> Roles:
+        """Return the roles with each flow map replaced by `wrap(name, flow_map)`."""
+        return Roles(**{name: flow_map and wrap(name, flow_map) for name, flow_map in vars(self).items()})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.gpus import known_gpu, utilisation
 from anyflow_train.training.processes.signals import StopRequest
 from anyflow_train.training.recipe import Recipe
-from anyflow_train.training.reporting.progress import Pace, StepProgress, peak_memory_gib
+from anyflow_train.training.reporting.progress import StepProgress, peak_memory_gib
 from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.schedule import learning_rate
 from anyflow_train.training.updates import make_update
@@ -53,7 +53,7 @@ class Trainer:
     work: float | None = None
 
     def __post_init__(self) -> None:
-        self._pace = Pace()
+        self._step_seconds: list[float] = []  # without saving and validating
         self._activity = self.recipe.world.activity
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -71,12 +71,12 @@ class Trainer:
     def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
         self._validate_if_due()
         while self.state.step < self.config.steps and not self._should_stop():
-            self._pace.begin()
+            start = time.monotonic()
             self._activity.begin("loading data", self.state.step)
             batches = next(steps)
             self._activity.begin("training", self.state.step)
             self._step(batches)
-            self._pace.end()
+            self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
             self._validate_if_due()
             self._save_if_due()
@@ -134,7 +134,7 @@ class Trainer:
             return
         names = dict.fromkeys(name for row in self._window for name in row)
         means = {name: fmean(row[name] for row in self._window if name in row) for name in names}
-        seconds = self._pace.seconds_per_step()
+        seconds = fmean(self._step_seconds)
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
         if self._gpu is not None and self.work is not None:
@@ -143,6 +143,7 @@ class Trainer:
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)
         self._window.clear()
+        self._step_seconds.clear()
         self.progress.show(self.state.step, means)
         self.trackers.log(self.state.step, means)
 
@@ -159,8 +160,8 @@ class Trainer:
         metrics = validation.metrics
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
         self.progress.say(f"step {self.state.step}  " + "  ".join(f"{name} {v:.4g}" for name, v in metrics.items()))
-        self.trackers.log(self.state.step, {f"validation/{name}": value for name, value in metrics.items()})
-        self.trackers.videos(self.state.step, validation.videos)
+        values = {f"validation/{name}": value for name, value in metrics.items()}
+        self.trackers.log(self.state.step, values, validation.videos)
         self._note_best(metrics.get(self.config.evaluation.best_metric))
 
     def _note_best(self, value: float | None) -> None:
