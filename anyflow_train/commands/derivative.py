@@ -18,7 +18,7 @@ from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.objectives.context import in_chunks
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
-from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.networks import load_trained_network, start_student
 from anyflow_train.training.processes.world import World, start_world
 from anyflow_train.training.recipe import build_loader
 
@@ -49,7 +49,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
 
 def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
     if options.derivative_weights is None:
-        return build_student(config.student, config.seed)
+        return start_student(config.student, config.seed)
     return load_trained_network(options.derivative_weights)
 
 

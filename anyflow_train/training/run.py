@@ -19,7 +19,7 @@ from anyflow_train.training.checkpoints.reading import restore_tensors
 from anyflow_train.training.checkpoints.resume import ResumePoint, check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
-from anyflow_train.training.engine import set_adam_steps
+from anyflow_train.training.engine import engine_name, set_adam_steps
 from anyflow_train.training.memory_check import Foresee, check_memory
 from anyflow_train.training.processes.heartbeat import Heartbeat
 from anyflow_train.training.processes.launched import PREEMPTED
@@ -29,7 +29,7 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
+from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
@@ -67,6 +67,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             print(finished)
             return 0
         with world.together():
+            check_strategy(config, engine_name())
             check_fp8(config.engine, world.device)
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NoReturn
 
 import torch
 
@@ -79,7 +78,8 @@ class Trainer:
             self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
             self._validate_if_due()
-            self._save_if_due()
+            if self._due(self.config.checkpoint.every):
+                self._save()
         self._save()
         self._saver.wait()
         self._activity.begin_untimed("ending")
@@ -125,7 +125,8 @@ class Trainer:
         names = ", ".join(shown) + (f" and {more} more" if more else "")
         problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
         if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
-            self._give_up(f"{self.state.skipped_in_row} such steps in a row: {problem}")
+            with self.recipe.world.together():
+                raise UserError("max_nonfinite_steps", f"{self.state.skipped_in_row} such steps in a row: {problem}")
         self.progress.say(f"warning: {problem}; skipped")
 
     def _log_if_due(self) -> None:
@@ -162,18 +163,10 @@ class Trainer:
         self.progress.say(f"step {self.state.step}  " + "  ".join(f"{name} {v:.4g}" for name, v in metrics.items()))
         values = {f"validation/{name}": value for name, value in metrics.items()}
         self.trackers.log(self.state.step, values, validation.videos)
-        self._note_best(metrics.get(self.config.evaluation.best_metric))
-
-    def _note_best(self, value: float | None) -> None:
-        best = self.state.best
-        if value is None or not math.isfinite(value) or (best is not None and value >= best.value):
-            return
-        best = Best(self.state.step, self.config.evaluation.best_metric, value)
-        self.state = dataclasses.replace(self.state, best=best)
-        self._save()
-
-    def _save_if_due(self) -> None:
-        if self._due(self.config.checkpoint.every):
+        best, metric = self.state.best, self.config.evaluation.best_metric
+        value = metrics.get(metric, math.inf)
+        if math.isfinite(value) and (best is None or value < best.value):
+            self.state = dataclasses.replace(self.state, best=Best(self.state.step, metric, value))
             self._save()
 
     def _save(self) -> None:
@@ -208,8 +201,3 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic()
-
-    def _give_up(self, problem: str) -> NoReturn:
-        """End all processes with the same error."""
-        with self.recipe.world.together():
-            raise UserError("max_nonfinite_steps", problem)
