@@ -15,8 +15,8 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.training.attention import attention_by, choose_kernel
-from anyflow_train.training.checkpoints.reading import restore_tensors
-from anyflow_train.training.checkpoints.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
+from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.engine import engine_name, set_adam_steps
@@ -97,15 +97,15 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
 
 
-def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
+def restore(recipe: Recipe, point: CheckpointInfo | None) -> TrainState:
     """Copy a checkpoint's tensors into the trained roles. Returns its state; without one, the initial state."""
     if point is None:
         return TrainState()
     for role, trainable in recipe.trainables.items():
         for group, entries in recipe.groups(role).items():
             restore_tensors(point.path, group, entries, recipe.world)
-        set_adam_steps(trainable.engine.optimizer, point.info.adam_steps[role])
-    return point.info.state
+        set_adam_steps(trainable.engine.optimizer, point.adam_steps[role])
+    return point.state
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:
