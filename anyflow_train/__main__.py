@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe must raise here, inside the try, and not at exit
         return launched.record_exit_code(code, everywhere=True)
     except UserError as error:
-        return _report(error.each(), everywhere=isinstance(error, SharedErrors))
+        return _report(error.errors, everywhere=isinstance(error, SharedErrors))
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr)
         return LOST_PROCESS

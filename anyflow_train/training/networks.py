@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora, Student
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read, assemble, build_network, network_class
@@ -19,12 +19,7 @@ from anyflow_train.models.shared_base import SharedBase
 from anyflow_train.training.engine import build_sharded, shard_frozen
 from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import World
-from anyflow_train.training.weight_source import (
-    TrainedWeights,
-    WeightSource,
-    open_source,
-    raise_all,
-)
+from anyflow_train.training.weight_source import TrainedWeights, WeightSource, open_source
 
 # Arguments that must be equal for networks that take the same latents and texts.
 INTERFACE = ("in_channels", "out_channels", "text_dim")

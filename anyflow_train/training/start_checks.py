@@ -12,12 +12,12 @@ import torch
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
 from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.engine.adamw_8bit import library
-from anyflow_train.training.weight_source import is_run, mismatches, raise_all
+from anyflow_train.training.weight_source import is_run, mismatches
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.

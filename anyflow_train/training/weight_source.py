@@ -16,7 +16,7 @@ from torch import Size, Tensor, device
 
 from anyflow_train.config.network import Architecture, Causal, Lora, Student
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
@@ -312,9 +312,3 @@ def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> lis
         for key, value, found in pairs
         if value != found
     ]
-
-
-def raise_all(errors: list[UserError]) -> None:
-    """Raise UserErrors if the list is not empty."""
-    if errors:
-        raise UserErrors(errors)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
@@ -115,8 +115,7 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> Non
         for key in changed
         if not _is_free(key)
     ]
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.run import Engine as EngineConfig
 from anyflow_train.devices import pick_device
-from anyflow_train.errors import SharedErrors, UserError, UserErrors
+from anyflow_train.errors import SharedErrors, UserError
 from anyflow_train.training.processes.activity import Activity
 from anyflow_train.training.processes.launched import local_rank
 
@@ -128,10 +128,8 @@ class World:
         found: list[tuple[str, str]] = []
         try:
             yield
-        except UserErrors as errors:
+        except UserError as errors:
             found = [(error.where, error.problem) for error in errors.errors]
-        except UserError as error:
-            found = [(error.where, error.problem)]
         everywhere = self.gather(found)
         if any(everywhere):
             problems = _by_problem(everywhere)
