@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_names
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.parameters import layers
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
@@ -137,44 +139,29 @@ def _difference(config: RunConfig, source: str | None) -> str | None:
 
 def adapter_targets(config: RunConfig) -> Iterator[Finding]:
     """Check that adapters name existing layers, and no layer twice."""
-    adapter = config.student.adapter
+    adapter, key = config.student.adapter, "student.adapter"
     if not isinstance(adapter, Lora):
         return
-    layers = linear_layers(config.student.architecture)
+    known = layers(config.student.architecture)
+    linear = [name for name, is_linear in known.items() if is_linear]
     if not adapter.targets:
-        yield Finding(("student.adapter.targets",), "is empty; name at least one layer")
+        yield Finding((f"{key}.targets",), "is empty; name at least one layer")
     for target in adapter.targets:
-        if not any(matches(layer, [target]) for layer in layers):
-            yield Finding(
-                ("student.adapter.targets",),
-                f"{target!r} matches no linear layer{_nearest(target, _last_parts(layers))}",
-            )
-    names = parameter_names(config.student.architecture)
+        if not any(is_target(name, (target,)) for name in linear):
+            yield Finding((f"{key}.targets",), f"{target!r} matches no linear layer{_nearest(target, linear)}")
     for module in adapter.full_modules:
-        inside = [name for name in names if in_modules(name, [module])]
+        inside = [name for name in known if is_in(name, (module,))]
         if not inside:
-            modules = _last_parts([parent for name in names for parent in _parents(name)])
-            yield Finding(("student.adapter.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
-        elif any(matches(name.removesuffix(".weight"), adapter.targets) for name in inside):
+            modules = [parent for name in known for parent in accumulate(name.split("."), "{}.{}".format)]
+            yield Finding((f"{key}.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
+        elif any(is_target(name, adapter.targets) for name in inside):
             yield Finding(
-                ("student.adapter.full_modules", "student.adapter.targets"),
+                (f"{key}.full_modules", f"{key}.targets"),
                 f"{module!r} has layers that are also in student.adapter.targets; remove them from one of the two",
             )
 
 
-def _last_parts(names: list[str]) -> list[str]:
-    """Shorten names: `blocks.0.attn1.to_q` -> `attn1.to_q`; other names lose only `condition_embedder.`."""
-    shortened = (
-        name.split(".", 2)[2] if name.startswith("blocks.") and name.count(".") > 1 else name for name in names
-    )
-    return list(dict.fromkeys(name.removeprefix("condition_embedder.") for name in shortened if name))
-
-
-def _parents(name: str) -> list[str]:
-    """List the parents of a dotted name: `a.b.c` -> `a`, `a.b`."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-
-
-def _nearest(wrong: str, valid: list[str]) -> str:
-    return nearest_hint(wrong, valid) or f"; valid are {', '.join(valid)}"
+def _nearest(wrong: str, names: list[str]) -> str:
+    """Name the nearest one of `names`, or all of them, without the parts that a user need not write."""
+    short = dict.fromkeys(re.sub(r"^(blocks\.\d+|condition_embedder)\.", "", name) for name in names)
+    return nearest_hint(wrong, short) or f"; valid are {', '.join(short)}"
