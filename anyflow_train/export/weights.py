@@ -51,13 +51,13 @@ def write_network(network_class: type[ModelMixin], folder: Path, config: Config,
     Args:
         network_class: diffusers' AnyFlowTransformer3DModel or WanTransformer3DModel.
         folder: folder for `config.json` and the weights.
-        config: constructor arguments; names that start with an underscore are left out.
+        config: constructor arguments, as in the network's `config`.
         state: weights from `stored`.
         shard: largest file in GiB.
     """
     # The meta device allocates and initialises nothing. The weights are assigned, not copied.
     with torch.device("meta"):
-        model = network_class(**{name: value for name, value in config.items() if not name.startswith("_")})
+        model = network_class.from_config(dict(config))
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.save_pretrained(folder, max_shard_size=int(shard * 2**30), safe_serialization=True)
 
