@@ -26,9 +26,8 @@ def run(config: ExportConfig) -> Provenance:
         checkpoint = resolve_checkpoint(config.checkpoint)
         network = load_trained_network(checkpoint, config.weights)
         trained, step = read_network(checkpoint), read_step(checkpoint)
-        print(
-            f"exporting {trained.run}, step {step}, {config.weights} weights, as {config.format} in {config.precision}"
-        )
+        what = f"{trained.run}, step {step}, {config.weights} weights"
+        print(f"exporting {what}, as {config.format} in {config.precision}")
         difference = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
         base, saved = public_name(base_of(trained)), public_config(checkpoint)
         provenance = Provenance(config, trained, saved, checkpoint.name, step, base, difference)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -19,7 +18,7 @@ from anyflow_train.errors import UserError
 from anyflow_train.export import verify
 from anyflow_train.export.lora import reload_lora, write_lora
 from anyflow_train.export.parts import copy_parts, resolve_folder, write_index
-from anyflow_train.export.weights import stock_class, stored, to_wan, write_network
+from anyflow_train.export.weights import Stock, stock_class, stored, to_wan, write_network
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import assemble
@@ -141,7 +140,7 @@ def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
     return verify.check_outputs("the transformer", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
 
 
-def _write(job: Job, network_class: type[ModelMixin], folder: Path, network: Any) -> Any:
+def _write(job: Job, network_class: Stock, folder: Path, network: Any) -> Any:
     """Write a network as stock diffusers' network, reload it in float32, and compare the weights."""
     state = stored(network.state_dict(), job.config.precision)
     write_network(network_class, folder, network.config, state, job.config.max_shard_gib)

@@ -44,13 +44,10 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts for the marker file, without paths on the training machine."""
+        facts = {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "config")}
         network = self.network.model_dump(mode="json", include={"run", "sampling"})
         options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
-        return (
-            network
-            | options
-            | {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "config")}
-        )
+        return network | options | facts
 
 
 def public_config(checkpoint: Path) -> dict[str, Any]:
