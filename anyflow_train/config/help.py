@@ -41,7 +41,10 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
         ]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, model, overrides)]
+    if base == "train":
+        kinds = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
+        model = run_model(kinds[-1] if kinds else None)
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_section(model, "", None)]
     return "\n".join(lines)
 
 
@@ -65,13 +68,6 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     for group in named:
         yield f"  {group + '=...':<22}{', '.join(groups[group])}"
     yield ""
-
-
-def _keys(command: str, model: type[Model], overrides: Sequence[str]) -> Iterator[str]:
-    if command == "train":
-        typed = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
-        model = run_model(typed[-1] if typed else None)
-    yield from _section(model, "", None)
 
 
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:
