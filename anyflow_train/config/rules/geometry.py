@@ -29,28 +29,20 @@ def video_size(
     """Check frames, height and width, if they are set. The keys start with `prefix`."""
     if frames is not None:
         yield from frame_count(f"{prefix}frames", frames)
+    unit = SPATIAL_FACTOR * patch
     for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None:
-            yield from _side_length(f"{prefix}{name}", pixels, patch)
+        if pixels is not None and pixels % unit:
+            lower = pixels // unit * unit
+            nearest = f"{lower} and {lower + unit}" if lower else f"{unit}"
+            problem = f"{pixels} pixels are not a multiple of {unit} (VAE 8 x patch {patch}); nearest are {nearest}"
+            yield Finding((f"{prefix}{name}",), problem)
 
 
 def frame_count(key: str, frames: int) -> Iterator[Finding]:
     """Check for 4n + 1 frames: the VAE encodes the first frame alone, and then 4 frames into one latent frame."""
-    beyond = (frames - 1) % TEMPORAL_FACTOR
-    if beyond:
+    if beyond := (frames - 1) % TEMPORAL_FACTOR:
         lower = frames - beyond
         yield Finding((key,), f"{frames} frames are not 4n + 1; nearest are {lower} and {lower + TEMPORAL_FACTOR}")
-
-
-def _side_length(key: str, pixels: int, patch: int) -> Iterator[Finding]:
-    """Check that a side is a multiple of the VAE's factor times the patch size."""
-    unit = SPATIAL_FACTOR * patch
-    if pixels % unit:
-        lower = pixels // unit * unit
-        nearest = f"{lower} and {lower + unit}" if lower else f"{unit}"
-        yield Finding(
-            (key,), f"{pixels} pixels are not a multiple of {unit} (VAE 8 x patch {patch}); nearest are {nearest}"
-        )
 
 
 def run_sizes(config: RunConfig) -> Iterator[Finding]:
@@ -64,11 +56,9 @@ def run_sizes(config: RunConfig) -> Iterator[Finding]:
     longest = architecture.rope_max_seq_len
     for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
         if tokens > longest:
-            yield Finding(
-                (f"data.{axis}", "student.architecture.rope_max_seq_len"),
-                f"{getattr(data, axis)} is {tokens} tokens along this axis, more than "
-                f"student.architecture.rope_max_seq_len={longest}; lower it",
-            )
+            key = "student.architecture.rope_max_seq_len"
+            problem = f"{getattr(data, axis)} is {tokens} tokens along this axis, more than {key}={longest}; lower it"
+            yield Finding((f"data.{axis}", key), problem)
 
 
 def network_shape(config: RunConfig) -> Iterator[Finding]:
@@ -82,27 +72,21 @@ def network_shape(config: RunConfig) -> Iterator[Finding]:
         if (size := getattr(architecture, name)) % 2:
             yield Finding((f"{prefix}.{name}",), f"{size} must be even, because {reason}")
     if architecture.in_channels != architecture.out_channels:
-        yield Finding(
-            (f"{prefix}.out_channels", f"{prefix}.in_channels"),
-            f"{architecture.out_channels} must be equal to {prefix}.in_channels={architecture.in_channels}, because a "
-            "velocity has the shape of the latents",
-        )
+        problem = f"{architecture.out_channels} must be equal to {prefix}.in_channels={architecture.in_channels}"
+        keys = (f"{prefix}.out_channels", f"{prefix}.in_channels")
+        yield Finding(keys, f"{problem}, because a velocity has the shape of the latents")
 
 
 def student_start(config: RunConfig) -> Iterator[Finding]:
     """Check that adapters have trained weights, and that options for random weights have random weights."""
     student = config.student
     if student.init is None and isinstance(student.adapter, Lora):
-        yield Finding(
-            ("student.adapter", "student.init"),
-            "kind=lora would freeze random weights; give student.init=..., or choose student/adapter=full",
-        )
-    if student.init is not None and student.time_frequency_limit is not None:
-        yield Finding(
-            ("student.time_frequency_limit", "student.init"),
-            f"{student.time_frequency_limit} is only for random weights, but student.init={student.init} is trained; "
-            "set student.time_frequency_limit=null",
-        )
+        problem = "kind=lora would freeze random weights; give student.init=..., or choose student/adapter=full"
+        yield Finding(("student.adapter", "student.init"), problem)
+    key, limit = "student.time_frequency_limit", student.time_frequency_limit
+    if student.init is not None and limit is not None:
+        problem = f"{limit} is only for random weights, but student.init={student.init} is trained; set {key}=null"
+        yield Finding((key, "student.init"), problem)
 
 
 def known_shapes(config: RunConfig) -> Iterator[Finding]:
@@ -118,10 +102,8 @@ def known_shapes(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("student.init", "student.architecture"), f"{init}{whose} {difference}; {advice}")
     elif shares_base(config) and (difference := _difference(config, teacher)):
         key = "on_policy.fake_score.adapter"
-        yield Finding(
-            (key, "teacher.source"),
-            f"lora requires one base for all roles, but {teacher} {difference}; set {key}.kind=full",
-        )
+        problem = f"lora requires one base for all roles, but {teacher} {difference}; set {key}.kind=full"
+        yield Finding((key, "teacher.source"), problem)
 
 
 def _difference(config: RunConfig, source: str | None) -> str | None:
@@ -155,10 +137,8 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
             modules = [parent for name in known for parent in accumulate(name.split("."), "{}.{}".format)]
             yield Finding((f"{key}.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
         elif any(is_target(name, adapter.targets) for name in inside):
-            yield Finding(
-                (f"{key}.full_modules", f"{key}.targets"),
-                f"{module!r} has layers that are also in student.adapter.targets; remove them from one of the two",
-            )
+            problem = f"{module!r} has layers that are also in {key}.targets; remove them from one of the two"
+            yield Finding((f"{key}.full_modules", f"{key}.targets"), problem)
 
 
 def _nearest(wrong: str, names: list[str]) -> str:
