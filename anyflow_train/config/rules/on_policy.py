@@ -22,10 +22,8 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
         problem = f"{config.objective.kind!r} does not train a flow map, {requires} requires one"
         yield Finding(("objective.kind", KIND), f"{problem}; choose objective=flow_map, or on_policy=none")
     if config.teacher.source is None:
-        problem = f"null, {requires} compares rollouts with a teacher"
-        yield Finding(
-            ("teacher.source", KIND), f"{problem}; give a pipeline folder or hub id, or choose on_policy=none"
-        )
+        advice = "give a pipeline folder or hub id, or choose on_policy=none"
+        yield Finding(("teacher.source", KIND), f"null, {requires} compares rollouts with a teacher; {advice}")
     if isinstance(settings.fake_score.adapter, Lora):
         yield from _one_base(config, settings)
     for name, times in (("score_times", settings.score_times), ("fake_score.times", settings.fake_score.times)):

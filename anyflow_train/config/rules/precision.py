@@ -27,17 +27,16 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
         yield Finding((KEY, "engine.precision"), f"{problem}; set that to bf16, or {KEY} to none")
     derivative = config.objective.derivative
     if adapted and derivative is not None and derivative.precision == "bf16":
-        problem = (
-            f"bf16 with {KEY}=frozen would compute the time derivative in 8 bits, and about a third of it would be"
-        )
+        problem = f"bf16 with {KEY}=frozen would compute the time derivative in 8 bits"
         keys = (derivative.precision_key or "objective.kind", KEY)
-        yield Finding(keys, f"{problem} noise; set it to fp16 or fp32")
+        yield Finding(keys, f"{problem}, and about a third of it would be noise; set it to fp16 or fp32")
     shape = config.student.architecture
     sizes = {"num_attention_heads": shape.num_attention_heads * shape.attention_head_dim, "ffn_dim": shape.ffn_dim}
     for name, width in sizes.items():
         if width % MULTIPLE:
-            problem = f"'frozen' requires layer widths that are multiples of {MULTIPLE}, but a width of the student is"
-            yield Finding((KEY, f"student.architecture.{name}"), f"{problem} {width}; set it to none")
+            problem = f"'frozen' requires layer widths that are multiples of {MULTIPLE}"
+            advice = f"but a width of the student is {width}; set it to none"
+            yield Finding((KEY, f"student.architecture.{name}"), f"{problem}, {advice}")
 
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
