@@ -53,7 +53,7 @@ def run(config: RunConfig) -> int:
         problem = f"the disk is full ({error.strerror}: {error.filename or config.name})"
         raise UserError(config.out, f"{problem}; checkpoints are intact, free some space and start again") from error
     except RuntimeError as error:
-        if not _is_communication(error):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no type of its own for that
             raise
         reason = str(error).strip().splitlines()[0]
         advice = "start again to resume from the last checkpoint"
@@ -65,8 +65,3 @@ def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tup
     from anyflow_train.plan.shortage import foresee
 
     return foresee(config, strategy, gpus)
-
-
-def _is_communication(error: RuntimeError) -> bool:
-    """Whether the error means that another process has died; gloo has no own type for that."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -7,6 +7,7 @@ Diffusion samples need no time derivative, so they fill the earliest micro-steps
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,18 +30,12 @@ class BranchCounts:
     consistency: int
     free: int
 
-    @property
-    def global_batch(self) -> int:
-        """Number of positions of a step."""
-        return self.diffusion + self.consistency + self.free
-
     def branch(self, position: int) -> Branch:
         """Return the branch of one position. Raises ValueError if the step has no such position."""
-        if not 0 <= position < self.global_batch:
-            raise ValueError(f"position {position} is outside a global batch of {self.global_batch}")
-        if position < self.diffusion:
-            return Branch.DIFFUSION
-        return Branch.CONSISTENCY if position < self.diffusion + self.consistency else Branch.FREE
+        size = self.diffusion + self.consistency + self.free
+        if not 0 <= position < size:
+            raise ValueError(f"position {position} is outside a global batch of {size}")
+        return Branch(bisect((self.diffusion, self.diffusion + self.consistency), position))
 
 
 def branch_counts(global_batch: int, diffusion_share: float, consistency_share: float) -> BranchCounts:

@@ -17,7 +17,7 @@ from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.fingerprint import NAMED
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import atomic_file, write_json
 
 MANIFEST = "manifest.json"
@@ -175,5 +175,4 @@ def check_compatible(
     if vae_fingerprint not in (None, manifest.codec.known_vae or vae_fingerprint):
         problem = f"encoded by the VAE of {manifest.codec.source} ({manifest.codec.vae}), not by this run's VAE"
         errors.append(UserError(key, f"{problem} ({vae_fingerprint})"))
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)

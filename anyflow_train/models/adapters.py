@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.devices import on_device
@@ -92,7 +92,7 @@ def adapted(modules: Mapping[str, nn.Module], path: str, switch: Switch) -> Adap
 
 def add_low_rank(modules: Mapping[str, nn.Module], settings: Lora, seed: int, role: str, switch: Switch) -> list[str]:
     """Add low-rank layers of a role to all targets. They start at zero. Returns the paths of the targets."""
-    targets = [path for path in modules if is_target(path, settings)]
+    targets = [path for path in modules if is_target(path, settings.targets)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in targets:
@@ -184,16 +184,6 @@ def _plain(name: str) -> str:
     return name.replace(".base.", ".").replace(f".own.{_ONLY}.", ".")
 
 
-def is_in(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a parameter or module belongs to one of the modules, given as suffixes of their paths."""
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
-def is_target(path: str, settings: Lora) -> bool:
-    """Whether a module is a target of an adapter."""
-    return any(f".{path}".endswith(f".{target}") for target in settings.targets)
-
-
 def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) -> None:
     """Check that the settings fit the network.
 
@@ -210,7 +200,7 @@ def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) 
             if not any(f".{path}".endswith(f".{name}") for path in modules):
                 raise UserError(f"{where}.{key}", f"the network has no module {name!r}")
     for path, module in modules.items():
-        if not is_target(path, settings):
+        if not is_target(path, settings.targets):
             continue
         if not isinstance(module, nn.Linear):
             raise UserError(f"{where}.targets", f"{path!r} is not a linear layer, and cannot have an adapter")

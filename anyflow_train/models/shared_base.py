@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Lora, is_in
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
-from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter, is_in
+from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read
 from anyflow_train.models.devices import on_device

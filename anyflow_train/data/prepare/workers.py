@@ -23,7 +23,7 @@ from torch.distributed import (
 )
 
 from anyflow_train.config.derived import world_size
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 
 T = TypeVar("T")
 
@@ -142,8 +142,7 @@ class Workers:
             return  # some have not started yet
         self._others = [WorkerReport(**json.loads(text)) for text in self._store.multi_get(keys)]
         errors = dict.fromkeys((where, problem) for other in self._others for where, problem in other.errors)
-        if errors:
-            raise UserErrors([UserError(where, problem) for where, problem in errors])
+        raise_all([UserError(where, problem) for where, problem in errors])
 
 
 @contextmanager
@@ -166,7 +165,7 @@ def join_workers() -> Iterator[Workers]:
     except UserError as error:
         if workers.is_main:
             raise
-        _leave_to_main(workers, list(error.errors) if isinstance(error, UserErrors) else [error])
+        _leave_to_main(workers, list(error.errors))
     except KeyboardInterrupt:
         if workers.is_main:
             raise

@@ -119,7 +119,7 @@ class World:
         try:
             yield
         except UserError as errors:
-            found = [(error.where, error.problem) for error in errors.each()]
+            found = [(error.where, error.problem) for error in errors.errors]
         ranks: dict[tuple[str, str], list[int]] = {}
         for rank, problems in enumerate(self.gather(found)):
             for problem in problems:
