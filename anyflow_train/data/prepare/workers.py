@@ -78,7 +78,8 @@ class Workers:
 
     def report_errors(self, errors: Sequence[UserError]) -> None:
         """Send errors to process 0, which prints them and ends. Wait until the launcher ends this process."""
-        self.store.append(ERRORS, "".join(json.dumps([error.where, error.problem]) + "\n" for error in errors))
+        lines = "".join(json.dumps([error.where, error.problem]) + "\n" for error in errors)
+        self.store.append(ERRORS, lines)  # pyright: ignore[reportAttributeAccessIssue]
         while True:
             self.store.check([JOB])  # raises when process 0 has closed the store
             time.sleep(NEWS_SECONDS)
