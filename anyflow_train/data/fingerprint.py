@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -61,7 +61,7 @@ def _folder(source: str, component: str) -> Path | None:
     return root / component if (root / component / "config.json").is_file() else None
 
 
-def _update(digest: hashlib._Hash, file: BinaryIO) -> None:
+def _update(digest: hashlib._Hash, file: BufferedReader) -> None:
     size = os.fstat(file.fileno()).st_size
     digest.update(size.to_bytes(8, "little"))
     if size <= WHOLE_FILE_BYTES:

@@ -15,14 +15,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from anyflow_train.models.backbone import Backbone, frame_times
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.chunk_layout import ChunkLayout, check_chunks
 from anyflow_train.models.clean_copies import CleanCopies
 from anyflow_train.models.embeddings import PatchEmbedding, patch_tokens
 from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, KVCache, RecordKV, StopAfterKV
 from anyflow_train.models.rotary import RotaryGrid, Stretch
 
-Times = tuple[Tensor, Tensor]
+Times = Sequence[Tensor]
 """Source and target time, each (B or 1, F or 1) in 0..1000."""
 
 
@@ -118,37 +118,33 @@ class AnyFlowFARTransformer3DModel(Backbone):
             ValueError: a wrong shape, height or width not divisible by a patch, a video longer than
                 `rope_max_seq_len`, or a cache of other chunks or latents.
         """
-        batch, frames, *_ = self._check_latents(hidden_states)
-        self._check_text(batch, encoder_hidden_states)
         if (clean_hidden_states is not None) + (kv_cache is not None) + return_kv_cache > 1:
             raise ValueError("only one of clean_hidden_states, kv_cache and return_kv_cache can be given")
-        t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        partition = tuple(chunk_partition)
-
+        *times, text = self._inputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
+        partition, sample = tuple(chunk_partition), None
         if return_kv_cache:
             layout = self._layout(partition, self._limit - 1, hidden_states)
-            cache = self._encode(hidden_states, (t, r), text, layout)
-            return AnyFlowFARTransformerOutput(kv_cache=cache) if return_dict else (None, cache)
-        if kv_cache is not None:
-            sample = self._next_chunk(hidden_states, (t, r), text, partition, kv_cache)
-            return AnyFlowFARTransformerOutput(sample, kv_cache) if return_dict else (sample, kv_cache)
-        layout = self._layout(partition, self._limit, hidden_states)
-        clean = None
-        if clean_hidden_states is not None:
-            layout = layout.with_copies()
-            clean = CleanCopies.of(clean_hidden_states, clean_timestep, layout, hidden_states)
-        sample = self._denoise(hidden_states, (t, r), text, layout, clean)
-        return AnyFlowFARTransformerOutput(sample) if return_dict else (sample,)
+            kv_cache = self._encode(hidden_states, times, text, layout)
+        elif kv_cache is not None:
+            sample = self._next_chunk(hidden_states, times, text, partition, kv_cache)
+        else:
+            layout, clean = self._layout(partition, self._limit, hidden_states), None
+            if clean_hidden_states is not None:
+                layout = layout.with_copies()
+                clean = CleanCopies.of(clean_hidden_states, clean_timestep, layout, hidden_states)
+            sample = self._denoise(hidden_states, times, text, layout, clean)
+        if return_dict:
+            return AnyFlowFARTransformerOutput(sample, kv_cache)
+        return (sample,) if kv_cache is None else (sample, kv_cache)
 
     def _denoise(
         self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout, clean: CleanCopies | None
     ) -> Tensor:
         """Predict the velocity of the full chunks of a layout."""
         if clean is not None:
-            times = clean.among(times[0], layout), clean.among(times[1], layout)
+            times = [clean.among(time, layout) for time in times]
         embedding, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches(layout.stretches(), latents.device)
+        rotation = self.rope(layout.stretches(), latents.device)
         x = self._tokens(latents, layout, clean)
         patterns = [layout.attention()] * len(self.blocks)
         x = self._run_blocks(x, text, layout.rows(modulation), rotation, patterns)
@@ -161,7 +157,7 @@ class AnyFlowFARTransformer3DModel(Backbone):
         """Encode all chunks of a layout as keys and values."""
         kept: list[tuple[Tensor, Tensor]] = []
         _, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches(layout.stretches(), latents.device)
+        rotation = self.rope(layout.stretches(), latents.device)
         patterns = [RecordKV(layout.attention(), kept)] * (len(self.blocks) - 1)
         x = self._tokens(latents, layout, None)
         self._run_blocks(x, text, layout.rows(modulation), rotation, [*patterns, StopAfterKV(kept)])
@@ -181,7 +177,7 @@ class AnyFlowFARTransformer3DModel(Backbone):
             before = ChunkLayout.of(partition[:-1], self._limit - 1, grid, self._pool)
             cache.check_shapes(len(self.blocks), len(latents), before.tokens, grid)
         embedding, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
+        rotation = self.rope((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
         patterns = cache.patterns() if cache.chunks else [None] * len(self.blocks)
         x = self._run_blocks(patch_tokens(self.patch_embedding, latents), text, modulation, rotation, patterns)
         return self._velocity(x, embedding, frames, grid)
