@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, starmap
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -82,11 +82,8 @@ class Loader:
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step. Raises UserError if too many samples are bad."""
         requests = ((step, positions) for step in count(self.start_step) for positions in self.local_positions)
-        if self._pool is None:
-            fetched = starmap(self._fetch, requests)
-        else:
-            ahead = self.workers * REQUESTS_PER_WORKER
-            fetched = map_ahead(self._pool, lambda request: self._fetch(*request), requests, ahead)
+        pool, ahead = self._pool, self.workers * REQUESTS_PER_WORKER
+        fetched = map(self._fetch, requests) if pool is None else map_ahead(pool, self._fetch, requests, ahead)
         while True:
             yield [self._accounted(*next(fetched)) for _ in self.local_positions]
 
@@ -97,12 +94,13 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def _fetch(self, step: int, positions: tuple[int, ...]) -> tuple[Batch, list[BadSampleError]]:
-        """Read one micro-batch. Returns it with the bad samples that were replaced.
+    def _fetch(self, request: tuple[int, tuple[int, ...]]) -> tuple[Batch, list[BadSampleError]]:
+        """Read one micro-batch, of a step and positions. Returns it with the bad samples that were replaced.
 
         Raises:
             UserError: too many replacements in a row are bad.
         """
+        step, positions = request
         bad: list[BadSampleError] = []
         samples = [self._read(step * self.global_batch + position, bad) for position in positions]
         length = step_text_length(self.seed, step, self.text_lengths)

@@ -82,7 +82,7 @@ class RecordKV:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute self-attention. query, key, value: (B, S, H, head_dim). Returns (B, S, D)."""
-        _keep(self.kept, key, value)
+        StopAfterKV(self.kept).keep(key, value)
         return self.pattern.attend(query, key, value)
 
 
@@ -94,9 +94,5 @@ class StopAfterKV:
 
     def keep(self, key: Tensor, value: Tensor) -> None:
         """Record keys and values, each (B, S, H, head_dim)."""
-        _keep(self.kept, key, value)
-
-
-def _keep(kept: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor) -> None:
-    # Under autocast the norm may return float32 keys, which attention rounds. Rounding them here halves the memory.
-    kept.append((key.to(value.dtype), value))
+        # Under autocast the norm may return float32 keys, which attention rounds. Rounding them here halves the memory.
+        self.kept.append((key.to(value.dtype), value))

@@ -7,14 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from anyflow_train.data.prepare.job import PreparePlan, ShardPlan
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
-from anyflow_train.files import TEMPORARY, take_lock, write_json
+from anyflow_train.files import TEMPORARY, take_lock, to_json, write_json
 
 SETTINGS = "prepare.json"
 LOCK = ".lock"
@@ -84,14 +84,9 @@ def _check_same(plan: PreparePlan, workers: Workers, wanted: dict[str, Any]) -> 
     here = f"on process {workers.rank} ({socket.gethostname()})"
     for key, main, own in _differences(wanted, json.loads(json.dumps(plan.settings))):
         raise UserError(key, f"is {own!r} {here}, but {main!r} on process 0; give all nodes the same files")
-    if not _appears(lambda: _read_settings(plan.folder) == wanted):
+    path = plan.folder / SETTINGS
+    if not _appears(lambda: path.exists() and path.read_bytes() == to_json(wanted)):
         raise UserError("out", f"{plan.folder} {here} is not the folder of process 0; all nodes must share one folder")
-
-
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        return json.loads((folder / SETTINGS).read_text())
-    return None
 
 
 def _appears(condition: Callable[[], bool]) -> bool:
