@@ -63,3 +63,19 @@ class Classes:
         """Draw class numbers (count,) int64. Each round holds each class once, in a drawn order."""
         rounds = -(-count // len(self))
         return torch.rand(rounds, len(self), generator=generator).argsort(1).flatten()[:count]
+
+
+def paint(colour: Tensor, mask: Tensor) -> Tensor:
+    """Paint clips of one colour each over the background.
+
+    Args:
+        colour: (B,) int64 indices into `COLOURS`.
+        mask: (B, F, H, W) in [0, 1], opacity of the colour.
+
+    Returns:
+        (B, 3, F, H, W) float32 in [-1, 1].
+    """
+    mask = mask[:, None]
+    tint = torch.tensor(RGB)[colour][:, :, None, None, None]
+    background = torch.tensor(BACKGROUND)[None, :, None, None, None]
+    return 2 * (background * (1 - mask) + tint * mask) - 1

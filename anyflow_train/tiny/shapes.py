@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes
+from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes, paint
 
 SHAPES = ("ball", "square", "triangle")
 _CLASSES = Classes(SHAPES, "a {colour} {kind} moving {direction}")
@@ -106,10 +106,7 @@ def render_from(labels: Tensor, first: Tensor, contrast: Tensor, frames: int, si
     """
     _, shape, colour = split(labels)
     centres = first[:, None] + _motion(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
-    mask = (_coverage(shape, centres, size) * contrast[:, None, None, None])[:, None]
-    tint = torch.tensor(RGB)[colour][:, :, None, None, None]
-    background = torch.tensor(BACKGROUND)[None, :, None, None, None]
-    return 2 * (background * (1 - mask) + tint * mask) - 1
+    return paint(colour, _coverage(shape, centres, size) * contrast[:, None, None, None])
 
 
 def start_of(labels: Tensor, middle: Tensor, frames: int) -> Tensor:

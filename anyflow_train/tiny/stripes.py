@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes
+from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes, paint
 
 WIDTHS = ("wide", "narrow")
 _CLASSES = Classes(WIDTHS, "{kind} {colour} stripes drifting {direction}")
@@ -62,10 +62,7 @@ def render(labels: Tensor, phase: Tensor, contrast: Tensor, frames: int = FRAMES
     time = torch.arange(frames) / FRAMES_PER_CYCLE
     cycles = position[:, None] - time[None, :, None, None] + phase[:, None, None, None]
     wave = torch.tanh(_SHARPNESS * torch.cos(2 * math.pi * cycles)) / math.tanh(_SHARPNESS)
-    mask = ((0.5 + 0.5 * wave) * contrast[:, None, None, None])[:, None]
-    stripe = torch.tensor(RGB)[colour][:, :, None, None, None]
-    background = torch.tensor(BACKGROUND)[None, :, None, None, None]
-    return 2 * (background * (1 - mask) + stripe * mask) - 1
+    return paint(colour, (0.5 + 0.5 * wave) * contrast[:, None, None, None])
 
 
 class Draw(NamedTuple):
