@@ -16,7 +16,7 @@ from torch import Tensor
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
-from anyflow_train.data.fingerprint import NAMED
+from anyflow_train.data.fingerprint import known
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import atomic_file, write_json
 
@@ -49,7 +49,7 @@ class CodecInfo(Model):
     @property
     def known_vae(self) -> str | None:
         """Fingerprint of the VAE; None if there is none or its files could not be read."""
-        return None if self.vae is None or self.vae.startswith(NAMED) else self.vae
+        return known(self.vae)
 
 
 class Manifest(Model):

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
-from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.backbone import KEPT_IN_FP32, Backbone
 from anyflow_train.models.pretrained import DELTA, SHARED_CONFIG
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Stock diffusers always computes these in float32, so they are stored in float32. Its own list lacks `delta_embedder`,
-# the second time embedder. Storing that one in float32 keeps it exact at least when the network is loaded in float32.
-KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
 Stock = type[StockTransformer] | type[StockFAR] | type[WanTransformer3DModel]
@@ -78,5 +75,7 @@ def to_wan(network: Backbone) -> WanTransformer3DModel:
 
 
 def _dtype(name: str, precision: Precision) -> torch.dtype:
+    # Stock diffusers computes these in float32. Its own list lacks `delta_embedder`: storing it in float32 keeps it
+    # exact at least when the network is loaded in float32.
     kept = any(part in name.split(".") for part in KEPT_IN_FP32)
     return torch.float32 if kept else DTYPES[precision]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file, replace_file
+from anyflow_train.tiny.classes import FRAMES, FRAMES_PER_SECOND, SIZE
 from anyflow_train.tiny.worlds import WORLDS
 
 SETTINGS_FILE = "clips.json"
@@ -29,7 +30,7 @@ def write_clips(folder: Path, count: int, seed: int, name: str = "stripes") -> l
     """
     world = WORLDS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"world": name, "count": count, "seed": seed, "frames": world.FRAMES, "size": world.SIZE})
+    _claim(folder, {"world": name, "count": count, "seed": seed, "frames": FRAMES, "size": SIZE})
     paths = [folder / f"{index:05d}.mp4" for index in range(count)]
     missing = [i for i, path in enumerate(paths) if not (path.exists() and path.with_suffix(".txt").exists())]
     drawn = world.draw(count, seed)
@@ -37,7 +38,7 @@ def write_clips(folder: Path, count: int, seed: int, name: str = "stripes") -> l
         part = missing[start : start + _BATCH]
         clips = world.render(*(values[part] for values in drawn))
         for index, clip in zip(part, clips, strict=True):
-            _write_video(paths[index], clip, world.FRAMES_PER_SECOND)
+            _write_video(paths[index], clip, FRAMES_PER_SECOND)
             with atomic_file(paths[index].with_suffix(".txt")) as file:
                 file.write(f"{world.caption(int(drawn.labels[index]))}\n".encode())
     return paths

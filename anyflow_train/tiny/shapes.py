@@ -8,49 +8,25 @@ each path gives shape and direction.
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DIRECTIONS = ("left", "right", "up", "down")
-SHAPES = ("ball", "square", "triangle")
-COLOURS = ("red", "green", "blue")
-CLASSES = len(DIRECTIONS) * len(SHAPES) * len(COLOURS)
-WORDS = ("a", *COLOURS, *SHAPES, "moving", *DIRECTIONS)
+from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes, paint
 
-FRAMES = 17
-SIZE = 64
-FRAMES_PER_SECOND = 16
+SHAPES = ("ball", "square", "triangle")
+_CLASSES = Classes(SHAPES, "a {colour} {kind} moving {direction}")
+CLASSES = len(_CLASSES)
+WORDS = ("a", *COLOURS, *SHAPES, "moving", *DIRECTIONS)
+caption, label_of, split = _CLASSES.caption, _CLASSES.label_of, _CLASSES.split
+
 SPEED = 1.5  # pixels per frame
 LEAST_CONTRAST = 0.85
-BACKGROUND = (0.07, 0.07, 0.11)  # in [0, 1]
 
-_MOTION = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # (x, y) of each direction, y grows downwards
-_RGB = ((0.95, 0.28, 0.25), (0.22, 0.82, 0.45), (0.25, 0.50, 0.98))  # in [0, 1]
 _REACH = 12.0  # pixels around a shape's centre that stay in the picture; only a triangle's corners reach further
 _EDGE = 1.5  # pixels over which a shape's edge fades
-
-
-@dataclass(frozen=True)
-class Motif:
-    """What one class looks like: indices into `DIRECTIONS`, `SHAPES` and `COLOURS`."""
-
-    direction: int
-    shape: int
-    colour: int
-
-    @property
-    def label(self) -> int:
-        """The class number in [0, 36): direction runs fastest, colour slowest."""
-        return self.direction + len(DIRECTIONS) * (self.shape + len(SHAPES) * self.colour)
-
-    @property
-    def caption(self) -> str:
-        """The prompt of the class."""
-        return f"a {COLOURS[self.colour]} {SHAPES[self.shape]} moving {DIRECTIONS[self.direction]}"
 
 
 class Reading(NamedTuple):
@@ -83,36 +59,13 @@ class Draw(NamedTuple):
     contrast: Tensor
 
 
-def motif_of(label: int) -> Motif:
-    """The class numbered `label`; raises ValueError outside [0, 36)."""
-    if not 0 <= label < CLASSES:
-        raise ValueError(f"label {label} is not in [0, {CLASSES})")
-    rest, direction = divmod(label, len(DIRECTIONS))
-    colour, shape = divmod(rest, len(SHAPES))
-    return Motif(direction, shape, colour)
-
-
-def caption(label: int) -> str:
-    """The prompt of a class, such as "a green triangle moving left"."""
-    return motif_of(label).caption
-
-
-def label_of(caption: str) -> int:
-    """The class number of a prompt written by `caption`; raises ValueError for any other text."""
-    for label in range(CLASSES):
-        if motif_of(label).caption == caption:
-            return label
-    raise ValueError(f"{caption!r} is not a caption of the moving-shapes world")
-
-
 def draw(count: int, seed: int) -> Draw:
     """Draw the values behind `count` clips: start uniform, contrast U[0.85, 1].
 
     The classes are balanced: every 36 consecutive clips hold each class once, in a drawn order.
     """
     generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count // CLASSES)
-    labels = torch.rand(rounds, CLASSES, generator=generator).argsort(1).flatten()[:count]
+    labels = _CLASSES.draw(count, generator)
     start = torch.rand(count, 2, generator=generator)
     contrast = LEAST_CONTRAST + (1 - LEAST_CONTRAST) * torch.rand(count, generator=generator)
     return Draw(labels, start, contrast)
@@ -125,7 +78,7 @@ def draw_clips(count: int, seed: int) -> tuple[Tensor, Tensor]:
         clips (count, 3, 17, 64, 64) float32 in [-1, 1] (0.84 MB each) and labels (count,) int64.
     """
     drawn = draw(count, seed)
-    return render(drawn.labels, drawn.start, drawn.contrast), drawn.labels
+    return render(*drawn), drawn.labels
 
 
 def render(labels: Tensor, start: Tensor, contrast: Tensor, frames: int = FRAMES, size: int = SIZE) -> Tensor:
@@ -151,12 +104,9 @@ def render_from(labels: Tensor, first: Tensor, contrast: Tensor, frames: int, si
     Returns:
         (B, 3, F, H, W) float32 in [-1, 1].
     """
-    _, shape, colour = _split(labels)
+    _, shape, colour = split(labels)
     centres = first[:, None] + _motion(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
-    mask = (_coverage(shape, centres, size) * contrast[:, None, None, None])[:, None]
-    tint = torch.tensor(_RGB)[colour][:, :, None, None, None]
-    background = torch.tensor(BACKGROUND)[None, :, None, None, None]
-    return 2 * (background * (1 - mask) + tint * mask) - 1
+    return paint(colour, _coverage(shape, centres, size) * contrast[:, None, None, None])
 
 
 def start_of(labels: Tensor, middle: Tensor, frames: int) -> Tensor:
@@ -172,7 +122,7 @@ def recognise(video: Tensor) -> Reading:
         video: (B, 3, F, H, W) in [-1, 1], H = W.
     """
     seen = (video.float() + 1) / 2 - torch.tensor(BACKGROUND)[None, :, None, None, None]
-    tints = torch.nn.functional.normalize(torch.tensor(_RGB) - torch.tensor(BACKGROUND), dim=1)
+    tints = torch.nn.functional.normalize(torch.tensor(RGB) - torch.tensor(BACKGROUND), dim=1)
     colour = (seen.clamp_min(0).mean(dim=(2, 3, 4)) @ tints.T).argmax(1)
     mask = torch.einsum("bcfhw,bc->bfhw", seen, tints[colour]).clamp_min(0)
     filters = _filters(video.shape[2], video.shape[3])
@@ -180,8 +130,7 @@ def recognise(video: Tensor) -> Reading:
     match = torch.stack([_correlation(spectrum, mask.shape[-1], f).amax(1) for f in filters.spectra], 1) / filters.norms
     purity, best = match.max(1)
     edges = torch.stack([_edge_match(spectrum[[i]], mask.shape[-1], filters, int(best[i])) for i in range(len(best))])
-    shape, direction = best // len(DIRECTIONS), best % len(DIRECTIONS)
-    labels = direction + len(DIRECTIONS) * (shape + len(SHAPES) * colour)
+    labels = _CLASSES.join(best % len(DIRECTIONS), best // len(DIRECTIONS), colour)
     return Reading(labels, purity / _norm(mask), edges / _edge_norm(mask))
 
 
@@ -190,15 +139,9 @@ def accuracy(video: Tensor, labels: Tensor) -> float:
     return (recognise(video).labels == labels).float().mean().item()
 
 
-def _split(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class numbers to (direction, shape, colour), the tensor form of `motif_of`."""
-    rest = labels // len(DIRECTIONS)
-    return labels % len(DIRECTIONS), rest % len(SHAPES), rest // len(SHAPES)
-
-
 def _motion(labels: Tensor) -> Tensor:
     """(B, 2) unit vector (x, y) of each class's direction."""
-    return torch.tensor(_MOTION)[_split(labels)[0]]
+    return torch.tensor(MOTION)[split(labels)[0]]
 
 
 def _coverage(shape: Tensor, centres: Tensor, size: int) -> Tensor:
@@ -233,7 +176,7 @@ def _filters(frames: int, size: int) -> _Filters:
     labels = torch.arange(len(SHAPES) * len(DIRECTIONS))
     way = SPEED * (torch.arange(frames) - (frames - 1) / 2)
     centres = size / 2 + _motion(labels)[:, None] * way[None, :, None]
-    masks = _coverage(_split(labels)[1], centres, size)
+    masks = _coverage(split(labels)[1], centres, size)
     return _Filters(torch.fft.rfft2(masks).conj(), _norm(masks), _edge_norm(masks))
 
 

@@ -7,51 +7,28 @@ codec that compresses time by four.
 """
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DIRECTIONS = ("left", "right", "up", "down")
-WIDTHS = ("wide", "narrow")
-COLOURS = ("red", "green", "blue")
-CLASSES = len(DIRECTIONS) * len(WIDTHS) * len(COLOURS)
-WORDS = (*WIDTHS, *COLOURS, "stripes", "drifting", *DIRECTIONS)
+from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes, paint
 
-FRAMES = 17
-SIZE = 64
+WIDTHS = ("wide", "narrow")
+_CLASSES = Classes(WIDTHS, "{kind} {colour} stripes drifting {direction}")
+CLASSES = len(_CLASSES)
+WORDS = (*WIDTHS, *COLOURS, "stripes", "drifting", *DIRECTIONS)
+caption, label_of, split = _CLASSES.caption, _CLASSES.label_of, _CLASSES.split
+
 FRAMES_PER_CYCLE = 16
-FRAMES_PER_SECOND = 16
 # Half a cycle, because with a whole one a small teacher must learn that the first frame says nothing about the
 # direction: it then drifts the wrong way in a seventh of its clips.
 PHASE_SPAN = 0.5
 LEAST_CONTRAST = 0.75
 
-_MOTION = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # (x, y) of each direction, y grows downwards
 _WAVELENGTH = (32.0, 16.0)  # pixels
-_RGB = ((0.95, 0.28, 0.25), (0.22, 0.82, 0.45), (0.25, 0.50, 0.98))  # in [0, 1]
-_BACKGROUND = (0.07, 0.07, 0.11)
 _SHARPNESS = 1.6  # soft stripes: tanh of a cosine
-
-
-@dataclass(frozen=True)
-class Stripes:
-    """What one class looks like: indices into `DIRECTIONS`, `WIDTHS` and `COLOURS`."""
-
-    direction: int
-    width: int
-    colour: int
-
-    @property
-    def label(self) -> int:
-        """The class number in [0, 24): direction runs fastest, colour slowest."""
-        return self.direction + len(DIRECTIONS) * (self.width + len(WIDTHS) * self.colour)
-
-    @property
-    def caption(self) -> str:
-        return f"{WIDTHS[self.width]} {COLOURS[self.colour]} stripes drifting {DIRECTIONS[self.direction]}"
 
 
 class Reading(NamedTuple):
@@ -67,28 +44,6 @@ class Reading(NamedTuple):
     purity: Tensor
 
 
-def stripes_of(label: int) -> Stripes:
-    """The class numbered `label`; raises ValueError outside [0, 24)."""
-    if not 0 <= label < CLASSES:
-        raise ValueError(f"label {label} is not in [0, {CLASSES})")
-    rest, direction = divmod(label, len(DIRECTIONS))
-    colour, width = divmod(rest, len(WIDTHS))
-    return Stripes(direction, width, colour)
-
-
-def caption(label: int) -> str:
-    """The prompt of a class, such as "wide red stripes drifting left"."""
-    return stripes_of(label).caption
-
-
-def label_of(caption: str) -> int:
-    """The class number of a prompt written by `caption`; raises ValueError for any other text."""
-    for label in range(CLASSES):
-        if stripes_of(label).caption == caption:
-            return label
-    raise ValueError(f"{caption!r} is not a caption of the stripes world")
-
-
 def render(labels: Tensor, phase: Tensor, contrast: Tensor, frames: int = FRAMES, size: int = SIZE) -> Tensor:
     """Draws clips.
 
@@ -102,15 +57,12 @@ def render(labels: Tensor, phase: Tensor, contrast: Tensor, frames: int = FRAMES
     Returns:
         (B, 3, F, H, W) float32 in [-1, 1].
     """
-    direction, width, colour = _split(labels)
+    direction, width, colour = split(labels)
     position = _coordinates(size)[direction] / torch.tensor(_WAVELENGTH)[width][:, None, None]  # (B, H, W) cycles
     time = torch.arange(frames) / FRAMES_PER_CYCLE
     cycles = position[:, None] - time[None, :, None, None] + phase[:, None, None, None]
     wave = torch.tanh(_SHARPNESS * torch.cos(2 * math.pi * cycles)) / math.tanh(_SHARPNESS)
-    mask = ((0.5 + 0.5 * wave) * contrast[:, None, None, None])[:, None]
-    stripe = torch.tensor(_RGB)[colour][:, :, None, None, None]
-    background = torch.tensor(_BACKGROUND)[None, :, None, None, None]
-    return 2 * (background * (1 - mask) + stripe * mask) - 1
+    return paint(colour, (0.5 + 0.5 * wave) * contrast[:, None, None, None])
 
 
 class Draw(NamedTuple):
@@ -127,11 +79,10 @@ def draw(count: int, seed: int) -> Draw:
     The classes are balanced: every 24 consecutive clips hold each class once, in a drawn order.
     """
     generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count // CLASSES)
-    order = torch.rand(rounds, CLASSES, generator=generator).argsort(1).flatten()[:count]
+    labels = _CLASSES.draw(count, generator)
     phase = PHASE_SPAN * torch.rand(count, generator=generator)
     contrast = LEAST_CONTRAST + (1 - LEAST_CONTRAST) * torch.rand(count, generator=generator)
-    return Draw(order, phase, contrast)
+    return Draw(labels, phase, contrast)
 
 
 def draw_clips(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +92,7 @@ def draw_clips(count: int, seed: int) -> tuple[Tensor, Tensor]:
         clips (count, 3, 17, 64, 64) float32 in [-1, 1] (0.84 MB each) and labels (count,) int64.
     """
     drawn = draw(count, seed)
-    return render(drawn.labels, drawn.phase, drawn.contrast), drawn.labels
+    return render(*drawn), drawn.labels
 
 
 @torch.no_grad()
@@ -159,8 +110,7 @@ def recognise(video: Tensor) -> Reading:
     energy = 2 * (brightness.to(waves.dtype) @ waves.T).abs().square() / waves[0].abs().square().sum()
     best = energy.argmax(1)
     purity = energy.amax(1) / brightness.square().sum(1).clamp_min(1e-6)
-    width, direction = best // len(DIRECTIONS), best % len(DIRECTIONS)
-    return Reading(direction + len(DIRECTIONS) * (width + len(WIDTHS) * _colour(video)), purity)
+    return Reading(_CLASSES.join(best % len(DIRECTIONS), best // len(DIRECTIONS), _colour(video)), purity)
 
 
 def accuracy(video: Tensor, labels: Tensor) -> float:
@@ -168,24 +118,18 @@ def accuracy(video: Tensor, labels: Tensor) -> float:
     return (recognise(video).labels == labels).float().mean().item()
 
 
-def _split(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class numbers to (direction, width, colour), the tensor form of `stripes_of`."""
-    rest = labels // len(DIRECTIONS)
-    return labels % len(DIRECTIONS), rest % len(WIDTHS), rest // len(WIDTHS)
-
-
 def _coordinates(size: int) -> Tensor:
     """(4, H, W) pixel coordinate along each direction of motion, at pixel centres."""
     centre = torch.arange(size) + 0.5
-    motion = torch.tensor(_MOTION)
+    motion = torch.tensor(MOTION)
     return motion[:, 0, None, None] * centre[None, None, :] + motion[:, 1, None, None] * centre[None, :, None]
 
 
 def _colour(video: Tensor) -> Tensor:
     """(B,) index of the stripe colour nearest in direction to the mean colour over the background."""
-    background = torch.tensor(_BACKGROUND)
+    background = torch.tensor(BACKGROUND)
     seen = (video.mean(dim=(2, 3, 4)) + 1) / 2 - background
-    known = torch.tensor(_RGB) - background
+    known = torch.tensor(RGB) - background
     return (seen @ torch.nn.functional.normalize(known, dim=1).T).argmax(1)
 
 

@@ -7,5 +7,5 @@ from types import ModuleType
 from anyflow_train.tiny import shapes, stripes
 
 WORLDS: dict[str, ModuleType] = {"stripes": stripes, "shapes": shapes}
-"""Each has `draw`, `render`, `draw_clips`, `caption`, `label_of`, `recognise`, `accuracy`, and the constants `CLASSES`,
-`FRAMES`, `SIZE` and `FRAMES_PER_SECOND`."""
+"""Each has `draw`, `render`, `draw_clips`, `caption`, `label_of`, `recognise`, `accuracy`, and the constants `CLASSES`
+and `WORDS`."""

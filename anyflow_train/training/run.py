@@ -79,7 +79,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         with world.together():
             validator = build_validator(config, world) if build_validator and config.evaluation.every else None
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
-        check_agreement(world, data_facts(loader.manifest))
+        check_agreement(world, data_facts(loader.shards.manifest))
         world.on_main(lambda: directory.begin(config))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
-from anyflow_train.data.fingerprint import NAMED, known_fingerprint
+from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
@@ -122,8 +122,8 @@ def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
     found = known_fingerprint(codec, "vae")
     if found is None and shards is not None:
         with suppress(UserError):
-            found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.vae
-    return None if found is None or found.startswith(NAMED) else found
+            found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.known_vae
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

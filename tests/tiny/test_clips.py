@@ -10,6 +10,7 @@ import torch
 from anyflow_train.errors import UserError
 from anyflow_train.tiny import shapes
 from anyflow_train.tiny import stripes as world
+from anyflow_train.tiny.classes import FRAMES_PER_SECOND
 from anyflow_train.tiny.clips import write_clips
 
 
@@ -29,7 +30,7 @@ def test_files_hold_the_clips_and_captions(tmp_path: Path) -> None:
     captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
     assert captions == [world.caption(int(label)) for label in labels]
     with av.open(str(paths[0])) as container:
-        assert container.streams.video[0].average_rate == world.FRAMES_PER_SECOND
+        assert container.streams.video[0].average_rate == FRAMES_PER_SECOND
 
 
 def test_an_interrupted_folder_is_completed_and_the_rest_kept(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def test_captions_name_every_class_once() -> None:
     captions = [world.caption(label) for label in range(world.CLASSES)]
     assert [world.label_of(caption) for caption in captions] == list(range(world.CLASSES))
     assert world.caption(0) == "a red ball moving left"
-    assert world.motif_of(35).label == 35
+    assert world.caption(4) == "a red square moving left"
+    assert world.caption(35) == "a blue triangle moving down"
     assert {word for caption in captions for word in caption.split()} == set(world.WORDS)
 
 
@@ -50,7 +51,7 @@ def test_the_whole_path_is_inside_of_the_picture(corner: tuple[float, float]) ->
     for label in range(world.CLASSES):
         video = _clip(label, corner)[0]
         borders = [video[..., -1, :]]
-        if world.motif_of(label).shape != 2:  # a triangle's corners may leave the picture by up to two pixels
+        if world.split(label)[1] != 2:  # a triangle's corners may leave the picture by up to two pixels
             borders += [video[..., 0], video[..., -1], video[..., 0, :]]
         border = torch.cat(borders, dim=-1)
         torch.testing.assert_close(border, background.expand_as(border), atol=1e-6, rtol=0)

@@ -14,7 +14,11 @@ def test_every_caption_names_one_class() -> None:
     captions = [world.caption(label) for label in range(world.CLASSES)]
     assert [world.label_of(caption) for caption in captions] == list(range(world.CLASSES))
     assert world.caption(0) == "wide red stripes drifting left"
-    assert world.stripes_of(23).label == 23
+    assert [world.caption(label) for label in (1, 4, 23)] == [
+        "wide red stripes drifting right",
+        "narrow red stripes drifting left",
+        "narrow blue stripes drifting down",
+    ]
 
 
 @pytest.mark.parametrize("label", [-1, 24])
