@@ -60,15 +60,13 @@ class PlanOptions(Model):
 
 
 class ClipsConfig(Model):
-    """`anyflow clips`: render mp4 clips with captions from an embedded world.
+    """`anyflow clips`: render mp4 clips of moving shapes, with captions.
 
     out: folder for the clips.
-    world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
     count: number of clips.
     """
 
     out: str
-    world: Literal["stripes", "shapes"] = "stripes"
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
 
@@ -224,7 +222,7 @@ class EvaluateConfig(Model):
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
-    oracle: Literal["none", "stripes", "shapes"] = "none"
+    oracle: Literal["none", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000

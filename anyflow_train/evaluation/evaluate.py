@@ -142,7 +142,7 @@ def prepare(
     judged = captions[: config.oracle_samples]
     class_oracle = None
     if config.oracle != "none":
-        class_oracle = partial(judge_clips, captions=judged, decode=decode, batch=32, world=config.oracle)
+        class_oracle = partial(judge_clips, captions=judged, decode=decode, batch=32)
     comparison = Comparison(config, held_out, captions, inputs, conditioning, evaluator, class_oracle, say)
     return comparison, evaluator.sampled(fine, config.shift)
 

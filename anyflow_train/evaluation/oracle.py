@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny import shapes
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,19 @@ class Recognition:
 
 
 @torch.inference_mode()
-def judge_clips(
-    latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int, world: str
-) -> Recognition:
+def judge_clips(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
     """Decode the first n latents in batches and recognise what they show.
 
     Args:
         latents: (m >= n, F, C, H, W) normalised, float32.
-        captions: n captions of the world.
+        captions: n captions of the moving shapes.
         decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
         batch: videos per call of `decode`.
-        world: name of the embedded world (`tiny.worlds`).
     """
-    oracle = WORLDS[world]
-    labels = torch.tensor([oracle.label_of(caption) for caption in captions])
+    labels = shapes.labels_of(captions)
     latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
-        readings.append(oracle.recognise(decode(latents[start : start + batch]).float().cpu()))
+        readings.append(shapes.recognise(decode(latents[start : start + batch]).float().cpu()))
     seen, purity, *sharpness = (torch.cat(values) for values in zip(*readings, strict=True))
     hits = int((seen == labels).sum())
     sharp = mean_of(sharpness[0]) if sharpness else None

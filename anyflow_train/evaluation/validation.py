@@ -25,7 +25,7 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny import shapes
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
 
@@ -94,10 +94,9 @@ class InRunValidator:
             metrics[f"energy_distance_{steps}"] = energy_distance(latents, real)
             metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, real)
             if self.config.oracle != "none" and self.codec is not None:
-                oracle = WORLDS[self.config.oracle]
                 videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
-                labels = torch.tensor([oracle.label_of(caption) for caption in self.compared.captions])
-                metrics[f"class_error_{steps}"] = 1 - oracle.accuracy(videos.cpu(), labels)
+                labels = shapes.labels_of(self.compared.captions)
+                metrics[f"class_error_{steps}"] = 1 - shapes.accuracy(videos.cpu(), labels)
         return metrics
 
     def _videos(self, samples: Mapping[int, Tensor], folder: Path) -> dict[str, Path]:

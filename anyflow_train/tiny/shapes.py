@@ -8,23 +8,32 @@ each path gives shape and direction.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anyflow_train.tiny.classes import BACKGROUND, COLOURS, DIRECTIONS, FRAMES, MOTION, RGB, SIZE, Classes, paint
+from anyflow_train.errors import UserError
 
+DIRECTIONS = ("left", "right", "up", "down")
 SHAPES = ("ball", "square", "triangle")
-_CLASSES = Classes(SHAPES, "a {colour} {kind} moving {direction}")
-CLASSES = len(_CLASSES)
+COLOURS = ("red", "green", "blue")
+CAPTIONS = tuple(f"a {colour} {shape} moving {way}" for colour in COLOURS for shape in SHAPES for way in DIRECTIONS)
+"""The prompt of each class number, such as "a green triangle moving left"."""
+CLASSES = len(CAPTIONS)
 WORDS = ("a", *COLOURS, *SHAPES, "moving", *DIRECTIONS)
-caption, label_of, split = _CLASSES.caption, _CLASSES.label_of, _CLASSES.split
 
+FRAMES = 17
+SIZE = 64
+FRAMES_PER_SECOND = 16
+BACKGROUND = (0.07, 0.07, 0.11)  # in [0, 1]
 SPEED = 1.5  # pixels per frame
 LEAST_CONTRAST = 0.85
 
+_MOTION = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # (x, y) of each direction, y grows downwards
+_RGB = ((0.95, 0.28, 0.25), (0.22, 0.82, 0.45), (0.25, 0.50, 0.98))  # of each colour, in [0, 1]
 _REACH = 12.0  # pixels around a shape's centre that stay in the picture; only a triangle's corners reach further
 _EDGE = 1.5  # pixels over which a shape's edge fades
 
@@ -59,13 +68,27 @@ class Draw(NamedTuple):
     contrast: Tensor
 
 
+def split(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Convert class numbers to (direction, shape, colour). The direction runs fastest, the colour slowest."""
+    rest = labels // len(DIRECTIONS)
+    return labels % len(DIRECTIONS), rest % len(SHAPES), rest // len(SHAPES)
+
+
+def labels_of(captions: Sequence[str]) -> Tensor:
+    """Return the class numbers (n,) int64 of n prompts. Raises UserError for a text that is not in `CAPTIONS`."""
+    for caption in captions:
+        if caption not in CAPTIONS:
+            raise UserError("oracle", f"{caption!r} is not a caption of the moving shapes, such as {CAPTIONS[0]!r}")
+    return torch.tensor([CAPTIONS.index(caption) for caption in captions])
+
+
 def draw(count: int, seed: int) -> Draw:
     """Draw the values behind `count` clips: start uniform, contrast U[0.85, 1].
 
     The classes are balanced: every 36 consecutive clips hold each class once, in a drawn order.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = _CLASSES.draw(count, generator)
+    labels = torch.rand(-(-count // CLASSES), CLASSES, generator=generator).argsort(1).flatten()[:count]
     start = torch.rand(count, 2, generator=generator)
     contrast = LEAST_CONTRAST + (1 - LEAST_CONTRAST) * torch.rand(count, generator=generator)
     return Draw(labels, start, contrast)
@@ -106,7 +129,10 @@ def render_from(labels: Tensor, first: Tensor, contrast: Tensor, frames: int, si
     """
     _, shape, colour = split(labels)
     centres = first[:, None] + _motion(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
-    return paint(colour, _coverage(shape, centres, size) * contrast[:, None, None, None])
+    mask = (_coverage(shape, centres, size) * contrast[:, None, None, None])[:, None]
+    tint = torch.tensor(_RGB)[colour][:, :, None, None, None]
+    background = torch.tensor(BACKGROUND)[None, :, None, None, None]
+    return 2 * (background * (1 - mask) + tint * mask) - 1
 
 
 def start_of(labels: Tensor, middle: Tensor, frames: int) -> Tensor:
@@ -122,7 +148,7 @@ def recognise(video: Tensor) -> Reading:
         video: (B, 3, F, H, W) in [-1, 1], H = W.
     """
     seen = (video.float() + 1) / 2 - torch.tensor(BACKGROUND)[None, :, None, None, None]
-    tints = torch.nn.functional.normalize(torch.tensor(RGB) - torch.tensor(BACKGROUND), dim=1)
+    tints = torch.nn.functional.normalize(torch.tensor(_RGB) - torch.tensor(BACKGROUND), dim=1)
     colour = (seen.clamp_min(0).mean(dim=(2, 3, 4)) @ tints.T).argmax(1)
     mask = torch.einsum("bcfhw,bc->bfhw", seen, tints[colour]).clamp_min(0)
     filters = _filters(video.shape[2], video.shape[3])
@@ -130,7 +156,7 @@ def recognise(video: Tensor) -> Reading:
     match = torch.stack([_correlation(spectrum, mask.shape[-1], f).amax(1) for f in filters.spectra], 1) / filters.norms
     purity, best = match.max(1)
     edges = torch.stack([_edge_match(spectrum[[i]], mask.shape[-1], filters, int(best[i])) for i in range(len(best))])
-    labels = _CLASSES.join(best % len(DIRECTIONS), best // len(DIRECTIONS), colour)
+    labels = best + len(DIRECTIONS) * len(SHAPES) * colour
     return Reading(labels, purity / _norm(mask), edges / _edge_norm(mask))
 
 
@@ -141,7 +167,7 @@ def accuracy(video: Tensor, labels: Tensor) -> float:
 
 def _motion(labels: Tensor) -> Tensor:
     """(B, 2) unit vector (x, y) of each class's direction."""
-    return torch.tensor(MOTION)[split(labels)[0]]
+    return torch.tensor(_MOTION)[split(labels)[0]]
 
 
 def _coverage(shape: Tensor, centres: Tensor, size: int) -> Tensor:

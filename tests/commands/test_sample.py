@@ -22,7 +22,7 @@ from tests.export.runs import CHUNKS, FULL, LORA, TINY_WAN, make_run
 
 
 def config(model: Path, out: Path, **options) -> SampleConfig:
-    settings = {"prompts": ("wide red stripes",), "precision": "fp32", "text_length": 16, "device": "cpu"}
+    settings = {"prompts": ("a red ball",), "precision": "fp32", "text_length": 16, "device": "cpu"}
     return SampleConfig(model=str(model), out=str(out), **{**settings, **options})
 
 
@@ -33,13 +33,13 @@ def frames_in(path: Path) -> int:
 
 def test_a_run_gives_a_video_for_every_prompt_seed_and_number_of_calls(tmp_path: Path):
     trained, prompts = make_run(tmp_path, LORA), tmp_path / "prompts.txt"
-    prompts.write_text("Narrow blue stripes, drifting UP!\n\nwide red stripes\n")
+    prompts.write_text("a blue square, moving UP!\n\na red ball\n")
     out = tmp_path / "out"
     sample.run(config(trained, out, prompt_file=str(prompts), steps=(1, 2), seeds=(3, 4)))
     files = [video["file"] for video in json.loads((out / "index.json").read_text())["videos"]]
     assert len(files) == 2 * 2 * 2
-    assert files[0] == "000_wide-red-stripes_seed3_calls1.mp4"
-    assert files[-1] == "001_narrow-blue-stripes-drifting-up_seed4_calls2.mp4"
+    assert files[0] == "000_a-red-ball_seed3_calls1.mp4"
+    assert files[-1] == "001_a-blue-square-moving-up_seed4_calls2.mp4"
     assert all(frames_in(out / file) == 5 for file in files)
     assert frames_in(out / "grid.mp4") == 5
     index = json.loads((out / "index.json").read_text())
@@ -58,7 +58,7 @@ def test_an_exported_folder_gives_what_stock_diffusers_gives(tmp_path: Path):
     pipeline = diffusers.AnyFlowPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline(
-        "wide red stripes", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16,
+        "a red ball", height=32, width=32, num_frames=5, num_inference_steps=2, max_sequence_length=16,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).frames[0]  # fmt: skip
     stock = to_frames(video.transpose(0, 1) * 2 - 1)

@@ -174,7 +174,7 @@ def test_tiny_has_the_names_of_its_stages_too() -> None:
         (
             ["experiment=teacher", "model=tiny", "recipe=reference"],
             "experiment",
-            "there are model=shapes, model=tiny, model=wan14b",
+            "there are model=tiny, model=wan14b",
         ),
         (["experiment=forward", "model=tinny"], "experiment", "no experiment with model=tinny"),
         (["experiment=tiny", "model=wan14b"], "model", "experiment=tiny is not a stage"),

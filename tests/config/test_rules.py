@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
     "evaluation.steps": [1, 2, 4, 8],
     "evaluation.best_metric": "energy_distance_4",
     "evaluation.shift": 5.0,
-    "evaluation.oracle": "stripes",
+    "evaluation.oracle": "shapes",
     "evaluation.videos": 4,
 }
 
