@@ -18,14 +18,19 @@ class Recognition:
     """Result of the oracle for a set of videos.
 
     Attributes:
-        accuracy: share of videos that show the class of their caption.
+        accuracy: share of videos that show all of what their caption says.
         purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
         sharpness: mean match of a video's edges with those of the recognised pattern; None if the world has none.
     """
 
     accuracy: Estimate
-    purity: float
+    purity: Estimate
     sharpness: Estimate | None = None
+
+    @property
+    def clarity(self) -> tuple[str, Estimate]:
+        """Name and estimate of the measure of how clear the pattern is: the sharpness, otherwise the purity."""
+        return ("purity", self.purity) if self.sharpness is None else ("sharpness", self.sharpness)
 
 
 @torch.inference_mode()
@@ -46,10 +51,8 @@ def judge_clips(
     latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
         readings.append(oracle.recognise(decode(latents[start : start + batch]).float().cpu()))
-    seen, purity, *sharpness = (torch.cat(values) for values in zip(*readings, strict=True))
-    hits = int((seen == labels).sum())
-    sharp = mean_of(sharpness[0]) if sharpness else None
-    return Recognition(wilson(hits, len(labels)), float(purity.mean()), sharp)
+    seen, *shares = (torch.cat(values) for values in zip(*readings, strict=True))
+    return Recognition(wilson(int((seen == labels).sum()), len(labels)), *map(mean_of, shares))
 
 
 def mean_of(values: Tensor) -> Estimate:

@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from anyflow_train.files import atomic_file
@@ -20,14 +21,20 @@ from anyflow_train.files import atomic_file
 Frames = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB."""
 
-# Layout of a grid, in pixels, characters and colours.
-GAP = 6
-FONT_SIZE = 13
-LINE = 16
-ROW_LABEL_CHARACTERS = 15
-ROW_LABEL_WIDTH = 118
+# Layout of a grid: pixels and colours. The background is opaque, so that the grid looks the same on every page.
+GAP = 8
+FONT_SIZE = 15
+LINE = 19
+HEADING = 28
+ROW_LABEL_WIDTH = 116
 INK = (28, 28, 32)
 PAPER = (255, 255, 255)
+TINT = 0.22
+"""Strength of a heading's colour behind its columns."""
+PAUSE = 500
+"""Milliseconds that a GIF rests on its last frame, so that the eye sees where a clip starts again."""
+LONG_CLIP = 40
+"""Frames from which on a GIF has smaller cells; otherwise the file would be large."""
 
 
 def to_frames(video: Tensor) -> Frames:
@@ -52,17 +59,27 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def write_gif(path: Path, frames: Frames, fps: float, colours: int = 64) -> None:
-    """Write an endless GIF with one palette for all frames, so that it is small and does not flicker.
+def write_gif(path: Path, frames: Frames, fps: float, colours: int = 256) -> None:
+    """Write an endless GIF with one palette for all frames, so that it does not flicker.
 
     GIF counts time in hundredths of a second, so 16 frames per second play at 16.7.
     """
     palette = Image.fromarray(np.concatenate(list(frames))).quantize(colours)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    duration = max(20, 10 * round(100 / fps))
+    duration = [max(20, 10 * round(100 / fps))] * len(images)
+    duration[-1] += PAUSE
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading above neighbouring columns, with a colour (`#rrggbb`) that marks them."""
+
+    label: str
+    columns: int
+    colour: str
 
 
 @dataclass(frozen=True)
@@ -71,21 +88,24 @@ class Grid:
 
     Attributes:
         rows: one label per row, usually the prompt.
-        columns: one label per column, of one or more lines.
+        columns: one label per column.
         videos: frames by row and column, all of the same shape (F, H, W, 3).
         fps: frames per second.
+        headings: headings of all columns from left to right; empty if there are none.
     """
 
     rows: Sequence[str]
     columns: Sequence[str]
     videos: Sequence[Sequence[Frames]]
     fps: float
+    headings: Sequence[Heading] = ()
 
 
 def write_grid(grid: Grid, mp4: Path, gif: Path) -> None:
     """Write the grid as mp4, and as a smaller GIF."""
-    write_mp4(mp4, draw_grid(grid, least=112, most=224), grid.fps)
-    write_gif(gif, draw_grid(grid, least=72, most=96), grid.fps)
+    write_mp4(mp4, draw_grid(grid, least=128, most=224), grid.fps)
+    width = 96 if len(grid.videos[0][0]) > LONG_CLIP else 120
+    write_gif(gif, draw_grid(grid, width, width), grid.fps)
 
 
 def draw_grid(grid: Grid, least: int, most: int) -> Frames:
@@ -97,10 +117,12 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
         most: largest width of one video in pixels; wider videos are reduced.
 
     Raises:
-        ValueError: rows or columns do not match the labels.
+        ValueError: rows, columns or headings do not match the videos.
     """
     if len(grid.videos) != len(grid.rows) or any(len(row) != len(grid.columns) for row in grid.videos):
         raise ValueError("a grid needs one label for each row and for each column")
+    if grid.headings and sum(heading.columns for heading in grid.headings) != len(grid.columns):
+        raise ValueError("the headings of a grid must cover all of its columns")
     count, height, width = grid.videos[0][0].shape[:3]
     tile_width = min(max(width, least), most)
     tile = (tile_width, round(height * tile_width / width))
@@ -116,28 +138,47 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
 
 
 def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
-    right, bottom = _corner(grid, tile, len(grid.rows), len(grid.columns))
-    paper = Image.new("RGB", (right, bottom), PAPER)
-    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(FONT_SIZE)
+    size = _corner(grid, tile, len(grid.rows), len(grid.columns))
+    paper = Image.new("RGB", size, PAPER)
+    draw, font, large = ImageDraw.Draw(paper), ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 3)
+    edges = [0, *accumulate(heading.columns for heading in grid.headings)]
+    for heading, (first, end) in zip(grid.headings, pairwise(edges), strict=True):
+        left = _corner(grid, tile, 0, first)[0] - GAP // 2
+        right = _corner(grid, tile, 0, end - 1)[0] + tile[0] + GAP // 2 - 1
+        tint = tuple(round(255 - TINT * (255 - value)) for value in ImageColor.getrgb(heading.colour))
+        draw.rectangle((left, 0, right, size[1]), fill=tint)
+        draw.rectangle((left, 0, right, HEADING - 1), fill=heading.colour)
+        place = ((left + right) // 2, HEADING // 2)
+        label = _fitted(heading.label, right - left - GAP, large)
+        draw.text(place, label, fill=PAPER, font=large, anchor="mm")
     for column, label in enumerate(grid.columns):
         x, y = _corner(grid, tile, 0, column)
-        lines = label.split("\n")
-        for number, line in enumerate(lines):
-            place = (x + tile[0] // 2, y - GAP // 2 - LINE * (len(lines) - number))
-            draw.text(place, line, fill=INK, font=font, anchor="ma")
+        label = _fitted(label, tile[0], font)
+        draw.text((x + tile[0] // 2, y - GAP // 2 - LINE // 2), label, fill=INK, font=font, anchor="mm")
     for row, label in enumerate(grid.rows):
         _, y = _corner(grid, tile, row, 0)
-        lines = textwrap.wrap(label, ROW_LABEL_CHARACTERS, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
+        lines = textwrap.wrap(label, 14, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
         top = y + (tile[1] - LINE * len(lines)) // 2
         for number, line in enumerate(lines):
-            draw.text((GAP, top + LINE * number), line, fill=INK, font=font)
+            line = _fitted(line, ROW_LABEL_WIDTH - 2 * GAP, font)
+            draw.text((GAP, top + LINE * number + LINE // 2), line, fill=INK, font=font, anchor="lm")
     return paper
 
 
+def _fitted(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Shorten a label to a width in pixels."""
+    shortened = label
+    while font.getlength(shortened) > width:
+        label = label[:-1]
+        shortened = f"{label}..."
+    return shortened
+
+
 def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[int, int]:
-    """Return the upper left corner of a tile, in pixels."""
-    header = LINE * max(label.count("\n") + 1 for label in grid.columns) + GAP
-    return ROW_LABEL_WIDTH + column * (tile[0] + GAP), header + row * (tile[1] + GAP)
+    """Return the upper left corner of a tile, in pixels. Columns under different headings are further apart."""
+    header = LINE + GAP + HEADING * bool(grid.headings)
+    wider = sum(column >= first for first in accumulate(heading.columns for heading in grid.headings[:-1]))
+    return ROW_LABEL_WIDTH + column * (tile[0] + GAP) + wider * GAP, header + row * (tile[1] + GAP)
 
 
 def _resized(frame: Frames, tile: tuple[int, int]) -> Image.Image:

@@ -158,8 +158,8 @@ class Trainer:
             return
         metrics = validation.metrics
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
-        self.progress.say(f"step {self.state.step}  " + "  ".join(f"{name} {v:.4g}" for name, v in metrics.items()))
-        self.trackers.log(self.state.step, {f"validation/{name}": value for name, value in metrics.items()})
+        self.progress.say(f"step {self.state.step}  {validation.summary()}")
+        self.trackers.log(self.state.step, validation.tracked())
         self.trackers.videos(self.state.step, validation.videos)
         self._note_best(metrics.get(self.config.evaluation.best_metric))
 

@@ -12,10 +12,31 @@ from anyflow_train.flow.types import FlowMap
 
 @dataclass(frozen=True)
 class Validation:
-    """Results of one validation: numbers by name, and mp4 files by caption."""
+    """Results of one validation.
+
+    Attributes:
+        metrics: numbers by name.
+        videos: mp4 files by caption.
+        intervals: ends of the 95 % intervals of metrics, by name of the metric.
+    """
 
     metrics: dict[str, float]
     videos: dict[str, Path] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Format all numbers in one line, with their intervals: `energy_distance_1 0.51 [0.43, 0.6]`."""
+        ends = {name: f" [{low:.2g}, {high:.2g}]" for name, (low, high) in self.intervals.items()}
+        return "  ".join(f"{name} {value:.3g}{ends.get(name, '')}" for name, value in self.metrics.items())
+
+    def tracked(self) -> dict[str, float]:
+        """Name all numbers for trackers; the ends of intervals are called `<metric>_low` and `<metric>_high`."""
+        ends = {
+            f"{name}_{end}": value
+            for name, interval in self.intervals.items()
+            for end, value in zip(("low", "high"), interval, strict=True)
+        }
+        return {f"validation/{name}": value for name, value in (self.metrics | ends).items()}
 
 
 class Validator(Protocol):

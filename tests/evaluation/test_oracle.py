@@ -14,12 +14,13 @@ def test_judge_counts_the_videos_that_show_their_caption():
     captions[0], captions[1] = captions[1], captions[0]  # two different classes, exchanged
     verdict = judge_clips(clips, captions, decode=lambda latents: latents, batch=7, world="stripes")
     assert verdict.accuracy.value == pytest.approx(22 / 24)
-    assert 0.7 < verdict.purity <= 1
+    assert 0.7 < verdict.purity.low < verdict.purity.value < verdict.purity.high <= 1
     part = judge_clips(clips, captions[:6], decode=lambda latents: latents, batch=4, world="stripes")
     assert part.accuracy.value == pytest.approx(4 / 6)
     noise = judge_clips(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24, world="stripes")
-    assert noise.purity < 0.05
+    assert noise.purity.high < 0.05
     assert noise.sharpness is None
+    assert noise.clarity == ("purity", noise.purity)
 
 
 def test_shapes_have_a_sharpness_with_its_interval():
@@ -28,6 +29,7 @@ def test_shapes_have_a_sharpness_with_its_interval():
     verdict = judge_clips(clips, captions, decode=lambda latents: latents, batch=20, world="shapes")
     assert verdict.accuracy.value == 1
     assert verdict.sharpness is not None
+    assert verdict.clarity == ("sharpness", verdict.sharpness)
     assert 0.8 < verdict.sharpness.low < verdict.sharpness.value < verdict.sharpness.high <= 1
 
 
