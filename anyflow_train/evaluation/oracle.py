@@ -27,10 +27,10 @@ class Recognition:
     purity: Estimate
     sharpness: Estimate | None = None
 
-    @property
-    def clarity(self) -> tuple[str, Estimate]:
-        """Name and estimate of the measure of how clear the pattern is: the sharpness, otherwise the purity."""
-        return ("purity", self.purity) if self.sharpness is None else ("sharpness", self.sharpness)
+    def measures(self) -> dict[str, Estimate]:
+        """Name what is reported: the accuracy, and the sharpness or, in a world without one, the purity."""
+        clear = {"purity": self.purity} if self.sharpness is None else {"sharpness": self.sharpness}
+        return {"accuracy": self.accuracy, **clear}
 
 
 @torch.inference_mode()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.files import atomic_file
@@ -85,7 +84,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.across == "network calls":
         axes.set_xscale("log", base=2)
         steps = [step for step, after in zip(steps, [*steps[1:], math.inf], strict=True) if after > 1.3 * step]
-    axes.xaxis.set_major_locator(FixedLocator(steps))
     axes.set_xticks(steps, [str(step) for step in steps])
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
     if panel.scale == "log":
@@ -93,8 +91,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         ticks = _round_numbers(low, high)
         ticks = ticks if len(ticks) < 10 else [tick for tick in ticks if f"{tick:e}".startswith("1")]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
     axes.set_ylim(low, high)
     axes.set_xlabel(panel.across, fontsize=TEXT_SIZE)
     axes.set_title(f"{panel.title}\n{panel.better} is better", fontsize=TEXT_SIZE, loc="left")
@@ -112,18 +109,8 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, bound: float) -> None:
     place = (number - 1) % students + 1 if number else 0
     colour = COLOURS[place]
     axes.fill_between(curve.steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(
-        curve.steps,
-        values,
-        color=colour,
-        marker=MARKERS[place],
-        linestyle="-" if number <= students else "--",
-        markersize=6,
-        linewidth=2,
-        label=curve.label,
-        clip_on=False,
-        zorder=3,
-    )
+    line = ("-" if number <= students else "--") + MARKERS[place]
+    axes.plot(curve.steps, values, line, color=colour, markersize=6, linewidth=2, label=curve.label, clip_on=False)
 
 
 def _log_limits(panel: Panel) -> tuple[float, float]:

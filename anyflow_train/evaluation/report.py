@@ -60,10 +60,9 @@ def write_report(folder: Path, report: EvaluationReport) -> str:
     The page shows `grid.gif` if it is in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    table = "\n".join(table_lines(report))
-    chunks = ""
+    tables = "\n".join(table_lines(report))
     if report.chunks:
-        chunks = "\n\n" + "\n".join(chunk_lines(report.chunks))
+        tables += "\n\n" + "\n".join(chunk_lines(report.chunks))
         write_chunk_plot(folder / "chunks.png", report.chunks)
     write_json(folder / "report.json", report.to_json())
     write_plot(folder / "quality.png", panels(report))
@@ -71,14 +70,13 @@ def write_report(folder: Path, report: EvaluationReport) -> str:
     parts = [
         f"# {' and '.join(dict.fromkeys(cell.model for cell in report.cells))}",
         *(f"![{text}]({name})" for text, name in pictures.items() if (folder / name).exists()),
-        "\n".join(summary_lines(report)),
-        "## All numbers",
-        table + chunks,
+        "\n".join([*summary_lines(report), "", "## All numbers"]),
+        tables,
         _caption(report),
     ]
     with atomic_file(folder / "report.md") as file:
         file.write(("\n\n".join(parts) + "\n").encode())
-    return table + chunks
+    return tables
 
 
 def summary_lines(report: EvaluationReport) -> list[str]:
@@ -99,7 +97,7 @@ def table_lines(report: EvaluationReport) -> list[str]:
     """Make the lines of a Markdown table with one row for each model and number of calls."""
     real, seen = report.real, report.real.recognition
     head = ["model", "calls", "shift", "energy distance", "of the teacher's", "sliced Wasserstein", "error to fine ODE"]
-    head += ["accuracy", seen.clarity[0]] if seen else []
+    head += list(seen.measures()) if seen else []
     head += ["to nearest training clip", "1 %", "minimum"] * bool(report.training)
     last = [_reference(report), "", "", f"< {real.energy_floor:.3f}", "", "", "", *_recognition(seen)]
     last += _nearest(report.training.held_out) if report.training else []
@@ -122,30 +120,22 @@ def panels(report: EvaluationReport) -> list[Panel]:
     With an oracle that is its accuracy or its sharpness, whichever varies more. Otherwise it is the error to the
     teacher's fine solution, on which that solution itself is no point.
     """
-    floor = report.real.energy_floor
-    drawn = Panel(
-        f"energy distance to {_reference(report)}",
-        "log",
-        _curves(report.cells, lambda cell: cell.energy_distance),
-        real=Estimate(floor, 0.0, floor),
-    )
+    floor = Estimate(report.real.energy_floor, 0.0, report.real.energy_floor)
+    distances = _curves(report.cells, lambda cell: cell.energy_distance)
+    drawn = Panel(f"energy distance to {_reference(report)}", "log", distances, real=floor)
     seen = report.real.recognition
     if seen is None:
         coarse = [cell for cell in report.cells if cell.steps in report.config.steps]
         errors = _curves(coarse, lambda cell: cell.trajectory_error)
         return [drawn, Panel("error to the teacher's fine solution (rms)", "log", errors)]
-    shares = [
-        ("all of the caption is right (share of clips)", lambda recognition: recognition.accuracy),
-        (seen.clarity[0], lambda recognition: recognition.clarity[1]),
-    ]
-
-    def spread(share: tuple[str, Callable[[Recognition], Estimate]]) -> float:
-        values = [share[1](cell.recognition).value for cell in report.cells if cell.recognition]
-        return max(values) - min(values)
-
-    title, measure = max(shares, key=spread)
-    curves = _curves(report.cells, lambda cell: measure(cell.recognition))
-    return [drawn, Panel(title, "share", curves, better="higher", real=measure(seen))]
+    measured = {
+        name: [cell.recognition.measures()[name].value for cell in report.cells if cell.recognition]
+        for name in seen.measures()
+    }
+    name = max(measured, key=lambda name: max(measured[name]) - min(measured[name]))
+    curves = _curves(report.cells, lambda cell: cell.recognition.measures()[name])
+    title = "accuracy (all of the caption is right)" if name == "accuracy" else name
+    return [drawn, Panel(title, "share", curves, better="higher", real=seen.measures()[name])]
 
 
 def _curves(cells: Sequence[ResultRow], measure: Callable[[Any], Estimate]) -> tuple[Curve, ...]:
@@ -168,7 +158,7 @@ def _row(cell: ResultRow) -> list[str]:
 
 
 def _recognition(seen: Recognition | None) -> list[str]:
-    return [str(seen.accuracy), str(seen.clarity[1])] if seen else []
+    return list(map(str, seen.measures().values())) if seen else []
 
 
 def _nearest(nearest: Nearest) -> list[str]:

@@ -91,7 +91,7 @@ class InRunValidator:
     def _result(self, compared: Mapping[int, Tensor], shown: Mapping[int, Tensor], folder: Path) -> Validation:
         metrics = self._metrics(compared)
         values = {name: estimate.value for name, estimate in metrics.items()}
-        intervals = {name: (estimate.low, estimate.high) for name, estimate in metrics.items()}
+        intervals = {f"{name}_{end}": getattr(metrics[name], end) for name in metrics for end in ("low", "high")}
         return Validation(values, self._videos(shown, folder), intervals)
 
     @cached_property

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import av
@@ -141,9 +141,8 @@ def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
     size = _corner(grid, tile, len(grid.rows), len(grid.columns))
     paper = Image.new("RGB", size, PAPER)
     draw, font, large = ImageDraw.Draw(paper), ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 3)
-    edges = [0, *accumulate(heading.columns for heading in grid.headings)]
-    for heading, (first, end) in zip(grid.headings, pairwise(edges), strict=True):
-        left = _corner(grid, tile, 0, first)[0] - GAP // 2
+    for heading, end in zip(grid.headings, accumulate(each.columns for each in grid.headings), strict=True):
+        left = _corner(grid, tile, 0, end - heading.columns)[0] - GAP // 2
         right = _corner(grid, tile, 0, end - 1)[0] + tile[0] + GAP // 2 - 1
         tint = tuple(round(255 - TINT * (255 - value)) for value in ImageColor.getrgb(heading.colour))
         draw.rectangle((left, 0, right, size[1]), fill=tint)

@@ -159,7 +159,8 @@ class Trainer:
         metrics = validation.metrics
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
         self.progress.say(f"step {self.state.step}  {validation.summary()}")
-        self.trackers.log(self.state.step, validation.tracked())
+        tracked = {f"validation/{name}": value for name, value in (metrics | validation.intervals).items()}
+        self.trackers.log(self.state.step, tracked)
         self.trackers.videos(self.state.step, validation.videos)
         self._note_best(metrics.get(self.config.evaluation.best_metric))
 

@@ -17,26 +17,20 @@ class Validation:
     Attributes:
         metrics: numbers by name.
         videos: mp4 files by caption.
-        intervals: ends of the 95 % intervals of metrics, by name of the metric.
+        intervals: ends of the 95 % intervals of metrics, named `<metric>_low` and `<metric>_high`.
     """
 
     metrics: dict[str, float]
     videos: dict[str, Path] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Format all numbers in one line, with their intervals: `energy_distance_1 0.51 [0.43, 0.6]`."""
-        ends = {name: f" [{low:.2g}, {high:.2g}]" for name, (low, high) in self.intervals.items()}
-        return "  ".join(f"{name} {value:.3g}{ends.get(name, '')}" for name, value in self.metrics.items())
+        return "  ".join(f"{name} {value:.3g}{self._interval(name)}" for name, value in self.metrics.items())
 
-    def tracked(self) -> dict[str, float]:
-        """Name all numbers for trackers; the ends of intervals are called `<metric>_low` and `<metric>_high`."""
-        ends = {
-            f"{name}_{end}": value
-            for name, interval in self.intervals.items()
-            for end, value in zip(("low", "high"), interval, strict=True)
-        }
-        return {f"validation/{name}": value for name, value in (self.metrics | ends).items()}
+    def _interval(self, name: str) -> str:
+        low, high = (self.intervals.get(f"{name}_{end}") for end in ("low", "high"))
+        return "" if low is None or high is None else f" [{low:.2g}, {high:.2g}]"
 
 
 class Validator(Protocol):

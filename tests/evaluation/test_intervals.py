@@ -16,8 +16,9 @@ from anyflow_train.evaluation.intervals import (
     single_stratum,
     weighted_means,
 )
-from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
+from anyflow_train.evaluation.metrics import directions
 from tests.evaluation.closed_forms import gaussian_energy, mixture_energy
+from tests.evaluation.distances import sliced_wasserstein
 
 TRIALS = 200
 REPLICATES = 200
@@ -122,9 +123,15 @@ def test_a_ratio_to_something_that_may_be_zero_is_not_given():
 def test_values_are_the_plain_statistics():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(64, 3, 4, generator=generator) + 0.5, torch.randn(128, 3, 4, generator=generator)
-    assert float(energy_replicates(x, y, trial=0)[0]) == pytest.approx(energy_distance(x, y), rel=1e-12)
+    left, right = x.flatten(1).double(), y.flatten(1).double()
+    cross, within, other = (torch.cdist(a, b).sum() for a, b in ((left, right), (left, left), (right, right)))
+    energy = float(2 * cross / (64 * 128) - within / (64 * 63) - other / (128 * 127))
+    assert float(energy_replicates(x, y, trial=0)[0]) == pytest.approx(energy, rel=1e-9)
     squares = SlicedReference(y, plain(128, 1)).replicates(x, plain(64, 0))
-    assert float(squares[0].sqrt()) == pytest.approx(sliced_wasserstein(x, y), rel=1e-12)
+    axes = directions(12, 64).double()
+    ordered, others = ((side @ axes).sort(dim=0).values for side in (left, right))
+    gaps = ordered.repeat_interleave(2, dim=0) - others
+    assert float(squares[0]) == pytest.approx(float(gaps.square().mean()), rel=1e-5)
 
 
 def test_reflection_takes_the_sampling_bias_off_a_sliced_distance():

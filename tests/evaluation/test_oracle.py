@@ -20,7 +20,7 @@ def test_judge_counts_the_videos_that_show_their_caption():
     noise = judge_clips(torch.randn_like(clips), captions, decode=lambda latents: latents, batch=24, world="stripes")
     assert noise.purity.high < 0.05
     assert noise.sharpness is None
-    assert noise.clarity == ("purity", noise.purity)
+    assert noise.measures() == {"accuracy": noise.accuracy, "purity": noise.purity}
 
 
 def test_shapes_have_a_sharpness_with_its_interval():
@@ -29,7 +29,7 @@ def test_shapes_have_a_sharpness_with_its_interval():
     verdict = judge_clips(clips, captions, decode=lambda latents: latents, batch=20, world="shapes")
     assert verdict.accuracy.value == 1
     assert verdict.sharpness is not None
-    assert verdict.clarity == ("sharpness", verdict.sharpness)
+    assert verdict.measures() == {"accuracy": verdict.accuracy, "sharpness": verdict.sharpness}
     assert 0.8 < verdict.sharpness.low < verdict.sharpness.value < verdict.sharpness.high <= 1
 
 

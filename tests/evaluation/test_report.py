@@ -95,7 +95,7 @@ def test_the_panels_have_the_fine_solution_where_it_is_a_result():
 
 def test_the_second_panel_is_the_measure_of_the_oracle_that_separates():
     accuracy = panels(judged())[1]
-    assert accuracy.title.startswith("all of the caption is right")
+    assert accuracy.title.startswith("accuracy")
     assert (accuracy.scale, accuracy.better, accuracy.real) == ("share", "higher", estimate(1))
     seen = [recognition(1, sharpness) for sharpness in (0.1, 0.3, 0.5, 0.7, 0.8)]
     sharpness = panels(make_report(*seen, real=recognition(1, 0.81), oracle="shapes"))[1]
