@@ -27,7 +27,7 @@ from anyflow_train.evaluation.clip_choice import (
 )
 from anyflow_train.evaluation.intervals import percentile
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
-from anyflow_train.evaluation.measure import RealClips, ResultRow, SampleEvaluator, SampleSet
+from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_clips
 from anyflow_train.evaluation.plot import COLOURS
@@ -82,10 +82,6 @@ class Comparison:
             cells.append(self.evaluator.cell(model, steps, samples, fine, taught, seen))
         return cells
 
-    def real(self) -> RealClips:
-        """Measure the held-out clips, or the guided teacher's samples in their place, as samples are measured."""
-        return self.evaluator.real(self.recognise(self.evaluator.reference, self.held_out.captions))
-
     def recognise(self, latents: Tensor, captions: list[str]) -> Recognition | None:
         """Ask the oracle what the first `oracle_samples` of (n, F, C, H, W) latents show; None without an oracle."""
         return self.judge and self.judge(latents, captions[: self.config.oracle_samples])
@@ -129,7 +125,8 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         cells, trained_on = with_nearest(comparison, training, cells, samples)
     chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
     by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
-    real = comparison.real()
+    reference = comparison.evaluator.reference
+    real = comparison.evaluator.real(comparison.recognise(reference, comparison.held_out.captions))
     report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
     _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     print(write_report(out, report))

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from anyflow_train.evaluation.metrics import (
     directions,
-    middle_levels,
     pairwise_distances,
     project,
     self_distances,
 )
+
+LEVELS = 512
+"""Equal probabilities at whose middles quantile functions are compared."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class SlicedReference:
 
     def _read(self, x: Tensor, resampling: Resampling):
         """Yield the weighted quantiles of each direction: (R + 1, levels) float64."""
-        levels = middle_levels(torch.device("cpu"))
+        levels = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
         for values in project(x, self._axes).cpu():
             yield weighted_quantiles(values, resampling.weights[: self._replicates + 1], levels)
 

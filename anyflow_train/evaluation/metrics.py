@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 FEATURES_PER_CHUNK = 1 << 16
-LEVELS = 512
 
 
 def pairwise_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -50,11 +49,6 @@ def project(x: Tensor, axes: Tensor) -> Tensor:
     The products are in float32: their error of about 1e-6 of the sample's norm is far below the sampling noise.
     """
     return (_rows(x).float() @ axes.to(x.device)).T.double()
-
-
-def middle_levels(device: torch.device) -> Tensor:
-    """Return the probabilities at which quantiles are read, (512,) float64."""
-    return (torch.arange(LEVELS, dtype=torch.float64, device=device) + 0.5) / LEVELS
 
 
 def squared_errors(x: Tensor, target: Tensor) -> Tensor:

@@ -43,15 +43,8 @@ class EvaluationReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return numbers and intervals by name; values that do not apply are None."""
-        config = self.config.model_dump(mode="json")
-        cells = [asdict(cell) for cell in self.cells]
-        return {"package": "anyflow_train", "version": __version__, "seconds": self.seconds, "config": config} | {
-            "interval": "95 %",
-            "real": asdict(self.real),
-            "training": None if self.training is None else asdict(self.training),
-            "cells": cells,
-            "chunks": [asdict(cell) for cell in self.chunks],
-        }
+        head = {"package": "anyflow_train", "version": __version__, "interval": "95 %"}
+        return head | asdict(self) | {"config": self.config.model_dump(mode="json")}
 
 
 def write_report(folder: Path, report: EvaluationReport) -> str:
@@ -86,10 +79,9 @@ def summary_lines(report: EvaluationReport) -> list[str]:
         measures = {"accuracy": lambda cell: str(cell.recognition.accuracy)} | measures
     models = list(dict.fromkeys(cell.model for cell in report.cells))
     rows = [["calls", *(f"{measure}: {model}" for measure in measures for model in models)]]
-    by_steps = {(cell.model, cell.steps): cell for cell in reversed(report.cells)}
+    cells = {(cell.model, cell.steps): cell for cell in reversed(report.cells)}
     for steps in sorted(report.config.steps)[:3]:
-        cells = [by_steps[model, steps] for model in models]
-        rows.append([str(steps), *(text(cell) for text in measures.values() for cell in cells)])
+        rows.append([str(steps), *(text(cells[model, steps]) for text in measures.values() for model in models)])
     return markdown_table(rows)
 
 
@@ -171,7 +163,7 @@ def _caption(report: EvaluationReport) -> str:
     sentences = [
         f"{config.samples} samples from the same noise against {config.held_out_samples} {reference}, in latent space; "
         "95 % intervals.",
-        f"The teacher takes Euler steps at the best of shifts {_listed(config.shifts)}; "
+        f"The teacher takes Euler steps at the best of shifts {', '.join(f'{shift:g}' for shift in config.shifts)}; "
         f"its fine solution takes {config.fine_steps} steps at shift {config.shift:g}; guidance scale "
         f"{config.guidance_scale:g}; texts padded to {config.text_length} tokens.",
         "A ratio is left out if the teacher's distance may be zero.",
@@ -191,7 +183,3 @@ def _caption(report: EvaluationReport) -> str:
             f"the last row shows those of {config.held_out_samples} held-out clips."
         )
     return " ".join(sentences)
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

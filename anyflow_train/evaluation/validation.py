@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -111,8 +111,8 @@ class InRunValidator:
             metrics[f"energy_distance_{steps}"] = percentile(self._evaluator.sampled(latents, self.config.shift).energy)
             metrics[f"sliced_wasserstein_{steps}"] = self._evaluator.sliced_wasserstein(latents)
             if self.config.oracle != "none" and self.codec is not None:
-                captions, decode = list(self.compared.captions), self.codec.decode_video
-                seen = judge_clips(latents, captions, decode, self.config.batch, self.config.oracle).accuracy
+                judge = partial(judge_clips, decode=self.codec.decode_video, batch=self.config.batch)
+                seen = judge(latents, list(self.compared.captions), world=self.config.oracle).accuracy
                 metrics[f"class_error_{steps}"] = Estimate(1 - seen.value, 1 - seen.high, 1 - seen.low)
         return metrics
 

@@ -119,10 +119,9 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
     Raises:
         ValueError: rows, columns or headings do not match the videos.
     """
-    if len(grid.videos) != len(grid.rows) or any(len(row) != len(grid.columns) for row in grid.videos):
-        raise ValueError("a grid needs one label for each row and for each column")
-    if grid.headings and sum(heading.columns for heading in grid.headings) != len(grid.columns):
-        raise ValueError("the headings of a grid must cover all of its columns")
+    wide = {len(grid.columns), *map(len, grid.videos), sum(each.columns for each in grid.headings) or len(grid.columns)}
+    if len(grid.videos) != len(grid.rows) or len(wide) > 1:
+        raise ValueError("a grid needs one label for each row and for each column, and headings over all columns")
     count, height, width = grid.videos[0][0].shape[:3]
     tile_width = min(max(width, least), most)
     tile = (tile_width, round(height * tile_width / width))
@@ -132,7 +131,8 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
         picture = paper.copy()
         for row, videos in enumerate(grid.videos):
             for column, frames in enumerate(videos):
-                picture.paste(_resized(frames[number], tile), _corner(grid, tile, row, column))
+                frame = Image.fromarray(frames[number]).resize(tile, Image.Resampling.BICUBIC)
+                picture.paste(frame, _corner(grid, tile, row, column))
         drawn.append(np.asarray(picture))
     return np.stack(drawn)
 
@@ -140,7 +140,7 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
 def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
     size = _corner(grid, tile, len(grid.rows), len(grid.columns))
     paper = Image.new("RGB", size, PAPER)
-    draw, font, large = ImageDraw.Draw(paper), ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 3)
+    draw = ImageDraw.Draw(paper)
     for heading, end in zip(grid.headings, accumulate(each.columns for each in grid.headings), strict=True):
         left = _corner(grid, tile, 0, end - heading.columns)[0] - GAP // 2
         right = _corner(grid, tile, 0, end - 1)[0] + tile[0] + GAP // 2 - 1
@@ -148,29 +148,33 @@ def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
         draw.rectangle((left, 0, right, size[1]), fill=tint)
         draw.rectangle((left, 0, right, HEADING - 1), fill=heading.colour)
         place = ((left + right) // 2, HEADING // 2)
-        label = _fitted(heading.label, right - left - GAP, large)
-        draw.text(place, label, fill=PAPER, font=large, anchor="mm")
+        _write(draw, place, heading.label, right - left - GAP, FONT_SIZE + 3, PAPER)
     for column, label in enumerate(grid.columns):
         x, y = _corner(grid, tile, 0, column)
-        label = _fitted(label, tile[0], font)
-        draw.text((x + tile[0] // 2, y - GAP // 2 - LINE // 2), label, fill=INK, font=font, anchor="mm")
+        _write(draw, (x + tile[0] // 2, y - (GAP + LINE) // 2), label, tile[0])
     for row, label in enumerate(grid.rows):
-        _, y = _corner(grid, tile, row, 0)
         lines = textwrap.wrap(label, 14, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
-        top = y + (tile[1] - LINE * len(lines)) // 2
+        middle = _corner(grid, tile, row, 0)[1] + tile[1] // 2
         for number, line in enumerate(lines):
-            line = _fitted(line, ROW_LABEL_WIDTH - 2 * GAP, font)
-            draw.text((GAP, top + LINE * number + LINE // 2), line, fill=INK, font=font, anchor="lm")
+            place = (GAP, middle + round(LINE * (number - (len(lines) - 1) / 2)))
+            _write(draw, place, line, ROW_LABEL_WIDTH - 2 * GAP, anchor="lm")
     return paper
 
 
-def _fitted(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten a label to a width in pixels."""
-    shortened = label
-    while font.getlength(shortened) > width:
-        label = label[:-1]
-        shortened = f"{label}..."
-    return shortened
+def _write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    label: str,
+    width: int,
+    size: int = FONT_SIZE,
+    ink: tuple[int, int, int] = INK,
+    anchor: str = "mm",
+) -> None:
+    """Write a label at a place, shortened to a width in pixels."""
+    font = ImageFont.load_default(size)
+    while font.getlength(label) > width:
+        label = f"{label.removesuffix('...')[:-1]}..."
+    draw.text(place, label, fill=ink, font=font, anchor=anchor)
 
 
 def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[int, int]:
@@ -178,8 +182,3 @@ def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[i
     header = LINE + GAP + HEADING * bool(grid.headings)
     wider = sum(column >= first for first in accumulate(heading.columns for heading in grid.headings[:-1]))
     return ROW_LABEL_WIDTH + column * (tile[0] + GAP) + wider * GAP, header + row * (tile[1] + GAP)
-
-
-def _resized(frame: Frames, tile: tuple[int, int]) -> Image.Image:
-    image = Image.fromarray(frame)
-    return image if image.size == tile else image.resize(tile, Image.Resampling.BICUBIC)

@@ -130,7 +130,7 @@ def test_a_student_called_teacher_is_told_from_the_teacher(folder: Path):
 
 def test_validation_during_a_run_gives_the_numbers_of_the_report(folder: Path):
     """The same noise, captions, estimators and intervals, so that a run and its report never disagree."""
-    cells = run(folder, "agree", videos=0, shifts=(5.0,)).cells[2:4]
+    cells = run(folder, "agree", videos=0, shifts=(5.0,), bootstrap=1000).cells[2:4]
     (saved,) = (folder / "run" / "checkpoints").glob("*/config.json")
     settings = under_new_names(json.loads(saved.read_text()), str(saved))
     settings["data"] |= {"shards": str(folder / "held_out"), "text_lengths": [8]}
