@@ -76,11 +76,11 @@ class Comparison:
     ) -> list[ResultRow]:
         """Measure a model's samples, given by number of calls. The ratio needs the samples of the teacher."""
         self.say(f"measuring {model}")
-        fine, cells = self.fine.latents, []
-        for steps, samples in sets.items():
-            seen, taught = self.recognise(samples.latents, self.captions), teacher[steps] if teacher else None
-            cells.append(self.evaluator.cell(model, steps, samples, fine, taught, seen))
-        return cells
+        fine, taught = self.fine.latents, teacher or {}
+        return [
+            self.evaluator.cell(model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions))
+            for n, samples in sets.items()
+        ]
 
     def recognise(self, latents: Tensor, captions: list[str]) -> Recognition | None:
         """Ask the oracle what the first `oracle_samples` of (n, F, C, H, W) latents show; None without an oracle."""
@@ -125,8 +125,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         cells, trained_on = with_nearest(comparison, training, cells, samples)
     chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
     by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
-    reference = comparison.evaluator.reference
-    real = comparison.evaluator.real(comparison.recognise(reference, comparison.held_out.captions))
+    real = comparison.evaluator.real(comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions))
     report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
     _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     print(write_report(out, report))

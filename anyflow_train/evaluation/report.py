@@ -120,11 +120,8 @@ def panels(report: EvaluationReport) -> list[Panel]:
         coarse = [cell for cell in report.cells if cell.steps in report.config.steps]
         errors = _curves(coarse, lambda cell: cell.trajectory_error)
         return [drawn, Panel("error to the teacher's fine solution (rms)", "log", errors)]
-    measured = {
-        name: [cell.recognition.measures()[name].value for cell in report.cells if cell.recognition]
-        for name in seen.measures()
-    }
-    name = max(measured, key=lambda name: max(measured[name]) - min(measured[name]))
+    rows = [cell.recognition.measures() for cell in report.cells if cell.recognition]
+    name = max(rows[0], key=lambda name: max(row[name].value for row in rows) - min(row[name].value for row in rows))
     curves = _curves(report.cells, lambda cell: cell.recognition.measures()[name])
     title = "accuracy (all of the caption is right)" if name == "accuracy" else name
     return [drawn, Panel(title, "share", curves, better="higher", real=seen.measures()[name])]
@@ -173,13 +170,8 @@ def _caption(report: EvaluationReport) -> str:
     if config.oracle != "none":
         judged = min(config.samples, config.oracle_samples)
         sentences.append(f"Accuracy is the share of {judged} decoded samples that show all of what their caption says.")
-    if config.conditioning_frames:
-        sentences.append(
-            f"Students continue {config.conditioning_frames} latent frames of held-out clips; the teacher does not."
-        )
+    if given := config.conditioning_frames:
+        sentences.append(f"Students continue {given} latent frames of held-out clips; the teacher does not.")
     if report.training:
-        sentences.append(
-            f"Distances to the nearest of {report.training.clips} training clips: mean, 1 % quantile and minimum; "
-            f"the last row shows those of {config.held_out_samples} held-out clips."
-        )
+        sentences.append(f"Distance to the nearest of {report.training.clips} training clips: mean, 1 % and minimum.")
     return " ".join(sentences)

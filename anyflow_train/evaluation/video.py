@@ -20,6 +20,7 @@ from anyflow_train.files import atomic_file
 
 Frames = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB."""
+Colour = tuple[int, int, int]
 
 # Layout of a grid: pixels and colours. The background is opaque, so that the grid looks the same on every page.
 GAP = 8
@@ -29,12 +30,8 @@ HEADING = 28
 ROW_LABEL_WIDTH = 116
 INK = (28, 28, 32)
 PAPER = (255, 255, 255)
-TINT = 0.22
-"""Strength of a heading's colour behind its columns."""
 PAUSE = 500
 """Milliseconds that a GIF rests on its last frame, so that the eye sees where a clip starts again."""
-LONG_CLIP = 40
-"""Frames from which on a GIF has smaller cells; otherwise the file would be large."""
 
 
 def to_frames(video: Tensor) -> Frames:
@@ -104,7 +101,7 @@ class Grid:
 def write_grid(grid: Grid, mp4: Path, gif: Path) -> None:
     """Write the grid as mp4, and as a smaller GIF."""
     write_mp4(mp4, draw_grid(grid, least=128, most=224), grid.fps)
-    width = 96 if len(grid.videos[0][0]) > LONG_CLIP else 120
+    width = 96 if len(grid.videos[0][0]) > 40 else 120  # smaller cells for long clips, which make large files
     write_gif(gif, draw_grid(grid, width, width), grid.fps)
 
 
@@ -141,40 +138,32 @@ def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
     size = _corner(grid, tile, len(grid.rows), len(grid.columns))
     paper = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(paper)
+
+    def write(x: int, y: int, label: str, width: int, size: int = FONT_SIZE, ink: Colour = INK, anchor: str = "mm"):
+        """Write a label, shortened to a width in pixels."""
+        font = ImageFont.load_default(size)
+        while font.getlength(label) > width:
+            label = f"{label.removesuffix('...')[:-1]}..."
+        draw.text((x, y), label, fill=ink, font=font, anchor=anchor)
+
     for heading, end in zip(grid.headings, accumulate(each.columns for each in grid.headings), strict=True):
         left = _corner(grid, tile, 0, end - heading.columns)[0] - GAP // 2
         right = _corner(grid, tile, 0, end - 1)[0] + tile[0] + GAP // 2 - 1
-        tint = tuple(round(255 - TINT * (255 - value)) for value in ImageColor.getrgb(heading.colour))
+        # A light tint of the heading's colour marks its columns.
+        tint = tuple(round(255 - 0.22 * (255 - value)) for value in ImageColor.getrgb(heading.colour))
         draw.rectangle((left, 0, right, size[1]), fill=tint)
         draw.rectangle((left, 0, right, HEADING - 1), fill=heading.colour)
-        place = ((left + right) // 2, HEADING // 2)
-        _write(draw, place, heading.label, right - left - GAP, FONT_SIZE + 3, PAPER)
+        write((left + right) // 2, HEADING // 2, heading.label, right - left - GAP, FONT_SIZE + 3, PAPER)
     for column, label in enumerate(grid.columns):
         x, y = _corner(grid, tile, 0, column)
-        _write(draw, (x + tile[0] // 2, y - (GAP + LINE) // 2), label, tile[0])
+        write(x + tile[0] // 2, y - (GAP + LINE) // 2, label, tile[0])
     for row, label in enumerate(grid.rows):
         lines = textwrap.wrap(label, 14, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
         middle = _corner(grid, tile, row, 0)[1] + tile[1] // 2
         for number, line in enumerate(lines):
-            place = (GAP, middle + round(LINE * (number - (len(lines) - 1) / 2)))
-            _write(draw, place, line, ROW_LABEL_WIDTH - 2 * GAP, anchor="lm")
+            y = middle + round(LINE * (number - (len(lines) - 1) / 2))
+            write(GAP, y, line, ROW_LABEL_WIDTH - 2 * GAP, anchor="lm")
     return paper
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    label: str,
-    width: int,
-    size: int = FONT_SIZE,
-    ink: tuple[int, int, int] = INK,
-    anchor: str = "mm",
-) -> None:
-    """Write a label at a place, shortened to a width in pixels."""
-    font = ImageFont.load_default(size)
-    while font.getlength(label) > width:
-        label = f"{label.removesuffix('...')[:-1]}..."
-    draw.text(place, label, fill=ink, font=font, anchor=anchor)
 
 
 def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[int, int]:
