@@ -102,11 +102,11 @@ def _source(config: SampleConfig, model: LoadedNetwork) -> ConditioningSource | 
     return ConditioningSource(key, Path(path), frames, config.fps)
 
 
-def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, calls: Sequence[int]) -> list[Frames]:
+def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, counts: Sequence[int]) -> list[Frames]:
     """Make the videos of one prompt and seed, one for each number of calls."""
     row = []
-    for steps in calls:
+    for steps in counts:
         start = time.monotonic()
         row.append(maker.make(text, noise, steps))
-        print(f"{steps} calls: {time.monotonic() - start:.1f} s", flush=True)
+        print(f"{calls(steps)}: {time.monotonic() - start:.1f} s", flush=True)
     return row

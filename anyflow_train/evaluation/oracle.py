@@ -18,14 +18,16 @@ class Recognition:
     """Result of the oracle for a set of videos.
 
     Attributes:
-        accuracy: share of videos that show the class of their caption.
-        purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
-        sharpness: mean match of a video's edges with those of the recognised pattern; None if the world has none.
+        accuracy: share of videos that show all of what their caption says.
+        sharpness: mean match of a video's edges with those of the recognised pattern.
     """
 
     accuracy: Estimate
-    purity: float
-    sharpness: Estimate | None = None
+    sharpness: Estimate
+
+    def measures(self) -> dict[str, Estimate]:
+        """Name what is reported: the accuracy and the sharpness."""
+        return {"accuracy": self.accuracy, "sharpness": self.sharpness}
 
 
 @torch.inference_mode()
@@ -42,10 +44,8 @@ def judge_clips(latents: Tensor, captions: list[str], decode: Callable[[Tensor],
     latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
         readings.append(shapes.recognise(decode(latents[start : start + batch]).float().cpu()))
-    seen, purity, *sharpness = (torch.cat(values) for values in zip(*readings, strict=True))
-    hits = int((seen == labels).sum())
-    sharp = mean_of(sharpness[0]) if sharpness else None
-    return Recognition(wilson(hits, len(labels)), float(purity.mean()), sharp)
+    readings = [torch.cat(values) for values in zip(*readings, strict=True)]
+    return Recognition(wilson(int((seen == labels).sum()), len(labels)), mean_of(readings[2]))
 
 
 def mean_of(values: Tensor) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,15 +18,17 @@ from anyflow_train.data.loader import pad_text
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
-from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
+from anyflow_train.evaluation.intervals import Estimate, percentile
+from anyflow_train.evaluation.measure import SampleEvaluator
+from anyflow_train.evaluation.oracle import judge_clips
+from anyflow_train.evaluation.sampling import clip_sampler, draw_noise
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import Sampler
-from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.codec import Codec
-from anyflow_train.tiny import shapes
+from anyflow_train.text import calls
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
 
@@ -35,7 +38,7 @@ MOST_HELD_OUT = 2048
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to sample, and the noise of each of them. Both are the same at each validation.
+    """Texts to sample, and the noise of each of them: the same at each validation and in `anyflow evaluate`.
 
     Attributes:
         captions: n texts.
@@ -83,20 +86,34 @@ class InRunValidator:
             shown = self._sample_all(student, self.shown, interrupted)
         except _Interrupted:
             return None
-        return self.world.on_main(lambda: Validation(self._metrics(compared), self._videos(shown, folder)))
+        return self.world.on_main(lambda: self._result(compared, shown, folder))
 
-    def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, float]:
+    def _result(self, compared: Mapping[int, Tensor], shown: Mapping[int, Tensor], folder: Path) -> Validation:
+        metrics = self._metrics(compared)
+        values = {name: estimate.value for name, estimate in metrics.items()}
+        intervals = {f"{name}_{end}": getattr(metrics[name], end) for name in metrics for end in ("low", "high")}
+        return Validation(values, self._videos(shown, folder), intervals)
+
+    @cached_property
+    def _evaluator(self) -> SampleEvaluator:
+        """The measures of `anyflow evaluate`, prepared at the first validation on the process that measures."""
+        assert self.held_out is not None
+        assert self.compared is not None
+        groups = strata(list(self.compared.captions), self.held_out.captions)
+        return SampleEvaluator(self.held_out.latents, *groups, seed=self.config.seed)
+
+    def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, Estimate]:
         """Compute metrics from samples by number of calls. Returns them by name, `<metric>_<steps>`."""
-        if self.held_out is None or self.compared is None:
+        if self.compared is None:
             return {}
-        real, metrics = self.held_out.latents, {}
+        metrics = {}
         for steps, latents in samples.items():
-            metrics[f"energy_distance_{steps}"] = energy_distance(latents, real)
-            metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, real)
+            metrics[f"energy_distance_{steps}"] = percentile(self._evaluator.sampled(latents, self.config.shift).energy)
+            metrics[f"sliced_wasserstein_{steps}"] = self._evaluator.sliced_wasserstein(latents)
             if self.config.oracle != "none" and self.codec is not None:
-                videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
-                labels = shapes.labels_of(self.compared.captions)
-                metrics[f"class_error_{steps}"] = 1 - shapes.accuracy(videos.cpu(), labels)
+                judge = partial(judge_clips, decode=self.codec.decode_video, batch=self.config.batch)
+                seen = judge(latents, list(self.compared.captions)).accuracy
+                metrics[f"class_error_{steps}"] = Estimate(1 - seen.value, 1 - seen.high, 1 - seen.low)
         return metrics
 
     def _videos(self, samples: Mapping[int, Tensor], folder: Path) -> dict[str, Path]:
@@ -106,7 +123,7 @@ class InRunValidator:
         codec = self.codec
         columns = [[to_frames(codec.decode_video(one[None])[0]) for one in latents] for latents in samples.values()]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        grid = Grid(self.shown.captions, [f"{steps} calls" for steps in samples], rows, self.fps)
+        grid = Grid(self.shown.captions, [calls(steps) for steps in samples], rows, self.fps)
         path = folder / "grid.mp4"
         write_grid(grid, path, folder / "grid.gif")
         return {"grid": path}
@@ -149,7 +166,7 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     compared = None
     if held_out is not None:
         texts = [pad_text(text, length) for text in held_out.texts]
-        compared = _prompts("validation", held_out.captions, texts, evaluation.samples, config, shards)
+        compared = _prompts("evaluation", held_out.captions, texts, evaluation.samples, config, shards)
     shown, count = None, min(evaluation.videos, len(shards.texts.validation))
     if count:
         texts = [pad_text(text, length) for text in shards.texts.validation]
@@ -183,14 +200,13 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
 def _prompts(
     purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig, shards: ShardSet
 ) -> Prompts:
-    """Take `count` prompts, repeating them if there are fewer, with noise from `evaluation.seed`."""
+    """Take `count` prompts as `anyflow evaluate` does, with noise from `evaluation.seed`."""
     shape = shards.manifest.latent_shape
     if shape is None:
         problem = f"{config.data.shards} holds prompts without video, but this run trains on video"
         raise UserError("data.shards", problem)
-    rows = [number % len(captions) for number in range(count)]
-    draw = Draw(config.evaluation.seed, 0, tuple(range(count)), torch.device("cpu"))
-    noise = draw.normal(purpose, tuple(shape))
+    rows = cycle(balanced_order(list(captions)), count)
+    noise = draw_noise(count, tuple(shape), config.evaluation.seed, purpose)
     return Prompts(tuple(captions[row] for row in rows), torch.stack([texts[row] for row in rows]), noise)
 
 

@@ -160,9 +160,9 @@ class Trainer:
             return
         metrics = validation.metrics
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
-        self.progress.say(f"step {self.state.step}  " + "  ".join(f"{name} {v:.4g}" for name, v in metrics.items()))
-        values = {f"validation/{name}": value for name, value in metrics.items()}
-        self.trackers.log(self.state.step, values, validation.videos)
+        self.progress.say(f"step {self.state.step}  {validation.summary()}")
+        tracked = {f"validation/{name}": value for name, value in (metrics | validation.intervals).items()}
+        self.trackers.log(self.state.step, tracked, validation.videos)
         best, metric = self.state.best, self.config.evaluation.best_metric
         value = metrics.get(metric, math.inf)
         if math.isfinite(value) and (best is None or value < best.value):
