@@ -98,7 +98,7 @@ class ObjectiveConfig(Model):
         return Rebalancing()
 
     @property
-    def derivative(self) -> Derivative | None:
+    def derivative_role(self) -> Derivative | None:
         """Settings of the role `derivative`, for example for a time derivative; None if it is not called."""
         return None
 
@@ -202,7 +202,7 @@ class FlowMap(ObjectiveConfig):
         return Rebalancing(self.rebalance, self.rebalance_floor)
 
     @property
-    def derivative(self) -> Derivative:
+    def derivative_role(self) -> Derivative:
         key = "objective.derivative_precision"
         return Derivative(self.derivative_network, self.derivative_precision, key, self.derivative_ends)
 

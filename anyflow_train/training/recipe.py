@@ -109,7 +109,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
 
 def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: Ema) -> FlowMap:
     """Build the flow map whose time derivative is taken: the student or its average, in the derivative's precision."""
-    derivative = config.objective.derivative
+    derivative = config.objective.derivative_role
     if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
     flow_map = student.flow_map(called, autocast_dtype(derivative.precision or config.engine.precision))

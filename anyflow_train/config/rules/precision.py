@@ -31,7 +31,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
             f"'frozen' replaces bfloat16 products, but engine.precision={config.engine.precision}; set that to bf16, "
             f"or {KEY} to none",
         )
-    derivative = config.objective.derivative
+    derivative = config.objective.derivative_role
     if adapted and derivative is not None and derivative.precision == "bf16":
         yield Finding(
             (derivative.precision_key or "objective.kind", KEY),
