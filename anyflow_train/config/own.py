@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 from pydantic import Discriminator, Tag, create_model
 
-from anyflow_train.config.objective import OURS, FlowMap, FlowMatching, ObjectiveConfig, OurObjective, SavedObjective
+from anyflow_train.config.keys import variants
+from anyflow_train.config.objective import OURS, ObjectiveConfig, OurObjective, SavedObjective
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint
@@ -86,11 +87,9 @@ def _our_runs() -> type[RunConfig]:
 
 @cache
 def _runs_of(kind: str, own: type[ObjectiveConfig]) -> type[RunConfig]:
-    either = Annotated[
-        Annotated[FlowMatching, Tag("flow_matching")] | Annotated[FlowMap, Tag("flow_map")] | Annotated[own, Tag(kind)],
-        Discriminator(_kind),
-    ]
-    field: Any = (either, ...)
+    kinds = {**{model.model_fields["kind"].default: model for model in variants(OurObjective)}, kind: own}
+    tagged = Union[tuple(Annotated[model, Tag(name)] for name, model in kinds.items())]  # noqa: UP007 (a list of types)
+    field: Any = (Annotated[tagged, Discriminator(_kind)], ...)
     return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=field)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from anyflow_train.config import objective as options
 from anyflow_train.config.positions import BranchCounts, rows_with_second_term
 from anyflow_train.data.batch import Batch
-from anyflow_train.flow.derivative import central_difference
+from anyflow_train.flow.derivative import central_difference, exact_derivative
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.times import draw_interval
@@ -73,17 +73,12 @@ class FlowMapObjective:
     def _corrected(self, flow_map: FlowMap, sample: Noised, start: Regression, rows: int) -> Tensor:
         """Compute `v_g - (t - r) D u`. Only the last `rows` samples need the derivative; the others have r = t."""
         last = slice(len(sample.x) - rows, None)
-        derivative = central_difference(
-            flow_map,
-            sample.x[last],
-            sample.t[last],
-            sample.r[last],
-            sample.condition[last],
-            start.tangent[last],
-            self.config.epsilon,
-            self.config.derivative_ends,
-            self.times.precision,
-        )
+        config, condition = self.config, sample.condition[last]
+        at = (flow_map, sample.x[last], sample.t[last], sample.r[last], condition, start.tangent[last])
+        if config.derivative == "jvp":
+            derivative = exact_derivative(*at)
+        else:
+            derivative = central_difference(*at, config.epsilon, config.derivative_ends, self.times.precision)
         goal = start.velocity.clone()
         goal[last] -= expand_time(sample.t[last] - sample.r[last], derivative) * derivative
         return goal

@@ -16,6 +16,7 @@ Text-dropped samples need no call for u_neg: `target` does not use it, and in `p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,12 @@ class Noised:
     condition: Condition
     negative: Condition
     dropped: tuple[bool, ...]
+
+    def __getitem__(self, rows: Sequence[int]) -> Noised:
+        """Select samples."""
+        x, velocity, t, r = (take(values, rows) for values in (self.x, self.velocity, self.t, self.r))
+        dropped = tuple(self.dropped[row] for row in rows)
+        return Noised(x, velocity, t, r, self.condition[rows], self.negative[rows], dropped)
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,11 @@ def _unconditional(flow_map: FlowMap, noised: Noised, r: Tensor) -> Tensor:
     rows = dict(zip(kept, found, strict=True))
     nothing = torch.zeros_like(found[0])
     return torch.stack([nothing if gone else rows[row] for row, gone in enumerate(noised.dropped)])
+
+
+def divisor(noised: Noised, guidance: Guidance, scale: float) -> Tensor:
+    """Compute the divisor (B,) of the loss for `none` and `target`: the square of the scale of each sample."""
+    return torch.ones_like(noised.t) if guidance == "none" else _by_sample(noised, 1.0, scale).square()
 
 
 def _by_sample(noised: Noised, dropped: float, kept: float) -> Tensor:

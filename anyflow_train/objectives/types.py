@@ -74,6 +74,11 @@ class Setting:
         """
         return branch_counts(self.global_batch, self.times.diffusion_share, self.times.consistency_share)
 
+    @property
+    def positions_below(self) -> range:
+        """Positions of the global batch with r < t."""
+        return range(self.counts.diffusion, self.global_batch)
+
 
 class Objective(Protocol):
     """Interface of an objective: flow maps, samples and random numbers in, losses out."""
