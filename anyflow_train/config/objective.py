@@ -93,6 +93,11 @@ class ObjectiveConfig(Model):
         return False
 
     @property
+    def uses_clips(self) -> bool:
+        """Whether the objective uses the latents of its batches; otherwise the shards may hold prompts alone."""
+        return True
+
+    @property
     def rebalancing(self) -> Rebalancing:
         """Balancing of the losses; none by default."""
         return Rebalancing()
@@ -170,7 +175,11 @@ class AverageVelocity(ObjectiveConfig):
     text_dropout: share of samples whose text is replaced by the negative prompt.
     velocity: teacher (the velocity of the frozen teacher) or data (z - x0; where an objective needs the velocity at
         another point than x_t, it uses the student's own).
-    derivative_network: weights that compute targets, without gradient: the student's or their moving average.
+    source: points to learn at: data (on the path from clips to noise) or student (noise, and the student's own
+        X(z, 1, t)). With student the shards may hold prompts alone.
+    noise_share: share of the samples at t = 1 if source is student.
+    derivative_network: weights that compute points and targets, without gradient: the student's or their moving
+        average.
     weight: loss weight as a function of t: beta08 (published) or uniform.
     rebalance: scale the losses of r < t to the mean loss of r = t: weighted (scales weighted losses, as published),
         unweighted (scales unweighted losses and applies the weight afterwards), sqrt (as unweighted, by the square
@@ -179,10 +188,14 @@ class AverageVelocity(ObjectiveConfig):
         zero; this bound keeps the other losses from vanishing.
     """
 
+    guidances: ClassVar[str] = "target"
+
     guidance: Literal["none", "prediction", "target"] = "none"
     guidance_scale: PositiveFloat = 1.0
     text_dropout: Share = 0.1
     velocity: Literal["data", "teacher"] = "teacher"
+    source: Literal["data", "student"] = "data"
+    noise_share: Share = 0.5
     derivative_network: Literal["student", "ema"] = "ema"
     weight: Literal["beta08", "uniform"] = "uniform"
     rebalance: Rebalance = "unweighted"
@@ -212,8 +225,25 @@ class AverageVelocity(ObjectiveConfig):
         guidance = "none" if self.guidance == "none" else "prediction"
         return FlowMatching(guidance=guidance, guidance_scale=self.guidance_scale, text_dropout=self.text_dropout)
 
+    @property
+    def uses_clips(self) -> bool:
+        return self.source == "data"
+
     def findings(self) -> Iterator[Finding]:
-        return _guidance_findings(self, "target")
+        yield from _guidance_findings(self, self.guidances)
+        if self.uses_clips:
+            return
+        if self.velocity == "data":
+            yield Finding(
+                ("objective.velocity", "objective.source"),
+                "'data' needs clips, but objective.source=student has none; set it to teacher",
+            )
+        if self.weight == "beta08":
+            yield Finding(
+                ("objective.weight", "objective.source"),
+                "'beta08' is 0 at t = 1, so samples that objective.source=student starts at noise would train nothing; set "
+                "it to uniform",
+            )
 
 
 class Differentiated(AverageVelocity):
@@ -241,6 +271,8 @@ class FlowMap(Differentiated):
     derivative_ends: clamped keeps t + epsilon in [0, 1] and t - epsilon at or above r; free does not, as published.
     """
 
+    guidances: ClassVar[str] = "prediction or target"
+
     kind: Literal["flow_map"] = "flow_map"
     velocity: Literal["data", "teacher"] = "data"
     derivative_ends: Literal["clamped", "free"] = "clamped"
@@ -250,9 +282,6 @@ class FlowMap(Differentiated):
     @property
     def derivative_role(self) -> Derivative:
         return replace(super().derivative_role, ends=self.derivative_ends)
-
-    def findings(self) -> Iterator[Finding]:
-        return _guidance_findings(self, "prediction or target")
 
 
 class Lagrangian(Differentiated):

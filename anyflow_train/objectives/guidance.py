@@ -35,11 +35,11 @@ Velocity = Literal["data", "teacher"]
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch of points on the path from data to noise.
+    """A batch of points on the path from data to noise, or on the student's own (see `objectives.source`).
 
     Attributes:
         x: (B, F, C, H, W) points x_t, float32 or float64.
-        velocity: (B, F, C, H, W) `z - x0`, dtype of x.
+        velocity: (B, F, C, H, W) `z - x0`, dtype of x; NaN if there are no data.
         t, r: (B,) times, in the dtype of x.
         condition: the text; that of text-dropped samples is replaced by the negative prompt.
         negative: the negative prompt for all B samples.
@@ -101,11 +101,15 @@ def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) 
     x0 = at_least_float32(batch.latents)
     z = draw.normal("noise", tuple(x0.shape[1:])).to(x0.dtype)
     t, r = t.to(x0.dtype), r.to(x0.dtype)
+    return Noised(interpolate(x0, z, t), path_velocity(x0, z), t, r, *drop_texts(batch, draw, text_dropout))
+
+
+def drop_texts(batch: Batch, draw: Draw, text_dropout: float) -> tuple[Condition, Condition, tuple[bool, ...]]:
+    """Return the condition, that of the negative prompt, and for each sample whether its text was dropped."""
     dropped = tuple(chance < text_dropout for chance in draw.chances("text dropout"))
     texts = zip(dropped, batch.condition.text, strict=True)
     text = torch.stack([batch.negative.text[0] if gone else given for gone, given in texts])
-    negative = batch.condition.with_text(batch.negative.text)
-    return Noised(interpolate(x0, z, t), path_velocity(x0, z), t, r, batch.condition.with_text(text), negative, dropped)
+    return batch.condition.with_text(text), batch.condition.with_text(batch.negative.text), dropped
 
 
 @torch.no_grad()

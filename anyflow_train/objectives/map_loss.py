@@ -15,7 +15,8 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.weights import beta08, uniform
-from anyflow_train.objectives.guidance import Noised, divisor, noised, regression, square_error
+from anyflow_train.objectives.guidance import Noised, divisor, regression, square_error
+from anyflow_train.objectives.source import draw_points
 from anyflow_train.objectives.types import Loss, Roles, Setting
 
 
@@ -57,7 +58,7 @@ def map_loss(
     """
     times = setting.times
     interval = draw_interval(draw, setting.counts, times.shift, times.precision)
-    sample = noised(batch, draw, interval.t, interval.r, config.text_dropout)
+    sample = draw_points(config, setting.latent, roles, batch, draw, interval)
     goal = _goal(config, setting, parts, roles, sample, draw)
     u = roles.student(sample.x, sample.t, sample.r, sample.condition)
     weight = beta08(sample.t, times.shift) if config.weight == "beta08" else uniform(sample.t)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.objective import AverageVelocity, FlowMap, Lagrangian, Semigroup
+from anyflow_train.config.own import objective_class
 from anyflow_train.config.positions import local_positions
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import exact_target_derivative, target_difference
@@ -24,6 +25,7 @@ from anyflow_train.objectives.lagrangian import LagrangianObjective
 from anyflow_train.objectives.semigroup import SemigroupObjective
 from anyflow_train.objectives.types import Branch, Objective, Roles, Setting
 from tests.flow.oracles import NO_TEXT, GaussianData, GuidedGaussians, bulk_draw
+from tests.objectives.toys import SHAPE as TOY
 from tests.objectives.toys import Recorded, SmallNetwork, batch_of, draw_of
 
 DATA, OTHER = GaussianData(0.7, 0.5), GaussianData(0.4, 0.8)
@@ -32,7 +34,9 @@ SAMPLES = 400
 SHAPE = (1, 1, 1, 4)
 EXACT = {"velocity": "teacher", "derivative": "jvp"}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "flow_map": lambda setting, **keys: FlowMapObjective.build(FlowMap(weight="uniform", **EXACT | keys), setting),
+    "flow_map": lambda setting, **keys: FlowMapObjective.build(
+        FlowMap(**{"weight": "uniform"} | EXACT | keys), setting
+    ),
     "lagrangian": lambda setting, **keys: LagrangianObjective.build(Lagrangian(**EXACT | keys), setting),
     "semigroup": lambda setting, **keys: SemigroupObjective.build(Semigroup(**keys), setting),
 }
@@ -40,10 +44,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 @dataclass(frozen=True)
 class Gradient:
-    """Gradient of the loss with respect to u, (B, elements), and the branch of each sample."""
+    """Gradient of the loss with respect to u, (B, elements), and the branch and time t of each sample."""
 
     values: Tensor
     branch: Tensor
+    t: Tensor
 
     def largest(self, *branches: Branch) -> float:
         rows = torch.stack([self.branch == branch for branch in branches]).any(dim=0)
@@ -64,13 +69,13 @@ def gradient(kind: str, flow_map: Map, velocity: Map, guided: bool = False, **ke
     batch = Batch(latents, text, Condition(0 * text.text[:1]), ("",) * SAMPLES, draw.positions)
     free = torch.zeros(SAMPLES, *SHAPE, dtype=torch.float64, requires_grad=True)
     guidance = {"guidance": "target", "guidance_scale": GUIDED.scale} if guided else {}
-    objective = OBJECTIVES[kind](Setting(SAMPLES), text_dropout=0.0, **guidance, **keys)
-    student: Map = lambda x, t, r, condition: flow_map(x, t, r, condition) + free  # noqa: E731
-    loss = objective(Roles(student, flow_map, velocity), batch, draw)
-    loss.per_sample.sum().backward()
+    objective = OBJECTIVES[kind](Setting(SAMPLES, latent=SHAPE), text_dropout=0.0, **guidance, **keys)
+    seen = Recorded(lambda x, t, r, condition: flow_map(x, t, r, condition) + free)
+    loss = objective(Roles(seen, flow_map, velocity), batch, draw)
+    (loss.per_sample * loss.weight).sum().backward()
     assert free.grad is not None
     assert loss.branch is not None
-    return Gradient(free.grad.flatten(1), loss.branch)
+    return Gradient(free.grad.flatten(1), loss.branch, seen.calls[-1][1])
 
 
 def of(data: GaussianData) -> Map:
@@ -87,14 +92,40 @@ def test_the_gradient_vanishes_at_the_flow_map_of_the_guided_ode(kind: str) -> N
     assert gradient(kind, GUIDED.average_velocity, teacher, guided=True).largest(*Branch) < 1e-10
 
 
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_the_gradient_does_not_vanish_at_a_wrong_map(kind: str) -> None:
-    """The map is right at r = t, but its jumps are no solution of an ODE."""
+def test_the_gradient_vanishes_at_the_points_of_an_exact_student_too(kind: str, guided: bool) -> None:
+    flow_map, velocity = (GUIDED.average_velocity, teacher) if guided else (DATA.average_velocity, of(DATA))
+    found = gradient(kind, flow_map, velocity, guided, source="student")
+    assert found.largest(*Branch) < 1e-10
+    assert 0.4 < (found.t == 1).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_without_clips_every_kind_of_sample_has_a_gradient(kind: str) -> None:
+    """The points are the wrong student's own."""
 
     def wrong(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        return DATA.average_velocity(x, t, r) + 0.1 * expand_time(t - r, x) * x
+        return DATA.average_velocity(x, t, r) + 0.1 * expand_time(1 + t - r, x) * x
 
-    found = gradient(kind, wrong, of(DATA))
+    found = gradient(kind, wrong, of(DATA), source="student")
+    published = gradient(kind, wrong, of(DATA), source="student", weight="beta08")
+    assert published.values[found.t == 1].abs().max() == 0  # which is why the config refuses it
+    for branch in Branch:
+        for at_noise in (True, False):
+            rows = (found.branch == branch) & ((found.t == 1) == at_noise)
+            assert rows.sum() > 20
+            assert found.values[rows].abs().amax(dim=1).min() > 1e-7
+
+
+def jumps_no_ode_makes(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """A map that is right at r = t."""
+    return DATA.average_velocity(x, t, r) + 0.1 * expand_time(t - r, x) * x
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_gradient_does_not_vanish_at_a_wrong_map(kind: str) -> None:
+    found = gradient(kind, jumps_no_ode_makes, of(DATA))
     assert found.largest(Branch.DIFFUSION) < 1e-10
     for branch in (Branch.CONSISTENCY, Branch.FREE):
         assert found.largest(branch) > 1e-2
@@ -162,12 +193,14 @@ CONFIGS: list[AverageVelocity] = [
     Semigroup(),
     Semigroup(guidance="target", guidance_scale=3.0, text_dropout=0.4),
     Semigroup(velocity="data"),
+    Lagrangian(source="student", guidance="target", guidance_scale=3.0, text_dropout=0.4),
+    Semigroup(source="student"),
+    FlowMap(source="student", velocity="teacher", weight="uniform"),
 ]
 
 
 def built(config: AverageVelocity, world: int = 1) -> Objective:
-    kinds: dict[str, Any] = {"lagrangian": LagrangianObjective, "semigroup": SemigroupObjective}
-    return kinds[config.kind].build(config, Setting(12, world=world))
+    return objective_class(config).build(config, Setting(12, world=world, latent=TOY))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -214,3 +247,13 @@ def test_without_a_teacher_the_misuse_is_named() -> None:
             built(config)(Roles(network, network), batch_of(positions), draw_of(positions))
     with pytest.raises(ValueError, match="has the positions"):
         built(Lagrangian())(Roles(network, network, network), batch_of((0,)), replace(draw_of((0,)), positions=(1,)))
+
+
+def test_points_from_the_student_need_no_clips_but_their_shape() -> None:
+    positions, network = tuple(range(12)), SmallNetwork()
+    roles, texts = Roles(network, network, network), replace(batch_of(positions), latents=torch.empty(12, 0))
+    config = Lagrangian(source="student")
+    loss = built(config)(roles, texts, draw_of(positions)).per_sample
+    assert torch.equal(loss, built(config)(roles, batch_of(positions), draw_of(positions)).per_sample)
+    with pytest.raises(ValueError, match="need the shape of the latents"):
+        LagrangianObjective.build(config, Setting(12))(roles, texts, draw_of(positions))
