@@ -43,7 +43,7 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
         list(_samples(config, world, options.derivative_samples)),
         options.derivative_epsilons,
         config.times.shift,
-        (config.objective.derivative or Derivative()).ends,
+        (config.objective.derivative_role or Derivative()).ends,
     )
     return derivative_table(rows)
 

@@ -49,10 +49,11 @@ def walk(model: type[Model], values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def field_texts(model: type[Model]) -> dict[str, str]:
-    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the class docstring."""
+    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the docstrings of class and bases."""
     texts: dict[str, str] = {}
     current: list[str] = []
-    for line in inspect.cleandoc(model.__doc__ or "").splitlines():
+    docs = "\n\n".join(inspect.cleandoc(base.__doc__ or "") for base in reversed(model.__mro__))
+    for line in docs.splitlines():
         entry = _ENTRY.match(line)
         names = entry["names"].split(", ") if entry else []
         if entry and all(name in model.model_fields for name in names):

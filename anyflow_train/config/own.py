@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 from pydantic import Discriminator, Tag, create_model
 
-from anyflow_train.config.objective import OURS, FlowMap, FlowMatching, ObjectiveConfig, OurObjective, SavedObjective
+from anyflow_train.config.keys import variants
+from anyflow_train.config.objective import OURS, ObjectiveConfig, OurObjective, SavedObjective
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint
@@ -81,8 +82,9 @@ def as_run(config: RunConfig) -> RunConfig:
 def _runs(kind: str | None, own: type[ObjectiveConfig] | None) -> type[RunConfig]:
     either: Any = OurObjective
     if own is not None:
-        ours = Annotated[FlowMatching, Tag("flow_matching")] | Annotated[FlowMap, Tag("flow_map")]
-        either = Annotated[ours | Annotated[own, Tag(str(kind))], Discriminator(_kind)]
+        kinds = {**{model.model_fields["kind"].default: model for model in variants(OurObjective)}, str(kind): own}
+        tagged = Union[tuple(Annotated[model, Tag(name)] for name, model in kinds.items())]  # noqa: UP007 (a list of types)
+        either = Annotated[tagged, Discriminator(_kind)]
     return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=(either, ...))
 
 

@@ -86,12 +86,20 @@ def rows_with_second_term(counts: BranchCounts, positions: tuple[int, ...], worl
 
     Raises ValueError for positions that are not a row of `local_positions`.
     """
+    return len(rows_of(range(counts.diffusion, counts.global_batch), positions, world))
+
+
+def rows_of(part: range, positions: tuple[int, ...], world: int) -> range:
+    """List the rows of a micro-batch in which any process has a position of `part`; equal on every process.
+
+    Raises ValueError for positions that are not a row of `local_positions`.
+    """
     width = world * len(positions)
     start = positions[0] // width * width
     if positions != tuple(range(positions[0], start + width, world)):
         raise ValueError(f"positions {positions} are not one process's share of a micro-step of {world} processes")
-    diffusion = min(max(counts.diffusion - start, 0), width)
-    return len(positions) - diffusion // world
+    first, end = max(part.start - start, 0), min(part.stop - start, width)
+    return range(first // world, -(-end // world)) if first < end else range(0)
 
 
 def even_accumulation(micro_batch: int, world: int, diffusion_share: float) -> int | None:

@@ -45,7 +45,7 @@ def judge_clips(latents: Tensor, captions: list[str], decode: Callable[[Tensor],
     for start in range(0, len(labels), batch):
         readings.append(shapes.recognise(decode(latents[start : start + batch]).float().cpu()))
     readings = [torch.cat(values) for values in zip(*readings, strict=True)]
-    return Recognition(wilson(int((seen == labels).sum()), len(labels)), mean_of(readings[2]))
+    return Recognition(wilson(int((readings[0] == labels).sum()), len(labels)), mean_of(readings[2]))
 
 
 def mean_of(values: Tensor) -> Estimate:

@@ -64,11 +64,13 @@ class Setting:
         global_batch: number of samples per step, over all processes.
         times: how t and r are drawn.
         world: number of data-parallel processes.
+        latent: (F, C, H, W) of one sample; None if the objective takes it from the clips.
     """
 
     global_batch: int
     times: Times = field(default_factory=Times)
     world: int = 1
+    latent: tuple[int, int, int, int] | None = None
 
     @property
     def counts(self) -> BranchCounts:
@@ -78,6 +80,11 @@ class Setting:
             ValueError: the batch is too small for a sample of each branch.
         """
         return branch_counts(self.global_batch, self.times.diffusion_share, self.times.consistency_share)
+
+    @property
+    def positions_below(self) -> range:
+        """Positions of the global batch with r < t."""
+        return range(self.counts.diffusion, self.global_batch)
 
 
 class Objective(Protocol):

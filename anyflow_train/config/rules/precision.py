@@ -25,7 +25,7 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
     if (precision := config.engine.precision) != "bf16":
         problem = f"'frozen' replaces bfloat16 products, but engine.precision={precision}"
         yield Finding((KEY, "engine.precision"), f"{problem}; set that to bf16, or {KEY} to none")
-    derivative = config.objective.derivative
+    derivative = config.objective.derivative_role
     if adapted and derivative is not None and derivative.precision == "bf16":
         problem = f"bf16 with {KEY}=frozen would compute the time derivative in 8 bits"
         keys = (derivative.precision_key or "objective.kind", KEY)

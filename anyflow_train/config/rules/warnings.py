@@ -24,7 +24,7 @@ def schedule(config: RunConfig) -> Iterator[Finding]:
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """Warn about a derivative that is less precise than the network, or that takes most of a step's time."""
-    settings = config.objective.derivative
+    settings = config.objective.derivative_role
     if settings is None or settings.precision_key is None:
         return
     key, precision, half = settings.precision_key, settings.precision, config.engine.precision == "bf16"
