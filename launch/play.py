@@ -26,7 +26,8 @@ def main(folder: str, out: str, prompt: str, steps: int = 4) -> None:
     ).frames[0]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=1000 // 16, loop=0)
-    print(f"{type(pipeline).__module__}.{type(pipeline).__name__}: {len(frames)} frames in {steps} calls -> {out}")
+    calls = f"{steps} call{'s' * (steps != 1)}"
+    print(f"{type(pipeline).__module__}.{type(pipeline).__name__}: {len(frames)} frames in {calls} -> {out}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,15 @@ def cycle(items: list[int], count: int) -> list[int]:
     return [items[number % len(items)] for number in range(count)]
 
 
+def varied(captions: list[str], count: int) -> list[int]:
+    """Choose captions to show: the first, then always the one that shares the fewest words with those before."""
+    words, chosen = [set(caption.split()) for caption in captions], []
+    for _ in range(min(count, len(captions))):
+        others = [row for row in range(len(captions)) if row not in chosen]
+        chosen.append(min(others, key=lambda row: sum(len(words[row] & words[other]) for other in chosen)))
+    return chosen
+
+
 def strata(captions: list[str], reference_captions: list[str]) -> tuple[Tensor, Tensor]:
     """Assign strata to both sets by caption, (n,) and (m,) int64.
 

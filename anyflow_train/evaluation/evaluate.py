@@ -17,14 +17,23 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.by_chunk import measure_chunks
-from anyflow_train.evaluation.clip_choice import balanced_order, check_frames, cycle, reference_and_inputs, strata
+from anyflow_train.evaluation.clip_choice import (
+    balanced_order,
+    check_frames,
+    cycle,
+    reference_and_inputs,
+    strata,
+    varied,
+)
+from anyflow_train.evaluation.intervals import percentile
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, unique_names
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_clips
+from anyflow_train.evaluation.plot import COLOURS
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
-from anyflow_train.evaluation.video import Grid, to_frames, write_grid
+from anyflow_train.evaluation.video import Grid, Heading, to_frames, write_grid
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import FlowMap
@@ -32,8 +41,8 @@ from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls, timed_printer
 
 EULER = ClipSampler(sample_euler)
-GRID_CALLS = 8
-"""Largest number of calls in the grid."""
+GRID_COLUMNS = 3
+"""Numbers of calls of each model in the grid, the smallest ones; the teacher's fine solution is added."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,9 @@ class Comparison:
         captions: captions of the samples.
         inputs: noise and texts of the samples.
         conditioning: (n, P, C, H, W), clean first frames for students; None if they generate all frames.
+        fine: the teacher's fine solution for the same noise.
         evaluator: measures samples.
-        class_oracle: checks decoded samples; None leaves it out.
+        judge: checks what decoded latents show, given latents and captions; None leaves it out.
         say: prints a line of progress.
     """
 
@@ -56,8 +66,9 @@ class Comparison:
     captions: list[str]
     inputs: Inputs
     conditioning: Tensor | None
+    fine: SampleSet
     evaluator: SampleEvaluator
-    class_oracle: Callable[[Tensor], Recognition] | None
+    judge: Callable[[Tensor, list[str]], Recognition] | None
     say: Callable[[str], None]
 
     def rows(
@@ -65,14 +76,19 @@ class Comparison:
     ) -> list[ResultRow]:
         """Measure a model's samples, given by number of calls. The ratio needs the samples of the teacher."""
         self.say(f"measuring {model}")
+        fine, taught = self.fine.latents, teacher or {}
         return [
-            self.evaluator.cell(model, steps, samples, teacher[steps] if teacher else None, self.class_oracle)
-            for steps, samples in sets.items()
+            self.evaluator.cell(model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions))
+            for n, samples in sets.items()
         ]
+
+    def recognise(self, latents: Tensor, captions: list[str]) -> Recognition | None:
+        """Ask the oracle what the first `oracle_samples` of (n, F, C, H, W) latents show; None without an oracle."""
+        return self.judge and self.judge(latents, captions[: self.config.oracle_samples])
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
-    """Evaluate, and write `report.json`, `report.md`, `quality.png`, `grid.mp4` and `grid.gif` into `config.out`.
+    """Evaluate, and write the page `report.md` with its pictures and numbers into `config.out` (`write_report`).
 
     If a model is causal, each chunk is also measured separately and drawn in `chunks.png`.
 
@@ -96,23 +112,24 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     teacher = guided(teacher, negative, config.guidance_scale)
 
     say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
-    comparison, fine = prepare(config, shards, teacher, codec, device, say)
+    comparison = prepare(config, shards, teacher, codec, device, say)
     sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.steps}}
     cells = comparison.rows(TEACHER, sets[TEACHER])
     for name, model in zip(_student_names(models), models, strict=True):
         sets[name] = sample_student(comparison, model, device, dtype)
         cells += comparison.rows(name, sets[name], sets[TEACHER])
-    cells += comparison.rows(TEACHER, {config.fine_steps: fine})
+    cells += comparison.rows(TEACHER, {config.fine_steps: comparison.fine})
     trained_on = None
     if training is not None:
-        samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), fine]
+        samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), comparison.fine]
         cells, trained_on = with_nearest(comparison, training, cells, samples)
     chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
     by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
-    report = EvaluationReport(config, tuple(cells), time.monotonic() - start, trained_on, by_chunk)
-    print(write_report(out, report))
+    real = comparison.evaluator.real(comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions))
+    report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
     _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
-    say(f"wrote {out}/report.json, report.md, quality.png, grid.mp4 and grid.gif")
+    print(write_report(out, report))
+    say(f"wrote {out}/report.md with its pictures, and report.json")
     return report
 
 
@@ -123,7 +140,7 @@ def prepare(
     codec: Codec,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[Comparison, SampleSet]:
+) -> Comparison:
     """Make the comparison that all models share, and sample the teacher's fine solution.
 
     Captions come from held-out samples, each caption about equally often.
@@ -137,14 +154,12 @@ def prepare(
     conditioning = sources.latents[rows][:, : config.conditioning_frames] if config.conditioning_frames else None
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
-    evaluator = SampleEvaluator(reference, fine, *strata(captions, held_out.captions), config.bootstrap, config.seed)
-    decode = partial(_decode, codec, device)
-    judged = captions[: config.oracle_samples]
-    class_oracle = None
+    evaluator = SampleEvaluator(reference, *strata(captions, held_out.captions), config.bootstrap, config.seed)
+    judge = None
     if config.oracle != "none":
-        class_oracle = partial(judge_clips, captions=judged, decode=decode, batch=32, world=config.oracle)
-    comparison = Comparison(config, held_out, captions, inputs, conditioning, evaluator, class_oracle, say)
-    return comparison, evaluator.sampled(fine, config.shift)
+        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=32)
+    sampled = evaluator.sampled(fine, config.shift)
+    return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, say)
 
 
 def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSet:
@@ -157,7 +172,8 @@ def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSe
     for shift in shifts:
         latents = sample_all(EULER, teacher, comparison.inputs, steps, shift)
         found.append(comparison.evaluator.sampled(latents, shift))
-        comparison.say(f"teacher, {steps} calls, shift {shift:g}: energy distance {float(found[-1].energy[0]):.3f}")
+        distance = percentile(found[-1].energy).as_distance()
+        comparison.say(f"teacher, {calls(steps)}, shift {shift:g}: energy distance {distance}")
     return min(found, key=lambda samples: float(samples.energy[0]))
 
 
@@ -170,7 +186,8 @@ def sample_student(
     for steps in comparison.config.steps:
         latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
         sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
-        comparison.say(f"{model.name}, {steps} calls: energy distance {float(sets[steps].energy[0]):.3f}")
+        distance = percentile(sets[steps].energy).as_distance()
+        comparison.say(f"{model.name}, {calls(steps)}: energy distance {distance}")
     return sets
 
 
@@ -210,15 +227,19 @@ def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
 def _write_grid(
     comparison: Comparison, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path
 ) -> None:
-    """Write videos of the first prompts, one column for each number of calls of the teacher and the first student."""
-    count = min(comparison.config.videos, len(comparison.captions))
-    if count == 0:
+    """Write videos of a few captions. Columns are numbers of calls of the teacher and the first student."""
+    rows = varied(comparison.captions, comparison.config.videos)
+    if not rows:
         return
-    columns, videos = [], []
-    for name, by_steps in sets.items():
-        for steps in sorted(steps for steps in by_steps if steps <= GRID_CALLS):
-            decoded = _decode(codec, comparison.inputs.device, by_steps[steps].latents[:count])
-            videos.append([to_frames(video) for video in decoded])
-            columns.append(f"{name}\n{calls(steps)}")
-    by_prompt = list(zip(*videos, strict=True))
-    write_grid(Grid(comparison.captions[:count], columns, by_prompt, fps), out / "grid.mp4", out / "grid.gif")
+    columns, videos, headings = [], [], []
+    for (name, by_steps), colour in zip(sets.items(), COLOURS, strict=False):
+        drawn = {steps: by_steps[steps] for steps in sorted(by_steps)[:GRID_COLUMNS]}
+        drawn |= {comparison.config.fine_steps: comparison.fine} if name == TEACHER else {}
+        headings.append(Heading(name, len(drawn), colour))
+        for steps, samples in drawn.items():
+            videos.append(
+                [to_frames(video) for video in _decode(codec, comparison.inputs.device, samples.latents[rows])]
+            )
+            columns.append(calls(steps))
+    grid = Grid([comparison.captions[row] for row in rows], columns, list(zip(*videos, strict=True)), fps, headings)
+    write_grid(grid, out / "grid.mp4", out / "grid.gif")

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from anyflow_train.evaluation.metrics import (
     directions,
-    middle_levels,
     pairwise_distances,
     project,
     self_distances,
 )
+
+LEVELS = 512
+"""Equal probabilities at whose middles quantile functions are compared."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        """Format as `0.512 [0.431, 0.604]`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def as_distance(self) -> str:
+        """Format a distance. Unbiased estimates of a small distance can be negative; they are shown `at the floor`."""
+        if self.value <= 0:
+            return f"at the floor (< {self.high:.3f})"
+        return str(Estimate(self.value, max(self.low, 0.0), self.high))
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,14 @@ class Resampling:
     weights: Tensor
 
 
-def resample(strata: Tensor, replicates: int, seed: int) -> Resampling:
+def resample(strata: Tensor, replicates: int, seed: int, draws: Tensor | None = None) -> Resampling:
     """Draw the weights within each stratum. For independent samples, pass one stratum (`single_stratum`).
+
+    Args:
+        strata: (n,) int64, class of each sample, 0..K-1.
+        replicates: number of resamples R.
+        seed: seed of the draws.
+        draws: (K,) int64, how many samples are drawn from each stratum; None is one fewer than it has.
 
     Raises:
         ValueError: a stratum has fewer than two samples.
@@ -58,15 +76,16 @@ def resample(strata: Tensor, replicates: int, seed: int) -> Resampling:
     sizes = torch.bincount(strata)
     if int(sizes.min()) < 2:
         raise ValueError("every stratum needs at least two samples")
+    draws = sizes - 1 if draws is None else draws
     generator = torch.Generator().manual_seed(seed)
     counts = torch.ones(replicates + 1, len(strata), dtype=torch.float64)
     for k, size in enumerate(sizes.tolist()):
-        drawn = torch.randint(size, (replicates, size - 1), generator=generator)
+        drawn = torch.randint(size, (replicates, int(draws[k])), generator=generator)
         drawn_counts = torch.zeros(replicates, size, dtype=torch.float64)
         drawn_counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
         counts[1:, strata == k] = drawn_counts
     totals = sizes[strata].double().expand(replicates + 1, -1).clone()
-    totals[1:] -= 1
+    totals[1:] = draws[strata].double()
     return Resampling(strata, counts, counts / (len(sizes) * totals))
 
 
@@ -75,16 +94,19 @@ def single_stratum(samples: int) -> Tensor:
     return torch.zeros(samples, dtype=torch.int64)
 
 
-def mean_within(distances: Tensor, resampling: Resampling) -> Tensor:
-    """Compute `E|X - X'|` of the class mixture for each replicate: (n, n) -> (R + 1,) float64."""
-    weights = resampling.weights
-    total = _quadratic(weights, distances, weights)
-    for k in range(int(resampling.strata.max()) + 1):
-        rows = (resampling.strata == k).nonzero()[:, 0]
-        within = _quadratic(weights[:, rows], distances[rows][:, rows], weights[:, rows])
-        counts = resampling.counts[:, rows]
-        ordered = counts.sum(1).square()
-        distinct = ordered - counts.square().sum(1)
+def mean_of_pairs(distances: Tensor, left: Resampling, right: Resampling) -> Tensor:
+    """Compute `E|X - X'|` of the class mixture for each replicate: (n, n) -> (R + 1,) float64.
+
+    Args:
+        distances: distances within one set, zero on the diagonal.
+        left, right: resamplings of that set for X and for X', with equal strata. Pairs of copies are left out.
+    """
+    total = _quadratic(left.weights, distances, right.weights)
+    for k in range(int(left.strata.max()) + 1):
+        rows = (left.strata == k).nonzero()[:, 0]
+        within = _quadratic(left.weights[:, rows], distances[rows][:, rows], right.weights[:, rows])
+        ordered = left.counts[:, rows].sum(1) * right.counts[:, rows].sum(1)
+        distinct = ordered - (left.counts[:, rows] * right.counts[:, rows]).sum(1)
         pairs = within * ordered / distinct
         # A resample of a single sample has no spread. Use the spread of the original samples instead.
         total = total - within + torch.where(distinct > 0, pairs, pairs[0])
@@ -92,7 +114,9 @@ def mean_within(distances: Tensor, resampling: Resampling) -> Tensor:
 
 
 class EnergyReference:
-    """Reference samples of an energy distance. The part that depends on them alone is computed once.
+    """Reference samples of the energy distance `2 E|X - Y| - E|X - X'| - E|Y - Y'|` (Szekely and Rizzo 2013).
+
+    The part that depends on the reference alone is computed once.
 
     Args:
         samples: (m, ...) float32.
@@ -102,7 +126,8 @@ class EnergyReference:
     def __init__(self, samples: Tensor, resampling: Resampling) -> None:
         self._samples = samples
         self._resampling = resampling
-        self._within = mean_within(self_distances(samples), resampling)
+        self._distances = self_distances(samples)
+        self._within = mean_of_pairs(self._distances, resampling, resampling)
 
     def replicates(self, x: Tensor, resampling: Resampling) -> Tensor:
         """Compute energy distances of (n, ...) samples, (R + 1,) float64, with both sides resampled.
@@ -110,11 +135,28 @@ class EnergyReference:
         They are unbiased, so they can be negative.
         """
         cross = _quadratic(resampling.weights, pairwise_distances(x, self._samples), self._resampling.weights)
-        return 2 * cross - mean_within(self_distances(x), resampling) - self._within
+        return 2 * cross - mean_of_pairs(self_distances(x), resampling, resampling) - self._within
+
+    def floor(self, sizes: Tensor, seed: int) -> float:
+        """Compute what equal distributions score: 95 % of sets drawn from the reference have a smaller distance to it.
+
+        Both sides are drawn independently from the reference samples.
+
+        Args:
+            sizes: (K,) int64, samples of each stratum in such a set.
+            seed: seed of the draws.
+        """
+        own = self._resampling
+        drawn = resample(own.strata, len(own.weights) - 1, seed, sizes)
+        cross, within = (mean_of_pairs(self._distances, drawn, other) for other in (own, drawn))
+        return float(torch.quantile((2 * cross - within - self._within)[1:], 0.95))
 
 
 class SlicedReference:
-    """Reference samples of a squared sliced 2-Wasserstein distance.
+    """Reference samples of a squared sliced 2-Wasserstein distance: the mean over projections on fixed directions.
+
+    In one dimension, the distance is the one between quantile functions, so sizes may differ. Quantiles are read at the
+    middles of 512 equal probabilities (exact if both sizes divide 512).
 
     Args:
         samples: (m, ...) float32.
@@ -135,7 +177,7 @@ class SlicedReference:
 
     def _read(self, x: Tensor, resampling: Resampling):
         """Yield the weighted quantiles of each direction: (R + 1, levels) float64."""
-        levels = middle_levels(torch.device("cpu"))
+        levels = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
         for values in project(x, self._axes).cpu():
             yield weighted_quantiles(values, resampling.weights[: self._replicates + 1], levels)
 

@@ -1,4 +1,4 @@
-"""Distances between sets of samples, and the error along trajectories. Everything is computed in float64."""
+"""Parts of the distances between sets of samples (`evaluation.intervals`), computed in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 FEATURES_PER_CHUNK = 1 << 16
-LEVELS = 512
 
 
 def pairwise_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -37,22 +36,6 @@ def self_distances(x: Tensor) -> Tensor:
     return pairwise_distances(x, x).fill_diagonal_(0)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Compute `2 E|X - Y| - E|X - X'| - E|Y - Y'|` from (n, ...) and (m, ...) independent samples.
-
-    This is the unbiased form: pairs of a sample with itself are left out (Szekely and Rizzo 2013), so the value can be
-    negative. Its expectation is the square of a metric between distributions, and 0 for equal ones. For intervals and
-    stratified samples see `evaluation.intervals`.
-
-    Raises:
-        ValueError: a side has fewer than two samples.
-    """
-    if len(x) < 2 or len(y) < 2:
-        raise ValueError("an energy distance needs at least two samples on each side")
-    cross = pairwise_distances(x, y).mean()
-    return float(2 * cross - _mean_of_pairs(self_distances(x)) - _mean_of_pairs(self_distances(y)))
-
-
 def directions(features: int, count: int, seed: int = 0) -> Tensor:
     """Draw fixed random unit vectors, (features, count) float32."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,45 +51,10 @@ def project(x: Tensor, axes: Tensor) -> Tensor:
     return (_rows(x).float() @ axes.to(x.device)).T.double()
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, count: int = 64, seed: int = 0) -> float:
-    """Compute the sliced 2-Wasserstein distance: root mean square of the distances of projections.
-
-    The set is projected on `count` fixed directions. In one dimension the distance is that of the quantile functions,
-    so sizes may differ. Quantiles are read at the middles of 512 equal probabilities (exact if both sizes divide 512).
-    The value is biased upwards by about the sampling noise.
-    """
-    axes = directions(_rows(x).shape[1], count, seed)
-    levels = middle_levels(x.device)
-    gap = _quantiles(project(x, axes), levels) - _quantiles(project(y, axes), levels)
-    return float(gap.square().mean().sqrt())
-
-
-def middle_levels(device: torch.device) -> Tensor:
-    """Return the probabilities at which quantiles are read, (512,) float64."""
-    return (torch.arange(LEVELS, dtype=torch.float64, device=device) + 0.5) / LEVELS
-
-
 def squared_errors(x: Tensor, target: Tensor) -> Tensor:
     """Compute the mean square difference of each sample: two (n, ...) -> (n,) float64."""
     return (_rows(x).double() - _rows(target).double()).square().mean(1)
 
 
-def trajectory_error(x: Tensor, target: Tensor) -> float:
-    """Compute the root mean square difference between samples and the fine solution for the same noise, (n, ...)."""
-    return float(squared_errors(x, target).mean().sqrt())
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim > 1 else x[:, None]
-
-
-def _mean_of_pairs(distances: Tensor) -> Tensor:
-    n = len(distances)
-    return distances.sum() / (n * (n - 1))
-
-
-def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """Invert the empirical distribution function (left-continuous): (count, n) values -> (count, levels)."""
-    n = values.shape[1]
-    index = (levels * n).ceil().long().sub_(1).clamp_(0, n - 1)
-    return values.sort(dim=1).values[:, index]

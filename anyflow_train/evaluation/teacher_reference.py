@@ -15,13 +15,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from anyflow_train.config.run import RunConfig
-from anyflow_train.evaluation.metrics import pairwise_distances, self_distances, trajectory_error
+from anyflow_train.config.run import Evaluation, RunConfig
+from anyflow_train.evaluation.clip_choice import strata
+from anyflow_train.evaluation.intervals import (
+    Estimate,
+    Resampling,
+    mean_of_pairs,
+    percentile,
+    resample,
+    single_stratum,
+    weighted_means,
+)
+from anyflow_train.evaluation.metrics import pairwise_distances, self_distances, squared_errors
 from anyflow_train.files import atomic_file
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.processes.world import World
 
+REPLICATES = 1000
 LUMA = (0.2126, 0.7152, 0.0722)
 """Share of red, green and blue in the brightness (Rec. 709)."""
 
@@ -104,51 +115,67 @@ def teacher_reference(config: RunConfig, teacher: FlowMap, texts: Tensor) -> Tea
 
 
 def measure_against(
-    fine: Tensor, samples: Mapping[int, Tensor], videos: int, decode: Callable[[Tensor], Tensor] | None
-) -> dict[str, float]:
+    fine: Tensor,
+    samples: Mapping[int, Tensor],
+    captions: Sequence[str],
+    config: Evaluation,
+    decode: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Estimate]:
     """Compare samples with the teacher's fine solutions from the same noise.
 
     Args:
         fine: (n, F, C, H, W) fine solutions.
         samples: samples of the student by number of calls, each like `fine`.
-        videos: number of samples that are decoded.
+        captions: n captions of the samples.
+        config: config of the validation.
         decode: function from latents to videos (B, 3, F, H, W) in [-1, 1]; None decodes nothing.
 
     Returns:
         By `<name>_<calls>`: `energy_distance` (see `paired_energy_distance`), `rms` (root mean square difference), and,
         as ratios to the teacher's, `contrast`, `saturation` and `motion` (see `appearance`).
     """
-    metrics: dict[str, float] = {}
-    teacher = {} if decode is None else appearance(fine[:videos], decode)
+    resampling = resample(strata(list(captions), list(captions))[0], REPLICATES, config.seed)
+    metrics: dict[str, Estimate] = {}
     for calls, latents in samples.items():
-        metrics[f"energy_distance_{calls}"] = paired_energy_distance(latents, fine)
-        metrics[f"rms_{calls}"] = trajectory_error(latents, fine)
-        student = {} if decode is None else appearance(latents[:videos], decode)
-        metrics |= {f"{name}_{calls}": student[name] / value for name, value in teacher.items() if value}
+        errors = weighted_means(squared_errors(latents, fine), resampling)
+        metrics[f"energy_distance_{calls}"] = percentile(paired_energy_distance(latents, fine, resampling))
+        metrics[f"rms_{calls}"] = percentile(errors.sqrt())
+    if decode is None:
+        return metrics
+    videos = config.reference_videos
+    teacher = appearance(fine[:videos], decode)
+    clips = resample(single_stratum(len(fine[:videos])), REPLICATES, config.seed)
+    for calls, latents in samples.items():
+        for name, values in appearance(latents[:videos], decode).items():
+            means = [weighted_means(each, clips) for each in (values, teacher[name])]
+            metrics[f"{name}_{calls}"] = percentile(means[0] / means[1])
     return metrics
 
 
-def paired_energy_distance(x: Tensor, y: Tensor) -> float:
-    """Compute the energy distance of two sets of n samples of which x[i] and y[i] come from the same noise.
+def paired_energy_distance(x: Tensor, y: Tensor, resampling: Resampling) -> Tensor:
+    """Compute energy distances of two sets of n samples of which x[i] and y[i] come from the same noise.
 
     Pairs of equal index are left out of the cross term: all others are independent, so the value is unbiased as in
-    `metrics.energy_distance`. It is exactly 0 if both sets are equal.
+    `intervals.EnergyReference`. It is exactly 0 if both sets are equal.
+
+    Returns:
+        (R + 1,) float64, the value first.
     """
-    n = len(x)
     cross = pairwise_distances(x, y).fill_diagonal_(0)
-    return float((2 * cross - self_distances(x) - self_distances(y)).sum() / (n * (n - 1)))
+    return mean_of_pairs(2 * cross - self_distances(x) - self_distances(y), resampling, resampling)
 
 
-def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Decode clips one by one and average what users see of them.
+def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Decode clips one by one and measure what users see of them.
 
     Args:
         latents: (n, F, C, H, W) float32.
         decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
 
     Returns:
-        `contrast`: standard deviation of the brightness within a frame. `saturation`: largest minus smallest of red,
-        green and blue. `motion`: root mean square difference between consecutive frames, left out for images.
+        (n,) values by name. `contrast`: standard deviation of the brightness within a frame. `saturation`: largest
+        minus smallest of red, green and blue. `motion`: root mean square difference between consecutive frames, left
+        out for images.
     """
     found: dict[str, list[float]] = {}
     for one in latents.split(1):
@@ -162,4 +189,4 @@ def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str,
             values["motion"] = video.diff(dim=1).square().mean().sqrt()
         for name, value in values.items():
             found.setdefault(name, []).append(value.item())
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}

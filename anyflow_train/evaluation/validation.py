@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from anyflow_train.data.loader import pad_text
 from anyflow_train.data.manifest import check_compatible
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.metrics import energy_distance, sliced_wasserstein
-from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
+from anyflow_train.evaluation.intervals import Estimate, percentile
+from anyflow_train.evaluation.measure import SampleEvaluator
+from anyflow_train.evaluation.oracle import judge_clips
+from anyflow_train.evaluation.sampling import clip_sampler, draw_noise
 from anyflow_train.evaluation.teacher_reference import (
     TeacherReference,
     measure_against,
@@ -29,11 +33,10 @@ from anyflow_train.evaluation.teacher_reference import (
 )
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import ClipSampler, Sampler
-from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap, take
 from anyflow_train.models.codec import Codec
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.text import calls
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
 
@@ -44,7 +47,7 @@ EULER = ClipSampler(sample_euler)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to sample, and the noise of each of them. Both are the same at each validation.
+    """Texts to sample, and the noise of each of them: the same at each validation and in `anyflow evaluate`.
 
     Attributes:
         captions: n texts.
@@ -99,25 +102,39 @@ class InRunValidator:
             shown = self._sample_all(student, self.shown, interrupted)
         except _Interrupted:
             return None
-        return self.world.on_main(lambda: Validation(self._metrics(compared), self._videos(shown, folder)))
+        return self.world.on_main(lambda: self._result(compared, shown, folder))
 
-    def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, float]:
+    def _result(self, compared: Mapping[int, Tensor], shown: Mapping[int, Tensor], folder: Path) -> Validation:
+        metrics = self._metrics(compared)
+        values = {name: estimate.value for name, estimate in metrics.items()}
+        intervals = {f"{name}_{end}": getattr(metrics[name], end) for name in metrics for end in ("low", "high")}
+        return Validation(values, self._videos(shown, folder), intervals)
+
+    @cached_property
+    def _evaluator(self) -> SampleEvaluator:
+        """The measures of `anyflow evaluate`, prepared at the first validation on the process that measures."""
+        assert self.held_out is not None
+        assert self.compared is not None
+        groups = strata(list(self.compared.captions), self.held_out.captions)
+        return SampleEvaluator(self.held_out.latents, *groups, seed=self.config.seed)
+
+    def _metrics(self, samples: Mapping[int, Tensor]) -> dict[str, Estimate]:
         """Compute metrics from samples by number of calls. Returns them by name, `<metric>_<steps>`."""
         if self.compared is None:
             return {}
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Estimate] = {}
         if self.reference is not None:
             decode = self.codec.decode_video if self.codec is not None and self.config.reference_videos else None
-            metrics |= measure_against(self.reference.latents(), samples, self.config.reference_videos, decode)
+            metrics |= measure_against(self.reference.latents(), samples, self.compared.captions, self.config, decode)
         for steps, latents in samples.items():
             if self.held_out is not None:
-                metrics[f"energy_distance_{steps}"] = energy_distance(latents, self.held_out.latents)
-                metrics[f"sliced_wasserstein_{steps}"] = sliced_wasserstein(latents, self.held_out.latents)
+                found = self._evaluator.sampled(latents, self.config.shift)
+                metrics[f"energy_distance_{steps}"] = percentile(found.energy)
+                metrics[f"sliced_wasserstein_{steps}"] = self._evaluator.sliced_wasserstein(latents)
             if self.config.oracle != "none" and self.codec is not None:
-                oracle = WORLDS[self.config.oracle]
-                videos = torch.cat([self.codec.decode_video(part) for part in latents.split(self.config.batch)])
-                labels = torch.tensor([oracle.label_of(caption) for caption in self.compared.captions])
-                metrics[f"class_error_{steps}"] = 1 - oracle.accuracy(videos.cpu(), labels)
+                judge = partial(judge_clips, decode=self.codec.decode_video, batch=self.config.batch)
+                seen = judge(latents, list(self.compared.captions)).accuracy
+                metrics[f"class_error_{steps}"] = Estimate(1 - seen.value, 1 - seen.high, 1 - seen.low)
         return metrics
 
     def _videos(self, samples: Mapping[int, Tensor], folder: Path) -> dict[str, Path]:
@@ -127,7 +144,7 @@ class InRunValidator:
         codec = self.codec
         columns = [[to_frames(codec.decode_video(one[None])[0]) for one in latents] for latents in samples.values()]
         rows = [list(row) for row in zip(*columns, strict=True)]
-        grid = Grid(self.shown.captions, [f"{steps} calls" for steps in samples], rows, self.fps)
+        grid = Grid(self.shown.captions, [calls(steps) for steps in samples], rows, self.fps)
         path = folder / "grid.mp4"
         write_grid(grid, path, folder / "grid.gif")
         return {"grid": path}
@@ -188,12 +205,11 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
     held_out, reference, compared = _load_held_out(config), None, None
     if held_out is not None:
         texts = [pad_text(text, length) for text in held_out.texts]
-        compared = _prompts("validation", held_out.captions, texts, evaluation.samples, config)
+        compared = _prompts("evaluation", held_out.captions, texts, evaluation.samples, config)
     if evaluation.reference == "teacher":
         assert teacher is not None
         compared, held_out = compared or _training_prompts(config, shards, length), None
-        guided_teacher = guided(teacher, negative, reference_scale(config))
-        reference = teacher_reference(config, guided_teacher, compared.text)
+        reference = teacher_reference(config, guided(teacher, negative, reference_scale(config)), compared.text)
     shown, count = None, min(evaluation.videos, len(shards.texts.validation))
     if count:
         texts = [pad_text(text, length) for text in shards.texts.validation]
@@ -232,15 +248,14 @@ def _training_prompts(config: RunConfig, shards: ShardSet, length: int) -> Promp
     if not samples:
         raise UserError("data.shards", f"{shards.location} holds no readable prompt; run `anyflow prepare` again")
     texts = [pad_text(sample.text, length) for sample in samples]
-    return _prompts("validation", [sample.caption for sample in samples], texts, config.evaluation.samples, config)
+    return _prompts("evaluation", [sample.caption for sample in samples], texts, config.evaluation.samples, config)
 
 
 def _prompts(purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig) -> Prompts:
-    """Take `count` prompts, repeating them if there are fewer, with noise from `evaluation.seed`."""
+    """Take `count` prompts as `anyflow evaluate` does, with noise from `evaluation.seed`."""
     shape = latent_shape(config.data, config.student.architecture.in_channels)
-    rows = [number % len(captions) for number in range(count)]
-    draw = Draw(config.evaluation.seed, 0, tuple(range(count)), torch.device("cpu"))
-    noise = draw.normal(purpose, shape)
+    rows = cycle(balanced_order(list(captions)), count)
+    noise = draw_noise(count, shape, config.evaluation.seed, purpose)
     return Prompts(tuple(captions[row] for row in rows), torch.stack([texts[row] for row in rows]), noise)
 
 

@@ -6,28 +6,32 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from anyflow_train.files import atomic_file
 
 Frames = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB."""
+Colour = tuple[int, int, int]
 
-# Layout of a grid, in pixels, characters and colours.
-GAP = 6
-FONT_SIZE = 13
-LINE = 16
-ROW_LABEL_CHARACTERS = 15
-ROW_LABEL_WIDTH = 118
+# Layout of a grid: pixels and colours. The background is opaque, so that the grid looks the same on every page.
+GAP = 8
+FONT_SIZE = 15
+LINE = 19
+HEADING = 28
+ROW_LABEL_WIDTH = 116
 INK = (28, 28, 32)
 PAPER = (255, 255, 255)
+PAUSE = 500
+"""Milliseconds that a GIF rests on its last frame, so that the eye sees where a clip starts again."""
 
 
 def to_frames(video: Tensor) -> Frames:
@@ -52,17 +56,27 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def write_gif(path: Path, frames: Frames, fps: float, colours: int = 64) -> None:
-    """Write an endless GIF with one palette for all frames, so that it is small and does not flicker.
+def write_gif(path: Path, frames: Frames, fps: float, colours: int = 256) -> None:
+    """Write an endless GIF with one palette for all frames, so that it does not flicker.
 
     GIF counts time in hundredths of a second, so 16 frames per second play at 16.7.
     """
     palette = Image.fromarray(np.concatenate(list(frames))).quantize(colours)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    duration = max(20, 10 * round(100 / fps))
+    duration = [max(20, 10 * round(100 / fps))] * len(images)
+    duration[-1] += PAUSE
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading above neighbouring columns, with a colour (`#rrggbb`) that marks them."""
+
+    label: str
+    columns: int
+    colour: str
 
 
 @dataclass(frozen=True)
@@ -71,21 +85,24 @@ class Grid:
 
     Attributes:
         rows: one label per row, usually the prompt.
-        columns: one label per column, of one or more lines.
+        columns: one label per column.
         videos: frames by row and column, all of the same shape (F, H, W, 3).
         fps: frames per second.
+        headings: headings of all columns from left to right; empty if there are none.
     """
 
     rows: Sequence[str]
     columns: Sequence[str]
     videos: Sequence[Sequence[Frames]]
     fps: float
+    headings: Sequence[Heading] = ()
 
 
 def write_grid(grid: Grid, mp4: Path, gif: Path) -> None:
     """Write the grid as mp4, and as a smaller GIF."""
-    write_mp4(mp4, draw_grid(grid, least=112, most=224), grid.fps)
-    write_gif(gif, draw_grid(grid, least=72, most=96), grid.fps)
+    write_mp4(mp4, draw_grid(grid, least=128, most=224), grid.fps)
+    width = 96 if len(grid.videos[0][0]) > 40 else 120  # smaller cells for long clips, which make large files
+    write_gif(gif, draw_grid(grid, width, width), grid.fps)
 
 
 def draw_grid(grid: Grid, least: int, most: int) -> Frames:
@@ -97,10 +114,11 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
         most: largest width of one video in pixels; wider videos are reduced.
 
     Raises:
-        ValueError: rows or columns do not match the labels.
+        ValueError: rows, columns or headings do not match the videos.
     """
-    if len(grid.videos) != len(grid.rows) or any(len(row) != len(grid.columns) for row in grid.videos):
-        raise ValueError("a grid needs one label for each row and for each column")
+    wide = {len(grid.columns), *map(len, grid.videos), sum(each.columns for each in grid.headings) or len(grid.columns)}
+    if len(grid.videos) != len(grid.rows) or len(wide) > 1:
+        raise ValueError("a grid needs one label for each row and for each column, and headings over all columns")
     count, height, width = grid.videos[0][0].shape[:3]
     tile_width = min(max(width, least), most)
     tile = (tile_width, round(height * tile_width / width))
@@ -110,36 +128,46 @@ def draw_grid(grid: Grid, least: int, most: int) -> Frames:
         picture = paper.copy()
         for row, videos in enumerate(grid.videos):
             for column, frames in enumerate(videos):
-                picture.paste(_resized(frames[number], tile), _corner(grid, tile, row, column))
+                frame = Image.fromarray(frames[number]).resize(tile, Image.Resampling.BICUBIC)
+                picture.paste(frame, _corner(grid, tile, row, column))
         drawn.append(np.asarray(picture))
     return np.stack(drawn)
 
 
 def _labelled_paper(grid: Grid, tile: tuple[int, int]) -> Image.Image:
-    right, bottom = _corner(grid, tile, len(grid.rows), len(grid.columns))
-    paper = Image.new("RGB", (right, bottom), PAPER)
-    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(FONT_SIZE)
+    size = _corner(grid, tile, len(grid.rows), len(grid.columns))
+    paper = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(paper)
+
+    def write(x: int, y: int, label: str, width: int, size: int = FONT_SIZE, ink: Colour = INK, anchor: str = "mm"):
+        """Write a label, shortened to a width in pixels."""
+        font = ImageFont.load_default(size)
+        while font.getlength(label) > width:
+            label = f"{label.removesuffix('...')[:-1]}..."
+        draw.text((x, y), label, fill=ink, font=font, anchor=anchor)
+
+    for heading, end in zip(grid.headings, accumulate(each.columns for each in grid.headings), strict=True):
+        left = _corner(grid, tile, 0, end - heading.columns)[0] - GAP // 2
+        right = _corner(grid, tile, 0, end - 1)[0] + tile[0] + GAP // 2 - 1
+        # A light tint of the heading's colour marks its columns.
+        tint = tuple(round(255 - 0.22 * (255 - value)) for value in ImageColor.getrgb(heading.colour))
+        draw.rectangle((left, 0, right, size[1]), fill=tint)
+        draw.rectangle((left, 0, right, HEADING - 1), fill=heading.colour)
+        write((left + right) // 2, HEADING // 2, heading.label, right - left - GAP, FONT_SIZE + 3, PAPER)
     for column, label in enumerate(grid.columns):
         x, y = _corner(grid, tile, 0, column)
-        lines = label.split("\n")
-        for number, line in enumerate(lines):
-            place = (x + tile[0] // 2, y - GAP // 2 - LINE * (len(lines) - number))
-            draw.text(place, line, fill=INK, font=font, anchor="ma")
+        write(x + tile[0] // 2, y - (GAP + LINE) // 2, label, tile[0])
     for row, label in enumerate(grid.rows):
-        _, y = _corner(grid, tile, row, 0)
-        lines = textwrap.wrap(label, ROW_LABEL_CHARACTERS, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
-        top = y + (tile[1] - LINE * len(lines)) // 2
+        lines = textwrap.wrap(label, 14, max_lines=max(1, tile[1] // LINE), placeholder=" ...")
+        middle = _corner(grid, tile, row, 0)[1] + tile[1] // 2
         for number, line in enumerate(lines):
-            draw.text((GAP, top + LINE * number), line, fill=INK, font=font)
+            y = middle + round(LINE * (number - (len(lines) - 1) / 2))
+            write(GAP, y, line, ROW_LABEL_WIDTH - 2 * GAP, anchor="lm")
     return paper
 
 
 def _corner(grid: Grid, tile: tuple[int, int], row: int, column: int) -> tuple[int, int]:
-    """Return the upper left corner of a tile, in pixels."""
-    header = LINE * max(label.count("\n") + 1 for label in grid.columns) + GAP
-    return ROW_LABEL_WIDTH + column * (tile[0] + GAP), header + row * (tile[1] + GAP)
-
-
-def _resized(frame: Frames, tile: tuple[int, int]) -> Image.Image:
-    image = Image.fromarray(frame)
-    return image if image.size == tile else image.resize(tile, Image.Resampling.BICUBIC)
+    """Return the upper left corner of a tile, in pixels. Columns under different headings are further apart."""
+    header = LINE + GAP + HEADING * bool(grid.headings)
+    wider = sum(column >= first for first in accumulate(heading.columns for heading in grid.headings[:-1]))
+    return ROW_LABEL_WIDTH + column * (tile[0] + GAP) + wider * GAP, header + row * (tile[1] + GAP)

@@ -12,10 +12,25 @@ from anyflow_train.flow.types import FlowMap
 
 @dataclass(frozen=True)
 class Validation:
-    """Results of one validation: numbers by name, and mp4 files by caption."""
+    """Results of one validation.
+
+    Attributes:
+        metrics: numbers by name.
+        videos: mp4 files by caption.
+        intervals: ends of the 95 % intervals of metrics, named `<metric>_low` and `<metric>_high`.
+    """
 
     metrics: dict[str, float]
     videos: dict[str, Path] = field(default_factory=dict)
+    intervals: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Format all numbers in one line, with their intervals: `energy_distance_1 0.51 [0.43, 0.6]`."""
+        return "  ".join(f"{name} {value:.3g}{self._interval(name)}" for name, value in self.metrics.items())
+
+    def _interval(self, name: str) -> str:
+        low, high = (self.intervals.get(f"{name}_{end}") for end in ("low", "high"))
+        return "" if low is None or high is None else f" [{low:.2g}, {high:.2g}]"
 
 
 class Validator(Protocol):

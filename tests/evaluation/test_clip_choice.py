@@ -2,7 +2,7 @@
 
 import torch
 
-from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
+from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata, varied
 
 
 def test_any_first_part_of_the_order_is_balanced():
@@ -14,6 +14,13 @@ def test_any_first_part_of_the_order_is_balanced():
 
 def test_cycle_starts_again():
     assert cycle([5, 6], 5) == [5, 6, 5, 6, 5]
+
+
+def test_shown_captions_differ_in_as_many_words_as_possible():
+    captions = ["a red ball", "a red square", "a red ball", "a blue square", "a green star"]
+    assert varied(captions, 4) == [0, 3, 4, 1]
+    assert varied(captions, 9) == [0, 3, 4, 1, 2]
+    assert varied(captions, 0) == []
 
 
 def test_captions_are_strata_where_both_sets_repeat_them():

@@ -8,24 +8,29 @@ import pytest
 import torch
 
 from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.config.run import RunConfig
 from anyflow_train.data.held_out import load_samples
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample, ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
 from anyflow_train.evaluation.clip_choice import balanced_order, cycle
+from anyflow_train.evaluation.load import load_model, on_device
 from anyflow_train.evaluation.report import EvaluationReport
+from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.flow.causal import ClipSampler
-from anyflow_train.tiny import stripes as world
+from anyflow_train.tiny import shapes as world
+from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.processes.world import World
 from tests.export.runs import CHUNKS, FULL, make_run
 from tests.shards import describe, write_shards
 
 SHAPE = (2, 16, 4, 4)
-CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
+CAPTIONS = [world.CAPTIONS[label] for label in (0, 5, 13)]
 
 
 def write_held_out(folder: Path, count: int, frames: int = SHAPE[0]) -> Path:
-    """Shards of random latents with captions of the stripes world."""
+    """Shards of random latents with captions of the moving shapes."""
     shape = (frames, *SHAPE[1:])
     generator = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
@@ -68,7 +73,7 @@ def run(folder: Path, out: str, **options) -> EvaluationReport:
 
 
 def test_an_evaluation_leaves_its_report_plot_and_grid(folder: Path):
-    run(folder, "whole", oracle="stripes")
+    run(folder, "whole", oracle="shapes")
     report = json.loads((folder / "whole" / "report.json").read_text())
     names = [(cell["model"], cell["steps"]) for cell in report["cells"]]
     assert names == [("teacher", 1), ("teacher", 2), ("run", 1), ("run", 2), ("teacher", 4)]
@@ -76,6 +81,8 @@ def test_an_evaluation_leaves_its_report_plot_and_grid(folder: Path):
     for measure in ("energy_distance", "sliced_wasserstein", "trajectory_error"):
         assert student[measure]["low"] <= student[measure]["value"] <= student[measure]["high"]
     assert 0 <= student["recognition"]["accuracy"]["low"] <= 1
+    assert 0 <= report["real"]["recognition"]["accuracy"]["low"] <= 1
+    assert report["real"]["energy_floor"] > 0
     assert report["cells"][0]["energy_ratio"] is None
     assert report["cells"][4]["trajectory_error"]["value"] == 0
     for name in ("report.md", "quality.png", "grid.mp4", "grid.gif"):
@@ -111,7 +118,7 @@ def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder
         near = cell["nearest"]
         assert 1 < near["minimum"] <= near["percentile_1"]["value"] <= near["mean"]["value"] < near["mean"]["high"]
     table = (folder / "near" / "report.md").read_text()
-    assert "| held-out clips |" in table
+    assert "| real clips |" in table
     assert "nearest of 30 training clips" in table
 
 
@@ -119,6 +126,33 @@ def test_a_student_called_teacher_is_told_from_the_teacher(folder: Path):
     (folder / "teacher").symlink_to(folder / "base")
     report = run(folder, "named", models=(str(folder / "teacher"),), videos=0, steps=(1,))
     assert [cell.model for cell in report.cells] == ["teacher", "teacher (student)", "teacher"]
+
+
+def test_validation_during_a_run_gives_the_numbers_of_the_report(folder: Path):
+    """The same noise, captions, estimators and intervals, so that a run and its report never disagree."""
+    cells = run(folder, "agree", videos=0, shifts=(5.0,), bootstrap=1000).cells[2:4]
+    (saved,) = (folder / "run" / "checkpoints").glob("*/config.json")
+    settings = under_new_names(json.loads(saved.read_text()), str(saved))
+    settings["data"] |= {"shards": str(folder / "held_out"), "text_lengths": [8]}
+    settings["evaluation"] = {
+        "held_out": str(folder / "held_out"),
+        "steps": [1, 2],
+        "samples": 10,
+        "batch": 3,
+        "videos": 0,
+    }
+    settings["teacher"]["codec"] = "none"  # nothing is decoded
+    settings["evaluation"]["best_metric"] = "energy_distance_1"
+    validator = build_validator(RunConfig.model_validate(settings), World(torch.device("cpu")))
+    student = on_device(load_model(str(folder / "run"), "ema").network, torch.device("cpu"), None)
+    with torch.inference_mode():
+        validation = validator(student, folder / "agree", lambda: False)
+    assert validation is not None
+    for cell in cells:
+        for measure in ("energy_distance", "sliced_wasserstein"):
+            name, estimate = f"{measure}_{cell.steps}", getattr(cell, measure)
+            found = [validation.metrics[name], *(validation.intervals[f"{name}_{end}"] for end in ("low", "high"))]
+            assert found == pytest.approx([estimate.value, estimate.low, estimate.high], abs=1e-4)
 
 
 def test_results_do_not_depend_on_the_batch(folder: Path):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.config.run import RunConfig
+from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.data.manifest import PromptTexts
 from anyflow_train.data.shards import Sample
-from anyflow_train.evaluation.metrics import energy_distance
+from anyflow_train.evaluation.intervals import resample, single_stratum
 from anyflow_train.evaluation.teacher_reference import appearance, measure_against, paired_energy_distance
 from anyflow_train.evaluation.validation import InRunValidator, build_validator
 from anyflow_train.flow.types import Condition, FlowMap
@@ -157,6 +157,12 @@ def test_held_out_prompts_are_taken_where_there_are_some(tmp_path: Path) -> None
     assert measured(validator, curved, tmp_path)["energy_distance_8"] == 0
 
 
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """Return the unbiased distance of independent samples (n, D) and (m, D)."""
+    own = [torch.cdist(each, each).sum() / (len(each) * (len(each) - 1)) for each in (x, y)]
+    return float(2 * torch.cdist(x, y).mean() - own[0] - own[1])
+
+
 def test_the_paired_distance_is_unbiased() -> None:
     """Over many sets, the mean distance of pairs that share their noise is that of independent large sets."""
     generator = torch.Generator().manual_seed(0)
@@ -167,7 +173,8 @@ def test_the_paired_distance_is_unbiased() -> None:
     found = []
     for _ in range(2000):
         noise = draw(8)
-        found.append(paired_energy_distance(noise, 1.5 * noise + 0.5))
+        plain = resample(single_stratum(8), 1, 0)
+        found.append(paired_energy_distance(noise, 1.5 * noise + 0.5, plain)[0].item())
     expected = energy_distance(draw(3000), 1.5 * draw(3000) + 0.5)
     assert sum(found) / len(found) == pytest.approx(expected, rel=0.1)
     biased = [energy_distance(noise, 1.5 * noise + 0.5) for noise in (draw(8) for _ in range(500))]
@@ -185,8 +192,8 @@ def clips() -> Tensor:
 
 
 def looks(fine: Tensor, samples: Tensor, decode: Callable[[Tensor], Tensor] | None = identity) -> dict[str, float]:
-    found = measure_against(fine, {4: samples}, 3, decode)
-    return {name.removesuffix("_4"): value for name, value in found.items()}
+    found = measure_against(fine, {4: samples}, ["a", "b", "c"], Evaluation(reference_videos=3), decode)
+    return {name.removesuffix("_4"): estimate.value for name, estimate in found.items()}
 
 
 def test_doubled_contrast_is_two(clips: Tensor) -> None:

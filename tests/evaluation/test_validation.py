@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.shards import ShardSet
-from anyflow_train.evaluation.metrics import energy_distance
+from anyflow_train.evaluation.oracle import wilson
 from anyflow_train.evaluation.validation import InRunValidator, build_validator
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.codec import Codec
+from anyflow_train.tiny import shapes
 from anyflow_train.training.processes.world import World
+from anyflow_train.training.validation import Validation
+from tests.evaluation.distances import energy_distance
 from tests.training.helpers import SHAPE, settings, write_latents
 
 EVALUATION = {"every": 1, "steps": [1, 2], "samples": 6, "batch": 4, "videos": 0}
@@ -57,7 +61,35 @@ def test_metrics_are_of_the_samples_from_fixed_noise(folder: Path) -> None:
     expected = energy_distance(validator.compared.noise, real)
     assert validation.metrics["energy_distance_1"] == pytest.approx(expected)
     assert validation.metrics["energy_distance_2"] == pytest.approx(expected)
+    for name, value in validation.metrics.items():
+        assert validation.intervals[f"{name}_low"] <= value <= validation.intervals[f"{name}_high"]
     assert validation.videos == {}
+
+
+def test_every_number_is_printed_with_its_interval() -> None:
+    ends = {"energy_distance_1_low": 0.4321, "energy_distance_1_high": 0.6}
+    validation = Validation({"energy_distance_1": 0.5123, "other": 2.0}, {}, ends)
+    assert validation.summary() == "energy_distance_1 0.512 [0.43, 0.6]  other 2"
+
+
+def test_the_class_error_is_that_of_the_oracle_with_its_interval(folder: Path) -> None:
+    validator = validator_of(folder)
+    clips, labels = shapes.draw_clips(6, seed=0)
+    captions = tuple(shapes.caption(int(label)) for label in labels)
+    captions = (captions[1], *captions[1:])  # the first one is wrong
+    assert validator.compared is not None
+    assert validator.held_out is not None
+    validator = dataclasses.replace(
+        validator,
+        config=validator.config.model_copy(update={"oracle": "shapes"}),
+        compared=dataclasses.replace(validator.compared, captions=captions),
+        held_out=dataclasses.replace(validator.held_out, latents=clips[:5]),
+        codec=SimpleNamespace(decode_video=lambda latents: latents),  # type: ignore[arg-type]  # videos are latents here
+    )
+    metrics = validator._metrics({1: clips})
+    assert metrics["class_error_1"].value == pytest.approx(1 / 6)
+    right = wilson(5, 6)
+    assert (metrics["class_error_1"].low, metrics["class_error_1"].high) == (1 - right.high, 1 - right.low)
 
 
 def test_every_validation_and_every_start_sees_the_same_noise(folder: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.evaluation.load import load_student, load_teacher
-from anyflow_train.evaluation.metrics import energy_distance
 from anyflow_train.export.weights import to_wan
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import sample
@@ -20,6 +19,7 @@ from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.training import run as training
 from anyflow_train.training.networks import load_trained_network
+from tests.evaluation.distances import energy_distance
 from tests.training import waves
 
 # The trainings take most of a minute on a quiet core.

@@ -29,7 +29,7 @@ def _errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.student_start(config),
         *geometry.known_shapes(config),
         *geometry.adapter_targets(config),
-        *objective.own(config),
+        *config.objective.findings(),
         *objective.velocity(config),
         *objective.times(config),
         *objective.shares(config),
