@@ -134,7 +134,8 @@ def _kind_beside(dotted: str, values: Mapping[str, Any]) -> str:
     """Return ` with parent.kind=x` if the mapping of a key has a kind, because another kind may know the key."""
     parent = dotted.rpartition(".")[0]
     node = _at(values, parent)
-    return f" with {parent}.kind={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
+    key = f"{parent}.kind".lstrip(".")
+    return f" with {key}={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
 
 
 def _wrong_kind(detail: ErrorDetails) -> str:

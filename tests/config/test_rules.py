@@ -148,7 +148,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (
         {"objective.schedule": stage({"objective.epsilom": 0.01})},
         "objective.schedule.0",
-        "objective.epsilom: unknown key; nearest is 'epsilon'",
+        "objective.epsilom: unknown key with kind=flow_map; nearest is 'epsilon'",
     ),
     ({"objective.schedule": stage({"objective.kind": "x"})}, "objective.schedule.0", "the same in all stages"),
     ({"objective.schedule": stage({"optimizer.lr": 1.0})}, "objective.schedule.0", "a stage changes keys of objective"),
