@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import os
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe must raise here, inside the try, and not at exit
         return launched.record_exit_code(code, everywhere=True)
     except UserError as error:
-        return _report(error.each(), everywhere=isinstance(error, SharedErrors))
+        return _report(error.errors, everywhere=isinstance(error, SharedErrors))
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr)
         return LOST_PROCESS
@@ -116,12 +117,15 @@ def _run(name: str, command: Command, overrides: list[str], config_dir: Path | N
     if not command.decoded:
         return _load(command.target)(overrides, config_dir)
     from anyflow_train.config.compose import compose
+    from anyflow_train.config.derived import world_size
+    from anyflow_train.config.rules.run import run_warnings
 
     launched.register_with_launcher()
     config = compose(name, overrides, config_dir)
     if name == "train":
         launched.send_output_to(Path(config.out).expanduser() / config.name / "logs")
-        _print_warnings(config)
+        for finding in run_warnings(config, world_size()):
+            warnings.warn(str(finding.error()), ConfigWarning, stacklevel=1)
     result = _load(command.target)(config)
     return result if isinstance(result, int) else 0  # only train returns an exit code
 
@@ -155,35 +159,18 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _print_warnings(config: Any) -> None:
-    from anyflow_train.config.derived import world_size
-    from anyflow_train.config.rules.run import run_warnings
-
-    if launched.rank() != 0:
-        return
-    for finding in run_warnings(config, world_size()):
-        print(f"warning: {finding.error()}", file=sys.stderr)
-
-
 def _options(arguments: list[str]) -> tuple[list[str], Path | None, bool]:
     """Split the arguments into overrides, the value of --config-dir, and whether --help is given."""
-    overrides: list[str] = []
-    config_dir: Path | None = None
-    wants_help = False
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument in ("--help", "-h"):
-            wants_help = True
-        elif argument == "--config-dir" or argument.startswith("--config-dir="):
-            text = argument.partition("=")[2] or next(remaining, "")
-            if not text:
-                raise UserError("--config-dir", "needs a folder")
-            config_dir = Path(text)
-        elif argument.startswith("-"):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", nargs="?", const="", type=str)
+    parser.add_argument("--help", "-h", action="store_true")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.config_dir == "":
+        raise UserError("--config-dir", "needs a folder")
+    for argument in overrides:
+        if argument.startswith("-"):
             raise UserError(argument, "is not an option; use --help, --config-dir FOLDER or key=value")
-        else:
-            overrides.append(argument)
-    return overrides, config_dir, wants_help
+    return overrides, None if options.config_dir is None else Path(options.config_dir), options.help
 
 
 def _overview() -> str:

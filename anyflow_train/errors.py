@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 class UserError(ValueError):
     """A user error: printed as one line without a traceback, with exit code 2.
@@ -9,31 +11,34 @@ class UserError(ValueError):
     Args:
         where: the wrong config key (dotted) or file.
         problem: the bad value and what would be right, in one sentence.
+
+    Attributes:
+        errors: the single errors, one for each line: this one, or those of a `UserErrors`.
     """
 
     def __init__(self, where: str, problem: str) -> None:
         self.where = where
         self.problem = problem
+        self.errors: tuple[UserError, ...] = (self,)
         super().__init__(f"{where}: {problem}")
-
-    def each(self) -> tuple[UserError, ...]:
-        """Return the single errors, one for each line."""
-        return (self,)
 
 
 class UserErrors(UserError):
     """Several user errors, printed together with one line each."""
 
-    def __init__(self, errors: list[UserError]) -> None:
+    def __init__(self, errors: Iterable[UserError]) -> None:
         self.errors = tuple(errors)
-        ValueError.__init__(self, "\n".join(str(error) for error in errors))
-
-    def each(self) -> tuple[UserError, ...]:
-        return self.errors
+        ValueError.__init__(self, "\n".join(map(str, self.errors)))
 
 
 class SharedErrors(UserErrors):
     """User errors that every process of a run raises, so that each process ends by itself."""
+
+
+def raise_all(errors: Sequence[UserError], kind: type[UserErrors] = UserErrors) -> None:
+    """Raise the errors together, as `kind`, if there are any."""
+    if errors:
+        raise kind(errors)
 
 
 class ConfigWarning(UserWarning):

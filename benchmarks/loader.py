@@ -24,6 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -122,7 +123,7 @@ def our_batches(config: RunConfig, folder: str, passes: int, workers: int, proce
     """Yield the number of samples of every step of one process's loader, for the given number of passes."""
     shards, engine = ShardSet.open(folder), config.engine
     positions = local_positions(engine.global_batch, engine.micro_batch, processes, 0)
-    with Loader(shards, 0, engine.global_batch, positions, config.data.text_lengths, workers) as loader:
+    with closing(Loader(shards, 0, engine.global_batch, positions, config.data.text_lengths, workers)) as loader:
         for batches in islice(loader, passes * len(shards) * processes // engine.global_batch):
             yield sum(len(batch.latents) for batch in batches)
 

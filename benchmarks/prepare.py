@@ -6,7 +6,7 @@
 
 The measured time includes loading the models and writing the files. Both ways alternate, and their results are
 compared. Then the parts of ours are measured separately on a few clips. Without `--source` the clips are rendered from
-the embedded stripes world.
+the embedded world of moving shapes.
 
     python benchmarks/prepare.py --clips 96 --repeats 3 --json prepare.json
     python benchmarks/prepare.py --experiment wan_480p --source CLIPS --device cuda      # Wan's own codec

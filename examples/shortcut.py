@@ -35,7 +35,7 @@ class ShortcutConfig(ObjectiveConfig):
     text_dropout: Share = 0.1
 
     @property
-    def derivative(self) -> Derivative:
+    def derivative_role(self) -> Derivative:
         """The half jumps call the role `derivative`: the chosen weights, without gradient."""
         return Derivative(network=self.jumps)
 

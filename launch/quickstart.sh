@@ -36,7 +36,7 @@ step "5/6 export"
 anyflow export checkpoint="$run/student" out="$run/pipeline" format=pipeline precision=fp32 overwrite=true
 
 step "6/6 playback by stock diffusers, in a process of its own"
-python launch/play.py "$run/pipeline" "$run/playback.gif" "wide red stripes drifting left"
+python launch/play.py "$run/pipeline" "$run/playback.gif" "a red ball moving left"
 
 printf '\n'
 grep -v '^!\[' "$run/report/report.md"  # without the pictures

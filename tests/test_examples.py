@@ -25,11 +25,12 @@ from anyflow_train.training.checkpoints.resume import check_unchanged
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.networks import load_trained_network
 from tests.objectives.toys import Recorded, SmallNetwork, batch_of, draw_of
-from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents
+from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORTCUT = "shortcut:Shortcut"
 KINDS = (*OURS, SHORTCUT)
+KNOWS_THE_KEYS_OF_TINY = ("flow_map", "lagrangian")
 TIMES = {"flow_matching": {"diffusion_share": 1.0, "consistency_share": 0.0}}
 
 
@@ -39,7 +40,8 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(folder: Path, kind: str, **changes: Any) -> RunConfig:
-    values = settings(folder, objective={"kind": kind}, times=TIMES.get(kind, {}), **changes)
+    teacher = {"source": str(folder / "teacher"), "codec": "none"}
+    values = settings(folder, objective={"kind": kind}, times=TIMES.get(kind, {}), teacher=teacher, **changes)
     return as_run(run_model(kind).model_validate(values))
 
 
@@ -63,7 +65,7 @@ def test_a_loss_on_own_tensors() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_checked_planned_and_says_its_facts(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["experiment=tiny", f"objective.kind={kind}"]
-    with pytest.warns(ConfigWarning) if kind != "flow_map" else pytest.MonkeyPatch.context():
+    with pytest.MonkeyPatch.context() if kind in KNOWS_THE_KEYS_OF_TINY else pytest.warns(ConfigWarning):
         config: RunConfig = compose("train", arguments)
     assert run_errors(config, 1) == []
     assert config.objective.any_step is (kind != "flow_matching")
@@ -80,6 +82,7 @@ def test_every_kind_trains_resumes_exactly_and_is_loaded_without_its_class(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_latents(tmp_path / "shards")
+    write_networks(tmp_path)
     for name, lengths in (("whole", (4,)), ("parts", (2, 4))):
         for steps in lengths:
             assert training.run(config_of(tmp_path, kind, name=name, steps=steps)) == 0
@@ -140,7 +143,7 @@ def test_keys_of_an_own_objective_are_checked_like_ours(capsys: pytest.CaptureFi
         ("subprocess:Popen", "has no class `Config`"),
         ("shortcut:ShortcutConfig", "has no class `Config`"),
         ("flow_mapp", "nearest is 'flow_map'"),
-        ("os.system", "valid are flow_matching, flow_map, or my_package"),
+        ("os.system", f"valid are {', '.join(OURS)}, or my_package"),
     ],
 )
 def test_what_is_no_objective_is_one_sentence(
@@ -174,7 +177,7 @@ def test_an_installed_package_names_its_objectives(tmp_path: Path, monkeypatch: 
     with pytest.warns(ConfigWarning):
         config: RunConfig = compose("train", ["experiment=tiny", "objective.kind=halves"])
     assert (config.objective.kind, type(config.objective).__name__) == ("halves", "ShortcutConfig")
-    assert "valid are flow_matching, flow_map, halves" in errors("objective.kind=halvez")["objective.kind"]
+    assert f"valid are {', '.join(OURS)}, halves" in errors("objective.kind=halvez")["objective.kind"]
 
 
 def test_keys_of_another_kind_are_left_out_and_typed_ones_refused() -> None:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import CheckOptions
-from anyflow_train.config.derived import derive, table, world_size
+from anyflow_train.config.derived import table, world_size
 from anyflow_train.config.options import compose_beside
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
@@ -24,7 +24,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     options, config = compose_beside(CheckOptions, overrides, config_dir, lambda _: world_size())
     print(as_yaml(config), end="")
     print("\n# Derived quantities:")
-    for name, value in table(derive(config, world_size())):
+    for name, value in table(config, world_size()):
         print(f"#   {name:<14} {value}")
     for finding in run_warnings(config, world_size()):
         print(f"# warning: {finding.error()}")

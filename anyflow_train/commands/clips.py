@@ -1,4 +1,4 @@
-"""`anyflow clips`: write a folder of mp4 clips with captions from an embedded world."""
+"""`anyflow clips`: write a folder of mp4 clips with captions of moving shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def run(config: ClipsConfig) -> None:
     """Write the clips that are missing in `config.out`.
 
     Raises:
-        UserError: the folder has clips of a different world, count or seed.
+        UserError: the folder has clips of a different count or seed.
     """
-    paths = write_clips(Path(config.out), config.count, config.seed, config.world)
+    paths = write_clips(Path(config.out), config.count, config.seed)
     print(f"{len(paths)} clips with captions in {config.out}")

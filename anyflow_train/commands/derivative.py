@@ -14,11 +14,10 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.draw import Draw
-from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.objectives.context import in_chunks
 from anyflow_train.objectives.diagnose import derivative_errors, derivative_table
-from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.networks import load_trained_network, start_student
 from anyflow_train.training.processes.world import World, start_world
 from anyflow_train.training.recipe import build_loader
 
@@ -33,7 +32,9 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
         UserError: weights or data cannot be read.
     """
     world = start_world(config.engine)
-    network = _weights(config, options).eval().requires_grad_(False)
+    trained = options.derivative_weights
+    network = start_student(config.student, config.seed) if trained is None else load_trained_network(trained)
+    network.eval().requires_grad_(False)
     nn.Module.to(network, world.device)  # diffusers overrides `to` only for quantised networks
     networks = {name: NetworkFlowMap(network, autocast_dtype(name)) for name in ("fp32", "fp16", "bf16")}
     rows = derivative_errors(
@@ -42,15 +43,9 @@ def measure(config: RunConfig, options: CheckOptions) -> str:
         list(_samples(config, world, options.derivative_samples)),
         options.derivative_epsilons,
         config.times.shift,
-        (config.objective.derivative or Derivative()).ends,
+        (config.objective.derivative_role or Derivative()).ends,
     )
     return derivative_table(rows)
-
-
-def _weights(config: RunConfig, options: CheckOptions) -> Backbone:
-    if options.derivative_weights is None:
-        return build_student(config.student, config.seed)
-    return load_trained_network(options.derivative_weights)
 
 
 def _samples(config: RunConfig, world: World, count: int) -> Iterator[tuple[Batch, Draw]]:

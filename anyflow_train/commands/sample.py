@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from anyflow_train.config.commands import SampleConfig
 from anyflow_train.data.captions import read_lines
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, Size, clip_shape, encode_texts
+from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
 from anyflow_train.evaluation.prompts import distinct, slug
@@ -27,30 +28,9 @@ from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
 
 GRID_ROWS = 8
-# Settings that `index.json` records.
-SETTINGS = (
-    "shift",
-    "guidance_scale",
-    "negative_prompt",
-    "text_length",
-    "image",
-    "video",
-    "context_frames",
-    "chunk_partition",
-)
 
 
-@dataclass(frozen=True)
-class VideoEntry:
-    """One line of `index.json`."""
-
-    file: str
-    prompt: str
-    steps: int
-    seed: int
-
-
-def run(config: SampleConfig) -> list[VideoEntry]:
+def run(config: SampleConfig) -> None:
     """Write one mp4 for every (prompt, seed, number of calls), `grid.mp4`, `grid.gif` and `index.json`.
 
     Raises:
@@ -72,21 +52,22 @@ def run(config: SampleConfig) -> list[VideoEntry]:
     maker = ClipMaker(flow_map, sampler, codec, config.text_length, config.shift)
 
     out = Path(config.out).expanduser()
-    entries: list[VideoEntry] = []
+    videos: list[dict[str, Any]] = []
     rows: dict[str, list[Frames]] = {}
     for number, prompt in enumerate(prompts):
         for seed in config.seeds:
             row = _one_row(maker, texts[number], shape.noise(seed), config.steps)
             for steps, frames in zip(config.steps, row, strict=True):
-                entries.append(VideoEntry(f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4", prompt, steps, seed))
-                write_mp4(out / entries[-1].file, frames, config.fps)
+                file = f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4"
+                write_mp4(out / file, frames, config.fps)
+                videos.append({"file": file, "prompt": prompt, "steps": steps, "seed": seed})
             if len(rows) < GRID_ROWS:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
     columns = [calls(steps) for steps in config.steps]
     write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), out / "grid.mp4", out / "grid.gif")
-    _write_index(config, model, size, entries, out)
-    print(f"wrote {len(entries)} videos, grid.mp4, grid.gif and index.json to {out}")
-    return entries
+    made = {"model": model.name, "step": model.step, **asdict(size), "videos": videos}
+    write_json(out / "index.json", config.model_dump(mode="json", exclude={"out"}) | made)
+    print(f"wrote {len(videos)} videos, grid.mp4, grid.gif and index.json to {out}")
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
@@ -113,11 +94,8 @@ def _source(config: SampleConfig, model: LoadedNetwork) -> ConditioningSource | 
     if path is None:
         return None
     if not model.sees_conditioning_frames:
-        problem = (
-            f"'{path}', but {model.name} was trained without conditioning frames (context.i2v_probability=0); use "
-            f"another model, or leave out {key}"
-        )
-        raise UserError(key, problem)
+        problem = f"'{path}', but {model.name} was trained without conditioning frames (context.i2v_probability=0)"
+        raise UserError(key, f"{problem}; use another model, or leave out {key}")
     if not Path(path).expanduser().is_file():
         raise UserError(key, f"'{path}' does not exist or is not a file")
     frames = 1 if key == "image" else config.context_frames
@@ -132,9 +110,3 @@ def _one_row(maker: ClipMaker, text: Tensor, noise: Tensor, counts: Sequence[int
         row.append(maker.make(text, noise, steps))
         print(f"{calls(steps)}: {time.monotonic() - start:.1f} s", flush=True)
     return row
-
-
-def _write_index(config: SampleConfig, model: LoadedNetwork, size: Size, entries: list[VideoEntry], out: Path) -> None:
-    made = {"model": model.name, "step": model.step, "weights": config.weights, **asdict(size), "fps": config.fps}
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    write_json(out / "index.json", {**made, **settings, "videos": [asdict(entry) for entry in entries]})

@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from anyflow_train.commands.sweep_plan import Combination, SweepPlan, make_plan
-from anyflow_train.commands.sweep_table import RunOutcome, markdown, write
+from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.config.overrides import parse
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, raise_all
+from anyflow_train.text import markdown_table
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
+# File systems allow 255 bytes; names of temporary checkpoint folders add some.
+LONGEST_LABEL = 160
+
+
+@dataclass
+class Combination:
+    """One run of a sweep.
+
+    Attributes:
+        label: name of the run directory, such as `lr=0.001,guidance=target`.
+        values: swept key -> value, as written.
+        fixed: the other arguments of `anyflow train`.
+        config: decoded config of the run.
+        state: finished, failed, stopped, or waiting.
+        summary: facts about a finished run: step, last_loss, seconds of training over all starts, and metrics.
+    """
+
+    label: str
+    values: dict[str, str]
+    fixed: Sequence[str]
+    config: RunConfig
+    state: str = "waiting"
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.out).expanduser() / self.config.name
+
+    @property
+    def overrides(self) -> list[str]:
+        """Arguments of `anyflow train`."""
+        place = {"out": self.config.out, "name": self.label}
+        quoted = [f"{key}='{text}'" for key, text in ((key, text.replace("'", "\\'")) for key, text in place.items())]
+        return [*self.fixed, *_written(self.values), *quoted]
+
+    def update(self, otherwise: str) -> None:
+        """Read the state from the run directory; `otherwise` is the state of a run that is not finished."""
+        from anyflow_train.training.checkpoints.run_directory import RunDirectory
+
+        self.state, done = otherwise, RunDirectory(self.folder).read_done()
+        if done is not None and done["step"] >= self.config.steps:
+            self.state, self.summary = "finished", done
 
 
 def run(overrides: Sequence[str], config_dir: Path | None) -> int:
@@ -29,65 +80,103 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     """
     if world_size() > 1:
         raise UserError("WORLD_SIZE", f"{world_size()}, but a sweep starts its own runs; start it without a launcher")
-    plan = make_plan(overrides, config_dir)
-    _check_directories(plan)
-    runner = Runner(config_dir)
-    outcomes = [_outcome(combination, "waiting") for combination in plan.combinations]
-    with runner.forwarding_signals():
-        for number, combination in enumerate(plan.combinations):
-            if runner.stopped:
-                break
-            print(f"== {number + 1}/{len(plan.combinations)} {combination.label}", flush=True)
-            outcomes[number] = runner.finish(combination)
-            _report(plan, outcomes)
-    print(_report(plan, outcomes), end="")
-    return _exit_code(outcomes, runner.stopped)
+    combinations = plan(overrides, config_dir)
+    _check_directories(combinations)
+    for combination in combinations:
+        combination.update("waiting")
+    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [])
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
+        for number, combination in enumerate(combinations, 1):
+            if not runner.stopped:
+                print(f"== {number}/{len(combinations)} {combination.label}", flush=True)
+                runner.finish(combination)
+                _report(combinations)
+    print(_report(combinations), end="")
+    if runner.stopped:
+        return INTERRUPTED
+    return FAILURE if any(combination.state == "failed" for combination in combinations) else SUCCESS
 
 
 class Runner:
     """Starts runs one after another. A signal stops the current run cleanly and ends the sweep."""
 
-    def __init__(self, config_dir: Path | None) -> None:
-        self._options = ["--config-dir", str(config_dir)] if config_dir else []
+    def __init__(self, options: Sequence[str]) -> None:
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.stopped = False
 
-    @contextmanager
-    def forwarding_signals(self) -> Iterator[None]:
-        """Forward SIGINT and SIGTERM to the current run, which finishes its step and saves."""
-        before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def finish(self, combination: Combination) -> RunOutcome:
+    def finish(self, combination: Combination) -> None:
         """Run a combination to its end, unless it is finished already."""
-        finished = _outcome(combination, "waiting")
-        if finished.state == "finished":
+        if combination.state == "finished":
             print("already finished", flush=True)
-            return finished
+            return
         command = [sys.executable, "-m", "anyflow_train", "train", *combination.overrides, *self._options]
         # In its own session, so that Ctrl-C reaches the run only once, through this process.
         self._process = subprocess.Popen(command, start_new_session=True)
         if self.stopped:  # a signal arrived while the run was being started
             self._process.terminate()
         code = self._process.wait()
-        self._process = None
-        outcome = _outcome(combination, "stopped" if code == 0 or self.stopped else "failed")
-        if outcome.state == "failed":
+        combination.update("stopped" if code == 0 or self.stopped else "failed")
+        if combination.state == "failed":
             print(f"failed with exit code {code}; continuing with the next run", file=sys.stderr, flush=True)
-        self.stopped |= outcome.state == "stopped"
-        return outcome
+        self.stopped |= combination.state == "stopped"
 
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
+    def forward(self, number: int, _frame: FrameType | None) -> None:
+        """Forward a signal to the current run, which finishes its step and saves."""
         self.stopped = True
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(number)  # does nothing if the run has ended
 
 
-def _check_directories(plan: SweepPlan) -> None:
+def plan(overrides: Sequence[str], config_dir: Path | None) -> list[Combination]:
+    """Decode all combinations, whose run directories are in `<out>/<name>` of the first one's config.
+
+    Raises:
+        UserErrors: all errors of all combinations, each once; or no key has several values.
+    """
+    settings, errors = parse(overrides)
+    axes = {setting.key: setting.alternatives() for setting in settings if len(setting.alternatives()) > 1}
+    problem = "{!r} has several values, but a sweep has one folder, <out>/<name>; give one"
+    errors += [UserError(key, problem.format(",".join(axes[key]))) for key in ("name", "out") if key in axes]
+    if not axes and not errors:
+        errors.append(UserError("sweep", "no key has several values; write key=a,b (write a list as 'key=[a,b]')"))
+    raise_all(errors)
+    fixed = [f"{setting.key}={setting.text}" for setting in settings if setting.key not in axes]
+    values = [dict(zip(axes, texts, strict=True)) for texts in itertools.product(*axes.values())]
+    configs: list[RunConfig] = []
+    found: dict[str, UserError] = {}
+    for chosen in values:
+        try:
+            configs.append(compose("train", [*fixed, *_written(chosen)], config_dir))
+        except UserError as error:
+            found |= {str(one): one for one in error.errors}
+    raise_all([*found.values()])
+    out = str(Path(configs[0].out) / configs[0].name)
+    return [
+        Combination(label, chosen, fixed, config.model_copy(update={"out": out, "name": label}))
+        for label, chosen, config in zip(_labels(values), values, configs, strict=True)
+    ]
+
+
+def table(combinations: Sequence[Combination]) -> str:
+    """Format one row per combination, with the best metric at every step count that a run measured."""
+    stem = combinations[0].config.evaluation.best_metric.rpartition("_")[0]
+    measured = {name for combination in combinations for name in combination.summary.get("metrics", {})}
+    family = [name for name in measured if name.rpartition("_")[0] == stem]
+    family.sort(key=lambda name: int(name.rpartition("_")[2]))
+    rows = [[*combinations[0].values, "state", "last loss", *family, "time"]]
+    for combination in combinations:
+        done = combination.summary
+        numbers = [done.get("last_loss"), *(done.get("metrics", {}).get(name) for name in family)]
+        shown = ["" if number is None else f"{number:.4g}" for number in numbers]
+        seconds = f"{done['seconds']:.0f} s" if done else ""
+        rows.append([*combination.values.values(), combination.state, *shown, seconds])
+    return "\n".join(markdown_table(rows)) + "\n"
+
+
+def _check_directories(combinations: Sequence[Combination]) -> None:
     """Check that existing run directories have the same configs.
 
     Raises:
@@ -98,47 +187,48 @@ def _check_directories(plan: SweepPlan) -> None:
     from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
     errors: list[UserError] = []
-    for combination in plan.combinations:
-        directory = RunDirectory(combination.folder)
-        if not (directory.path / "config.json").exists():
-            continue
-        try:
-            check_unchanged(directory.read_config(), combination.config, str(directory.path))
-        except UserError as error:
-            errors += [UserError(one.where, f"{one.problem} ({directory.path})") for one in error.each()]
-    if errors:
-        raise UserErrors(errors)
+    for combination in combinations:
+        folder = combination.folder
+        if (folder / "config.json").exists():
+            try:
+                check_unchanged(RunDirectory(folder).read_config(), combination.config, str(folder))
+            except UserError as error:
+                errors += [UserError(one.where, f"{one.problem} ({folder})") for one in error.errors]
+    raise_all(errors)
 
 
-def _outcome(combination: Combination, otherwise: str) -> RunOutcome:
-    """Read the outcome from the run directory. `otherwise` is the state of a run that is not finished."""
-    from anyflow_train.training.checkpoints.run_directory import RunDirectory
-
-    done = RunDirectory(combination.folder).read_done()
-    common = (combination.label, combination.values)
-    if done is None or done["step"] < combination.config.steps:
-        return RunOutcome(*common, otherwise, str(combination.folder))
-    return RunOutcome(
-        *common,
-        "finished",
-        str(combination.folder),
-        step=done["step"],
-        last_loss=done["last_loss"],
-        seconds=done["seconds"],
-        metrics=done["metrics"],
-    )
+def _report(combinations: Sequence[Combination]) -> str:
+    """Write `sweep.md` and `sweep.json`, so that they exist even if the sweep is killed. Return the text to print."""
+    folder, text = combinations[0].folder.parent, table(combinations)
+    keys = ("step", "last_loss", "seconds", "metrics")
+    facts = [
+        {"label": one.label, "values": one.values, "state": one.state, "folder": str(one.folder)}
+        | {key: one.summary.get(key) for key in keys}
+        for one in combinations
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.md").write_text(text, encoding="utf-8")
+    (folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    failed = "".join(f"failed: {one.label}\n" for one in combinations if one.state == "failed")
+    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}\n"
 
 
-def _report(plan: SweepPlan, outcomes: list[RunOutcome]) -> str:
-    """Write the current table, so that it exists even if the sweep is killed. Return the text to print."""
-    table = markdown(outcomes, plan.combinations[0].config.evaluation.best_metric)
-    paths = write(plan, outcomes, table)
-    failed = [outcome.label for outcome in outcomes if outcome.state == "failed"]
-    lines = [table, "".join(f"failed: {label}\n" for label in failed), *(f"{path}\n" for path in paths)]
-    return "".join(lines)
+def _written(chosen: dict[str, str]) -> list[str]:
+    return [f"{key}={text}" for key, text in chosen.items()]
 
 
-def _exit_code(outcomes: Sequence[RunOutcome], stopped: bool) -> int:
-    if any(outcome.state == "failed" for outcome in outcomes) and not stopped:
-        return FAILURE
-    return INTERRUPTED if stopped else SUCCESS
+def _labels(values: Sequence[dict[str, str]]) -> list[str]:
+    """Name the run directories: short keys if they are unambiguous, and only allowed characters."""
+    last = {key: re.split(r"[./]", key)[-1] for key in values[0]}
+    keys = Counter(last.values())
+    short = {key: name if keys[name] == 1 else key.replace("/", ".") for key, name in last.items()}
+    labels = [",".join(f"{short[key]}={_clean(text)}" for key, text in chosen.items()) for chosen in values]
+    counts = Counter(labels)
+    return [
+        label if counts[label] == 1 and len(label) <= LONGEST_LABEL else f"{number:03d},{label}"[:LONGEST_LABEL]
+        for number, label in enumerate(labels)
+    ]
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "empty"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
-from anyflow_train.training.memory_check import Forecast
+from anyflow_train.training.memory_check import GpuMemory
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -52,20 +53,15 @@ def run(config: RunConfig) -> int:
         problem = f"the disk is full ({error.strerror}: {error.filename or config.name})"
         raise UserError(config.out, f"{problem}; checkpoints are intact, free some space and start again") from error
     except RuntimeError as error:
-        if not _is_communication(error):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no type of its own for that
             raise
         reason = str(error).strip().splitlines()[0]
         advice = "start again to resume from the last checkpoint"
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
 
 
-def _foresee(config: RunConfig, world: int) -> Forecast:
+def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, float]:
     """Dry-run a config. Imported here, because only a start on GPUs needs it."""
     from anyflow_train.plan.shortage import foresee
 
-    return foresee(config, world)
-
-
-def _is_communication(error: RuntimeError) -> bool:
-    """Whether the error means that another process has died; gloo has no own type for that."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return foresee(config, strategy, gpus)

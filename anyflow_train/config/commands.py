@@ -16,6 +16,7 @@ from anyflow_train.config.base import Model
 
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+HalfWidth = Annotated[float, Field(gt=0, le=0.1)]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -31,13 +32,7 @@ class CheckOptions(Model):
     derivative: bool = False
     derivative_weights: str | None = None
     derivative_samples: PositiveInt = 32
-    derivative_epsilons: Annotated[tuple[Annotated[float, Field(gt=0, le=0.1)], ...], Field(min_length=1)] = (
-        0.001,
-        0.0025,
-        0.005,
-        0.01,
-        0.02,
-    )
+    derivative_epsilons: Annotated[tuple[HalfWidth, ...], Field(min_length=1)] = (0.001, 0.0025, 0.005, 0.01, 0.02)
 
 
 class PlanOptions(Model):
@@ -65,15 +60,13 @@ class PlanOptions(Model):
 
 
 class ClipsConfig(Model):
-    """`anyflow clips`: render mp4 clips with captions from an embedded world.
+    """`anyflow clips`: render mp4 clips of moving shapes, with captions.
 
     out: folder for the clips.
-    world: stripes (24 classes of drifting stripes) or shapes (36 classes of moving shapes).
     count: number of clips.
     """
 
     out: str
-    world: Literal["stripes", "shapes"] = "stripes"
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
 
@@ -229,7 +222,7 @@ class EvaluateConfig(Model):
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
     shift: PositiveFloat = 5.0
-    oracle: Literal["none", "stripes", "shapes"] = "none"
+    oracle: Literal["none", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000

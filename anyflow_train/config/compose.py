@@ -36,7 +36,7 @@ from anyflow_train.config.rules import commands as command_rules
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.stages import name_experiment
-from anyflow_train.errors import ConfigWarning, UserError, UserErrors
+from anyflow_train.errors import ConfigWarning, UserError, raise_all
 
 MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
@@ -84,7 +84,11 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     values, known = _plain(composed)
     kind_errors: list[UserError] = []
     if command == "train":
-        model, kind_errors = _run_model(values)
+        objective = values.get("objective")
+        try:
+            model = run_model(objective.get("kind") if isinstance(objective, dict) else None)
+        except UserError as error:
+            model, kind_errors = run_model(None), [error]
     dropped = list(drop_foreign_keys(model, values, [setting.key for setting in accepted]))
     if choice_errors:
         # A refused group changes the whole config, so only keys that the user typed can be checked.
@@ -102,20 +106,10 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         config, field_errors = decode(model, values, rules, known, unchanged)
     better = {error.where for error in kind_errors}
     field_errors = [*kind_errors, *(error for error in field_errors if error.where not in better)]
-    if errors := [*syntax_errors, *choice_errors, *field_errors]:
-        raise UserErrors(errors)
+    raise_all([*syntax_errors, *choice_errors, *field_errors])
     for finding in dropped:
         warnings.warn(str(finding.error()), ConfigWarning, stacklevel=2)
     return as_run(config) if isinstance(config, RunConfig) else config
-
-
-def _run_model(values: dict[str, Any]) -> tuple[type[Model], list[UserError]]:
-    """Find the model for a run's `objective.kind`. Also return the errors of that kind."""
-    objective = values.get("objective")
-    try:
-        return run_model(objective.get("kind") if isinstance(objective, dict) else None), []
-    except UserError as error:
-        return run_model(None), [error]
 
 
 def config_folders(config_dir: Path | None, extension: Extension | None = None) -> list[Path]:

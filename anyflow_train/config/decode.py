@@ -55,17 +55,20 @@ def _replaced(values: Mapping[str, Any], keys: Iterable[str], fallback: Mapping[
     """Copy a nested mapping with some dotted keys set to the fallback's value, or removed if it has none."""
     result = copy.deepcopy(dict(values))
     for key in keys:
-        *parents, last = key.split(".")
-        node: Any = result
-        spare: Any = fallback
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-            spare = spare.get(parent) if isinstance(spare, Mapping) else None
+        parent, _, last = key.rpartition(".")
+        node, spare = _at(result, parent), _at(fallback, parent)
         if isinstance(node, dict):
             node.pop(last, None)
             if isinstance(spare, Mapping) and last in spare:
                 node[last] = spare[last]
     return result
+
+
+def _at(values: Any, dotted: str) -> Any:
+    """Return the value at a dotted key; None if there is none."""
+    for part in dotted.split(".") if dotted else ():
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[ErrorDetails]]:
@@ -81,7 +84,7 @@ def _field_errors(
     model: type[Model], values: Mapping[str, Any], details: Iterable[ErrorDetails]
 ) -> Iterator[tuple[str, str, str]]:
     """Iterate over the errors: wrong field, dotted key to report (may be a place inside the field), and message."""
-    keys = [key.dotted for key in walk(model, values)]
+    keys = list(walk(model, values))
     for detail in details:
         field, dotted = _dotted(detail, values)
         if detail["type"] == "extra_forbidden":
@@ -130,9 +133,7 @@ def _leaves(dotted: str, value: Any) -> Iterator[str]:
 def _kind_beside(dotted: str, values: Mapping[str, Any]) -> str:
     """Return ` with parent.kind=x` if the mapping of a key has a kind, because another kind may know the key."""
     parent = dotted.rpartition(".")[0]
-    node: Any = values
-    for part in parent.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
+    node = _at(values, parent)
     return f" with {parent}.kind={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
 
 

@@ -4,70 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.positions import BranchCounts
 from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.errors import UserError
 
 # Wan2.1's VAE: 8x in height and width, 4x in time after the first frame, 16 channels.
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
-
-
-@dataclass(frozen=True)
-class Derived:
-    """Quantities derived from a run's config.
-
-    shares: number of process groups (of `sequence_parallel` processes each) that split the global batch.
-    latent: (F, C, H, W) of one sample; grid: tokens along (F, H, W).
-    branches: samples of each branch per step; None if the objective has no branches or stage 2 leaves it out.
-    turns: steps in which the student is updated in stage 2; None outside stage 2, where every step updates it.
-    chunks: chunks of a causal student; None for other students.
-    """
-
-    shares: int
-    sequence_parallel: int
-    accumulation: int
-    global_batch: int
-    branches: BranchCounts | None
-    latent: tuple[int, int, int, int]
-    grid: tuple[int, int, int]
-    steps: int
-    turns: int | None
-    chunks: Chunks | None
-
-    @property
-    def samples(self) -> int:
-        """Number of samples that the run reads from its data."""
-        return self.steps * self.global_batch
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of one sample."""
-        frames, height, width = self.grid
-        return frames * height * width
-
-
-def derive(config: RunConfig, world: int) -> Derived:
-    """Derive the quantities of a config without errors, on `world` processes."""
-    latent = latent_shape(config.data, config.student.architecture.in_channels)
-    shares = world // config.engine.sequence_parallel
-    matching = config.on_policy.matching
-    return Derived(
-        shares=shares,
-        sequence_parallel=config.engine.sequence_parallel,
-        accumulation=config.engine.global_batch // (config.engine.micro_batch * shares),
-        global_batch=config.engine.global_batch,
-        branches=_branches(config),
-        latent=latent,
-        grid=token_grid(latent, config.student.architecture),
-        steps=config.steps,
-        turns=math.ceil(config.steps / matching.fake_score.updates) if matching else None,
-        chunks=Chunks.of(config.student.architecture),
-    )
 
 
 def latent_shape(data: Data, channels: int) -> tuple[int, int, int, int]:
@@ -120,48 +65,29 @@ def world_size() -> int:
     return int(text)
 
 
-def table(derived: Derived) -> list[tuple[str, str]]:
-    """List the names and values that `anyflow check` prints."""
-    frames, channels, height, width = derived.latent
-    micro_batch = derived.global_batch // (derived.accumulation * derived.shares)
-    share = "process" if derived.sequence_parallel == 1 else f"group of {derived.sequence_parallel} processes"
-    plural = f"{share}es" if share == "process" else share.replace("group", "groups")
-    rows = [
-        (
-            "global batch",
-            f"{derived.global_batch} = {derived.shares} {share if derived.shares == 1 else plural} x "
-            f"{derived.accumulation} accumulation x {micro_batch} micro-batch",
-        ),
-        ("latent", f"{frames} frames x {channels} channels x {height} x {width}"),
-        ("tokens", f"{derived.tokens:,} per sample ({' x '.join(map(str, derived.grid))})"),
-        *_chunk_rows(derived),
-        *_on_policy_rows(derived),
-        ("samples seen", f"{derived.samples:,}"),
-    ]
-    if derived.branches is not None:
-        counts = derived.branches
-        text = (
-            f"{counts.diffusion} diffusion, {counts.consistency} consistency, {counts.free} free (in each global batch)"
-        )
-        rows.insert(1, ("branches", text))
-    return rows
-
-
-def _chunk_rows(derived: Derived) -> list[tuple[str, str]]:
-    if derived.chunks is None:
-        return []
-    chunks, limit = " + ".join(map(str, derived.chunks.partition)), derived.chunks.full_limit
-    return [("chunks", f"{chunks} latent frames, all except the newest {limit} of a sequence compressed")]
-
-
-def _on_policy_rows(derived: Derived) -> list[tuple[str, str]]:
-    if derived.turns is None:
-        return []
-    steps = f"{derived.turns:,} steps ({derived.turns * derived.global_batch:,} samples)"
-    return [("updates", f"student in {steps}, fake score in all {derived.steps:,}")]
-
-
-def _branches(config: RunConfig) -> BranchCounts | None:
-    if config.on_policy.objective_weight == 0:
-        return None
-    return config.objective.branch_counts(config.times, config.engine.global_batch)
+def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
+    """List the names and values that `anyflow check` prints about a config without errors, on `world` processes."""
+    engine, architecture, matching = config.engine, config.student.architecture, config.on_policy.matching
+    latent = latent_shape(config.data, architecture.in_channels)
+    grid = token_grid(latent, architecture)
+    # Process groups of `sequence_parallel` processes split the global batch.
+    shares, width = world // engine.sequence_parallel, engine.sequence_parallel
+    several = shares > 1
+    unit = f"process{'es' * several}" if width == 1 else f"group{'s' * several} of {width} processes"
+    accumulation = engine.global_batch // (engine.micro_batch * shares)
+    split = f"{shares} {unit} x {accumulation} accumulation x {engine.micro_batch} micro-batch"
+    rows = [("global batch", f"{engine.global_batch} = {split}")]
+    counts = config.objective.branch_counts(config.times, engine.global_batch)
+    if counts is not None and config.on_policy.objective_weight != 0:
+        sizes = f"{counts.diffusion} diffusion, {counts.consistency} consistency, {counts.free} free"
+        rows.append(("branches", f"{sizes} (in each global batch)"))
+    rows.append(("latent", "{} frames x {} channels x {} x {}".format(*latent)))
+    rows.append(("tokens", f"{math.prod(grid):,} per sample ({' x '.join(map(str, grid))})"))
+    if chunks := Chunks.of(architecture):
+        text = f"{' + '.join(map(str, chunks.partition))} latent frames"
+        rows.append(("chunks", f"{text}, all except the newest {chunks.full_limit} of a sequence compressed"))
+    if matching:
+        turns = math.ceil(config.steps / matching.fake_score.updates)
+        text = f"student in {turns:,} steps ({turns * engine.global_batch:,} samples)"
+        rows.append(("updates", f"{text}, fake score in all {config.steps:,}"))
+    return [*rows, ("samples seen", f"{config.steps * engine.global_batch:,}")]

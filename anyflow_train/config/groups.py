@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 EXPERIMENT = "experiment"
-_TITLE = re.compile(r"^# anyflow (?P<command>\w+): (?P<title>.+)$")
+# A comment before the first key.
+_TITLE = re.compile(r"(#.*\n)*?# anyflow (?P<command>\w+): (?P<title>.+)")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Choice:
 def find_groups(folders: Sequence[Path]) -> dict[str, dict[str, Choice]]:
     """Map group (`student`, `student/adapter`, ...) -> name -> choice. If folders share a name, the first one wins."""
     groups: dict[str, dict[str, Choice]] = {}
-    for group, path in (item for folder in folders for item in _files(folder)):
-        groups.setdefault(group, {}).setdefault(path.stem, _read_choice(path))
+    for folder in folders:
+        for path in sorted(folder.rglob("*/*.yaml")):
+            group = path.parent.relative_to(folder).as_posix()
+            groups.setdefault(group, {}).setdefault(path.stem, _read_choice(path))
     return groups
 
 
@@ -43,17 +46,6 @@ def choices_for(command: str, group: str, choices: dict[str, Choice]) -> dict[st
     return {name: choice for name, choice in choices.items() if choice.command in (None, command)}
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*.yaml")):
-        group = path.parent.relative_to(folder).as_posix()
-        if group != ".":
-            yield group, path
-
-
 def _read_choice(path: Path) -> Choice:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if match := _TITLE.match(line):
-            return Choice(path.stem, match["command"], match["title"])
-        if not line.startswith("#"):
-            break
-    return Choice(path.stem, None, "")
+    match = _TITLE.match(path.read_text(encoding="utf-8"))
+    return Choice(path.stem, match["command"], match["title"]) if match else Choice(path.stem, None, "")

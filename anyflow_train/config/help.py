@@ -11,7 +11,7 @@ from anyflow_train.config.commands import CheckOptions, PlanOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
-from anyflow_train.config.keys import summary, type_name, variants, walk
+from anyflow_train.config.keys import field_texts, show, summary, type_name, variants
 from anyflow_train.config.overrides import parse
 from anyflow_train.config.own import run_model
 from anyflow_train.config.stages import MODEL, RECIPE, STAGE
@@ -41,7 +41,10 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
         ]
     if command in OPTIONS:
         lines += ["", *_section(OPTIONS[command], "", None)]
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_keys(base, model, overrides)]
+    if base == "train":
+        kinds = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
+        model = run_model(kinds[-1] if kinds else None)
+    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_section(model, "", None)]
     return "\n".join(lines)
 
 
@@ -67,33 +70,30 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
     yield ""
 
 
-def _keys(command: str, model: type[Model], overrides: Sequence[str]) -> Iterator[str]:
-    if command == "train":
-        typed = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
-        model = run_model(typed[-1] if typed else None)
-    yield from _section(model, "", None)
-
-
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:
-    """Yield a model's summary, its own keys, then its nested models with a heading each."""
-    yield from textwrap.wrap(summary(model), WIDTH, initial_indent="  ", subsequent_indent="  ")
-    nested = {name: variants(field.annotation) for name, field in model.model_fields.items()}
-    said = ""
-    for key in walk(model, None, prefix, defaults):
-        if nested.get(key.dotted.removeprefix(prefix).partition(".")[0]) or key.dotted == f"{prefix}kind":
-            continue
-        yield f"    {key.dotted}: {key.type}{' (required)' if key.default is None else f' = {key.default}'}"
-        if key.text != said:
-            yield from textwrap.wrap(key.text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
-        said = key.text
-    for name, models in nested.items():
-        default = model.model_fields[name].get_default(call_default_factory=True)
-        for inner in models:
-            yield ""
-            yield f"{prefix}{name}{_kind(inner)}"
-            yield from _section(inner, f"{prefix}{name}.", default if isinstance(default, inner) else None)
+    """Yield a model's summary, its own keys, then its nested models with a heading each.
+
+    Args:
+        defaults: default instance of this model in its owner, if there is one.
+    """
+    yield from _wrapped(summary(model), 2)
+    texts, said, nested = field_texts(model), "", list[str]()
+    for name, field in model.model_fields.items():
+        default = getattr(defaults, name) if defaults else field.get_default(call_default_factory=True)
+        if models := variants(field.annotation):
+            for inner in models:
+                kind = inner.model_fields.get("kind")
+                nested += ["", f"{prefix}{name}{f'.kind={type_name(kind.annotation)}' if kind else ''}"]
+                nested += _section(inner, f"{prefix}{name}.", default if isinstance(default, inner) else None)
+        elif name != "kind":
+            value = " (required)" if field.is_required() and defaults is None else f" = {show(default)}"
+            yield f"    {prefix}{name}: {type_name(field.annotation)}{value}"
+            text = texts.get(name, "")
+            if text != said:
+                yield from _wrapped(text, 8)
+            said = text
+    yield from nested
 
 
-def _kind(model: type[Model]) -> str:
-    field = model.model_fields.get("kind")
-    return f".kind={type_name(field)}" if field else ""
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)

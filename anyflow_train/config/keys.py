@@ -7,25 +7,12 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
-
-from pydantic.fields import FieldInfo
 
 from anyflow_train.config.base import Model
 from anyflow_train.text import nearest
 
 _ENTRY = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
-
-
-@dataclass(frozen=True)
-class Key:
-    """One leaf of a config: dotted name, type, default (None if required), and description from the docstring."""
-
-    dotted: str
-    type: str
-    default: str | None
-    text: str
 
 
 def variants(annotation: Any) -> list[type[Model]]:
@@ -45,35 +32,28 @@ def chosen(models: list[type[Model]], value: Any) -> list[type[Model]]:
     return named or [model for model, known in kinds if not known] or models
 
 
-def walk(
-    model: type[Model], values: Mapping[str, Any] | None = None, prefix: str = "", defaults: Model | None = None
-) -> Iterator[Key]:
-    """Yield every leaf of `model` in order.
+def walk(model: type[Model], values: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of every leaf of `model` in order; of a union, only the variant with the `kind` in `values`.
 
     Args:
-        values: if given, only the union variant with the `kind` found there; else all variants.
+        values: the mapping for `model`.
         prefix: prefix of the dotted keys.
-        defaults: default instance of this model in its owner, if there is one.
     """
-    texts = field_texts(model)
     for name, field in model.model_fields.items():
-        dotted = f"{prefix}{name}"
-        value = values.get(name) if values is not None else None
-        default = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
-        if nested := variants(field.annotation):
-            for variant in chosen(nested, value):
-                inner = default if isinstance(default, variant) else None
-                yield from walk(variant, value if isinstance(value, Mapping) else None, f"{dotted}.", inner)
-        else:
-            required = field.is_required() and defaults is None
-            yield Key(dotted, type_name(field), None if required else show(default), texts.get(name, ""))
+        value = values.get(name) if isinstance(values, Mapping) else None
+        nested = chosen(variants(field.annotation), value)
+        for variant in nested:
+            yield from walk(variant, value, f"{prefix}{name}.")
+        if not nested:
+            yield f"{prefix}{name}"
 
 
 def field_texts(model: type[Model]) -> dict[str, str]:
-    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the class docstring."""
+    """Map field -> description, from the lines `name: text` (or `a, b: text`) of the docstrings of class and bases."""
     texts: dict[str, str] = {}
     current: list[str] = []
-    for line in inspect.cleandoc(model.__doc__ or "").splitlines():
+    docs = "\n\n".join(inspect.cleandoc(base.__doc__ or "") for base in reversed(model.__mro__))
+    for line in docs.splitlines():
         entry = _ENTRY.match(line)
         names = entry["names"].split(", ") if entry else []
         if entry and all(name in model.model_fields for name in names):
@@ -91,11 +71,6 @@ def summary(model: type[Model]) -> str:
     return " ".join(inspect.cleandoc(model.__doc__ or "").split("\n\n")[0].split())
 
 
-def type_name(field: FieldInfo) -> str:
-    """Return the field's type as shown to users: `int`, `fp32 | bf16`, `list of int`."""
-    return _type_name(field.annotation)
-
-
 def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
     """Guess the valid key that was meant: one with the same last part elsewhere, or else the closest spelling."""
     known = list(dict.fromkeys(keys))
@@ -111,19 +86,18 @@ def nearest_key(wrong: str, keys: Iterable[str]) -> str | None:
     return nearest(wrong, known, 0.8)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """Return a field's type as shown to users: `int`, `fp32 | bf16`, `list of int`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _type_name(arguments[0])
+        return type_name(arguments[0])
     if origin is typing.Literal:
-        return " | ".join(str(argument) for argument in arguments)
+        return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(argument) for argument in arguments)
+        return " | ".join(map(type_name, arguments))
     if origin is tuple:
-        return f"list of {_type_name(arguments[0])}"
-    if annotation is type(None):
-        return "null"
-    return getattr(annotation, "__name__", str(annotation))
+        return f"list of {type_name(arguments[0])}"
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def show(value: Any) -> str:

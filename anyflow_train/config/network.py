@@ -76,6 +76,16 @@ class Lora(Model):
     dropout: Literal[0] = 0
 
 
+def is_in(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter or module belongs to one of the modules, given as full paths or their last parts."""
+    return any(f".{module}." in f".{path}." for module in modules)
+
+
+def is_target(path: str, targets: tuple[str, ...]) -> bool:
+    """Whether a module is a target of an adapter: equal to one of `targets`, or ending in `.target`."""
+    return any(f".{path}".endswith(f".{target}") for target in targets)
+
+
 class Student(Model):
     """The network that is trained.
 

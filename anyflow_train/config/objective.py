@@ -8,7 +8,7 @@ therefore one config class and one objective class. For a user's own objective s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -27,7 +27,7 @@ from anyflow_train.config.findings import Finding
 from anyflow_train.config.positions import BranchCounts, branch_counts
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Rebalance = Literal["weighted", "unweighted", "none"]
+Rebalance = Literal["weighted", "unweighted", "sqrt", "none"]
 
 
 class Times(Model):
@@ -93,12 +93,17 @@ class ObjectiveConfig(Model):
         return False
 
     @property
+    def uses_clips(self) -> bool:
+        """Whether the objective uses the latents of its batches; otherwise the shards may hold prompts alone."""
+        return True
+
+    @property
     def rebalancing(self) -> Rebalancing:
         """Balancing of the losses; none by default."""
         return Rebalancing()
 
     @property
-    def derivative(self) -> Derivative | None:
+    def derivative_role(self) -> Derivative | None:
         """Settings of the role `derivative`, for example for a time derivative; None if it is not called."""
         return None
 
@@ -162,35 +167,38 @@ class FlowMatching(ObjectiveConfig):
         return _guidance_findings(self, "prediction")
 
 
-class FlowMap(ObjectiveConfig):
-    """Stage 1: learn the average velocity on data, with a central difference in time.
+class AverageVelocity(ObjectiveConfig):
+    """Keys of all objectives that learn the average velocity u(x, t, r), which is the velocity at r = t.
 
-    guidance: none; prediction (the published fusion); target (the flow map of the guided ODE).
+    guidance: none; target (the flow map of the guided ODE).
     guidance_scale: CFG scale w = 1 + k; 1 means no guidance.
     text_dropout: share of samples whose text is replaced by the negative prompt.
-    velocity: data (z - x0) or teacher (the velocity of the frozen teacher).
-    derivative_network: weights for the time derivative: the student's or their moving average.
-    derivative_precision: precision of the network calls for the time derivative.
-    derivative_ends: clamped keeps t + epsilon in [0, 1] and t - epsilon at or above r; free does not, as published.
-    epsilon: half-width of the central difference in time; time runs from 0 to 1.
+    velocity: teacher (the velocity of the frozen teacher) or data (z - x0; where an objective needs the velocity at
+        another point than x_t, it uses the student's own).
+    source: points to learn at: data (on the path from clips to noise) or student (noise, and the student's own
+        X(z, 1, t)). With student the shards may hold prompts alone.
+    noise_share: share of the samples at t = 1 if source is student.
+    derivative_network: weights that compute points and targets, without gradient: the student's or their moving
+        average.
     weight: loss weight as a function of t: beta08 (published) or uniform.
-    rebalance: scale the other losses to the diffusion mean: weighted (scales weighted losses, as published), unweighted
-        (scales unweighted losses and applies the weight afterwards), or none.
-    rebalance_floor: lower bound of the diffusion mean (published: 0). With the teacher's velocity the diffusion loss
-        goes to zero; this bound keeps the other losses from vanishing.
+    rebalance: scale the losses of r < t to the mean loss of r = t: weighted (scales weighted losses, as published),
+        unweighted (scales unweighted losses and applies the weight afterwards), sqrt (as unweighted, by the square
+        root of the scale), or none.
+    rebalance_floor: lower bound of that mean (published: 0). With the teacher's velocity the loss of r = t goes to
+        zero; this bound keeps the other losses from vanishing.
     """
 
-    kind: Literal["flow_map"] = "flow_map"
+    guidances: ClassVar[str] = "target"
+
     guidance: Literal["none", "prediction", "target"] = "none"
     guidance_scale: PositiveFloat = 1.0
     text_dropout: Share = 0.1
-    velocity: Literal["data", "teacher"] = "data"
+    velocity: Literal["data", "teacher"] = "teacher"
+    source: Literal["data", "student"] = "data"
+    noise_share: Share = 0.5
     derivative_network: Literal["student", "ema"] = "ema"
-    derivative_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
-    derivative_ends: Literal["clamped", "free"] = "clamped"
-    epsilon: Annotated[float, Field(gt=0, le=0.1)] = 0.005
-    weight: Literal["beta08", "uniform"] = "beta08"
-    rebalance: Rebalance = "weighted"
+    weight: Literal["beta08", "uniform"] = "uniform"
+    rebalance: Rebalance = "unweighted"
     rebalance_floor: NonNegativeFloat = 0.05
 
     @property
@@ -202,9 +210,8 @@ class FlowMap(ObjectiveConfig):
         return Rebalancing(self.rebalance, self.rebalance_floor)
 
     @property
-    def derivative(self) -> Derivative:
-        key = "objective.derivative_precision"
-        return Derivative(self.derivative_network, self.derivative_precision, key, self.derivative_ends)
+    def derivative_role(self) -> Derivative:
+        return Derivative(self.derivative_network)
 
     @property
     def holds_guidance(self) -> bool:
@@ -218,8 +225,77 @@ class FlowMap(ObjectiveConfig):
         guidance = "none" if self.guidance == "none" else "prediction"
         return FlowMatching(guidance=guidance, guidance_scale=self.guidance_scale, text_dropout=self.text_dropout)
 
+    @property
+    def uses_clips(self) -> bool:
+        return self.source == "data"
+
     def findings(self) -> Iterator[Finding]:
-        return _guidance_findings(self, "prediction or target")
+        yield from _guidance_findings(self, self.guidances)
+        if self.uses_clips:
+            return
+        if self.velocity == "data":
+            yield Finding(
+                ("objective.velocity", "objective.source"),
+                "'data' needs clips, but objective.source=student has none; set it to teacher",
+            )
+        if self.weight == "beta08":
+            yield Finding(
+                ("objective.weight", "objective.source"),
+                "'beta08' is 0 at t = 1, so samples that objective.source=student starts at noise would train "
+                "nothing; set it to uniform",
+            )
+
+
+class Differentiated(AverageVelocity):
+    """Keys of the objectives whose target has a time derivative.
+
+    derivative: difference (of network calls) or jvp (exact, by forward-mode differentiation; a slow reference).
+    derivative_precision: precision of the network calls for the time derivative.
+    epsilon: step of the difference in time; time runs from 0 to 1.
+    """
+
+    derivative: Literal["difference", "jvp"] = "difference"
+    derivative_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    epsilon: Annotated[float, Field(gt=0, le=0.1)] = 0.005
+
+    @property
+    def derivative_role(self) -> Derivative:
+        return Derivative(self.derivative_network, self.derivative_precision, "objective.derivative_precision")
+
+
+class FlowMap(Differentiated):
+    """Stage 1: learn the average velocity by a derivative along the path (Eulerian), on data or from a teacher.
+
+    guidance: none; prediction (the published fusion); target (the flow map of the guided ODE).
+    velocity: data (z - x0) or teacher (the velocity of the frozen teacher).
+    derivative_ends: clamped keeps t + epsilon in [0, 1] and t - epsilon at or above r; free does not, as published.
+    """
+
+    guidances: ClassVar[str] = "prediction or target"
+
+    kind: Literal["flow_map"] = "flow_map"
+    velocity: Literal["data", "teacher"] = "data"
+    derivative_ends: Literal["clamped", "free"] = "clamped"
+    weight: Literal["beta08", "uniform"] = "beta08"
+    rebalance: Rebalance = "weighted"
+
+    @property
+    def derivative_role(self) -> Derivative:
+        return replace(super().derivative_role, ends=self.derivative_ends)
+
+
+class Lagrangian(Differentiated):
+    """Follow the velocity at the end of each jump, `d_r X(x, t, r) = v(X, r)` (Boffi et al., arXiv 2406.07507)."""
+
+    kind: Literal["lagrangian"] = "lagrangian"
+    guidance: Literal["none", "target"] = "none"
+
+
+class Semigroup(AverageVelocity):
+    """Learn a jump from two shorter jumps, `X(x, t, r) = X(X(x, t, s), s, r)` (shortcut models, arXiv 2410.12557)."""
+
+    kind: Literal["semigroup"] = "semigroup"
+    guidance: Literal["none", "target"] = "none"
 
 
 class SavedObjective(ObjectiveConfig):
@@ -231,11 +307,11 @@ class SavedObjective(ObjectiveConfig):
     model_config = ConfigDict(extra="allow")
 
 
-def _with_guidance(objective: FlowMatching | FlowMap) -> str:
+def _with_guidance(objective: FlowMatching | AverageVelocity) -> str:
     return f"{objective.kind}, guidance {objective.guidance} (scale {objective.guidance_scale:g})"
 
 
-def _guidance_findings(objective: FlowMatching | FlowMap, ways: str) -> Iterator[Finding]:
+def _guidance_findings(objective: FlowMatching | AverageVelocity, ways: str) -> Iterator[Finding]:
     """Yield findings if only one of guidance and guidance_scale is set."""
     scale = objective.guidance_scale
     if objective.guidance == "none" and scale != 1:
@@ -266,13 +342,17 @@ def _saved(value: Any) -> Any:
 OURS = {
     "flow_matching": "anyflow_train.objectives.flow_matching:FlowMatchingObjective",
     "flow_map": "anyflow_train.objectives.flow_map:FlowMapObjective",
+    "lagrangian": "anyflow_train.objectives.lagrangian:LagrangianObjective",
+    "semigroup": "anyflow_train.objectives.semigroup:SemigroupObjective",
 }
 # Objectives on a command line. `config.own` adds the config class of a user's own objective.
-OurObjective = Annotated[FlowMatching | FlowMap, Field(discriminator="kind")]
+OurObjective = Annotated[FlowMatching | FlowMap | Lagrangian | Semigroup, Field(discriminator="kind")]
 # Objectives in a run's config, also in a saved one.
 Objective = Annotated[
     Annotated[FlowMatching, Tag("flow_matching")]
     | Annotated[FlowMap, Tag("flow_map")]
+    | Annotated[Lagrangian, Tag("lagrangian")]
+    | Annotated[Semigroup, Tag("semigroup")]
     | Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_saved), Tag("own")],
     Discriminator(_tag),
 ]

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 from pydantic import Discriminator, Tag, create_model
 
-from anyflow_train.config.objective import OURS, FlowMap, FlowMatching, ObjectiveConfig, OurObjective, SavedObjective
+from anyflow_train.config.keys import variants
+from anyflow_train.config.objective import OURS, ObjectiveConfig, OurObjective, SavedObjective
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint
@@ -68,9 +69,8 @@ def run_model(kind: Any) -> type[RunConfig]:
     Raises:
         UserError: the kind does not name an objective.
     """
-    if not isinstance(kind, str) or kind in OURS:
-        return _our_runs()
-    return _runs_of(kind, load_objective(kind).Config)
+    own = load_objective(kind).Config if isinstance(kind, str) and kind not in OURS else None
+    return _runs(None if own is None else kind, own)
 
 
 def as_run(config: RunConfig) -> RunConfig:
@@ -79,19 +79,13 @@ def as_run(config: RunConfig) -> RunConfig:
 
 
 @cache
-def _our_runs() -> type[RunConfig]:
-    field: Any = (OurObjective, ...)
-    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=field)
-
-
-@cache
-def _runs_of(kind: str, own: type[ObjectiveConfig]) -> type[RunConfig]:
-    either = Annotated[
-        Annotated[FlowMatching, Tag("flow_matching")] | Annotated[FlowMap, Tag("flow_map")] | Annotated[own, Tag(kind)],
-        Discriminator(_kind),
-    ]
-    field: Any = (either, ...)
-    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=field)
+def _runs(kind: str | None, own: type[ObjectiveConfig] | None) -> type[RunConfig]:
+    either: Any = OurObjective
+    if own is not None:
+        kinds = {**{model.model_fields["kind"].default: model for model in variants(OurObjective)}, str(kind): own}
+        tagged = Union[tuple(Annotated[model, Tag(name)] for name, model in kinds.items())]  # noqa: UP007 (a list of types)
+        either = Annotated[tagged, Discriminator(_kind)]
+    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=(either, ...))
 
 
 def _kind(value: Any) -> Any:

@@ -1,53 +1,21 @@
-"""Names of the student's layers and parameters, for rules, which do not import torch.
-
-A test compares them with the network itself.
-"""
+"""Names of the student's layers, for rules, which do not import torch. A test compares them with the network itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from anyflow_train.config.network import Architecture
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
-
-def linear_layers(architecture: Architecture) -> list[str]:
-    """List the names of the linear layers, which adapters can change."""
+def layers(architecture: Architecture) -> dict[str, bool]:
+    """Map every module that holds weights of its own, except whole blocks, to whether it is a linear layer."""
     embedder = "condition_embedder"
-    embedders = ["time_embedder", "delta_embedder", "text_embedder"]
-    layers = [f"{embedder}.{part}.linear_{number}" for part in embedders for number in (1, 2)]
-    layers.append(f"{embedder}.time_proj")
-    for block in _blocks(architecture):
-        layers += [f"{block}.{attention}.{layer}" for attention in ("attn1", "attn2") for layer in _ATTENTION]
-        layers += [f"{block}.ffn.net.{place}" for place in ("0.proj", "2")]
-    return [*layers, "proj_out"]
-
-
-def parameter_names(architecture: Architecture) -> list[str]:
-    """List the names of all parameters."""
-    with_bias = [*linear_layers(architecture), "patch_embedding"]
-    bare = ["scale_shift_table"]
-    if architecture.causal is not None:
-        with_bias.append("far_patch_embedding")
-    for block in _blocks(architecture):
-        bare.append(f"{block}.scale_shift_table")
-        bare += [f"{block}.{attention}.norm_{side}.weight" for attention in ("attn1", "attn2") for side in "qk"]
-        if architecture.cross_attn_norm:
-            with_bias.append(f"{block}.norm2")
-    return [*bare, *(f"{layer}.{part}" for layer in with_bias for part in ("weight", "bias"))]
-
-
-def matches(name: str, targets: Iterable[str]) -> bool:
-    """Whether a module is one of `targets`, by peft's rule: equal, or ending in `.target`."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def in_modules(parameter: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter is inside one of `modules` (full names or their last parts)."""
-    parents = parameter.split(".")[:-1]
-    return any(matches(".".join(parents[:depth]), modules) for depth in range(1, len(parents) + 1))
-
-
-def _blocks(architecture: Architecture) -> list[str]:
-    return [f"blocks.{number}" for number in range(architecture.num_layers)]
+    parts = ("time_embedder", "delta_embedder", "text_embedder")
+    linear = [f"{embedder}.{part}.linear_{number}" for part in parts for number in (1, 2)]
+    linear += [f"{embedder}.time_proj", "proj_out"]
+    others = ["patch_embedding"] if architecture.causal is None else ["patch_embedding", "far_patch_embedding"]
+    for block in (f"blocks.{number}" for number in range(architecture.num_layers)):
+        for attention in (f"{block}.attn1", f"{block}.attn2"):
+            linear += [f"{attention}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+            others += [f"{attention}.norm_q", f"{attention}.norm_k"]
+        linear += [f"{block}.ffn.net.0.proj", f"{block}.ffn.net.2"]
+        others += [f"{block}.norm2"] if architecture.cross_attn_norm else []
+    return dict.fromkeys(linear, True) | dict.fromkeys(others, False)

@@ -7,6 +7,7 @@ Diffusion samples need no time derivative, so they fill the earliest micro-steps
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,18 +30,12 @@ class BranchCounts:
     consistency: int
     free: int
 
-    @property
-    def global_batch(self) -> int:
-        """Number of positions of a step."""
-        return self.diffusion + self.consistency + self.free
-
     def branch(self, position: int) -> Branch:
         """Return the branch of one position. Raises ValueError if the step has no such position."""
-        if not 0 <= position < self.global_batch:
-            raise ValueError(f"position {position} is outside a global batch of {self.global_batch}")
-        if position < self.diffusion:
-            return Branch.DIFFUSION
-        return Branch.CONSISTENCY if position < self.diffusion + self.consistency else Branch.FREE
+        size = self.diffusion + self.consistency + self.free
+        if not 0 <= position < size:
+            raise ValueError(f"position {position} is outside a global batch of {size}")
+        return Branch(bisect((self.diffusion, self.diffusion + self.consistency), position))
 
 
 def branch_counts(global_batch: int, diffusion_share: float, consistency_share: float) -> BranchCounts:
@@ -91,12 +86,20 @@ def rows_with_second_term(counts: BranchCounts, positions: tuple[int, ...], worl
 
     Raises ValueError for positions that are not a row of `local_positions`.
     """
+    return len(rows_of(range(counts.diffusion, counts.global_batch), positions, world))
+
+
+def rows_of(part: range, positions: tuple[int, ...], world: int) -> range:
+    """List the rows of a micro-batch in which any process has a position of `part`; equal on every process.
+
+    Raises ValueError for positions that are not a row of `local_positions`.
+    """
     width = world * len(positions)
     start = positions[0] // width * width
     if positions != tuple(range(positions[0], start + width, world)):
         raise ValueError(f"positions {positions} are not one process's share of a micro-step of {world} processes")
-    diffusion = min(max(counts.diffusion - start, 0), width)
-    return len(positions) - diffusion // world
+    first, end = max(part.start - start, 0), min(part.stop - start, width)
+    return range(first // world, -(-end // world)) if first < end else range(0)
 
 
 def even_accumulation(micro_batch: int, world: int, diffusion_share: float) -> int | None:

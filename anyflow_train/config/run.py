@@ -153,7 +153,7 @@ class Evaluation(Model):
     held_out: shards of real samples that are not used for training; null leaves out the distances.
     steps: step counts of the samplers to measure.
     best_metric: metric `<metric>_<steps>` that selects the best checkpoint, which is kept; lower is better.
-    oracle: closed-form class accuracy on decoded video, for the embedded world stripes or shapes.
+    oracle: closed-form class accuracy on decoded video, for the embedded moving shapes.
     videos: number of the manifest's validation prompts that are decoded and saved.
     """
 
@@ -166,7 +166,7 @@ class Evaluation(Model):
     shift: PositiveFloat = 5.0
     guidance_scale: PositiveFloat = 1.0
     best_metric: str = "energy_distance_4"
-    oracle: Literal["none", "stripes", "shapes"] = "none"
+    oracle: Literal["none", "shapes"] = "none"
     videos: NonNegativeInt = 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from anyflow_train.config.groups import EXPERIMENT, Choice
 from anyflow_train.config.overrides import Setting, parse
@@ -32,19 +33,14 @@ def name_experiment(
         problem = f"{chosen[which]!r} requires experiment={'|'.join(stages)}, but {said}"
         return [item for item in settings if item.key not in (MODEL, RECIPE)], [UserError(which, problem)]
     model, recipe = (chosen.get(key, default) for key, default in DEFAULTS.items())
-    suffix = "" if recipe == DEFAULTS[RECIPE] else f"_{recipe}"
-    name = f"{model}_{stage}{suffix}"
-    if name in groups[EXPERIMENT]:
+    if (name := _name(stage, model, recipe)) in groups[EXPERIMENT]:
         return [*parse([f"{EXPERIMENT}={name}"])[0], *kept], []
-    problem = f"{stage!r} has no experiment with model={model} recipe={recipe}; there are {_possible(stage, groups)}"
+    every = product(groups.get(MODEL, {}), groups.get(RECIPE, {}))
+    found = [pair for pair in every if _name(stage, *pair) in groups[EXPERIMENT]]
+    possible = [f"model={one}" + (f" recipe={other}" if other != DEFAULTS[RECIPE] else "") for one, other in found]
+    problem = f"{stage!r} has no experiment with model={model} recipe={recipe}; there are {', '.join(possible)}"
     return kept, [UserError(EXPERIMENT, problem)]
 
 
-def _possible(stage: str, groups: dict[str, dict[str, Choice]]) -> str:
-    """List the models and recipes for which a stage has an experiment."""
-    found = []
-    for model in groups.get(MODEL, {}):
-        for suffix, recipe in (("", ""), ("_reference", " recipe=reference")):
-            if f"{model}_{stage}{suffix}" in groups[EXPERIMENT]:
-                found.append(f"model={model}{recipe}")
-    return ", ".join(found) or "none"
+def _name(stage: str, model: str, recipe: str) -> str:
+    return f"{model}_{stage}" + ("" if recipe == DEFAULTS[RECIPE] else f"_{recipe}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device. Copies from pinned memory do not block."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
-        def move(condition: Condition) -> Condition:
-            return Condition(condition.text.to(device, non_blocking=True))
-
-        latents = self.latents.to(device, dtype=torch.float32, non_blocking=True)
-        return Batch(latents, move(self.condition), move(self.negative), self.keys, self.positions)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Copy the batch with every tensor replaced by `function(tensor)`."""
+        condition, negative = Condition(function(self.condition.text)), Condition(function(self.negative.text))
+        return replace(self, latents=function(self.latents), condition=condition, negative=negative)

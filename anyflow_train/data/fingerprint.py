@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -20,10 +20,12 @@ NAMED = "name:"
 
 def known_fingerprint(source: str | None, component: str) -> str | None:
     """Return `component_fingerprint`, or None if there is no source or its files cannot be read."""
-    if source is None:
-        return None
-    fingerprint = component_fingerprint(source, component)
-    return None if fingerprint.startswith(NAMED) else fingerprint
+    return None if source is None else known(component_fingerprint(source, component))
+
+
+def known(fingerprint: str | None) -> str | None:
+    """Return the fingerprint, or None if it only names a component whose files could not be read."""
+    return None if fingerprint is None or fingerprint.startswith(NAMED) else fingerprint
 
 
 def component_fingerprint(source: str, component: str) -> str:
@@ -59,12 +61,11 @@ def _folder(source: str, component: str) -> Path | None:
     return root / component if (root / component / "config.json").is_file() else None
 
 
-def _update(digest: hashlib._Hash, file: BinaryIO) -> None:
+def _update(digest: hashlib._Hash, file: BufferedReader) -> None:
     size = os.fstat(file.fileno()).st_size
     digest.update(size.to_bytes(8, "little"))
     if size <= WHOLE_FILE_BYTES:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        hashlib.file_digest(file, lambda: digest)
         return
     digest.update(file.read(END_BYTES))
     file.seek(size - END_BYTES)

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from anyflow_train.data.tar import scan
+from anyflow_train.data.tar import Member, scan
 from anyflow_train.files import atomic_file
 
 VERSION = 1
@@ -81,15 +81,9 @@ def parse_index(data: bytes) -> ShardIndex:
 
 def build_index(file: BinaryIO) -> ShardIndex:
     """Make the index of a shard from its tar headers. It has no checksums."""
-    tensors, captions = {}, {}
-    for member in scan(file).members:
-        if member.extension == TENSORS:
-            tensors[member.key] = member
-        elif member.extension in CAPTIONS:
-            captions[member.key] = member
     entries = []
-    for key, member in tensors.items():
-        caption = captions.get(key)
-        place = (caption.offset, caption.size) if caption else (0, 0)
-        entries.append(SampleEntry(key, member.offset, member.size, None, *place))
+    for key, files in scan(file)[0].items():
+        if tensors := files.get(TENSORS):
+            caption = next((files[extension] for extension in CAPTIONS if extension in files), Member(0, 0))
+            entries.append(SampleEntry(key, tensors.offset, tensors.size, None, caption.offset, caption.size))
     return ShardIndex(tuple(entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,8 @@ from torch import Tensor
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
-from anyflow_train.data.fingerprint import NAMED
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.data.fingerprint import known
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import atomic_file, write_json
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ class CodecInfo(Model):
     @property
     def known_vae(self) -> str | None:
         """Fingerprint of the VAE; None if there is none or its files could not be read."""
-        return None if self.vae is None or self.vae.startswith(NAMED) else self.vae
+        return known(self.vae)
 
 
 class Manifest(Model):
@@ -156,24 +157,37 @@ def check_compatible(
         ("data.height", data.height, manifest.height, "pixels high"),
         ("data.width", data.width, manifest.width, "pixels wide"),
         ("student.architecture.in_channels", architecture.in_channels, channels, "latent channels"),
-        ("student.architecture.text_dim", architecture.text_dim, manifest.text_dim, "numbers per text token"),
     ]
-    errors = [
-        UserError(name, f"{wanted}, but the shards of {key} were made with {found} {unit}")
-        for name, wanted, found, unit in pairs
-        if wanted != found
-    ]
+    errors = [*_different(pairs, key), *_text_errors(manifest, data, architecture, key)]
     patch = architecture.patch_size
     if frames % patch[0] or height % patch[1] or width % patch[2]:
         shape = f"{frames}x{height}x{width}"
         problem = f"{patch} does not divide the latents' size {shape}"
         errors.append(UserError("student.architecture.patch_size", problem))
-    longest = manifest.longest_text
-    if longest is not None and longest > max(data.text_lengths):
-        problem = f"{list(data.text_lengths)} cannot hold the longest text of {key}: {longest} tokens"
-        errors.append(UserError("data.text_lengths", problem))
     if vae_fingerprint not in (None, manifest.codec.known_vae or vae_fingerprint):
         problem = f"encoded by the VAE of {manifest.codec.source} ({manifest.codec.vae}), not by this run's VAE"
         errors.append(UserError(key, f"{problem} ({vae_fingerprint})"))
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)
+
+
+def check_texts(manifest: Manifest, data: Data, architecture: Architecture, key: str = "data.shards") -> None:
+    """Check that the texts of shards fit a run that uses no clips. Raises UserErrors, like `check_compatible`."""
+    raise_all(_text_errors(manifest, data, architecture, key))
+
+
+def _text_errors(manifest: Manifest, data: Data, architecture: Architecture, key: str) -> list[UserError]:
+    width = ("student.architecture.text_dim", architecture.text_dim, manifest.text_dim, "numbers per text token")
+    errors, longest = _different([width], key), manifest.longest_text
+    if longest is not None and longest > max(data.text_lengths):
+        problem = f"{list(data.text_lengths)} cannot hold the longest text of {key}: {longest} tokens"
+        errors.append(UserError("data.text_lengths", problem))
+    return errors
+
+
+def _different(pairs: Iterable[tuple[str, object, object, str]], key: str) -> list[UserError]:
+    """List the settings (name, ours, that of the shards, unit) that differ."""
+    return [
+        UserError(name, f"{wanted}, but the shards of {key} were made with {found} {unit}")
+        for name, wanted, found, unit in pairs
+        if wanted != found
+    ]

@@ -56,12 +56,13 @@ class SampleOrder:
     def index(self, position: int) -> int:
         """Return the index of the sample at a position >= 0."""
         epoch, offset = divmod(position, sum(self.shard_sizes))
-        groups = _groups(self, epoch)
-        number = bisect_right(groups.starts, offset) - 1
-        group = groups.members[number]
-        place = permute(offset - groups.starts[number], group.size, _round_keys(self.seed, epoch, f"group {number}"))
-        which = bisect_right(group.starts, place) - 1
-        return group.firsts[which] + place - group.starts[which]
+        firsts, starts = _shard_order(self, epoch)
+        width = self.shuffle_shards or len(firsts)
+        group = (bisect_right(starts, offset) - 1) // width
+        begin, end = starts[group * width], starts[min((group + 1) * width, len(firsts))]
+        offset = begin + permute(offset - begin, end - begin, _round_keys(self.seed, epoch, f"group {group}"))
+        shard = bisect_right(starts, offset) - 1
+        return firsts[shard] + offset - starts[shard]
 
     def replacement(self, position: int, attempt: int) -> int:
         """Draw the index of a sample that replaces a bad one at `position`.
@@ -71,45 +72,23 @@ class SampleOrder:
         return draw_key(self.seed, position, "replacement", attempt) % sum(self.shard_sizes)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Shards whose samples are permuted together: start of each shard in the group, and index of its first sample."""
-
-    size: int
-    starts: tuple[int, ...]
-    firsts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Groups:
-    starts: tuple[int, ...]
-    members: tuple[_Group, ...]
-
-
 # A step can span two epochs, and threads that read ahead may already be in a third one.
 @lru_cache(maxsize=4)
-def _groups(order: SampleOrder, epoch: int) -> _Groups:
-    sizes = order.shard_sizes
-    firsts = _starts(sizes)
-    keys = _round_keys(order.seed, epoch, "shards")
-    shards = [permute(i, len(sizes), keys) for i in range(len(sizes))]
-    shards = [shard for shard in shards if sizes[shard] > 0]
-    width = order.shuffle_shards or len(shards)
-    chunks = [shards[i : i + width] for i in range(0, len(shards), width)]
-    members = tuple(
-        _Group(sum(sizes[s] for s in chunk), _starts([sizes[s] for s in chunk]), tuple(firsts[s] for s in chunk))
-        for chunk in chunks
-    )
-    return _Groups(_starts([group.size for group in members]), members)
+def _shard_order(order: SampleOrder, epoch: int) -> tuple[list[int], list[int]]:
+    """Permute the shards that have samples. Returns the index of each one's first sample, and its start in the epoch.
+
+    The starts have one more entry, the end of the epoch.
+    """
+    sizes, keys = order.shard_sizes, _round_keys(order.seed, epoch, "shards")
+    firsts = (0, *accumulate(sizes))
+    permuted = [permute(i, len(sizes), keys) for i in range(len(sizes))]
+    shards = [shard for shard in permuted if sizes[shard] > 0]
+    return [firsts[shard] for shard in shards], [0, *accumulate(sizes[shard] for shard in shards)]
 
 
 @lru_cache(maxsize=64)
 def _round_keys(seed: int, epoch: int, purpose: str) -> tuple[int, ...]:
     return tuple(draw_key(seed, epoch, "order", purpose, number) for number in range(ROUNDS))
-
-
-def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
-    return (0, *accumulate(sizes))[:-1]
 
 
 def _feistel(value: int, half: int, keys: Sequence[int]) -> int:

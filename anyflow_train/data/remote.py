@@ -122,10 +122,8 @@ class RemoteFolder:
         for attempt in range(ATTEMPTS):
             try:
                 return self._copy(name, part, size)
-            except FileNotFoundError:
-                raise
             except OSError as error:
-                if self._stop.is_set() or attempt + 1 == ATTEMPTS:
+                if isinstance(error, FileNotFoundError) or self._stop.is_set() or attempt + 1 == ATTEMPTS:
                     raise
                 log.warning("copying %s failed (%s); trying again", self._url_of(name), error)
                 time.sleep(RETRY_SECONDS * 2**attempt)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
 import zlib
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -55,25 +56,25 @@ class BadSampleError(Exception):
         super().__init__(f"{shard}: {key}: {reason}")
 
 
+@dataclass
 class ShardSet:
     """The shards of a folder or URL as one sequence of samples. Several threads may read at once.
 
     Attributes:
         location: folder or URL.
+        folder: reads the files.
         manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
     """
 
-    def __init__(
-        self, location: str, folder: LocalFolder | RemoteFolder, manifest: Manifest, texts: PromptTexts
-    ) -> None:
-        self.location = location
-        self.manifest = manifest
-        self.texts = texts
-        self._folder = folder
-        self._starts = (0, *accumulate(shard.samples for shard in manifest.shards))
+    location: str
+    folder: LocalFolder | RemoteFolder
+    manifest: Manifest
+    texts: PromptTexts
+
+    def __post_init__(self) -> None:
+        self._starts = (0, *accumulate(self.shard_sizes))
         self._indices: dict[int, ShardIndex] = {}
-        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, location: str, cache: str | None = None, cache_gib: float = 100.0) -> ShardSet:
@@ -118,25 +119,20 @@ class ShardSet:
                 raise ValueError("the shard ends before it")
             entry = entries[place]
             key = entry.key
-            data, caption = self._bytes(number, entry)
+            with self._open(number) as file:
+                data = _read_part(file, entry.offset, entry.size)
+                caption = _read_part(file, entry.caption_offset, entry.caption_size)
             return self._decode(entry, data, caption)
         except (OSError, ValueError, SafetensorError) as error:
             raise BadSampleError(shard.name, key, str(error)) from error
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
-        self._folder.cancel()
+        self.folder.cancel()
 
-    def _bytes(self, number: int, entry: SampleEntry) -> tuple[bytes, bytes]:
+    def _open(self, number: int) -> BinaryIO:
         shard = self.manifest.shards[number]
-        file = self._folder.open(shard.name, shard.bytes)
-        try:
-            return (
-                _pread(file, entry.offset, entry.size),
-                _pread(file, entry.caption_offset, entry.caption_size),
-            )
-        finally:
-            os.close(file)
+        return os.fdopen(self.folder.open(shard.name, shard.bytes), "rb")
 
     def _decode(self, entry: SampleEntry, data: bytes, caption: bytes) -> Sample:
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
@@ -150,50 +146,33 @@ class ShardSet:
             raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {self.manifest.latent_shape}")
         if not all(_finite(tensor) for tensor in (latents, text) if tensor is not None):
             raise ValueError("it contains non-finite numbers")
-        return Sample(entry.key, latents, text, _caption(caption))
+        return Sample(entry.key, latents, text, parse_caption(caption))
 
     def _index(self, number: int) -> ShardIndex:
-        with self._lock:
-            found = self._indices.get(number)
-        if found is None:
-            found = self._load_index(number)
-            with self._lock:
-                self._indices[number] = found
-        return found
+        if number not in self._indices:
+            self._indices[number] = self._load_index(number)
+        return self._indices[number]
 
     def _load_index(self, number: int) -> ShardIndex:
         shard = self.manifest.shards[number]
         try:
-            return parse_index(self._folder.read_bytes(index_name(shard.name)))
+            return parse_index(self.folder.read_bytes(index_name(shard.name)))
         except (OSError, ValueError) as error:
             log.info("%s: no usable index (%s); making one from the tar headers", shard.name, error)
-        with os.fdopen(self._folder.open(shard.name, shard.bytes), "rb") as file:
+        with self._open(number) as file:
             index = build_index(file)
-        if isinstance(self._folder, LocalFolder) and len(index.entries) == shard.samples:
-            self._keep_index(self._folder.root / index_name(shard.name), index)
+        if isinstance(self.folder, LocalFolder) and len(index.entries) == shard.samples:
+            with suppress(OSError):  # a read-only folder: the next process makes the index again
+                write_index(self.folder.root / index_name(shard.name), index)
         return index
 
-    def _keep_index(self, path: Path, index: ShardIndex) -> None:
-        try:
-            write_index(path, index)
-        except OSError:  # a read-only folder: the next process makes it again
-            log.info("%s cannot be written", path)
 
-
-def _caption(data: bytes) -> str:
-    return parse_caption(data) if data else ""
-
-
-def _pread(file: int, offset: int, size: int) -> bytes:
-    """Read exactly `size` bytes. A single pread may return fewer."""
-    parts = []
-    while size > 0:
-        part = os.pread(file, size, offset)
-        if not part:
-            raise ValueError("the file ends before it")
-        parts.append(part)
-        offset, size = offset + len(part), size - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _read_part(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError("the file ends before it")
+    return data
 
 
 def _read(folder: LocalFolder | RemoteFolder, location: str, name: str) -> bytes:

@@ -12,51 +12,49 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: its name, and the position and number of its bytes."""
+    """Position and number of a file's bytes in a tar."""
 
-    name: str
     offset: int
     size: int
 
-    @property
-    def key(self) -> str:
-        """WebDataset key, which the files of one sample share: the path up to the first dot of the file name."""
-        path = PurePosixPath(self.name)
-        return str(path.parent / path.name.split(".", 1)[0])
 
-    @property
-    def extension(self) -> str:
-        """Part of the file name after its first dot, in lower case."""
-        return PurePosixPath(self.name).name.partition(".")[2].lower()
+Samples = dict[str, dict[str, Member]]
+"""WebDataset key -> extension -> file."""
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Complete files of a tar, and its damage; None if it is intact."""
+def key_and_extension(name: str) -> tuple[str, str]:
+    """Split a file's name as WebDataset does.
 
-    members: tuple[Member, ...]
-    problem: str | None
+    Returns:
+        Key, which the files of one sample share: the path up to the first dot of the file name. And the part of the
+        file name after that dot, in lower case.
+    """
+    path = PurePosixPath(name)
+    stem, _, extension = path.name.partition(".")
+    return str(path.parent / stem), extension.lower()
 
 
-def scan(file: BinaryIO) -> Listing:
-    """List a tar by its headers. Of a damaged or truncated tar, the files before the damage are listed."""
-    file.seek(0, 2)
-    size = file.tell()
+def scan(file: BinaryIO) -> tuple[Samples, str | None]:
+    """List the complete files of a tar by its headers.
+
+    Returns:
+        Files of each sample, of a damaged tar those before the damage; and the damage, or None if the tar is intact.
+    """
+    size = file.seek(0, 2)
     file.seek(0)
-    members: list[Member] = []
-    problem = None
+    samples: Samples = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
                 if info.isfile() and info.offset_data + info.size <= size:
-                    members.append(Member(info.name, info.offset_data, info.size))
+                    key, extension = key_and_extension(info.name)
+                    samples.setdefault(key, {})[extension] = Member(info.offset_data, info.size)
             # A tar that was cut between two files reads like a complete one. Only the end mark shows the difference.
             file.seek(archive.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                problem = "it has no end mark: the file is truncated"
+            intact = file.read(BLOCK) == bytes(BLOCK)
+            return samples, None if intact else "it has no end mark: the file is truncated"
     except (tarfile.TarError, OSError, ValueError) as error:
-        problem = str(error)
-    return Listing(tuple(members), problem)
+        return samples, str(error)
 
 
 class TarWriter:
@@ -73,7 +71,7 @@ class TarWriter:
         offset = self._file.tell()
         self._file.write(data)
         self._file.write(bytes(-len(data) % BLOCK))
-        return Member(name, offset, len(data))
+        return Member(offset, len(data))
 
     def finish(self) -> None:
         """Write the end mark."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.evaluation.load import LoadedNetwork
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, to_frames
@@ -135,8 +135,7 @@ def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
         if sides[name] is None:
             problem = f"is not set, and the size that {model.name} was trained on is not known; set it"
             missing.append(UserError(name, problem))
-    if missing:
-        raise UserErrors(missing)
+    raise_all(missing)
     return Size(**sides)
 
 
@@ -167,8 +166,7 @@ def _check_size(size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks |
         if side % (codec.spatial_factor * tokens):
             multiple = codec.spatial_factor * tokens
             errors.append(UserError(name, f"{side} is not a multiple of {multiple}; use {_nearest(side, multiple)}"))
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)
 
 
 def _nearest(value: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.evaluation.intervals import Estimate
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny import shapes
 
 
 @dataclass(frozen=True)
@@ -19,40 +19,33 @@ class Recognition:
 
     Attributes:
         accuracy: share of videos that show all of what their caption says.
-        purity: mean share of a video's variation that the recognised pattern explains; low for blur and noise.
-        sharpness: mean match of a video's edges with those of the recognised pattern; None if the world has none.
+        sharpness: mean match of a video's edges with those of the recognised pattern.
     """
 
     accuracy: Estimate
-    purity: Estimate
-    sharpness: Estimate | None = None
+    sharpness: Estimate
 
     def measures(self) -> dict[str, Estimate]:
-        """Name what is reported: the accuracy, and the sharpness or, in a world without one, the purity."""
-        clear = {"purity": self.purity} if self.sharpness is None else {"sharpness": self.sharpness}
-        return {"accuracy": self.accuracy, **clear}
+        """Name what is reported: the accuracy and the sharpness."""
+        return {"accuracy": self.accuracy, "sharpness": self.sharpness}
 
 
 @torch.inference_mode()
-def judge_clips(
-    latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int, world: str
-) -> Recognition:
+def judge_clips(latents: Tensor, captions: list[str], decode: Callable[[Tensor], Tensor], batch: int) -> Recognition:
     """Decode the first n latents in batches and recognise what they show.
 
     Args:
         latents: (m >= n, F, C, H, W) normalised, float32.
-        captions: n captions of the world.
+        captions: n captions of the moving shapes.
         decode: function from latents to videos (B, 3, F, H, W) in [-1, 1].
         batch: videos per call of `decode`.
-        world: name of the embedded world (`tiny.worlds`).
     """
-    oracle = WORLDS[world]
-    labels = torch.tensor([oracle.label_of(caption) for caption in captions])
+    labels = shapes.labels_of(captions)
     latents, readings = latents[: len(captions)], []
     for start in range(0, len(labels), batch):
-        readings.append(oracle.recognise(decode(latents[start : start + batch]).float().cpu()))
-    seen, *shares = (torch.cat(values) for values in zip(*readings, strict=True))
-    return Recognition(wilson(int((seen == labels).sum()), len(labels)), *map(mean_of, shares))
+        readings.append(shapes.recognise(decode(latents[start : start + batch]).float().cpu()))
+    readings = [torch.cat(values) for values in zip(*readings, strict=True)]
+    return Recognition(wilson(int((readings[0] == labels).sum()), len(labels)), mean_of(readings[2]))
 
 
 def mean_of(values: Tensor) -> Estimate:

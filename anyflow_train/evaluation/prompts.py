@@ -13,6 +13,6 @@ def distinct(prompts: list[str]) -> list[str]:
 
 
 def slug(number: int, prompt: str) -> str:
-    """Make a short file name from a prompt, such as `003_wide-red-stripes`."""
+    """Make a short file name from a prompt, such as `003_a-red-ball`."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "prompt"
     return f"{number:03d}_{words}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.held_out import HeldOut, load_samples
@@ -112,7 +113,7 @@ class InRunValidator:
             metrics[f"sliced_wasserstein_{steps}"] = self._evaluator.sliced_wasserstein(latents)
             if self.config.oracle != "none" and self.codec is not None:
                 judge = partial(judge_clips, decode=self.codec.decode_video, batch=self.config.batch)
-                seen = judge(latents, list(self.compared.captions), world=self.config.oracle).accuracy
+                seen = judge(latents, list(self.compared.captions)).accuracy
                 metrics[f"class_error_{steps}"] = Estimate(1 - seen.value, 1 - seen.high, 1 - seen.low)
         return metrics
 
@@ -166,11 +167,11 @@ def build_validator(config: RunConfig, world: World) -> InRunValidator:
     compared = None
     if held_out is not None:
         texts = [pad_text(text, length) for text in held_out.texts]
-        compared = _prompts("evaluation", held_out.captions, texts, evaluation.samples, config, shards)
+        compared = _prompts("evaluation", held_out.captions, texts, evaluation.samples, config)
     shown, count = None, min(evaluation.videos, len(shards.texts.validation))
     if count:
         texts = [pad_text(text, length) for text in shards.texts.validation]
-        shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config, shards)
+        shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config)
     codec = _load_codec(config, world.device) if shown is not None or evaluation.oracle != "none" else None
     return InRunValidator(
         config=evaluation,
@@ -197,16 +198,11 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     return load_samples(shards, min(len(shards), MOST_HELD_OUT))
 
 
-def _prompts(
-    purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig, shards: ShardSet
-) -> Prompts:
+def _prompts(purpose: str, captions: Sequence[str], texts: Sequence[Tensor], count: int, config: RunConfig) -> Prompts:
     """Take `count` prompts as `anyflow evaluate` does, with noise from `evaluation.seed`."""
-    shape = shards.manifest.latent_shape
-    if shape is None:
-        problem = f"{config.data.shards} holds prompts without video, but this run trains on video"
-        raise UserError("data.shards", problem)
+    shape = latent_shape(config.data, config.student.architecture.in_channels)
     rows = cycle(balanced_order(list(captions)), count)
-    noise = draw_noise(count, tuple(shape), config.evaluation.seed, purpose)
+    noise = draw_noise(count, shape, config.evaluation.seed, purpose)
     return Prompts(tuple(captions[row] for row in rows), torch.stack([texts[row] for row in rows]), noise)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.export.card import model_card
-from anyflow_train.export.folder import check_writable, new_folder, write_marker
+from anyflow_train.export.folder import new_folder, write_marker
 from anyflow_train.export.formats import FORMATS, Job
 from anyflow_train.export.provenance import Provenance, public_config, public_name
 from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
@@ -22,15 +22,14 @@ def run(config: ExportConfig) -> Provenance:
         WrongExport: the written files do not have the outputs of the trained model.
     """
     out = Path(config.out).expanduser()
-    check_writable(out, config.overwrite)
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    network = load_trained_network(checkpoint, config.weights)
-    trained, step = read_network(checkpoint), read_step(checkpoint)
-    print(f"exporting {trained.run}, step {step}, {config.weights} weights, as {config.format} in {config.precision}")
     with new_folder(out, config.overwrite) as folder:
+        checkpoint = resolve_checkpoint(config.checkpoint)
+        network = load_trained_network(checkpoint, config.weights)
+        trained, step = read_network(checkpoint), read_step(checkpoint)
+        what = f"{trained.run}, step {step}, {config.weights} weights"
+        print(f"exporting {what}, as {config.format} in {config.precision}")
         difference = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
-        base = public_name(base_of(trained))
-        saved = public_config(checkpoint)
+        base, saved = public_name(base_of(trained)), public_config(checkpoint)
         provenance = Provenance(config, trained, saved, checkpoint.name, step, base, difference)
         (folder / "README.md").write_text(model_card(provenance))
         write_marker(folder, provenance.to_json())

@@ -16,9 +16,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export import verify
-from anyflow_train.export.lora import adapters, reload_lora, write_lora
-from anyflow_train.export.parts import copy_parts, pipeline_index, read_json, resolve_folder, write_index
-from anyflow_train.export.weights import stock_class, stored, to_wan, write_network
+from anyflow_train.export.lora import reload_lora, write_lora
+from anyflow_train.export.parts import copy_parts, resolve_folder, write_index
+from anyflow_train.export.weights import Stock, stock_class, stored, to_wan, write_network
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import assemble
@@ -53,10 +53,8 @@ class Job:
         """Return a local pipeline folder with tokenizer, text encoder and VAE. Raises UserError if there is none."""
         source = self.config.codec or self.trained.codec
         if source is None:
-            problem = (
-                "is not set, and the run has no teacher.source or teacher.codec; name the pipeline folder of its VAE"
-            )
-            raise UserError("codec", f"{problem} and text encoder")
+            problem = "is not set, and the run has no teacher.source or teacher.codec"
+            raise UserError("codec", f"{problem}; name the pipeline folder of its VAE and text encoder")
         return resolve_folder(source)
 
 
@@ -72,9 +70,7 @@ def export_pipeline(job: Job) -> float:
     difference = _write_student(job, job.folder / "transformer", probe)
     copy_parts(source, job.folder)
     FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
-    transformer = stock_class(job.network.config).__name__
-    pipeline = "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline"
-    write_index(job.folder, pipeline_index(source, pipeline, transformer, FlowMapEulerDiscreteScheduler.__name__))
+    write_index(job.folder, source, "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline")
     return max(difference, verify.check_pipeline(job.folder, probe, expected, job.config.shift, job.tolerance))
 
 
@@ -89,9 +85,8 @@ def export_lora(job: Job) -> float:
     Returns:
         Relative difference between the outputs and the trained model's.
     """
-    factors = adapters(job.network, job.config.precision)
+    write_lora(job.folder, job.network, job.config.precision)
     probe = verify.Probe.of(job.network.config)
-    write_lora(job.folder, factors)
     source = open_source(job.checkpoint)
     reloaded = reload_lora(job.folder, assemble(source.arguments, source.read))
     found = verify.flow_map_outputs(reloaded, probe)
@@ -116,18 +111,15 @@ def export_wan_pipeline(job: Job) -> float:
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
     expected = verify.velocity_outputs(job.network, probe)
-    merged: Any = merge_lora(job.network)
-    wan: Any = to_wan(merged)
-    state = stored(wan.state_dict(), job.config.precision)
-    write_network(WanTransformer3DModel, job.folder / "transformer", wan.config, state, job.config.max_shard_gib)
-    reloaded: Any = WanTransformer3DModel.from_pretrained(job.folder / "transformer", dtype=torch.float32)
-    verify.check_weights(reloaded, state)
+    reloaded = _write(job, WanTransformer3DModel, job.folder / "transformer", to_wan(merge_lora(job.network)))
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
     copy_parts(source, job.folder)
-    scheduler = _wan_scheduler(source, job)
-    index = pipeline_index(source, "WanPipeline", WanTransformer3DModel.__name__, scheduler)
-    write_index(job.folder, {**index, "boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]})
-    verify.check_index(job.folder)
+    if (source / "scheduler").is_dir():
+        shutil.copytree(source / "scheduler", job.folder / "scheduler")
+    else:
+        FlowMatchEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
+    more = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]}
+    write_index(job.folder, source, "WanPipeline", **more)
     return difference
 
 
@@ -144,19 +136,14 @@ def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
     merged = merge_lora(job.network)
     found = verify.flow_map_outputs(merged, probe)
     verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
-    state = stored(merged.state_dict(), job.config.precision)
-    stock = stock_class(merged.config)
-    write_network(stock, folder, merged.config, state, job.config.max_shard_gib)
-    reloaded: Any = stock.from_pretrained(folder, dtype=torch.float32)
-    verify.check_weights(reloaded, state)
+    reloaded = _write(job, stock_class(merged.config), folder, merged)
     return verify.check_outputs("the transformer", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
 
 
-def _wan_scheduler(source: Path, job: Job) -> str:
-    """Copy the scheduler of the codec folder, or write an Euler scheduler if it has none. Returns its class."""
-    target = job.folder / "scheduler"
-    if (source / "scheduler").is_dir():
-        shutil.copytree(source / "scheduler", target)
-    else:
-        FlowMatchEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(target)
-    return read_json(target / "scheduler_config.json")["_class_name"]
+def _write(job: Job, network_class: Stock, folder: Path, network: Any) -> Any:
+    """Write a network as stock diffusers' network, reload it in float32, and compare the weights."""
+    state = stored(network.state_dict(), job.config.precision)
+    write_network(network_class, folder, network.config, state, job.config.max_shard_gib)
+    reloaded = network_class.from_pretrained(folder, dtype=torch.float32)
+    verify.check_weights(reloaded, state)
+    return reloaded

@@ -41,25 +41,25 @@ def copy_parts(source: Path, folder: Path) -> None:
         shutil.copytree(source / name, folder / name)
 
 
-def pipeline_index(source: Path, pipeline: str, transformer: str, scheduler: str) -> dict[str, Any]:
-    """Make `model_index.json` of a pipeline class with the parts of `source` and classes of diffusers, transformers."""
+def write_index(folder: Path, source: Path, pipeline: str, **more: Any) -> None:
+    """Write `model_index.json` of a complete folder; classes of `source` and of the folder's own configs.
+
+    Args:
+        pipeline: name of diffusers' pipeline class.
+        more: additional entries that this class requires.
+    """
     known = read_json(source / INDEX) if (source / INDEX).is_file() else {}
-    encoder = read_json(source / "text_encoder" / "config.json")["architectures"][0]
-    tokenizer = read_json(source / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
-    return {
+    encoder = read_json(folder / "text_encoder" / "config.json")["architectures"][0]
+    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
+    configs = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
+    index = {
         "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", scheduler],
         "text_encoder": known.get("text_encoder", ["transformers", encoder]),
         "tokenizer": known.get("tokenizer", ["transformers", tokenizer]),
-        "transformer": ["diffusers", transformer],
-        "vae": ["diffusers", VAE_CLASS],
+        **{part: ["diffusers", read_json(folder / part / file)["_class_name"]] for part, file in configs.items()},
     }
-
-
-def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write `model_index.json`."""
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index | more)
 
 
 def _snapshot(source: str) -> Path:

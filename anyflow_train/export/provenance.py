@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train import __version__
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
@@ -43,18 +42,12 @@ class Provenance:
     base: str | None
     difference: float
 
-    @property
-    def version(self) -> str:
-        """Version of this package."""
-        return __version__
-
     def to_json(self) -> dict[str, Any]:
         """Return the facts for the marker file, without paths on the training machine."""
-        facts = ("checkpoint", "step", "base", "difference", "config")
-        stated = {name: getattr(self, name) for name in facts}
-        sampling = self.network.sampling.model_dump(mode="json")
+        facts = {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "config")}
+        network = self.network.model_dump(mode="json", include={"run", "sampling"})
         options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
-        return {"run": self.network.run, **options, **stated, "sampling": sampling}
+        return network | options | facts
 
 
 def public_config(checkpoint: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformer3DModel as StockFAR
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -15,19 +14,17 @@ from torch import Tensor
 
 from anyflow_train.devices import DTYPES
 from anyflow_train.errors import UserError
-from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.backbone import KEPT_IN_FP32, Backbone
 from anyflow_train.models.pretrained import DELTA, SHARED_CONFIG
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# Stock diffusers always computes these in float32, so they are stored in float32. Its own list lacks `delta_embedder`,
-# the second time embedder. Storing that one in float32 keeps it exact at least when the network is loaded in float32.
-KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 Config = Mapping[str, Any]
 State = Mapping[str, Tensor]
+Stock = type[StockTransformer] | type[StockFAR] | type[WanTransformer3DModel]
 
 
-def stock_class(config: Config) -> type[ModelMixin]:
+def stock_class(config: Config) -> Stock:
     """Return diffusers' class for a network with this config."""
     return StockFAR if "chunk_partition" in config else StockTransformer
 
@@ -45,19 +42,19 @@ def stored(state: State, precision: Precision) -> dict[str, Tensor]:
     return cast
 
 
-def write_network(network_class: type[ModelMixin], folder: Path, config: Config, state: State, shard: float) -> None:
+def write_network(network_class: Stock, folder: Path, config: Config, state: State, shard: float) -> None:
     """Write stock diffusers' network with these weights. Missing and unexpected keys are errors.
 
     Args:
         network_class: diffusers' AnyFlowTransformer3DModel or WanTransformer3DModel.
         folder: folder for `config.json` and the weights.
-        config: constructor arguments; names that start with an underscore are left out.
+        config: constructor arguments, as in the network's `config`.
         state: weights from `stored`.
         shard: largest file in GiB.
     """
     # The meta device allocates and initialises nothing. The weights are assigned, not copied.
     with torch.device("meta"):
-        model = network_class(**{name: value for name, value in config.items() if not name.startswith("_")})
+        model: Any = network_class.from_config(dict(config))
     model.load_state_dict(dict(state), strict=True, assign=True)
     model.save_pretrained(folder, max_shard_size=int(shard * 2**30), safe_serialization=True)
 
@@ -78,5 +75,7 @@ def to_wan(network: Backbone) -> WanTransformer3DModel:
 
 
 def _dtype(name: str, precision: Precision) -> torch.dtype:
+    # Stock diffusers computes these in float32. Its own list lacks `delta_embedder`: storing it in float32 keeps it
+    # exact at least when the network is loaded in float32.
     kept = any(part in name.split(".") for part in KEPT_IN_FP32)
     return torch.float32 if kept else DTYPES[precision]

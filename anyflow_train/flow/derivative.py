@@ -1,4 +1,4 @@
-"""Total derivative of the average velocity along a tangent, `D_w u = du/dt + w . du/dx`.
+"""Derivatives of the average velocity: along a tangent, `D_w u = du/dt + w . du/dx`, and in the target time, `du/dr`.
 
 A central difference with a finite epsilon is a smoothed derivative. The fastest time features of a trained network turn
 by 1 rad per 1/1000 of time, so the smoothed derivative is far from the exact one (see `objectives.diagnose`). Training
@@ -63,6 +63,48 @@ def central_difference(
     span = expand_time(after - before, x)
     smallest = min(SMALLEST_SPAN, epsilon / 2)  # a tiny epsilon in float64 must not give 0
     return torch.where(span < smallest, 0.0, (later - earlier) / span.clamp_min(smallest))
+
+
+@torch.no_grad()
+def target_difference(
+    flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition, u: Tensor, epsilon: float
+) -> Tensor:
+    """Compute du/dr from two calls beside u(x, t, r), without gradient.
+
+    Inside it is the central difference. Below `r = epsilon` it is the three-point formula to one side,
+    `(-3 u(r) + 4 u(r + e) - u(r + 2 e)) / 2 e`, which is also of second order; a difference that is clamped at 0 would
+    be of first order, and half of the samples with r < t have r = 0. Above `t - epsilon` the difference is clamped:
+    what it is multiplied by, t - r, is small there.
+
+    Args:
+        flow_map: the average velocity u(x, t, r, c).
+        x: (B, F, C, H, W) points at time t.
+        t, r: (B,) in [0, 1], r <= t; t is held fixed.
+        condition: of the B samples.
+        u: (B, F, C, H, W) value of the flow map at (x, t, r).
+        epsilon: step in time, also e in the formula if r + 2 e <= t.
+
+    Returns:
+        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs); 0 if r = t.
+    """
+    x, t, r, u = (at_least_float32(a) for a in (x, t, r, u))
+    low = r < epsilon
+    step = torch.where(low, ((t - r) / 2).clamp_max(epsilon), (t - r).clamp_max(epsilon))
+    near = flow_map(x, t, r + step, condition)
+    other = flow_map(x, t, torch.where(low, r + 2 * step, r - epsilon), condition)
+    inside = (near - other) / expand_time(step + epsilon, x)
+    smallest = min(SMALLEST_SPAN, epsilon) / 2
+    beside = (4 * near - 3 * u - other) / expand_time(2 * step.clamp_min(smallest), x)
+    return torch.where(expand_time(step < smallest, x), 0.0, torch.where(expand_time(low, x), beside, inside))
+
+
+@torch.no_grad()
+def exact_target_derivative(flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """Compute du/dr exactly, like `exact_derivative`. Arguments and result are those of `target_difference`."""
+    x, t, r = (at_least_float32(a) for a in (x, t, r))
+    with sdpa_kernel(SDPBackend.MATH):
+        derivative = torch.func.jvp(lambda time: flow_map(x, t, time, condition), (r,), (torch.ones_like(r),))[1]
+    return derivative.detach()
 
 
 @torch.no_grad()

@@ -18,6 +18,14 @@ def take(x: Tensor, rows: Rows) -> Tensor:
     return x[rows] if isinstance(rows, slice) else torch.stack([x[row] for row in rows])
 
 
+def put(x: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
+    """Copy x (B, ...) with some rows replaced by values (R, ...)."""
+    kept = list(x)
+    for row, value in zip(rows, values, strict=True):
+        kept[row] = value
+    return torch.stack(kept)
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Conditioning frames at the start of the clip. The other frames are generated together.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.devices import on_device
@@ -41,16 +41,17 @@ class LowRank(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A module of the base. Each role can add a low-rank layer to it, or replace it by its own module."""
+    """A module of the base. Each role can add a low-rank layer to it, or replace it by its own module.
+
+    Attributes:
+        base: the module.
+        own: role -> its low-rank layer or its own module.
+    """
 
     def __init__(self, base: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.base, self.own, self._switch = base, nn.ModuleDict(), switch
         self.train(base.training)
-
-    def give(self, role: str, module: nn.Module) -> None:
-        """Set the low-rank layer or the replacement of a role."""
-        self.own[role] = module
 
     def forward(self, *inputs: Any) -> Any:
         active = self._active()
@@ -92,11 +93,11 @@ def adapted(modules: Mapping[str, nn.Module], path: str, switch: Switch) -> Adap
 
 def add_low_rank(modules: Mapping[str, nn.Module], settings: Lora, seed: int, role: str, switch: Switch) -> list[str]:
     """Add low-rank layers of a role to all targets. They start at zero. Returns the paths of the targets."""
-    targets = [path for path in modules if is_target(path, settings)]
+    targets = [path for path in modules if is_target(path, settings.targets)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in targets:
-            adapted(modules, path, switch).give(role, _low_rank(modules[path], settings))
+            adapted(modules, path, switch).own[role] = _low_rank(modules[path], settings)
     return targets
 
 
@@ -184,16 +185,6 @@ def _plain(name: str) -> str:
     return name.replace(".base.", ".").replace(f".own.{_ONLY}.", ".")
 
 
-def is_in(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a parameter or module belongs to one of the modules, given as suffixes of their paths."""
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
-def is_target(path: str, settings: Lora) -> bool:
-    """Whether a module is a target of an adapter."""
-    return any(f".{path}".endswith(f".{target}") for target in settings.targets)
-
-
 def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) -> None:
     """Check that the settings fit the network.
 
@@ -207,12 +198,12 @@ def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) 
     """
     for key, names in (("targets", settings.targets), ("full_modules", settings.full_modules)):
         for name in names:
-            if not any(f".{path}".endswith(f".{name}") for path in modules):
+            if not any(is_target(path, [name]) for path in modules):
                 raise UserError(f"{where}.{key}", f"the network has no module {name!r}")
     for path, module in modules.items():
-        if not is_target(path, settings):
+        if not is_target(path, settings.targets):
             continue
         if not isinstance(module, nn.Linear):
             raise UserError(f"{where}.targets", f"{path!r} is not a linear layer, and cannot have an adapter")
-        if is_in(path, settings.full_modules):
+        if is_in(f"{path}.", settings.full_modules):
             raise UserError(f"{where}.full_modules", f"{path!r} is also a target; remove it from one of the two")

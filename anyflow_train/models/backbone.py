@@ -22,6 +22,9 @@ from anyflow_train.models.embeddings import ConditionEmbedder, PatchEmbedding
 from anyflow_train.models.fused import modulated_layer_norm
 from anyflow_train.models.kv_cache import StopAfterKV
 
+# diffusers' list, and `delta_embedder`, which needs as much precision as `time_embedder`.
+KEPT_IN_FP32 = ("time_embedder", "delta_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
 
 class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
     """Base class of both networks. Their constructors document the arguments and register them as the config.
@@ -33,24 +36,14 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules: ClassVar = ["AnyFlowTransformerBlock"]
-    # diffusers' list, and `delta_embedder`, which needs as much precision as `time_embedder`.
-    _keep_in_fp32_modules: ClassVar = [
-        "time_embedder",
-        "delta_embedder",
-        "scale_shift_table",
-        "norm1",
-        "norm2",
-        "norm3",
-    ]
+    _keep_in_fp32_modules: ClassVar = [*KEPT_IN_FP32]
     _repeated_blocks: ClassVar = ["AnyFlowTransformerBlock"]
 
     def __init__(self) -> None:
         super().__init__()
         config = self.config  # registered before the body of the constructor runs
         patch, heads = config.patch_size[1], config.num_attention_heads
-        _check_architecture(
-            tuple(config.patch_size), config.attention_head_dim, config.deltatime_type, config.image_dim
-        )
+        _check_architecture(config)
         dim = heads * config.attention_head_dim
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, patch)
         self.condition_embedder = ConditionEmbedder(
@@ -117,45 +110,43 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
         patch = self.config.patch_size[1]
         return latents.shape[3] // patch, latents.shape[4] // patch
 
-    def _check_latents(self, latents: Tensor) -> torch.Size:
-        """Check latents and return their shape (B, F, C, H, W).
+    def _inputs(self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Check the inputs of a call, and embed the text.
+
+        Returns:
+            Source and target time, each (B or 1, F or 1), and text tokens (B, L, D).
 
         Raises:
             ValueError: wrong shape, height or width not divisible by the patch, or a grid that is too long.
         """
-        shape = tuple(latents.shape)
+        shape, patch = tuple(latents.shape), self.config.patch_size[1]
         if len(shape) != 5 or shape[2] != self.config.in_channels:
             raise ValueError(f"hidden_states must be (B, F, {self.config.in_channels}, H, W), but its shape is {shape}")
-        patch = self.config.patch_size[1]
         if shape[3] % patch or shape[4] % patch:
             raise ValueError(f"height and width must be multiples of the patch, {patch}, but hidden_states is {shape}")
-        self._check_grid(shape[1], shape[3] // patch, shape[4] // patch)
-        return latents.shape
+        self._check_grid(shape[1], *self._grid(latents))
+        if text.ndim != 3 or text.shape[0] != shape[0] or text.shape[2] != self.config.text_dim:
+            wanted = f"({shape[0]}, L, {self.config.text_dim})"
+            raise ValueError(f"encoder_hidden_states must be {wanted}, but its shape is {tuple(text.shape)}")
+        t, r = torch.broadcast_tensors(frame_times(t, *shape[:2]), frame_times(r, *shape[:2]))
+        return t, r, self.condition_embedder.text_embedder(text)
 
     def _check_grid(self, frames: int, rows: int, columns: int) -> None:
         if max(frames, rows, columns) > self.config.rope_max_seq_len:
-            raise ValueError(
-                f"a grid of {frames} x {rows} x {columns} tokens is longer than "
-                f"rope_max_seq_len = {self.config.rope_max_seq_len}"
-            )
-
-    def _check_text(self, batch: int, text: Tensor) -> None:
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"encoder_hidden_states must be ({batch}, L, {self.config.text_dim}), "
-                f"but its shape is {tuple(text.shape)}"
-            )
+            limit = f"rope_max_seq_len = {self.config.rope_max_seq_len}"
+            raise ValueError(f"a grid of {frames} x {rows} x {columns} tokens is longer than {limit}")
 
 
-def _check_architecture(patch_size: tuple[int, ...], head_dim: int, deltatime_type: str, image_dim: None) -> None:
+def _check_architecture(config: Any) -> None:
+    patch_size, head_dim = tuple(config.patch_size), config.attention_head_dim
     if len(patch_size) != 3 or patch_size[0] != 1 or patch_size[1] != patch_size[2] or patch_size[1] < 1:
         raise ValueError(f"patch_size must be (1, p, p), not {patch_size}")
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"attention_head_dim must be even, not {head_dim}")
-    if deltatime_type not in ("r", "t-r"):
-        raise ValueError(f'deltatime_type must be "r" or "t-r", not {deltatime_type!r}')
-    if image_dim is not None:
-        raise ValueError(f"image_dim must be None, not {image_dim}: image embeddings are not supported")
+    if config.deltatime_type not in ("r", "t-r"):
+        raise ValueError(f'deltatime_type must be "r" or "t-r", not {config.deltatime_type!r}')
+    if config.image_dim is not None:
+        raise ValueError(f"image_dim must be None, not {config.image_dim}: image embeddings are not supported")
 
 
 def frame_times(times: Tensor, batch: int, frames: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -77,8 +78,7 @@ class ChunkLayout:
     @property
     def tokens(self) -> int:
         """Number of tokens S of the sequence."""
-        context, copies, full = self._lengths()
-        return sum(context) + sum(copies) + sum(full)
+        return sum(map(sum, self._lengths()))
 
     @property
     def full_tokens(self) -> int:
@@ -110,10 +110,8 @@ class ChunkLayout:
     def attention(self) -> Segments:
         """Attention pattern of the sequence."""
         context, copies, full = self._lengths()
-        spans = _spans((*context, *copies, *full))
-        if not copies:
-            return Segments(tuple(Segment(span, ((0, span[1]),)) for span in spans))
-        noisy = len(context) + len(copies)
+        spans = list(pairwise((0, *accumulate((*context, *copies, *full)))))
+        noisy = len(context) + len(copies) if copies else len(spans)
         segments = [Segment(span, ((0, span[1]),)) for span in spans[:noisy]]
         ends = [0, *(stop for _, stop in spans[:noisy])]
         for index, span in enumerate(spans[noisy:]):
@@ -174,12 +172,3 @@ def _taken(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     """Select tokens; for a single span, the result is a view."""
     parts = [x[:, start:stop] for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _spans(lengths: Sequence[int]) -> list[Span]:
-    """Convert lengths of consecutive parts to spans."""
-    spans, start = [], 0
-    for length in lengths:
-        spans.append((start, start + length))
-        start += length
-    return spans

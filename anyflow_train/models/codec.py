@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from anyflow_train.errors import UserError
 
 
+@dataclass(eq=False)
 class Codec:
     """VAE, tokenizer and text encoder of a pipeline. The last two are loaded when a text is first encoded.
 
@@ -30,13 +32,22 @@ class Codec:
         vae: frozen AutoencoderKLWan.
         device: device of the VAE and the text encoder.
         dtype: dtype of the VAE and the text encoder.
+        spatial_factor: pixels per latent, in height and in width (8 for Wan2.1).
+        temporal_factor: video frames per latent frame, except for the first (4 for Wan2.1: 4n + 1 frames become n + 1).
+        latents_mean, latents_std: mean and standard deviation per channel of the latents before normalisation.
     """
 
-    def __init__(self, source: str, vae: AutoencoderKLWan, device: torch.device, dtype: torch.dtype) -> None:
-        self.source = source
-        self.vae = vae
-        self.device = device
-        self.dtype = dtype
+    source: str
+    vae: AutoencoderKLWan
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        config: Any = self.vae.config
+        self.spatial_factor: int = config["scale_factor_spatial"]
+        self.temporal_factor: int = config["scale_factor_temporal"]
+        self.latents_mean: tuple[float, ...] = tuple(config["latents_mean"])
+        self.latents_std: tuple[float, ...] = tuple(config["latents_std"])
 
     @classmethod
     def load(cls, source: str | Path, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Codec:
@@ -52,26 +63,6 @@ class Codec:
         """
         vae = _from_pretrained(AutoencoderKLWan, source, "vae", dtype=dtype)
         return cls(str(source), vae.to(device).eval().requires_grad_(False), torch.device(device), dtype)
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent, in height and in width (8 for Wan2.1)."""
-        return self.vae.config["scale_factor_spatial"]
-
-    @property
-    def temporal_factor(self) -> int:
-        """Video frames per latent frame, except for the first (4 for Wan2.1: 4n + 1 frames become n + 1)."""
-        return self.vae.config["scale_factor_temporal"]
-
-    @property
-    def latents_mean(self) -> tuple[float, ...]:
-        """Mean per channel of the latents before normalisation."""
-        return tuple(self.vae.config["latents_mean"])
-
-    @property
-    def latents_std(self) -> tuple[float, ...]:
-        """Standard deviation per channel of the latents before normalisation."""
-        return tuple(self.vae.config["latents_std"])
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:

@@ -55,14 +55,7 @@ class ConditionEmbedder(nn.Module):
 
     delta_emb_gate: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        freq_dim: int,
-        text_dim: int,
-        gate_value: float,
-        deltatime_type: str,
-    ) -> None:
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, gate_value: float, deltatime_type: str) -> None:
         super().__init__()
         self.deltatime_type = deltatime_type
         self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)

@@ -15,15 +15,20 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from anyflow_train.models.backbone import Backbone, frame_times
+from anyflow_train.models.attend import AttentionPattern
+from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.chunk_layout import ChunkLayout, check_chunks
-from anyflow_train.models.clean_copies import CleanCopies
+from anyflow_train.models.clean_copies import clean_copies
 from anyflow_train.models.embeddings import PatchEmbedding, patch_tokens
 from anyflow_train.models.kv_cache import AnyFlowFARTransformerOutput, KVCache, RecordKV, StopAfterKV
 from anyflow_train.models.rotary import RotaryGrid, Stretch
 
-Times = tuple[Tensor, Tensor]
+Times = Sequence[Tensor]
 """Source and target time, each (B or 1, F or 1) in 0..1000."""
+
+
+Patterns = Sequence[AttentionPattern | StopAfterKV | None]
+"""Attention pattern of each block; None means all-to-all."""
 
 
 class AnyFlowFARTransformer3DModel(Backbone):
@@ -118,53 +123,50 @@ class AnyFlowFARTransformer3DModel(Backbone):
             ValueError: a wrong shape, height or width not divisible by a patch, a video longer than
                 `rope_max_seq_len`, or a cache of other chunks or latents.
         """
-        batch, frames, *_ = self._check_latents(hidden_states)
-        self._check_text(batch, encoder_hidden_states)
         if (clean_hidden_states is not None) + (kv_cache is not None) + return_kv_cache > 1:
             raise ValueError("only one of clean_hidden_states, kv_cache and return_kv_cache can be given")
-        t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        partition = tuple(chunk_partition)
-
+        *times, text = self._inputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
+        partition, sample = tuple(chunk_partition), None
         if return_kv_cache:
             layout = self._layout(partition, self._limit - 1, hidden_states)
-            cache = self._encode(hidden_states, (t, r), text, layout)
-            return AnyFlowFARTransformerOutput(kv_cache=cache) if return_dict else (None, cache)
-        if kv_cache is not None:
-            sample = self._next_chunk(hidden_states, (t, r), text, partition, kv_cache)
-            return AnyFlowFARTransformerOutput(sample, kv_cache) if return_dict else (sample, kv_cache)
-        layout = self._layout(partition, self._limit, hidden_states)
-        clean = None
-        if clean_hidden_states is not None:
-            layout = layout.with_copies()
-            clean = CleanCopies.of(clean_hidden_states, clean_timestep, layout, hidden_states)
-        sample = self._denoise(hidden_states, (t, r), text, layout, clean)
-        return AnyFlowFARTransformerOutput(sample) if return_dict else (sample,)
+            kv_cache = self._encode(hidden_states, times, text, layout)
+        elif kv_cache is not None:
+            sample = self._next_chunk(hidden_states, times, text, partition, kv_cache)
+        else:
+            layout, copies = self._layout(partition, self._limit, hidden_states), hidden_states[:, :0]
+            if clean_hidden_states is not None:
+                layout = layout.with_copies()
+                copies, times = clean_copies(clean_hidden_states, clean_timestep, layout, hidden_states, times)
+            patterns = [layout.attention()] * len(self.blocks)
+            x, embedding = self._run_layout(hidden_states, copies, times, text, layout, patterns)
+            # The outputs for context and clean copies are not used. A single row of times applies to all frames.
+            x, embedding = x[:, -layout.full_tokens :], embedding[:, -sum(layout.full) :]
+            sample = self._velocity(x, embedding, sum(layout.full), layout.grid)
+        if return_dict:
+            return AnyFlowFARTransformerOutput(sample, kv_cache)
+        return (sample,) if kv_cache is None else (sample, kv_cache)
 
-    def _denoise(
-        self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout, clean: CleanCopies | None
-    ) -> Tensor:
-        """Predict the velocity of the full chunks of a layout."""
-        if clean is not None:
-            times = clean.among(times[0], layout), clean.among(times[1], layout)
+    def _run_layout(
+        self, latents: Tensor, copies: Tensor, times: Times, text: Tensor, layout: ChunkLayout, patterns: Patterns
+    ) -> tuple[Tensor, Tensor]:
+        """Run all tokens of a layout through the blocks. Returns tokens (B, S, D) and the time embedding."""
         embedding, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches(layout.stretches(), latents.device)
-        x = self._tokens(latents, layout, clean)
-        patterns = [layout.attention()] * len(self.blocks)
-        x = self._run_blocks(x, text, layout.rows(modulation), rotation, patterns)
-        # The outputs for context and clean copies are not used. A single row of times applies to all frames.
-        x, embedding = x[:, -layout.full_tokens :], embedding[:, -sum(layout.full) :]
-        return self._velocity(x, embedding, sum(layout.full), layout.grid)
+        older = sum(layout.context)
+        parts = (
+            (self.far_patch_embedding, latents[:, :older]),
+            (self.patch_embedding, copies),
+            (self.patch_embedding, latents[:, older:]),
+        )
+        x = torch.cat([patch_tokens(patches, part) for patches, part in parts if part.shape[1]], dim=1)
+        rotation = self.rope(layout.stretches(), latents.device)
+        return self._run_blocks(x, text, layout.rows(modulation), rotation, patterns), embedding
 
     @torch.no_grad()
     def _encode(self, latents: Tensor, times: Times, text: Tensor, layout: ChunkLayout) -> KVCache:
         """Encode all chunks of a layout as keys and values."""
         kept: list[tuple[Tensor, Tensor]] = []
-        _, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches(layout.stretches(), latents.device)
         patterns = [RecordKV(layout.attention(), kept)] * (len(self.blocks) - 1)
-        x = self._tokens(latents, layout, None)
-        self._run_blocks(x, text, layout.rows(modulation), rotation, [*patterns, StopAfterKV(kept)])
+        self._run_layout(latents, latents[:, :0], times, text, layout, [*patterns, StopAfterKV(kept)])
         keys, values = zip(*kept, strict=True)
         return KVCache(keys, values, (*layout.context, *layout.full), layout.grid)
 
@@ -181,22 +183,10 @@ class AnyFlowFARTransformer3DModel(Backbone):
             before = ChunkLayout.of(partition[:-1], self._limit - 1, grid, self._pool)
             cache.check_shapes(len(self.blocks), len(latents), before.tokens, grid)
         embedding, modulation = self.condition_embedder(*times)
-        rotation = self.rope.stretches((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
+        rotation = self.rope((Stretch((frames, *grid), sum(partition[:-1])),), latents.device)
         patterns = cache.patterns() if cache.chunks else [None] * len(self.blocks)
         x = self._run_blocks(patch_tokens(self.patch_embedding, latents), text, modulation, rotation, patterns)
         return self._velocity(x, embedding, frames, grid)
-
-    def _tokens(self, latents: Tensor, layout: ChunkLayout, clean: CleanCopies | None) -> Tensor:
-        """Embed all tokens of a layout, (B, S, D)."""
-        older = sum(layout.context)
-        parts = []
-        if layout.context:
-            parts.append(patch_tokens(self.far_patch_embedding, latents[:, :older]))
-        if clean is not None and layout.copies:
-            parts.append(patch_tokens(self.patch_embedding, clean.latents))
-        if layout.full:
-            parts.append(patch_tokens(self.patch_embedding, latents[:, older:]))
-        return torch.cat(parts, dim=1)
 
     def _layout(self, partition: tuple[int, ...], full_chunks: int, latents: Tensor) -> ChunkLayout:
         layout = ChunkLayout.of(partition, full_chunks, self._grid(latents), self._pool)

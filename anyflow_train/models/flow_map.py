@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.flow.times import TIME_SCALE
-from anyflow_train.flow.types import CachedContext, Condition, Prefix, TeacherForced
+from anyflow_train.flow.types import CachedContext, Condition, TeacherForced
 from anyflow_train.models.backbone import Backbone
 
 
@@ -45,17 +45,18 @@ class NetworkFlowMap:
         past, causal = condition.past, hasattr(self.network, "far_patch_embedding")
         if isinstance(past, TeacherForced | CachedContext) and not causal:
             raise ValueError("the condition has chunks, but only a causal network can generate chunks")
-        if isinstance(past, Prefix):
-            velocity = self._called(*_after(past.frames, x, t, r), condition, _one_chunk(past.frames, x, causal))
-            return velocity[:, past.frames.shape[1] :]
+        if isinstance(past, CachedContext):
+            return self._called(x, t, r, condition, {"chunk_partition": past.chunks, "kv_cache": past.kv_cache})
         if isinstance(past, TeacherForced):
             # No chunk sees the clean copy of a single chunk.
             clean = past.clean.to(self._dtype) if len(past.chunks) > 1 else None
             chunks = {"chunk_partition": past.chunks, "clean_hidden_states": clean}
             return self._called(*_after(past.context, x, t, r), condition, chunks)
-        if isinstance(past, CachedContext):
-            return self._called(x, t, r, condition, {"chunk_partition": past.chunks, "kv_cache": past.kv_cache})
-        return self._called(x, t, r, condition, _one_chunk(None, x, causal))
+        before = x[:, :0] if past is None else past.frames
+        # All frames are one chunk, with all-to-all attention.
+        chunks = {"chunk_partition": (before.shape[1] + x.shape[1],)} if causal else {}
+        velocity = self._called(*_after(before, x, t, r), condition, chunks)
+        return velocity if past is None else velocity[:, before.shape[1] :]
 
     @torch.no_grad()
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
@@ -98,9 +99,3 @@ def _after(past: Tensor, x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tenso
         return torch.cat((clean, rows.expand(x.shape[:2])), dim=1)
 
     return torch.cat((past.to(x.dtype), x), dim=1), by_frame(t), by_frame(r)
-
-
-def _one_chunk(past: Tensor | None, x: Tensor, causal: bool) -> dict[str, Any]:
-    """Arguments that make a causal network treat all frames as one chunk, with all-to-all attention."""
-    frames = x.shape[1] + (0 if past is None else past.shape[1])
-    return {"chunk_partition": (frames,)} if causal else {}

@@ -42,20 +42,17 @@ class Fp8Linear(nn.Module):
         return _with_bias(_Product.apply(x.flatten(0, -2), self.weight), self.bias, x)
 
 
-class StoredFp8Linear(nn.Module):
+class StoredFp8Linear(Fp8Linear):
     """A linear layer whose weight is stored in fp8, one byte per number. For networks that never need a gradient.
 
     It always multiplies in fp8 and returns bfloat16.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
         values, scales = rows_in_fp8(layer.weight.detach())
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scales = nn.Buffer(scales)
-        self.bias = layer.bias
-        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features) bfloat16."""

@@ -13,7 +13,7 @@ from anyflow_train.models.attend import AttentionPattern, attend
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the chunks before the one that is generated.
+    """Keys and values of the chunks before the one that is generated. Without arguments, it is empty.
 
     Attributes:
         keys, values: (B, L, H, head_dim) per block, without gradient. The keys are rotated to their positions in the
@@ -22,20 +22,10 @@ class KVCache:
         grid: (rows, columns) of patches of the usual size in a frame.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    chunks: tuple[int, ...]
-    grid: tuple[int, int]
-
-    @classmethod
-    def empty(cls) -> KVCache:
-        """Create an empty cache, for the first chunk."""
-        return cls((), (), (), (0, 0))
-
-    @property
-    def tokens(self) -> int:
-        """Number of cached tokens L."""
-        return self.keys[0].shape[1] if self.keys else 0
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    chunks: tuple[int, ...] = ()
+    grid: tuple[int, int] = (0, 0)
 
     def check_chunks(self, wanted: tuple[int, ...]) -> None:
         """Check the cached chunks. Raises ValueError if they are not `wanted`."""
@@ -48,7 +38,7 @@ class KVCache:
         """Check the shapes. Raises ValueError if the cache is from another network or another size of latents."""
         if self.grid != grid:
             raise ValueError(f"kv_cache has frames of {self.grid} patches, but the new chunk has {grid}")
-        found = (len(self.keys), self.keys[0].shape[0], self.tokens)
+        found = (len(self.keys), *self.keys[0].shape[:2])
         if found != (blocks, batch, tokens):
             names = "blocks, samples and tokens"
             raise ValueError(f"kv_cache has {found} {names}, but the new chunk needs {(blocks, batch, tokens)}")
@@ -92,7 +82,7 @@ class RecordKV:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute self-attention. query, key, value: (B, S, H, head_dim). Returns (B, S, D)."""
-        _keep(self.kept, key, value)
+        StopAfterKV(self.kept).keep(key, value)
         return self.pattern.attend(query, key, value)
 
 
@@ -104,9 +94,5 @@ class StopAfterKV:
 
     def keep(self, key: Tensor, value: Tensor) -> None:
         """Record keys and values, each (B, S, H, head_dim)."""
-        _keep(self.kept, key, value)
-
-
-def _keep(kept: list[tuple[Tensor, Tensor]], key: Tensor, value: Tensor) -> None:
-    # Under autocast the norm may return float32 keys, which attention rounds. Rounding them here halves the memory.
-    kept.append((key.to(value.dtype), value))
+        # Under autocast the norm may return float32 keys, which attention rounds. Rounding them here halves the memory.
+        self.kept.append((key.to(value.dtype), value))

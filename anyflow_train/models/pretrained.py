@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,15 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
+from anyflow_train.config.network import Causal
 from anyflow_train.errors import UserError
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 
-SHARED_CONFIG = (
-    "patch_size",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-    "cross_attn_norm",
-    "eps",
-    "rope_max_seq_len",
-)
-"""Constructor arguments that the Wan2.1 transformer and the student share."""
+Given = Mapping[str, Any]
+"""Arguments of a network's constructor."""
 
 _ONLY_VALUE = {
     "qk_norm": "rms_norm_across_heads",
@@ -42,7 +31,10 @@ _ONLY_VALUE = {
     "image_dim": None,
     "pos_embed_seq_len": None,
 }
-"""Required values of the other arguments of the Wan2.1 transformer. A student supports no other values."""
+"""Required values of some arguments of the Wan2.1 transformer. A student supports no other values."""
+
+SHARED_CONFIG = tuple(name for name in signature(WanTransformer3DModel).parameters if name not in _ONLY_VALUE)
+"""Constructor arguments that the Wan2.1 transformer and the student share."""
 
 STUDENT_TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
 """Default handling of the second time in a student from a Wan2.1 transformer."""
@@ -50,11 +42,7 @@ STUDENT_TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
 TEACHER_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
 """Arguments of a teacher. At gate 0 the second time has no effect, so the network is the Wan2.1 transformer."""
 
-CAUSAL = {
-    "full_chunk_limit": 3,
-    "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
-    "compressed_patch_size": (1, 4, 4),
-}
+CAUSAL = Causal().model_dump()
 """Default chunk arguments of a causal student."""
 
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
@@ -72,7 +60,7 @@ class PretrainedWeights:
             absent; it is then computed from the first one.
     """
 
-    arguments: Mapping[str, Any]
+    arguments: Given
     tensors: Mapping[str, Callable[[], Tensor]]
 
     def read(self, name: str) -> Tensor:
@@ -85,9 +73,9 @@ class PretrainedWeights:
 
 def open_pretrained(
     source: str | Path,
-    times: Mapping[str, Any] | None = None,
-    causal: Mapping[str, Any] | None = None,
-    wan_times: Mapping[str, Any] = STUDENT_TIMES,
+    times: Given | None = None,
+    causal: Given | None = None,
+    wan_times: Given = STUDENT_TIMES,
 ) -> PretrainedWeights:
     """Open a Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id.
 
@@ -102,7 +90,8 @@ def open_pretrained(
         UserError: the source does not exist, is of another kind, has missing or unexpected weights, or has other times
             or chunks than required.
     """
-    place, arguments, kind = describe_source(source, times, causal, wan_times)
+    place, config = _locate(source)
+    kind, arguments = config.get("_class_name"), _arguments(source, config, times, causal, wan_times)
     files, network = _open_files(source, place), build_empty(arguments)
     is_wan = kind == WanTransformer3DModel.__name__
     tensors, left = {}, set(files)
@@ -122,40 +111,30 @@ def open_pretrained(
     return PretrainedWeights(arguments, tensors)
 
 
-def describe_source(
-    source: str | Path,
-    times: Mapping[str, Any] | None = None,
-    causal: Mapping[str, Any] | None = None,
-    wan_times: Mapping[str, Any] = STUDENT_TIMES,
-) -> tuple[str | None, dict[str, Any], str]:
-    """Read the config of a source, without weights. Arguments and errors are those of `open_pretrained`.
-
-    Returns:
-        Subfolder of the transformer (None for the source itself), constructor arguments, and name of the stored class.
-    """
-    place, config = locate(source)
-    kind = str(config.get("_class_name"))
+def _arguments(source: str | Path, config: Given, times: Given | None, causal: Given | None, wan_times: Given) -> Given:
+    """Return constructor arguments for the config of a source. Arguments and errors are those of `open_pretrained`."""
+    kind = config.get("_class_name")
     chunks = {} if causal is None else {**CAUSAL, **causal}
     if kind == WanTransformer3DModel.__name__:
         _check_text_to_video(source, config)
         own = {name: config[name] for name in SHARED_CONFIG if name in config}
-        return place, {**own, **(wan_times if times is None else times), **chunks}, kind
+        return {**own, **(wan_times if times is None else times), **chunks}
+    if kind not in (AnyFlowTransformer3DModel.__name__, AnyFlowFARTransformer3DModel.__name__):
+        raise UserError(str(source), f"holds a {kind}; give a Wan2.1 or AnyFlow transformer")
     # Times that a config lacks have the constructor's defaults.
     own = {**STUDENT_TIMES, **{name: value for name, value in config.items() if not name.startswith("_")}}
     _check_same(source, times or {}, own)
     if own.get("image_dim") is not None:
         raise UserError(str(source), f"has image_dim = {own['image_dim']}, but image embeddings are not supported")
     if kind == AnyFlowTransformer3DModel.__name__:
-        return place, {**own, **chunks}, kind
-    if kind != AnyFlowFARTransformer3DModel.__name__:
-        raise UserError(str(source), f"holds a {kind}; give a Wan2.1 or AnyFlow transformer")
+        return {**own, **chunks}
     own, given = {**CAUSAL, **own}, dict(causal or {})
     partition = given.pop("chunk_partition", own["chunk_partition"])  # depends on the clips, not on the weights
     _check_same(source, given, own)
-    return place, {**own, "chunk_partition": _plain(partition)}, kind
+    return {**own, "chunk_partition": _plain(partition)}
 
 
-def locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
+def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
     """Find the transformer of a source. Returns its subfolder (None for the source itself) and its config.
 
     Raises:
@@ -179,7 +158,7 @@ def locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
     raise UserError(str(source), f"cannot load a transformer of this name from the hub: {reason}")
 
 
-def _check_same(source: str | Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_same(source: str | Path, given: Given, own: Given) -> None:
     """Check required arguments. Raises UserError if the config of the source has other values."""
     for name, wanted in given.items():
         if _plain(own[name]) != _plain(wanted):
@@ -193,7 +172,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_text_to_video(source: str | Path, config: Mapping[str, Any]) -> None:
+def _check_text_to_video(source: str | Path, config: Given) -> None:
     for name, wanted in _ONLY_VALUE.items():
         if config.get(name, wanted) != wanted:
             raise UserError(
@@ -205,7 +184,10 @@ def _check_text_to_video(source: str | Path, config: Mapping[str, Any]) -> None:
 
 def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     """Open the weight files. Returns weight name -> open file."""
-    folder = Path(source) if Path(source).is_dir() else _download(str(source), place)
+    folder = Path(source)
+    if not folder.is_dir():
+        prefix = f"{place}/" if place else ""
+        folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
     folder = folder / (place or "")
     index = folder / f"{_FILE}.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_FILE}
@@ -214,8 +196,3 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     except OSError as error:
         raise UserError(str(source), f"cannot read its weights: {error}") from error
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
-
-
-def _download(source: str, place: str | None) -> Path:
-    prefix = f"{place}/" if place else ""
-    return Path(snapshot_download(source, allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))

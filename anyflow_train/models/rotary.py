@@ -40,11 +40,7 @@ class RotaryGrid:
         self.head_dim = head_dim
         self._tables: dict[tuple[tuple[Stretch, ...], torch.device], Tensor] = {}
 
-    def __call__(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """Rotation table (tokens, head_dim / 2, 2) float32 of a grid (frames, rows, columns): see `rotation_table`."""
-        return self.stretches((Stretch(grid),), device)
-
-    def stretches(self, stretches: tuple[Stretch, ...], device: torch.device) -> Tensor:
+    def __call__(self, stretches: tuple[Stretch, ...], device: torch.device) -> Tensor:
         """Rotation table (tokens, head_dim / 2, 2) float32 of several grids, one after the other."""
         if torch.compiler.is_compiling():
             # Filling the cache while tracing would add a guard that fails on the next call. The compiled graph computes

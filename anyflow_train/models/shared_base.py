@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from anyflow_train.config.network import Lora
+from anyflow_train.config.network import Lora, is_in
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
-from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter, is_in
+from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read
 from anyflow_train.models.devices import on_device
@@ -69,11 +69,11 @@ class SharedBase:
         if role in self._roles:
             raise ValueError(f"the role {role!r} exists already")
         check_adapter(self._plain, settings, where or f"{role}.adapter")
-        wholes = _outermost(path for path in self._plain if is_in(path, settings.full_modules))
+        wholes = _outermost(path for path in self._plain if is_in(f"{path}.", settings.full_modules))
         targets = add_low_rank(self._plain, settings, seed, role, self._switch)
         twin = self._twin() if wholes else None
         for path in wholes:
-            adapted(self._plain, path, self._switch).give(role, self._copied(twin, path))
+            adapted(self._plain, path, self._switch).own[role] = self._copied(twin, path)
         own = {*targets, *wholes}
         self._roles[role] = tuple(path for path in self._plain if path in own)
 

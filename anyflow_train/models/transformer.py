@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
-from anyflow_train.models.backbone import Backbone, frame_times, unpatchify
+from anyflow_train.models.backbone import Backbone, unpatchify
 from anyflow_train.models.embeddings import patch_tokens
-from anyflow_train.models.rotary import RotaryGrid
+from anyflow_train.models.rotary import RotaryGrid, Stretch
 from anyflow_train.models.sequence_parallel import SequenceGroup
 
 
@@ -110,14 +109,11 @@ class AnyFlowTransformer3DModel(Backbone):
             ValueError: a wrong shape, height or width not divisible by the patch, a grid longer than
                 `rope_max_seq_len`, or fewer tokens in a frame than processes that split it.
         """
-        batch, frames, _, height, width = self._check_latents(hidden_states)
-        self._check_text(batch, encoder_hidden_states)
-        t, r = torch.broadcast_tensors(frame_times(timestep, batch, frames), frame_times(r_timestep, batch, frames))
-        patch = self.config.patch_size[1]
-        rotation = self.rope((frames, height // patch, width // patch), hidden_states.device)
+        t, r, context = self._inputs(hidden_states, timestep, r_timestep, encoder_hidden_states)
+        frames, grid = hidden_states.shape[1], self._grid(hidden_states)
+        rotation = self.rope((Stretch((frames, *grid)),), hidden_states.device)
 
         embedding, modulation = self.condition_embedder(t, r)
-        context = self.condition_embedder.text_embedder(encoder_hidden_states)
         x = patch_tokens(self.patch_embedding, hidden_states)
         part = None if self._sequence_group is None else self._sequence_group.part(frames, len(rotation) // frames)
         if part is not None:
@@ -127,5 +123,5 @@ class AnyFlowTransformer3DModel(Backbone):
         if part is not None:
             x = part.gather(x)
 
-        sample = unpatchify(x, frames, height // patch, width // patch, patch)
+        sample = unpatchify(x, frames, *grid, self.config.patch_size[1])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -14,13 +14,14 @@ from torch import Tensor
 from anyflow_train.config import objective as options
 from anyflow_train.config.positions import BranchCounts, rows_with_second_term
 from anyflow_train.data.batch import Batch
-from anyflow_train.flow.derivative import central_difference
+from anyflow_train.flow.derivative import central_difference, exact_derivative
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.flow.weights import beta08, uniform
-from anyflow_train.objectives.guidance import Noised, Regression, noised, regression
+from anyflow_train.objectives.guidance import Noised, Regression, regression
+from anyflow_train.objectives.source import Latent, draw_points
 from anyflow_train.objectives.types import Loss, Roles, Setting
 
 
@@ -37,6 +38,7 @@ class FlowMapObjective:
         times: how t and r are drawn; `times.distribution` must be `uniform`.
         counts: number of samples of each branch in the global batch.
         world: number of data-parallel processes.
+        latent: (F, C, H, W) of one sample; only needed for `objective.source=student`.
 
     Raises:
         ValueError: `times.distribution` is not `uniform`.
@@ -48,11 +50,12 @@ class FlowMapObjective:
     times: options.Times
     counts: BranchCounts
     world: int = 1
+    latent: Latent | None = None
 
     @classmethod
     def build(cls, config: options.FlowMap, setting: Setting) -> FlowMapObjective:
         """Build the objective of a run."""
-        return cls(config, setting.times, setting.counts, setting.world)
+        return cls(config, setting.times, setting.counts, setting.world, setting.latent)
 
     def __post_init__(self) -> None:
         if self.times.distribution != "uniform":
@@ -61,7 +64,7 @@ class FlowMapObjective:
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         config, shift = self.config, self.times.shift
         interval = draw_interval(draw, self.counts, shift, self.times.precision)
-        sample = noised(batch, draw, interval.t, interval.r, config.text_dropout)
+        sample = draw_points(config, self.latent, roles, batch, draw, interval)
         start = regression(roles, sample, config.guidance, config.guidance_scale, config.velocity)
         rows = rows_with_second_term(self.counts, draw.positions, self.world)
         goal = start.velocity if rows == 0 else self._corrected(roles.derivative, sample, start, rows)
@@ -73,17 +76,12 @@ class FlowMapObjective:
     def _corrected(self, flow_map: FlowMap, sample: Noised, start: Regression, rows: int) -> Tensor:
         """Compute `v_g - (t - r) D u`. Only the last `rows` samples need the derivative; the others have r = t."""
         last = slice(len(sample.x) - rows, None)
-        derivative = central_difference(
-            flow_map,
-            sample.x[last],
-            sample.t[last],
-            sample.r[last],
-            sample.condition[last],
-            start.tangent[last],
-            self.config.epsilon,
-            self.config.derivative_ends,
-            self.times.precision,
-        )
+        config, condition = self.config, sample.condition[last]
+        at = (flow_map, sample.x[last], sample.t[last], sample.r[last], condition, start.tangent[last])
+        if config.derivative == "jvp":
+            derivative = exact_derivative(*at)
+        else:
+            derivative = central_difference(*at, config.epsilon, config.derivative_ends, self.times.precision)
         goal = start.velocity.clone()
         goal[last] -= expand_time(sample.t[last] - sample.r[last], derivative) * derivative
         return goal

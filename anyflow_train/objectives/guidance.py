@@ -16,6 +16,7 @@ Text-dropped samples need no call for u_neg: `target` does not use it, and in `p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +35,11 @@ Velocity = Literal["data", "teacher"]
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch of points on the path from data to noise.
+    """A batch of points on the path from data to noise, or on the student's own (see `objectives.source`).
 
     Attributes:
         x: (B, F, C, H, W) points x_t, float32 or float64.
-        velocity: (B, F, C, H, W) `z - x0`, dtype of x.
+        velocity: (B, F, C, H, W) `z - x0`, dtype of x; NaN if there are no data.
         t, r: (B,) times, in the dtype of x.
         condition: the text; that of text-dropped samples is replaced by the negative prompt.
         negative: the negative prompt for all B samples.
@@ -52,6 +53,12 @@ class Noised:
     condition: Condition
     negative: Condition
     dropped: tuple[bool, ...]
+
+    def __getitem__(self, rows: Sequence[int]) -> Noised:
+        """Select samples."""
+        x, velocity, t, r = (take(values, rows) for values in (self.x, self.velocity, self.t, self.r))
+        dropped = tuple(self.dropped[row] for row in rows)
+        return Noised(x, velocity, t, r, self.condition[rows], self.negative[rows], dropped)
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,15 @@ def noised(batch: Batch, draw: Draw, t: Tensor, r: Tensor, text_dropout: float) 
     x0 = at_least_float32(batch.latents)
     z = draw.normal("noise", tuple(x0.shape[1:])).to(x0.dtype)
     t, r = t.to(x0.dtype), r.to(x0.dtype)
+    return Noised(interpolate(x0, z, t), path_velocity(x0, z), t, r, *drop_texts(batch, draw, text_dropout))
+
+
+def drop_texts(batch: Batch, draw: Draw, text_dropout: float) -> tuple[Condition, Condition, tuple[bool, ...]]:
+    """Return the condition, that of the negative prompt, and for each sample whether its text was dropped."""
     dropped = tuple(chance < text_dropout for chance in draw.chances("text dropout"))
     texts = zip(dropped, batch.condition.text, strict=True)
     text = torch.stack([batch.negative.text[0] if gone else given for gone, given in texts])
-    negative = batch.condition.with_text(batch.negative.text)
-    return Noised(interpolate(x0, z, t), path_velocity(x0, z), t, r, batch.condition.with_text(text), negative, dropped)
+    return batch.condition.with_text(text), batch.condition.with_text(batch.negative.text), dropped
 
 
 @torch.no_grad()
@@ -145,6 +156,11 @@ def _unconditional(flow_map: FlowMap, noised: Noised, r: Tensor) -> Tensor:
     rows = dict(zip(kept, found, strict=True))
     nothing = torch.zeros_like(found[0])
     return torch.stack([nothing if gone else rows[row] for row, gone in enumerate(noised.dropped)])
+
+
+def divisor(noised: Noised, guidance: Guidance, scale: float) -> Tensor:
+    """Compute the divisor (B,) of the loss for `none` and `target`: the square of the scale of each sample."""
+    return torch.ones_like(noised.t) if guidance == "none" else _by_sample(noised, 1.0, scale).square()
 
 
 def _by_sample(noised: Noised, dropped: float, kept: float) -> Tensor:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from anyflow_train.objectives.types import Branch, Loss
 
-Rebalance = Literal["weighted", "unweighted", "none"]
+Rebalance = Literal["weighted", "unweighted", "sqrt", "none"]
 
 FLOOR = 1e-5  # keeps the scale finite for a sample with a loss near 0
 
 
 def balance_value(loss: Loss, mode: Rebalance) -> Tensor:
-    """Compute the (B,) losses that are averaged over the diffusion samples: detached, weighted unless `unweighted`."""
+    """Compute the (B,) losses that are averaged over the diffusion samples, detached. Some modes use no weights."""
     value = loss.per_sample.detach()
-    return value if mode == "unweighted" else value * loss.weight
+    return value if mode in ("unweighted", "sqrt") else value * loss.weight
 
 
 def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mean: float = 0.0) -> Tensor:
@@ -33,7 +33,8 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mea
         loss: losses of B samples.
         diffusion_mean: () mean of `balance_value` over the global batch's diffusion samples.
         mode: `weighted` scales the weighted losses, as published; this cancels the weight of samples with r < t.
-            `unweighted` scales the unweighted losses and then applies the weights. `none` only applies the weights.
+            `unweighted` scales the unweighted losses and then applies the weights. `sqrt` does the same with the
+            square root of the scale. `none` only applies the weights.
         smallest_mean: lower bound of `diffusion_mean`. A student that starts as its teacher has no diffusion loss, so
             without a bound the other losses would vanish.
     """
@@ -41,4 +42,5 @@ def rebalanced(loss: Loss, diffusion_mean: Tensor, mode: Rebalance, smallest_mea
     if mode == "none" or loss.branch is None:
         return weighted
     scale = diffusion_mean.detach().clamp_min(smallest_mean) / (balance_value(loss, mode) + FLOOR)
+    scale = scale.sqrt() if mode == "sqrt" else scale
     return torch.where(loss.branch == Branch.DIFFUSION, weighted, weighted * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class Roles:
     teacher: FlowMap | None = None
     fake_score: FlowMap | None = None
 
+    def wrapped(self, wrap: Callable[[str, FlowMap], FlowMap]) -> Roles:
+        """Return the roles with each flow map replaced by `wrap(name, flow_map)`."""
+        return Roles(**{name: flow_map and wrap(name, flow_map) for name, flow_map in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -59,11 +64,13 @@ class Setting:
         global_batch: number of samples per step, over all processes.
         times: how t and r are drawn.
         world: number of data-parallel processes.
+        latent: (F, C, H, W) of one sample; None if the objective takes it from the clips.
     """
 
     global_batch: int
     times: Times = field(default_factory=Times)
     world: int = 1
+    latent: tuple[int, int, int, int] | None = None
 
     @property
     def counts(self) -> BranchCounts:
@@ -73,6 +80,11 @@ class Setting:
             ValueError: the batch is too small for a sample of each branch.
         """
         return branch_counts(self.global_batch, self.times.diffusion_share, self.times.consistency_share)
+
+    @property
+    def positions_below(self) -> range:
+        """Positions of the global batch with r < t."""
+        return range(self.counts.diffusion, self.global_batch)
 
 
 class Objective(Protocol):

@@ -11,12 +11,13 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError
 from anyflow_train.plan.dry_run import dry_run
-from anyflow_train.plan.fit import TAKEN, nearest_fit, refused_under
+from anyflow_train.plan.fit import nearest_fit
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.report import advice, report
 from anyflow_train.training.gpus import GPUS
+from anyflow_train.training.start_checks import check_strategy
 
 FITS, DOES_NOT_FIT = 0, 1
 
@@ -29,12 +30,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     """
     _check_strategy(overrides)
     options, config = compose_beside(PlanOptions, overrides, config_dir, lambda options: options.world)
-    refused = refused_under(config, options.strategy)
-    if refused:
-        problem = f"is refused under strategy={options.strategy}; choose"
-        raise UserErrors(
-            [UserError(key, f"{problem} {TAKEN[key]}, or set it to {value}") for key, value in refused.items()]
-        )
+    check_strategy(config, options.strategy)
     found = dry_run(config, options.world)
     memory = plan_memory(config, found, options.strategy, options.world)
     print(report(config, options, found, memory))

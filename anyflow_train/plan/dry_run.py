@@ -7,11 +7,12 @@ code that trains it. Networks are built with one and with two blocks: everything
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -35,8 +36,8 @@ from anyflow_train.training.updates import Term, Update, make_update
 # Draws of a step's shared numbers over which operations are averaged, where an objective asks for such numbers.
 VARIANTS = 8
 Kernels = Callable[[], AbstractContextManager[None]]
-Figures = dict[Hashable, float]
-"""Everything that a dry run counts: each of them is linear in the number of blocks of every network."""
+Figures = dict[tuple[str, Hashable], tuple[float, ...]]
+"""Everything that a dry run counts, by kind and key: linear in the number of blocks of every network."""
 Count = Callable[[Mapping[int, int]], Figures]
 """Numbers of blocks of networks -> blocks that are built of each -> figures."""
 Deepen = Callable[[RunConfig, Count], Figures]
@@ -80,7 +81,8 @@ def from_two_blocks(config: RunConfig, figures: Count) -> Figures:
     for count in counts:
         two = figures({**shallow, count: 2})
         for key in two.keys() | one.keys():
-            found[key] = found.get(key, 0) + (count - 1) * (two.get(key, 0) - one.get(key, 0))
+            values = zip_longest(*(each.get(key, ()) for each in (found, one, two)), fillvalue=0)
+            found[key] = tuple(total + (count - 1) * (b - a) for total, a, b in values)
     return found
 
 
@@ -102,7 +104,7 @@ def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen:
             operations, variant = step.operations()
         # A recipe of its own, in which no rollout waits for an update that was not made.
         with _dry_step(config, kernels, blocks) as step:
-            return {**operations, **step.memory(variant, world), ("variant",): variant}
+            return {**operations, **step.memory(variant, world)}
 
     return _unpacked(deepen(config, figures))
 
@@ -112,7 +114,7 @@ def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
 
     def figures(blocks: Mapping[int, int]) -> Figures:
         with _dry_step(config, as_on_gpu, blocks) as step:
-            return {**step.memory(variant, world), ("variant",): variant}
+            return step.memory(variant, world)
 
     return _unpacked(from_two_blocks(config, figures))
 
@@ -137,9 +139,8 @@ def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int]) ->
     assumed: list[str] = []
     with FakeTensorMode(), Meter() as meter, kernels():
         recipe = build_recipe(config, ALONE, fake_materials(meter, blocks.__getitem__, shallow, assumed))
-        figures: Figures = {("assumed", role): 1.0 for role in assumed}
-        for role, size in network_sizes(recipe).items():
-            figures |= {("size", role, field): value for field, value in asdict(size).items()}
+        figures: Figures = {("assumed", role): () for role in assumed}
+        figures |= {("size", role): size for role, size in network_sizes(recipe).items()}
         meter.settle()
         yield _DryStep(config, watched(remembered(recipe, meter), meter), meter, figures)
 
@@ -180,7 +181,8 @@ class _DryStep:
                     total[key] += share * count / len(found)  # pyright: ignore[reportArgumentType] (means)
             if len(updates) == len(self.recipe.updates):
                 costs = [sum(count for key, count in variant.items() if isinstance(key, Work)) for variant in found]
-        return dict(total), costs.index(max(costs))
+        kinds = {key: "operations" if isinstance(key, Work) else "samples" for key in total}
+        return {(kinds[key], key): (count,) for key, count in total.items()}, costs.index(max(costs))
 
     def memory(self, variant: int, world: int) -> Figures:
         """The fullest moments of a whole step, and of validation, on one of `world` processes.
@@ -200,10 +202,8 @@ class _DryStep:
             make_update(always, self.recipe.trainables[update.role], self.recipe.roles, batches, draws, 0.0, "")
         del waiting, batches
         sample_once(self.config, self.recipe, self.meter)
-        figures = dict(self.networks)
-        for (part, name), moment in self.meter.moments.items():
-            figures |= {("moment", part, name, field): value for field, value in asdict(moment).items()}
-        return figures
+        moments: Figures = {("moment", key): moment for key, moment in self.meter.moments.items()}
+        return {**self.networks, **moments, ("variant", ""): (variant,)}
 
     def _terms(
         self,
@@ -246,18 +246,14 @@ def _turns(updates: Sequence[Update]) -> list[tuple[tuple[Update, ...], float]]:
 
 
 def _unpacked(figures: Figures) -> DryRun:
-    moments: dict[tuple[str, str], dict[str, Any]] = {}
-    sizes: dict[str, dict[str, Any]] = {}
-    for key, value in figures.items():
-        if isinstance(key, tuple) and key[0] == "moment":
-            moments.setdefault(key[1:3], {})[key[3]] = max(round(value), 0)
-        elif isinstance(key, tuple) and key[0] == "size":
-            sizes.setdefault(key[1], {})[key[2]] = round(value)
+    kinds: defaultdict[str, dict[Any, tuple[float, ...]]] = defaultdict(dict)
+    for (kind, key), values in figures.items():
+        kinds[kind][key] = values
     return DryRun(
-        operations={key: value for key, value in figures.items() if isinstance(key, Work)},
-        samples={key: value for key, value in figures.items() if isinstance(key, str)},
-        moments=[(part, Moment(**fields)) for (part, _), fields in moments.items()],
-        sizes={role: Sizes(**fields) for role, fields in sizes.items()},
-        assumed=tuple(key[1] for key in figures if isinstance(key, tuple) and key[0] == "assumed"),
-        costliest=int(figures["variant",]),
+        operations={work: count for work, (count,) in kinds["operations"].items()},
+        samples={part: count for part, (count,) in kinds["samples"].items()},
+        moments=[(part, Moment(*(max(round(v), 0) for v in held))) for (part, _), held in kinds["moment"].items()],
+        sizes={role: Sizes(*map(round, size)) for role, size in kinds["size"].items()},
+        assumed=tuple(kinds["assumed"]),
+        costliest=round(kinds["variant"][""][0]),
     )

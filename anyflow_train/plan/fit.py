@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
-from anyflow_train.config.network import Checkpointing, FullTraining
+from anyflow_train.config.network import Checkpointing
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.dry_run import DryRun, dry_run_memory
 from anyflow_train.plan.memory import Memory, plan_memory
+from anyflow_train.training.start_checks import refused_under
 
 # How large a change is. A smaller micro-batch and checkpointing cost time only, ZeRO also communication; offloading
 # costs much of both; LoRA trains something else.
@@ -19,6 +21,7 @@ CHECKPOINTING: dict[Checkpointing, int] = {"none": 0, "selective": 3, "block": 6
 STRATEGIES = {"ddp": 0, "zero1": 4, "zero2": 6, "zero3": 8, "zero3_offload": 18}
 SEQUENCE_PARALLEL = {1: 0, 2: 10, 4: 14, 8: 18}
 LORA = 32
+KEYS = ("strategy", "engine.micro_batch", "student.gradient_checkpointing", "engine.sequence_parallel")
 
 
 @dataclass(frozen=True)
@@ -54,56 +57,41 @@ def nearest_fit(
 
 def settings(config: RunConfig, lora: RunConfig | None, strategy: str, world: int) -> Iterator[Setting]:
     """Everything that `nearest_fit` tries and the rules accept, the smallest change first."""
-    found = list(_settings(config, strategy, world, ()))
-    if lora is not None and isinstance(config.student.adapter, FullTraining):
-        found += _settings(lora, strategy, world, ("student/adapter=lora",))
+    found = list(_settings(config, strategy, (), 0))
+    if lora is not None:
+        found += _settings(lora, strategy, ("student/adapter=lora",), LORA)
     for setting in sorted(found, key=lambda setting: setting.size):
         if not run_errors(setting.config, world):
             yield setting
 
 
-def _settings(config: RunConfig, strategy: str, world: int, changes: tuple[str, ...]) -> Iterator[Setting]:
-    wanted = config.student.gradient_checkpointing
-    base = LORA if changes else 0
-    strategies = [name for name in STRATEGIES if STRATEGIES[name] >= STRATEGIES[strategy]]
-    parallel = [k for k in SEQUENCE_PARALLEL if k >= config.engine.sequence_parallel and world % k == 0]
-    policies: list[Checkpointing] = [
-        policy for policy in CHECKPOINTING if CHECKPOINTING[policy] >= CHECKPOINTING[wanted]
-    ]
-    for micro, checkpointing, other, k in product(_halves(config.engine.micro_batch), policies, strategies, parallel):
-        refused = refused_under(config, other)
-        written = [
-            *([f"strategy={other}"] if other != strategy else []),
-            *(f"{key}={value}" for key, value in refused.items()),
-            *([f"engine.micro_batch={micro}"] if micro != config.engine.micro_batch else []),
-            *([f"student.gradient_checkpointing={checkpointing}"] if checkpointing != wanted else []),
-            *([f"engine.sequence_parallel={k}"] if k != config.engine.sequence_parallel else []),
-        ]
-        halvings = (config.engine.micro_batch // micro).bit_length() - 1
-        size = base + halvings * HALF_THE_BATCH + CHECKPOINTING[checkpointing] - CHECKPOINTING[wanted]
-        size += STRATEGIES[other] - STRATEGIES[strategy]
-        size += SEQUENCE_PARALLEL[k] - SEQUENCE_PARALLEL.get(config.engine.sequence_parallel, 0)
-        yield Setting(_changed(config, micro, checkpointing, k, refused), other, (*changes, *written), size)
-
-
-# Under what else the keys that `refused_under` names are taken.
-TAKEN = {"engine.fp8": "ddp to zero2", "optimizer.moments": "ddp"}
-
-
-def refused_under(config: RunConfig, strategy: str) -> dict[str, str]:
-    """Keys that a start under a strategy refuses (`training.start_checks`), and what to set them to."""
-    fp8 = {"engine.fp8": "none"} if strategy.startswith("zero3") and config.engine.fp8 != "none" else {}
-    moments = (
-        {"optimizer.moments": "fp32"} if strategy.startswith("zero") and config.optimizer.moments != "fp32" else {}
+def _settings(config: RunConfig, strategy: str, changes: tuple[str, ...], size: int) -> Iterator[Setting]:
+    micro, width = config.engine.micro_batch, config.engine.sequence_parallel
+    policy = config.student.gradient_checkpointing
+    now = {KEYS[0]: strategy, KEYS[1]: micro, KEYS[2]: policy, KEYS[3]: width}
+    sizes = (
+        {number: halvings * HALF_THE_BATCH for halvings, number in enumerate(_halves(micro))},
+        _larger(CHECKPOINTING, policy),
+        _larger(STRATEGIES, strategy),
+        _larger(SEQUENCE_PARALLEL, width),
     )
-    return fp8 | moments
+    for choice in product(*(axis.items() for axis in sizes)):
+        (micro, policy, other, width), costs = zip(*choice, strict=True)
+        refused = {key: value for key, (_, value) in refused_under(config, other).items()}
+        wanted = {KEYS[0]: other, **refused, KEYS[1]: micro, KEYS[2]: policy, KEYS[3]: width}
+        written = tuple(f"{key}={value}" for key, value in wanted.items() if value != now.get(key))
+        yield Setting(_changed(config, wanted), other, changes + written, size + sum(costs))
+
+
+def _larger(sizes: Mapping[Any, int], now: Any) -> dict[Any, int]:
+    """The present value, and those that are a larger change -> how much larger."""
+    found = {value: size - sizes[now] for value, size in sizes.items() if now in sizes and size > sizes[now]}
+    return {now: 0} | found
 
 
 def _as_dry_run_sees(config: RunConfig) -> str:
     """The config without what only `plan_memory` looks at, as text."""
-    optimizer = config.optimizer.model_copy(update={"moments": "fp32"})
-    engine = config.engine.model_copy(update={"sequence_parallel": 1})
-    return config.model_copy(update={"engine": engine, "optimizer": optimizer}).model_dump_json()
+    return _changed(config, {"optimizer.moments": "fp32", "engine.sequence_parallel": 1}).model_dump_json()
 
 
 def _halves(number: int) -> list[int]:
@@ -114,21 +102,10 @@ def _halves(number: int) -> list[int]:
     return numbers if numbers[-1] == 1 else [*numbers, 1]
 
 
-def _changed(
-    config: RunConfig,
-    micro_batch: int,
-    checkpointing: Checkpointing,
-    sequence_parallel: int,
-    refused: Mapping[str, str],
-) -> RunConfig:
-    changes: dict[str, dict[str, object]] = {
-        "engine": {"micro_batch": micro_batch, "sequence_parallel": sequence_parallel},
-        "student": {"gradient_checkpointing": checkpointing},
-        "optimizer": {},
-    }
-    for key, value in refused.items():
-        part, name = key.split(".")
-        changes[part][name] = value
-    return config.model_copy(
-        update={part: getattr(config, part).model_copy(update=change) for part, change in changes.items()}
-    )
+def _changed(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """The config with other values of dotted keys; `strategy` is not one of its keys."""
+    for key, value in values.items():
+        part, _, name = key.partition(".")
+        if name:
+            config = config.model_copy(update={part: getattr(config, part).model_copy(update={name: value})})
+    return config

@@ -33,8 +33,7 @@ class Work(NamedTuple):
     repeated: bool
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """Bytes that a process holds in one moment of a step, in addition to its state.
 
     Attributes:
@@ -42,14 +41,14 @@ class Moment:
         copies: half-precision copies of weights, which autocast makes.
         gradients: of all parameters, summed up so far.
         arrived: of the gradients that the backward pass under way has given so far.
-        earlier: whether gradients of earlier backward passes of this update were there before.
+        earlier: 1 if gradients of earlier backward passes of this update were there before, else 0.
     """
 
     activations: int
     copies: int
     gradients: int
     arrived: int
-    earlier: bool
+    earlier: int
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,8 @@ class RememberedFlowMap:
 
 def remembered(recipe: Recipe, meter: Meter) -> Recipe:
     """The same recipe with flow maps that compute each kind of call without gradient once."""
-
-    def flow_map(inner: FlowMap | None) -> Any:
-        return None if inner is None else RememberedFlowMap(inner, meter)
-
-    roles = {each.name: flow_map(getattr(recipe.roles, each.name)) for each in fields(recipe.roles)}
-    return replace(recipe, roles=replace(recipe.roles, **roles), averaged=flow_map(recipe.averaged))
+    roles = recipe.roles.wrapped(lambda _, inner: RememberedFlowMap(inner, meter))
+    return replace(recipe, roles=roles, averaged=RememberedFlowMap(recipe.averaged, meter))
 
 
 def described(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from anyflow_train.config.commands import PlanOptions
-from anyflow_train.config.derived import derive, table
+from anyflow_train.config.derived import table
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.fit import Setting
@@ -54,7 +54,7 @@ def step_seconds(operations: Mapping[Work, float], gpu: Gpu, world: int, utilisa
 
 
 def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
-    for name, value in table(derive(config, options.world)):
+    for name, value in table(config, options.world):
         yield _row(name, value)
     for role, sizes in found.sizes.items():
         own = sizes.trained + sizes.frozen + sizes.in_fp8

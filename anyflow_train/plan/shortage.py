@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
@@ -13,70 +12,55 @@ from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.training.memory_check import GpuMemory
 
 
-@dataclass(frozen=True)
-class RunForecast:
-    """A dry run of a config on `world` processes."""
+def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, float]:
+    """Dry-run a config that its rules accept. Returns `memory_warning`, and the operations of a step: `DryRun.work`.
 
-    config: RunConfig
-    world: int
-    found: DryRun
+    Raises:
+        UserError: no step can fit on one of the GPUs, however empty it is.
+    """
+    found = dry_run(config, len(gpus))
+    return memory_warning(config, found, strategy, gpus), found.work
 
-    @property
-    def work(self) -> float:
-        """Operations of a step of all processes together, without those that checkpointing repeats."""
-        return self.found.work
 
-    def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
-        """What to warn of before a run starts; None if it should fit.
+def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
+    """Warning before a run starts; None if it should fit.
 
-        A warning compares all that is planned with what is free. It is no more than that: the rest of the memory may
-        be given back before it is needed. Only the bytes that stay on the GPU from step to step are certain, and they
-        are compared with the whole GPU.
+    The warning compares all memory that is planned with the free memory. It is only a warning, because other processes
+    may free memory before it is needed. Only the bytes that stay on the GPU from step to step are certain. They are
+    compared with the whole GPU.
 
-        Args:
-            strategy: a file of `launch/`.
-            gpus: of every process, by rank.
+    Args:
+        found: dry run of the config.
+        strategy: a file of `launch/`.
+        gpus: GPU of every process, by rank.
 
-        Raises:
-            UserError: no step can fit on one of the GPUs, however empty it is.
-        """
-        memory = plan_memory(self.config, self.found, strategy, self.world)
-        lasting = sum(size for _, size in memory.state) - memory.assumed
-        smallest = min(range(self.world), key=lambda rank: gpus[rank].total)
-        if lasting > gpus[smallest].total:
-            problem = (
-                f"{_gib(lasting)} stay on each GPU from step to step (planned, {strategy} on {self.world}), and "
-                f"{_where(smallest, gpus)} has {_gib(gpus[smallest].total)}"
-            )
-            raise UserError("GPU memory", f"{problem}; {self._advice(strategy, gpus[smallest].total)}")
-        fullest = min(range(self.world), key=lambda rank: gpus[rank].free)
-        gpu = gpus[fullest]
-        if memory.total <= gpu.free:
-            return None
-        problem = (
-            f"GPU memory may not suffice: {_gib(memory.total)} are planned ({strategy} on {self.world}), "
-            f"{_gib(memory.total - gpu.free)} more than {_where(fullest, gpus)} has free of its {_gib(gpu.total)}"
-        )
-        return f"{problem}; {self._advice(strategy, gpu.free)}"
+    Raises:
+        UserError: no step can fit on one of the GPUs, however empty it is.
+    """
+    world = len(gpus)
 
-    def _advice(self, strategy: str, limit: int) -> str:
-        found = nearest_fit(self.config, None, strategy, self.world, limit, self.found.costliest)
-        if found is None:
+    def advice(limit: int) -> str:
+        nearest = nearest_fit(config, None, strategy, world, limit, found.costliest)
+        if nearest is None:
             return "nothing but more or larger GPUs helps, or student/adapter=lora; see anyflow plan"
-        setting, memory = found
+        setting, memory = nearest
         words = [change for change in setting.changes if not change.startswith("strategy=")]
         if setting.strategy != strategy:
             words.insert(0, f"launch/train.sh {setting.strategy}")
         return f"the nearest setting that fits ({_gib(memory.total)}): {' '.join(words)}"
 
-
-def foresee(config: RunConfig, world: int) -> RunForecast:
-    """Dry-run a config that its rules accept."""
-    return RunForecast(config, world, dry_run(config, world))
-
-
-def _where(rank: int, gpus: Sequence[GpuMemory]) -> str:
-    return f"process {rank} ({gpus[rank].host})"
+    memory = plan_memory(config, found, strategy, world)
+    lasting = sum(size for _, size in memory.state) - memory.assumed
+    rank, gpu = min(enumerate(gpus), key=lambda item: item[1].total)
+    if lasting > gpu.total:
+        problem = f"{_gib(lasting)} stay on each GPU from step to step (planned, {strategy} on {world}), and process"
+        raise UserError("GPU memory", f"{problem} {rank} ({gpu.host}) has {_gib(gpu.total)}; {advice(gpu.total)}")
+    rank, gpu = min(enumerate(gpus), key=lambda item: item[1].free)
+    if memory.total <= gpu.free:
+        return None
+    problem = f"GPU memory may not suffice: {_gib(memory.total)} are planned ({strategy} on {world}), "
+    problem += f"{_gib(memory.total - gpu.free)} more than process {rank} ({gpu.host}) has free"
+    return f"{problem} of its {_gib(gpu.total)}; {advice(gpu.free)}"
 
 
 def _gib(size: float) -> str:

@@ -19,7 +19,7 @@ from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
-from anyflow_train.models.build import network_class
+from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import PretrainedWeights
 from anyflow_train.plan.meter import Meter
 from anyflow_train.training.engine import Outcome
@@ -54,9 +54,8 @@ def stored_architecture(source: str | None) -> Architecture | None:
 
 def fake_source(arguments: Mapping[str, Any]) -> WeightSource:
     """Empty weights, such as a network of these constructor arguments has."""
-    with torch.device("meta"):
-        network = network_class(arguments)(**arguments)
-    tensors = {name: partial(torch.empty, parameter.shape) for name, parameter in network.named_parameters()}
+    parameters = build_empty(arguments).named_parameters()
+    tensors = {name: partial(torch.empty, parameter.shape) for name, parameter in parameters}
     # All have the same source, so roles that share a base find that their bases are the same.
     return WeightSource("dry run", PretrainedWeights(arguments, tensors))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ BLOCK, SMALLEST = 256, 4096
 BUCKET = (1 << 28) * FLOAT
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Numbers of parameters of a role's network. What stands on another role's base counts only its own.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Write an embedded world as a user would bring data: a folder of mp4 clips with a caption beside each."""
+"""Write the moving shapes as a user would bring data: a folder of mp4 clips with a caption beside each."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file, replace_file
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
 _BATCH = 48  # clips drawn at once: about 40 MB
 
 
-def write_clips(folder: Path, count: int, seed: int, name: str = "stripes") -> list[Path]:
-    """Write `count` clips `00000.mp4`, `00000.txt`, ... of `draw_clips(count, seed)` of the world called `name`.
+def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
+    """Write `count` clips `00000.mp4`, `00000.txt`, ... of `draw_clips(count, seed)`.
 
     Every file appears under its name only when it is complete, and files that are there already are kept, so an
     interrupted call is continued by the same call. A finished folder costs no rendering.
@@ -25,21 +25,20 @@ def write_clips(folder: Path, count: int, seed: int, name: str = "stripes") -> l
         The mp4 files in order.
 
     Raises:
-        UserError: the folder holds clips of another world, count or seed.
+        UserError: the folder holds clips of another count or seed.
     """
-    world = WORLDS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"world": name, "count": count, "seed": seed, "frames": world.FRAMES, "size": world.SIZE})
+    _claim(folder, {"world": "shapes", "count": count, "seed": seed})
     paths = [folder / f"{index:05d}.mp4" for index in range(count)]
     missing = [i for i, path in enumerate(paths) if not (path.exists() and path.with_suffix(".txt").exists())]
-    drawn = world.draw(count, seed)
+    drawn = shapes.draw(count, seed)
     for start in range(0, len(missing), _BATCH):
         part = missing[start : start + _BATCH]
-        clips = world.render(*(values[part] for values in drawn))
+        clips = shapes.render(*(values[part] for values in drawn))
         for index, clip in zip(part, clips, strict=True):
-            _write_video(paths[index], clip, world.FRAMES_PER_SECOND)
+            _write_video(paths[index], clip, shapes.FRAMES_PER_SECOND)
             with atomic_file(paths[index].with_suffix(".txt")) as file:
-                file.write(f"{world.caption(int(drawn.labels[index]))}\n".encode())
+                file.write(f"{shapes.CAPTIONS[drawn.labels[index]]}\n".encode())
     return paths
 
 
@@ -49,13 +48,13 @@ def _claim(folder: Path, settings: dict[str, int | str]) -> None:
     if not mark.exists():
         replace_file(mark, json.dumps(settings).encode() + b"\n")
         return
-    found = {"world": "stripes", **json.loads(mark.read_text())}
+    found = json.loads(mark.read_text())
     if found != settings:
         raise UserError(str(mark), f"the folder holds clips of {found}, not of {settings}: give another folder")
 
 
 def _write_video(path: Path, clip: Tensor, fps: int) -> None:
-    """Writes (3, F, H, W) in [-1, 1] as h264 with full colour resolution: 4:2:0 would smear the narrow stripes."""
+    """Writes (3, F, H, W) in [-1, 1] as h264 with full colour resolution: 4:2:0 would smear the edges."""
     pixels = ((clip.movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous().numpy()
     with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)

@@ -8,49 +8,34 @@ each path gives shape and direction.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from anyflow_train.errors import UserError
+
 DIRECTIONS = ("left", "right", "up", "down")
 SHAPES = ("ball", "square", "triangle")
 COLOURS = ("red", "green", "blue")
-CLASSES = len(DIRECTIONS) * len(SHAPES) * len(COLOURS)
+CAPTIONS = tuple(f"a {colour} {shape} moving {way}" for colour in COLOURS for shape in SHAPES for way in DIRECTIONS)
+"""The prompt of each class number, such as "a green triangle moving left"."""
+CLASSES = len(CAPTIONS)
 WORDS = ("a", *COLOURS, *SHAPES, "moving", *DIRECTIONS)
 
 FRAMES = 17
 SIZE = 64
 FRAMES_PER_SECOND = 16
+BACKGROUND = (0.07, 0.07, 0.11)  # in [0, 1]
 SPEED = 1.5  # pixels per frame
 LEAST_CONTRAST = 0.85
-BACKGROUND = (0.07, 0.07, 0.11)  # in [0, 1]
 
 _MOTION = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # (x, y) of each direction, y grows downwards
-_RGB = ((0.95, 0.28, 0.25), (0.22, 0.82, 0.45), (0.25, 0.50, 0.98))  # in [0, 1]
+_RGB = ((0.95, 0.28, 0.25), (0.22, 0.82, 0.45), (0.25, 0.50, 0.98))  # of each colour, in [0, 1]
 _REACH = 12.0  # pixels around a shape's centre that stay in the picture; only a triangle's corners reach further
 _EDGE = 1.5  # pixels over which a shape's edge fades
-
-
-@dataclass(frozen=True)
-class Motif:
-    """What one class looks like: indices into `DIRECTIONS`, `SHAPES` and `COLOURS`."""
-
-    direction: int
-    shape: int
-    colour: int
-
-    @property
-    def label(self) -> int:
-        """The class number in [0, 36): direction runs fastest, colour slowest."""
-        return self.direction + len(DIRECTIONS) * (self.shape + len(SHAPES) * self.colour)
-
-    @property
-    def caption(self) -> str:
-        """The prompt of the class."""
-        return f"a {COLOURS[self.colour]} {SHAPES[self.shape]} moving {DIRECTIONS[self.direction]}"
 
 
 class Reading(NamedTuple):
@@ -83,26 +68,18 @@ class Draw(NamedTuple):
     contrast: Tensor
 
 
-def motif_of(label: int) -> Motif:
-    """The class numbered `label`; raises ValueError outside [0, 36)."""
-    if not 0 <= label < CLASSES:
-        raise ValueError(f"label {label} is not in [0, {CLASSES})")
-    rest, direction = divmod(label, len(DIRECTIONS))
-    colour, shape = divmod(rest, len(SHAPES))
-    return Motif(direction, shape, colour)
+def split(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Convert class numbers to (direction, shape, colour). The direction runs fastest, the colour slowest."""
+    rest = labels // len(DIRECTIONS)
+    return labels % len(DIRECTIONS), rest % len(SHAPES), rest // len(SHAPES)
 
 
-def caption(label: int) -> str:
-    """The prompt of a class, such as "a green triangle moving left"."""
-    return motif_of(label).caption
-
-
-def label_of(caption: str) -> int:
-    """The class number of a prompt written by `caption`; raises ValueError for any other text."""
-    for label in range(CLASSES):
-        if motif_of(label).caption == caption:
-            return label
-    raise ValueError(f"{caption!r} is not a caption of the moving-shapes world")
+def labels_of(captions: Sequence[str]) -> Tensor:
+    """Return the class numbers (n,) int64 of n prompts. Raises UserError for a text that is not in `CAPTIONS`."""
+    for caption in captions:
+        if caption not in CAPTIONS:
+            raise UserError("oracle", f"{caption!r} is not a caption of the moving shapes, such as {CAPTIONS[0]!r}")
+    return torch.tensor([CAPTIONS.index(caption) for caption in captions])
 
 
 def draw(count: int, seed: int) -> Draw:
@@ -111,8 +88,7 @@ def draw(count: int, seed: int) -> Draw:
     The classes are balanced: every 36 consecutive clips hold each class once, in a drawn order.
     """
     generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count // CLASSES)
-    labels = torch.rand(rounds, CLASSES, generator=generator).argsort(1).flatten()[:count]
+    labels = torch.rand(-(-count // CLASSES), CLASSES, generator=generator).argsort(1).flatten()[:count]
     start = torch.rand(count, 2, generator=generator)
     contrast = LEAST_CONTRAST + (1 - LEAST_CONTRAST) * torch.rand(count, generator=generator)
     return Draw(labels, start, contrast)
@@ -125,7 +101,7 @@ def draw_clips(count: int, seed: int) -> tuple[Tensor, Tensor]:
         clips (count, 3, 17, 64, 64) float32 in [-1, 1] (0.84 MB each) and labels (count,) int64.
     """
     drawn = draw(count, seed)
-    return render(drawn.labels, drawn.start, drawn.contrast), drawn.labels
+    return render(*drawn), drawn.labels
 
 
 def render(labels: Tensor, start: Tensor, contrast: Tensor, frames: int = FRAMES, size: int = SIZE) -> Tensor:
@@ -151,7 +127,7 @@ def render_from(labels: Tensor, first: Tensor, contrast: Tensor, frames: int, si
     Returns:
         (B, 3, F, H, W) float32 in [-1, 1].
     """
-    _, shape, colour = _split(labels)
+    _, shape, colour = split(labels)
     centres = first[:, None] + _motion(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
     mask = (_coverage(shape, centres, size) * contrast[:, None, None, None])[:, None]
     tint = torch.tensor(_RGB)[colour][:, :, None, None, None]
@@ -180,8 +156,7 @@ def recognise(video: Tensor) -> Reading:
     match = torch.stack([_correlation(spectrum, mask.shape[-1], f).amax(1) for f in filters.spectra], 1) / filters.norms
     purity, best = match.max(1)
     edges = torch.stack([_edge_match(spectrum[[i]], mask.shape[-1], filters, int(best[i])) for i in range(len(best))])
-    shape, direction = best // len(DIRECTIONS), best % len(DIRECTIONS)
-    labels = direction + len(DIRECTIONS) * (shape + len(SHAPES) * colour)
+    labels = best + len(DIRECTIONS) * len(SHAPES) * colour
     return Reading(labels, purity / _norm(mask), edges / _edge_norm(mask))
 
 
@@ -190,15 +165,9 @@ def accuracy(video: Tensor, labels: Tensor) -> float:
     return (recognise(video).labels == labels).float().mean().item()
 
 
-def _split(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class numbers to (direction, shape, colour), the tensor form of `motif_of`."""
-    rest = labels // len(DIRECTIONS)
-    return labels % len(DIRECTIONS), rest % len(SHAPES), rest // len(SHAPES)
-
-
 def _motion(labels: Tensor) -> Tensor:
     """(B, 2) unit vector (x, y) of each class's direction."""
-    return torch.tensor(_MOTION)[_split(labels)[0]]
+    return torch.tensor(_MOTION)[split(labels)[0]]
 
 
 def _coverage(shape: Tensor, centres: Tensor, size: int) -> Tensor:
@@ -233,7 +202,7 @@ def _filters(frames: int, size: int) -> _Filters:
     labels = torch.arange(len(SHAPES) * len(DIRECTIONS))
     way = SPEED * (torch.arange(frames) - (frames - 1) / 2)
     centres = size / 2 + _motion(labels)[:, None] * way[None, :, None]
-    masks = _coverage(_split(labels)[1], centres, size)
+    masks = _coverage(split(labels)[1], centres, size)
     return _Filters(torch.fft.rfft2(masks).conj(), _norm(masks), _edge_norm(masks))
 
 

@@ -28,17 +28,14 @@ def choose_kernel(config: RunConfig, device: torch.device) -> str:
         UserError: the kernel of `engine.attention` does not run on this device.
     """
     wanted = config.engine.attention
-    if wanted == "sdpa":
-        return wanted
-    if wanted != "auto":
-        problem = _problem(config, device, wanted)
-        if problem:
-            raise UserError("engine.attention", f"is {wanted}, which {problem}; use auto")
-        return wanted
-    if device.type != "cuda":
-        return "sdpa"
-    order = ("cudnn", "flash") if torch.cuda.get_device_capability(device) >= HOPPER else ("flash",)
-    return next((name for name in order if _problem(config, device, name) is None), "sdpa")
+    if wanted == "auto":
+        fast = () if device.type != "cuda" else ("flash",)
+        if fast and torch.cuda.get_device_capability(device) >= HOPPER:
+            fast = ("cudnn", *fast)
+        return next((name for name in fast if _problem(config, device, name) is None), "sdpa")
+    if wanted != "sdpa" and (problem := _problem(config, device, wanted)):
+        raise UserError("engine.attention", f"is {wanted}, which {problem}; use auto")
+    return wanted
 
 
 @contextmanager
@@ -63,9 +60,6 @@ def _problem(config: RunConfig, device: torch.device, name: str) -> str | None:
             F.scaled_dot_product_attention(query, key, value).sum().backward()
     except RuntimeError:
         heads = f"heads of {architecture.attention_head_dim} in {config.engine.precision}"
-        return f"does not run on {_title(device)} for {heads}"
+        title = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        return f"does not run on {title} for {heads}"
     return None
-
-
-def _title(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

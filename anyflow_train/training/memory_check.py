@@ -6,7 +6,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -29,25 +28,9 @@ class GpuMemory:
     total: int
 
 
-class Forecast(Protocol):
-    """What a run is foreseen to need; `plan` makes it."""
-
-    @property
-    def work(self) -> float:
-        """Operations of a step of all processes together, without those that are done twice."""
-        ...
-
-    def memory_warning(self, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
-        """What to warn of under a strategy (a file of `launch/`); None if all GPUs, by rank, have enough.
-
-        Raises:
-            UserError: the run cannot fit.
-        """
-        ...
-
-
-Foresee = Callable[[RunConfig, int], Forecast]
-"""Config and number of processes -> forecast."""
+Foresee = Callable[[RunConfig, str, Sequence[GpuMemory]], tuple[str | None, float]]
+"""Config, strategy (a file of `launch/`), and GPU of each process -> a warning if a GPU is short of memory, and the
+operations of a step of all processes together, without repeated ones. Raises UserError if the run cannot fit."""
 
 
 def check_memory(config: RunConfig, world: World, foresee: Foresee) -> float | None:
@@ -62,12 +45,7 @@ def check_memory(config: RunConfig, world: World, foresee: Foresee) -> float | N
     if world.device.type != "cuda":
         return None
     gpus = world.gather(GpuMemory(socket.gethostname(), *torch.cuda.mem_get_info(world.device)))
-
-    def look() -> tuple[str | None, float]:
-        forecast = foresee(config, world.size)
-        return forecast.memory_warning(engine_name(), gpus), forecast.work
-
-    warning, work = world.on_main(look)
+    warning, work = world.on_main(lambda: foresee(config, engine_name(), gpus))
     if warning and world.is_main:
         print(f"warning: {warning}", file=sys.stderr)
     return work

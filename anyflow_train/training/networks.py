@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from anyflow_train.config.network import Architecture, FullTraining, Lora, Student
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read, assemble, build_network, network_class
@@ -18,43 +18,32 @@ from anyflow_train.models.devices import on_device
 from anyflow_train.models.shared_base import SharedBase
 from anyflow_train.training.engine import build_sharded, shard_frozen
 from anyflow_train.training.materials import REAL, Materials
-from anyflow_train.training.processes.world import World
+from anyflow_train.training.processes.world import ALONE, World
 from anyflow_train.training.weight_source import (
     TrainedWeights,
-    WeightSource,
     open_source,
-    raise_all,
 )
 
 # Arguments that must be equal for networks that take the same latents and texts.
 INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
-def start_student(config: Student, seed: int, world: World, materials: Materials = REAL) -> Backbone:
-    """Build the student on its device. Under ZeRO-3, a student with `init` is read straight into shards."""
-    if config.init is None or materials.zero_stage() < 3:
-        with world.together():
-            network = build_student(config, seed, materials)
-        return on_device(network, world.device)
-    with world.together():
-        start = materials.open_student(config)
-    return _adapted(_on_device(start.arguments, start.read_trained, world, materials), config.adapter, seed, start)
-
-
-def build_student(config: Student, seed: int, materials: Materials = REAL) -> Backbone:
-    """Build the student on the CPU in float32, with its adapters.
+def start_student(config: Student, seed: int, world: World = ALONE, materials: Materials = REAL) -> Backbone:
+    """Build the student on its device in float32, with its adapters. Under ZeRO-3 `init` is read into shards.
 
     Raises:
         UserError: `student.init` cannot be loaded. UserErrors: its shape or times differ from the student's.
     """
     if config.init is not None:
-        start = materials.open_student(config)
-        return _adapted(assemble(start.arguments, start.read_trained), config.adapter, seed, start)
+        with world.together():
+            start = materials.open_student(config)
+        network = _on_device(start.arguments, start.read_trained, world, materials)
+        with world.together():
+            return _adapted(network, config.adapter, seed, start.adapter)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
-    network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
-    if isinstance(config.adapter, Lora):
-        add_lora(network, config.adapter, seed)
-    return network
+    with world.together():
+        network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
+        return on_device(_adapted(network, config.adapter, seed, None), world.device)
 
 
 def start_shared(config: Student, seed: int, world: World, materials: Materials = REAL) -> SharedBase:
@@ -109,27 +98,34 @@ def share_frozen(
 
 
 def start_teacher(source: str | None, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
-    """Build the frozen teacher on its device, in shards under ZeRO-3. It is only called at r = t: its gate is unused.
-
-    Raises:
-        UserError: `teacher.source` is null. UserErrors: its latents or texts differ from the student's.
-    """
-    if source is None:
-        raise UserError("teacher.source", "is null, but the run needs a teacher; set it to the teacher's folder")
-    network = _start("teacher.source", source, student, world, materials)
+    """Build the frozen teacher like `start_role`. It is only called at r = t, so its gate is unused."""
+    assert source is not None  # a rule of the config
+    network = start_role("teacher.source", source, student, world, materials)
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
     return network if materials.zero_stage() < 3 else shard_frozen(network)
 
 
-def start_fake_score(source: str, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
-    """Build the fake score on its device, in shards under ZeRO-3. All of it is trained; it is only called at r = t.
+def start_role(key: str, source: str, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
+    """Build the network of a role other than the student on its device, in shards under ZeRO-3.
 
     Raises:
-        UserError: `on_policy.fake_score.init` cannot be loaded. UserErrors: its latents or texts differ from the
-            student's.
+        UserError: the source of `key` cannot be loaded. UserErrors: its latents or texts differ from the student's.
     """
-    return _start("on_policy.fake_score.init", source, student, world, materials)
+    with world.together():
+        start = materials.open_role(key, source)
+        if "chunk_partition" in start.arguments:
+            raise UserError(key, f"{source} is a causal student; choose a network that generates whole clips")
+        ours = student.model_dump()
+        theirs = {name: start.arguments.get(name, ours[name]) for name in INTERFACE}
+        raise_all(
+            [
+                UserError(key, f"{source} has {name}={value}, but the student has {ours[name]}")
+                for name, value in theirs.items()
+                if value != ours[name]
+            ]
+        )
+    return _on_device(start.arguments, start.read, world, materials)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbone:
@@ -144,24 +140,7 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbo
     """
     source = open_source(checkpoint, weights)
     settings = None if source.adapter is None else source.adapter.network.adapter
-    return _adapted(assemble(source.arguments, source.read_trained), settings, 0, source).eval()
-
-
-def _start(key: str, source: str, student: Architecture, world: World, materials: Materials) -> Backbone:
-    """Build the network of a source, in shards under ZeRO-3. Its size may differ from the student's."""
-    with world.together():
-        start = materials.open_role(key, source)
-    if "chunk_partition" in start.arguments:
-        raise UserError(key, f"{source} is a causal student; choose a network that generates whole clips")
-    wanted = student.model_dump()
-    raise_all(
-        [
-            UserError(key, f"{source} has {name}={start.arguments[name]}, but the student has {wanted[name]}")
-            for name in INTERFACE
-            if start.arguments.get(name, wanted[name]) != wanted[name]
-        ]
-    )
-    return _on_device(start.arguments, start.read, world, materials)
+    return _adapted(assemble(source.arguments, source.read_trained), settings, 0, source.adapter).eval()
 
 
 def _on_device(arguments: Mapping[str, Any], read: Read, world: World, materials: Materials) -> Backbone:
@@ -173,14 +152,16 @@ def _on_device(arguments: Mapping[str, Any], read: Read, world: World, materials
     return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
 
 
-def _adapted(network: Backbone, adapter: FullTraining | Lora | None, seed: int, source: WeightSource) -> Backbone:
-    """Add the adapters to a network, with the source's weights if it has an adapter."""
+def _adapted(
+    network: Backbone, adapter: FullTraining | Lora | None, seed: int, trained: TrainedWeights | None
+) -> Backbone:
+    """Add the adapters to a network, with the trained weights if there are any."""
     if isinstance(adapter, Lora):
         add_lora(network, adapter, seed)
-    if source.adapter is not None:
+    if trained is not None:
         factors = {name: p for name, p in trainable_parameters(network).items() if ".lora_" in name}
         # Modules that the adapter trains whole were read with the network, where they may be in shards.
-        _copy_trained(source.adapter, factors)
+        _copy_trained(trained, factors)
     return network
 
 

@@ -14,7 +14,7 @@ from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
-from anyflow_train.data.manifest import check_compatible
+from anyflow_train.data.manifest import check_compatible, check_texts
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
@@ -91,8 +91,11 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
     """
     data, engine = config.data, config.engine
     shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
-    vae = known_fingerprint(config.teacher.codec_source, "vae")
-    check_compatible(shards.manifest, data, config.student.architecture, vae)
+    if config.objective.uses_clips:
+        vae = known_fingerprint(config.teacher.codec_source, "vae")
+        check_compatible(shards.manifest, data, config.student.architecture, vae)
+    else:
+        check_texts(shards.manifest, data, config.student.architecture)
     return Loader(
         shards,
         config.seed,
@@ -109,7 +112,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
 
 def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: Ema) -> FlowMap:
     """Build the flow map whose time derivative is taken: the student or its average, in the derivative's precision."""
-    derivative = config.objective.derivative
+    derivative = config.objective.derivative_role
     if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
     flow_map = student.flow_map(called, autocast_dtype(derivative.precision or config.engine.precision))
@@ -159,9 +162,11 @@ def _main_term(config: RunConfig, world: World) -> Term:
     """Build the term of the run's objective."""
     objective, size = config.objective, config.engine.global_batch
     counts, balance = objective.branch_counts(config.times, size), objective.rebalancing
+    latent = latent_shape(config.data, config.student.architecture.in_channels)
+    setting = Setting(size, config.times, world.data_size, latent)
     return Term(
         name=objective.kind.rpartition(":")[2],
-        objective=objective_class(objective).build(objective, Setting(size, config.times, world.data_size)),
+        objective=objective_class(objective).build(objective, setting),
         rebalance=balance.mode,
         diffusion=0 if counts is None else counts.diffusion,
         smallest_mean=balance.floor,

@@ -20,7 +20,7 @@ from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.networks import (
     share_frozen,
-    start_fake_score,
+    start_role,
     start_shared,
     start_student,
     start_teacher,
@@ -72,7 +72,7 @@ def build_roles(config: RunConfig, world: World, materials: Materials = REAL) ->
         store_in_fp8(frozen)
     fake_score = None
     if settings is not None:
-        network = start_fake_score(settings.fake_score.init, shape, world, materials)
+        network = start_role("on_policy.fake_score.init", settings.fake_score.init, shape, world, materials)
         fake_score = _role_network(network, config, world)
     return RoleNetworks(student, lambda _, dtype: NetworkFlowMap(frozen, dtype), fake_score)
 

@@ -15,11 +15,11 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.training.attention import attention_by, choose_kernel
-from anyflow_train.training.checkpoints.reading import restore_tensors
-from anyflow_train.training.checkpoints.resume import ResumePoint, check_finished, find_resume_point, flatten
+from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
+from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
-from anyflow_train.training.engine import set_adam_steps
+from anyflow_train.training.engine import engine_name, set_adam_steps
 from anyflow_train.training.memory_check import Foresee, check_memory
 from anyflow_train.training.processes.heartbeat import Heartbeat
 from anyflow_train.training.processes.launched import PREEMPTED
@@ -29,7 +29,7 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
+from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
@@ -67,6 +67,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             print(finished)
             return 0
         with world.together():
+            check_strategy(config, engine_name())
             check_fp8(config.engine, world.device)
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)
@@ -78,7 +79,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         with world.together():
             validator = build_validator(config, world) if build_validator and config.evaluation.every else None
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
-        check_agreement(world, data_facts(loader.manifest))
+        check_agreement(world, data_facts(loader.shards.manifest))
         world.on_main(lambda: directory.begin(config))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
@@ -96,15 +97,15 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
 
 
-def restore(recipe: Recipe, point: ResumePoint | None) -> TrainState:
+def restore(recipe: Recipe, point: CheckpointInfo | None) -> TrainState:
     """Copy a checkpoint's tensors into the trained roles. Returns its state; without one, the initial state."""
     if point is None:
         return TrainState()
     for role, trainable in recipe.trainables.items():
         for group, entries in recipe.groups(role).items():
             restore_tensors(point.path, group, entries, recipe.world)
-        set_adam_steps(trainable.engine.optimizer, point.info.adam_steps[role])
-    return point.info.state
+        set_adam_steps(trainable.engine.optimizer, point.adam_steps[role])
+    return point.state
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:

@@ -10,48 +10,58 @@ from typing import Any
 import torch
 
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
-from anyflow_train.data.fingerprint import NAMED, known_fingerprint
+from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
-from anyflow_train.errors import UserError
-from anyflow_train.training.checkpoints.network_file import NetworkFile
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
-from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.engine.adamw_8bit import library
-from anyflow_train.training.weight_source import is_run, mismatches, raise_all
+from anyflow_train.training.weight_source import differences, is_run, mismatches
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.
 FP8_CAPABILITY = (8, 9)
 
 
+def refused_under(config: RunConfig, strategy: str) -> dict[str, tuple[str, str]]:
+    """Keys that a strategy (a file of `launch/`) refuses -> reason and advice, and the value that it takes instead."""
+    refused = {}
+    if strategy.startswith("zero3") and config.engine.fp8 != "none":
+        refused["engine.fp8"] = ("which shards the weights; choose ddp to zero2", "none")
+    if strategy.startswith("zero") and config.optimizer.moments != "fp32":
+        refused["optimizer.moments"] = ("which shards the moments; choose ddp", "fp32")
+    return refused
+
+
+def check_strategy(config: RunConfig, strategy: str) -> None:
+    """Check that the launcher's strategy supports the config.
+
+    Raises:
+        UserErrors: one line for every key that the strategy refuses.
+    """
+    problem, refused = f"is refused under strategy={strategy}", refused_under(config, strategy)
+    raise_all([UserError(key, f"{problem}, {why}, or set it to {value}") for key, (why, value) in refused.items()])
+
+
 def check_fp8(engine: Engine, device: torch.device) -> None:
     """Check that `engine.fp8` works on the device. A CPU supports fp8 too, slowly.
 
     Raises:
-        UserError: the GPU does not support fp8, or ZeRO-3 shards the weights.
+        UserError: the GPU does not support fp8.
     """
-    if engine.fp8 == "none":
-        return
-    if zero_stage() == 3:
-        problem = "is frozen, which requires whole weights, but ZeRO-3 shards them; start with zero2 or ddp"
-        raise UserError("engine.fp8", f"{problem}, or set it to none")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if engine.fp8 != "none" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         problem = f"is frozen, which requires compute capability 8.9, but {torch.cuda.get_device_name(device)} has"
         raise UserError("engine.fp8", f"{problem} {major}.{minor}; set it to none")
 
 
 def check_moments(optimizer: Optimizer) -> None:
-    """Check that `optimizer.moments` works with the launcher's strategy and the installed packages.
+    """Check that `optimizer.moments` works with the installed packages.
 
     Raises:
-        UserError: bitsandbytes is missing, or ZeRO shards the moments.
+        UserError: bitsandbytes is missing.
     """
     if optimizer.moments == "fp32":
         return
-    if zero_stage():
-        problem = "is 8bit, which requires one process or DDP, but ZeRO shards the moments"
-        raise UserError("optimizer.moments", f"{problem}; set it to fp32, or start with ddp")
     try:
         library()
     except ImportError as error:
@@ -83,13 +93,8 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
         before = read_network(checkpoint)
     except (DamagedCheckpoint, UserError) as error:
         return [UserError("student.init", f"cannot be read: {error}")]
-    ours = NetworkFile.of_student(config.student)
-    pairs = [(f"student.{name}", value, before.times[name]) for name, value in ours.times.items()]
-    # `causal` is compared when the weights are opened: a network that is not causal can become causal.
-    shape = config.student.architecture.model_dump(exclude={"causal"})
-    pairs += [(f"student.architecture.{name}", value, before.arguments.get(name)) for name, value in shape.items()]
-    pairs.append(("times.shift", config.times.shift, before.sampling.shift))
-    errors = mismatches(pairs, checkpoint)
+    errors = differences(config.student, before.arguments, checkpoint)
+    errors += mismatches([("times.shift", config.times.shift, before.sampling.shift)], checkpoint)
     vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
     vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
@@ -117,8 +122,8 @@ def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
     found = known_fingerprint(codec, "vae")
     if found is None and shards is not None:
         with suppress(UserError):
-            found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.vae
-    return None if found is None or found.startswith(NAMED) else found
+            found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.known_vae
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NoReturn
 
 import torch
 
@@ -24,7 +23,7 @@ from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.gpus import known_gpu, utilisation
 from anyflow_train.training.processes.signals import StopRequest
 from anyflow_train.training.recipe import Recipe
-from anyflow_train.training.reporting.progress import Pace, StepProgress, peak_memory_gib
+from anyflow_train.training.reporting.progress import StepProgress, peak_memory_gib
 from anyflow_train.training.reporting.tracking import Trackers
 from anyflow_train.training.schedule import learning_rate
 from anyflow_train.training.updates import make_update
@@ -53,7 +52,7 @@ class Trainer:
     work: float | None = None
 
     def __post_init__(self) -> None:
-        self._pace = Pace()
+        self._step_seconds: list[float] = []  # without saving and validating
         self._activity = self.recipe.world.activity
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -71,15 +70,16 @@ class Trainer:
     def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
         self._validate_if_due()
         while self.state.step < self.config.steps and not self._should_stop():
-            self._pace.begin()
+            start = time.monotonic()
             self._activity.begin("loading data", self.state.step)
             batches = next(steps)
             self._activity.begin("training", self.state.step)
             self._step(batches)
-            self._pace.end()
+            self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
             self._validate_if_due()
-            self._save_if_due()
+            if self._due(self.config.checkpoint.every):
+                self._save()
         self._save()
         self._saver.wait()
         self._activity.begin_untimed("ending")
@@ -125,7 +125,8 @@ class Trainer:
         names = ", ".join(shown) + (f" and {more} more" if more else "")
         problem = f"step {state.step} has a loss or gradient that is not finite; samples: {names}"
         if self.state.skipped_in_row >= self.config.max_nonfinite_steps:
-            self._give_up(f"{self.state.skipped_in_row} such steps in a row: {problem}")
+            with self.recipe.world.together():
+                raise UserError("max_nonfinite_steps", f"{self.state.skipped_in_row} such steps in a row: {problem}")
         self.progress.say(f"warning: {problem}; skipped")
 
     def _log_if_due(self) -> None:
@@ -134,7 +135,7 @@ class Trainer:
             return
         names = dict.fromkeys(name for row in self._window for name in row)
         means = {name: fmean(row[name] for row in self._window if name in row) for name in names}
-        seconds = self._pace.seconds_per_step()
+        seconds = fmean(self._step_seconds)
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
         if self._gpu is not None and self.work is not None:
@@ -143,6 +144,7 @@ class Trainer:
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)
         self._window.clear()
+        self._step_seconds.clear()
         self.progress.show(self.state.step, means)
         self.trackers.log(self.state.step, means)
 
@@ -160,20 +162,11 @@ class Trainer:
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
         self.progress.say(f"step {self.state.step}  {validation.summary()}")
         tracked = {f"validation/{name}": value for name, value in (metrics | validation.intervals).items()}
-        self.trackers.log(self.state.step, tracked)
-        self.trackers.videos(self.state.step, validation.videos)
-        self._note_best(metrics.get(self.config.evaluation.best_metric))
-
-    def _note_best(self, value: float | None) -> None:
-        best = self.state.best
-        if value is None or not math.isfinite(value) or (best is not None and value >= best.value):
-            return
-        best = Best(self.state.step, self.config.evaluation.best_metric, value)
-        self.state = dataclasses.replace(self.state, best=best)
-        self._save()
-
-    def _save_if_due(self) -> None:
-        if self._due(self.config.checkpoint.every):
+        self.trackers.log(self.state.step, tracked, validation.videos)
+        best, metric = self.state.best, self.config.evaluation.best_metric
+        value = metrics.get(metric, math.inf)
+        if math.isfinite(value) and (best is None or value < best.value):
+            self.state = dataclasses.replace(self.state, best=Best(self.state.step, metric, value))
             self._save()
 
     def _save(self) -> None:
@@ -208,8 +201,3 @@ class Trainer:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic()
-
-    def _give_up(self, problem: str) -> NoReturn:
-        """End all processes with the same error."""
-        with self.recipe.world.together():
-            raise UserError("max_nonfinite_steps", problem)

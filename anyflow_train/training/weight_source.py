@@ -16,7 +16,7 @@ from torch import Size, Tensor, device
 
 from anyflow_train.config.network import Architecture, Causal, Lora, Student
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
@@ -32,6 +32,8 @@ from anyflow_train.training.checkpoints.reading import (
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 T = TypeVar("T")
+# Defaults of the networks' constructors.
+DEFAULTS = {name: field.default for kind in (Architecture, Causal) for name, field in kind.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,9 @@ def open_student_start(student: Student) -> WeightSource:
     Raises:
         UserErrors: it cannot be loaded, or its shape or times differ from the student's.
     """
-    source, wanted = str(student.init), NetworkFile.of_student(student)
-    if not is_run(source):
-        start = _explained("student.init", lambda: _in_diffusers_layout(source, wanted))
-        _check_shape(start.arguments, student, source)
-        return start
-    before = _explained("student.init", lambda: _trained(source, "ema", ()))
-    found = before.network.times
-    pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
-    raise_all(mismatches(pairs, before.path))
-    _check_shape(_made_causal(before.network.arguments, wanted), student, source)
-    return _explained("student.init", lambda: _base_of_adapter(wanted, ()))
+    start = _explained("student.init", lambda: _base_of_adapter(NetworkFile.of_student(student), ()))
+    raise_all(differences(student, start.arguments, str(student.init)))
+    return start
 
 
 def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str, Any] = STUDENT_TIMES) -> WeightSource:
@@ -144,7 +138,8 @@ def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str
     if is_run(str(source)):
         return _of_run(_trained(str(source), "ema" if weights == "ema" else "weights", ()), ())
     path = Path(source).expanduser()
-    return _in_diffusers_layout(str(path if path.exists() else source), None, wan_times)
+    source = str(path if path.exists() else source)
+    return WeightSource(_name(source), open_pretrained(source, wan_times=wan_times))
 
 
 def open_role(key: str, source: str) -> WeightSource:
@@ -191,23 +186,9 @@ def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
     return None
 
 
-def _in_diffusers_layout(
-    source: str, wanted: NetworkFile | None, wan_times: Mapping[str, Any] = STUDENT_TIMES
-) -> WeightSource:
-    """Open a folder or hub id in diffusers' layout.
-
-    Args:
-        wanted: the network to build from it; None keeps its own times and chunks.
-    """
-    times, causal = (None, None) if wanted is None else (wanted.times, wanted.causal)
-    name = str(Path(source).resolve()) if Path(source).is_dir() else source
-    try:
-        return WeightSource(name, open_pretrained(source, times, causal, wan_times))
-    except UserError as error:
-        if times is None:
-            raise
-        keys = ", ".join(f"student.{name}={value}" for name, value in times.items())
-        raise UserError(error.where, f"{error.problem} (the config has {keys})") from error
+def _name(source: str) -> str:
+    """Name of a folder or hub id in diffusers' layout, equal for all spellings of a folder."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def _of_run(trained: TrainedWeights, seen: tuple[Path, ...]) -> WeightSource:
@@ -228,7 +209,7 @@ def _base_of_adapter(network: NetworkFile, seen: tuple[Path, ...]) -> WeightSour
             below = _of_run(before, seen).merged()
     else:
         try:
-            below = _in_diffusers_layout(source, network)
+            below = WeightSource(_name(source), open_pretrained(source, network.times, network.causal))
         except UserError as error:
             if not seen:
                 raise
@@ -288,21 +269,20 @@ def _explained(key: str, work: Callable[[], T]) -> T:
         raise UserError(key, str(error)) from error
 
 
-def _check_shape(actual: Mapping[str, Any], student: Student, source: str) -> None:
-    """Raises UserErrors: one line for every difference, with the config's value and the file's."""
-    errors = []
+def differences(student: Student, arguments: Mapping[str, Any], source: str | Path) -> list[UserError]:
+    """Compare the config's student with the constructor arguments of a source: one error for each key that differs."""
+    wanted = NetworkFile.of_student(student)
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    found = {**DEFAULTS, **_made_causal(found, wanted)}
+    pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
     for name, value in student.architecture.arguments().items():
-        is_own = name in Architecture.model_fields
-        fields = Architecture.model_fields if is_own else Causal.model_fields
-        found = actual.get(name, fields[name].default)  # equal to the constructor's default
-        found = tuple(found) if isinstance(found, list) else found
-        if found != value:
-            problem = f"is {value!r}, but {source} was built with {found!r}"
-            errors.append(UserError(f"student.architecture.{name if is_own else f'causal.{name}'}", problem))
-    if student.architecture.causal is None and "chunk_partition" in actual:
+        part = "architecture" if name in Architecture.model_fields else "architecture.causal"
+        pairs.append((f"student.{part}.{name}", value, found[name]))
+    errors = mismatches(pairs, source)
+    if wanted.causal is None and "chunk_partition" in arguments:
         problem = f"is null, but {source} is a causal student; choose a causal student from configs/student"
         errors.append(UserError("student.architecture.causal", problem))
-    raise_all(errors)
+    return errors
 
 
 def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> list[UserError]:
@@ -312,9 +292,3 @@ def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> lis
         for key, value, found in pairs
         if value != found
     ]
-
-
-def raise_all(errors: list[UserError]) -> None:
-    """Raise UserErrors if the list is not empty."""
-    if errors:
-        raise UserErrors(errors)

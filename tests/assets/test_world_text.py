@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from anyflow_train.tiny import stripes as world
+from anyflow_train.tiny import shapes as world
 from world_text import build_text_encoder, build_tokenizer
 
 
 def test_captions_survive_the_tokenizer(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for label in range(world.CLASSES):
-        caption = world.caption(label)
+    for caption in world.CAPTIONS:
         tokens = tokenizer(caption).input_ids
         assert tokenizer.unk_token_id not in tokens
         assert tokenizer.decode(tokens) == f"{caption} </s>"
@@ -32,7 +31,7 @@ def test_the_encoder_is_a_function_of_its_seed_alone() -> None:
 
 
 def test_all_captions_are_told_apart() -> None:
-    captions = [world.caption(label) for label in range(world.CLASSES)]
+    captions = list(world.CAPTIONS)
     tokens = build_tokenizer()(captions, return_tensors="pt")
     features = build_text_encoder(0)(tokens.input_ids, tokens.attention_mask).last_hidden_state.flatten(1)
     distance = torch.cdist(features, features) + 1e9 * torch.eye(len(captions))

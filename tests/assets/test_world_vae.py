@@ -8,7 +8,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 import world_vae as vae
-from anyflow_train.tiny import stripes as world
+from anyflow_train.tiny import shapes as world
 from data_scaled_start import initialise
 
 ASSET = Path(__file__).parents[2] / "assets" / "tiny-wan"
@@ -82,11 +82,11 @@ def test_the_second_phase_leaves_the_latents_alone(started: AutoencoderKLWan) ->
 
 def test_the_shipped_codec_keeps_every_frame_and_every_class() -> None:
     codec = AutoencoderKLWan.from_pretrained(ASSET / "vae").float().eval()
-    clips, labels = world.draw_clips(24, seed=4321)
+    clips, labels = world.draw_clips(36, seed=4321)
     latents = vae.encode(codec, clips)
     seen = vae.decode(codec, latents)
     assert world.accuracy(seen, labels) == 1.0
-    assert vae.psnr(seen, clips) > 33
+    assert vae.psnr(seen, clips) > 32
     assert vae.psnr(seen[:, :, :1], clips[:, :, :1]) > 33
     # One normalisation serves all frames: the first, which holds one picture and not four, is not the smaller one.
     mean, std = (torch.tensor(codec.config[key]).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
@@ -96,9 +96,9 @@ def test_the_shipped_codec_keeps_every_frame_and_every_class() -> None:
 
 
 def test_crops_of_shapes_count_the_foreground() -> None:
-    settings = vae.CodecSettings(world="shapes", foreground_weight=6.0)
+    settings = vae.CodecSettings()
     torch.manual_seed(0)
-    video = vae.draw("shapes", 16, 9, 32)
+    video = vae.draw(16, 9, 32)
     assert video.shape == (16, 3, 9, 32, 32)
     weights = vae._pixel_weights(video, settings)
     # Background far from a shape counts 1, a shape at most 1 + 6 times as much, in every frame.
@@ -106,4 +106,3 @@ def test_crops_of_shapes_count_the_foreground() -> None:
         assert 5 < frame.max() / frame.min() <= 7
     first, second = weights[:, :, 0], weights[:, :, 1]
     torch.testing.assert_close(first.min() / second.min(), torch.tensor(settings.first_frame_weight))
-    assert torch.equal(vae._pixel_weights(video, vae.CodecSettings()), vae._weights(9, vae.CodecSettings()))

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_train.commands import sweep
-from anyflow_train.commands.sweep_plan import Combination, make_plan
-from anyflow_train.commands.sweep_table import RunOutcome, markdown
+from anyflow_train.commands.sweep import Combination, plan, table
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -26,47 +25,46 @@ TINY = "experiment=tiny"
 
 def test_every_combination_has_a_directory_of_its_own(tmp_path: Path) -> None:
     given = [TINY, f"out={tmp_path}", "optimizer.lr=1e-3,1e-4", "objective.weight=beta08,uniform", "seed=5"]
-    plan = make_plan(given, None)
-    assert plan.folder == tmp_path / "tiny"
-    assert [combination.label for combination in plan.combinations] == [
+    combinations = plan(given, None)
+    assert [combination.label for combination in combinations] == [
         "lr=0.001,weight=beta08",
         "lr=0.001,weight=uniform",
         "lr=0.0001,weight=beta08",
         "lr=0.0001,weight=uniform",
     ]
-    for combination in plan.combinations:
-        assert combination.folder == plan.folder / combination.label
+    for combination in combinations:
+        assert combination.folder == tmp_path / "tiny" / combination.label
         # What the process is given decodes to what was checked.
         assert compose("train", combination.overrides) == combination.config
-    last = plan.combinations[-1].config
+    last = combinations[-1].config
     assert (last.optimizer.lr, last.seed) == (1e-4, 5)
 
 
 def test_labels_are_names_even_where_values_are_not(tmp_path: Path) -> None:
     given = [TINY, f"out={tmp_path}", "data.text_lengths=[16],[16,64]", "student/adapter=lora", "student.init=a"]
-    plan = make_plan([*given, "data.shards='it is/a',other/b"], None)
-    labels = [combination.label for combination in plan.combinations]
+    combinations = plan([*given, "data.shards='it is/a',other/b"], None)
+    labels = [combination.label for combination in combinations]
     assert len(set(labels)) == 4
     assert labels[0] == "text_lengths=16,shards=it-is-a"
-    for combination in plan.combinations:
+    for combination in combinations:
         assert compose("train", combination.overrides) == combination.config
 
 
 def test_equal_last_parts_keep_their_whole_key() -> None:
-    plan = make_plan([TINY, "times.shift=1,5", "evaluation.shift=5"], None)
-    assert plan.combinations[0].label == "shift=1"
-    plan = make_plan([TINY, "times.shift=1,5", "evaluation.shift=1,5"], None)
-    assert plan.combinations[1].label == "times.shift=1,evaluation.shift=5"
+    combinations = plan([TINY, "times.shift=1,5", "evaluation.shift=5"], None)
+    assert combinations[0].label == "shift=1"
+    combinations = plan([TINY, "times.shift=1,5", "evaluation.shift=1,5"], None)
+    assert combinations[1].label == "times.shift=1,evaluation.shift=5"
 
 
 def test_colliding_labels_are_numbered() -> None:
-    plan = make_plan([TINY, "data.shards=a/b,a@b"], None)
-    assert [combination.label for combination in plan.combinations] == ["000,shards=a-b", "001,shards=a-b"]
+    combinations = plan([TINY, "data.shards=a/b,a@b"], None)
+    assert [combination.label for combination in combinations] == ["000,shards=a-b", "001,shards=a-b"]
 
 
 def test_errors_of_all_combinations_come_before_the_first_run() -> None:
     with pytest.raises(UserErrors) as caught:
-        make_plan([TINY, "data.frames=17,18,19", "engine.global_batch=32", "engine.micro_batch=32,5", "lr=1"], None)
+        plan([TINY, "data.frames=17,18,19", "engine.global_batch=32", "engine.micro_batch=32,5", "lr=1"], None)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(set(lines)) == 4
     assert [line.split(":")[0] for line in lines] == ["lr", "engine.global_batch", "data.frames", "data.frames"]
@@ -83,7 +81,7 @@ def test_errors_of_all_combinations_come_before_the_first_run() -> None:
 )
 def test_no_sweep(given: list[str], where: str) -> None:
     with pytest.raises(UserErrors) as caught:
-        make_plan([TINY, *given], None)
+        plan([TINY, *given], None)
     assert caught.value.errors[0].where == where
 
 
@@ -95,11 +93,11 @@ def test_not_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_shows_the_best_metrics_family_in_order() -> None:
     metrics = {"energy_distance_16": 0.1, "energy_distance_4": 0.25, "class_error_4": 0.5}
-    outcomes = [
-        RunOutcome("lr=1", {"optimizer.lr": "1"}, "finished", "f", 8, 0.123456, 61.4, metrics),
-        RunOutcome("lr=2", {"optimizer.lr": "2"}, "failed", "g"),
-    ]
-    assert markdown(outcomes, "energy_distance_4").splitlines() == [
+    combinations = plan([TINY, "optimizer.lr=1,2"], None)
+    combinations[0].state = "finished"
+    combinations[0].summary = {"step": 8, "last_loss": 0.123456, "seconds": 61.4, "metrics": metrics}
+    combinations[1].state = "failed"
+    assert table(combinations).splitlines() == [
         "| optimizer.lr | state    | last loss | energy_distance_4 | energy_distance_16 | time |",
         "|--------------|----------|-----------|-------------------|--------------------|------|",
         "| 1            | finished | 0.1235    | 0.25              | 0.1                | 61 s |",
@@ -170,9 +168,9 @@ done = {"step": 800, "last_loss": 0.5, "seconds": 60.0, "metrics": {"energy_dist
     assert sweep.run(given, None) == 0
     assert states(tmp_path / "tiny") == ["finished"] * 3
     assert starts(tmp_path) == 4
-    table = (tmp_path / "tiny" / "sweep.md").read_text()
-    assert table in capsys.readouterr().out
-    assert table.count("0.25") == 3
+    written = (tmp_path / "tiny" / "sweep.md").read_text()
+    assert written in capsys.readouterr().out
+    assert written.count("0.25") == 3
     # More steps than a finished run has: it goes on.
     assert sweep.run([*given, "steps=801"], None) == 130
     assert starts(tmp_path) == 5
@@ -181,7 +179,7 @@ done = {"step": 800, "last_loss": 0.5, "seconds": 60.0, "metrics": {"energy_dist
 def test_a_changed_key_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "")
     given = [TINY, f"out={tmp_path}", "seed=1,2"]
-    combination = make_plan(given, None).combinations[1]
+    combination = plan(given, None)[1]
     combination.folder.mkdir(parents=True)
     RunDirectory(combination.folder).begin(combination.config)
     with pytest.raises(UserErrors, match=r"optimizer.lr: is 0.5, but the run began with .*tiny/seed=2"):
@@ -201,5 +199,5 @@ def test_a_real_sweep(tmp_path: Path) -> None:
 
 
 def test_folder_is_where_the_trainer_puts_the_run(tmp_path: Path) -> None:
-    combination: Combination = make_plan([TINY, f"out={tmp_path}", "seed=1,2"], None).combinations[0]
+    combination: Combination = plan([TINY, f"out={tmp_path}", "seed=1,2"], None)[0]
     assert RunDirectory.of(combination.config).path == combination.folder

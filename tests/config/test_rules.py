@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
     "evaluation.steps": [1, 2, 4, 8],
     "evaluation.best_metric": "energy_distance_4",
     "evaluation.shift": 5.0,
-    "evaluation.oracle": "stripes",
+    "evaluation.oracle": "shapes",
     "evaluation.videos": 4,
 }
 
@@ -119,6 +119,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     # Guidance and velocity.
     ({"objective.guidance_scale": 3.0}, "objective.guidance", "prediction or target"),
     ({"objective.guidance": "target"}, "objective.guidance_scale", "set a scale above 1"),
+    ({"objective.source": "student", "objective.weight": "uniform"}, "objective.velocity", "set it to teacher"),
+    ({"objective.source": "student", "objective.velocity": "teacher"}, "objective.weight", "would train nothing"),
     (
         {"objective.velocity": "teacher", "teacher.source": None, "teacher.codec": "x"},
         "teacher.source",

@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_any_world_sees_the_same_samples(shards: ShardSet, world: int, micro_bat
         for rank in range(world):
             starts = range(0, GLOBAL, world * micro_batch)
             positions = [tuple(start + rank + world * i for i in range(micro_batch)) for start in starts]
-            with loader(shards, positions, workers, step) as rank_loader:
+            with closing(loader(shards, positions, workers, step)) as rank_loader:
                 for batch in next(iter(rank_loader)):
                     by_position |= dict(
                         zip(batch.positions, zip(batch.keys, batch.condition.text, strict=True), strict=True)
@@ -70,7 +71,7 @@ def test_any_world_sees_the_same_samples(shards: ShardSet, world: int, micro_bat
 @pytest.mark.parametrize(("workers", "start"), list(itertools.product([0, 1, 4], [0, 2, 3, 17])))
 def test_resume_at_any_step_is_bit_equal(shards: ShardSet, workers: int, start: int) -> None:
     whole = take(iter(loader(shards)), 20)
-    with loader(shards, workers=workers, start=start) as resumed:
+    with closing(loader(shards, workers=workers, start=start)) as resumed:
         rest = take(iter(resumed), 20 - start)
     assert all(equal(a[0], b[0]) for a, b in zip(whole[start:], rest, strict=True))
 
@@ -104,7 +105,7 @@ def test_bad_samples_are_named_counted_and_replaced_the_same_way(tmp_path: Path,
     bad = ShardSet.open(str(folder))
     runs = []
     for workers in (0, 3):
-        with Loader(bad, 5, GLOBAL, [tuple(range(GLOBAL))], (4, 8), workers, max_bad_share=0.05) as source:
+        with closing(Loader(bad, 5, GLOBAL, [tuple(range(GLOBAL))], (4, 8), workers, max_bad_share=0.05)) as source:
             with caplog.at_level(logging.WARNING):
                 runs.append(take(iter(source), 5))
             assert source.bad_reads == source.reads - 5 * GLOBAL
@@ -126,7 +127,7 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path: Path, work
     truncate(folder, "shard-000001.tar")
     positions = [tuple(range(GLOBAL))]
     message = r"data.max_bad_share: 1\d of \d+ reads .* shard-000001.tar: clip-01"
-    with Loader(ShardSet.open(str(folder)), 5, GLOBAL, positions, (8,), workers, max_bad_share=0.01) as source:
+    with closing(Loader(ShardSet.open(str(folder)), 5, GLOBAL, positions, (8,), workers, max_bad_share=0.01)) as source:
         steps = iter(source)
         take(steps, 2)  # a few bad samples are no reason to stop
         with pytest.raises(UserError, match=message) as caught:
@@ -154,7 +155,7 @@ def test_slots_outside_of_the_global_batch_are_refused(shards: ShardSet) -> None
 
 
 def read_for_ever(location: str, steps: Connection) -> None:
-    with loader(ShardSet.open(location), workers=3) as source:
+    with closing(loader(ShardSet.open(location), workers=3)) as source:
         for _ in source:
             steps.send("step")
 

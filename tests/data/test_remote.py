@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stream(shards: ShardSet, workers: int) -> list[int]:
-    with Loader(shards, 1, 8, [tuple(range(8))], (8,), workers) as loader:
+    with closing(Loader(shards, 1, 8, [tuple(range(8))], (8,), workers)) as loader:
         return [number for step in take(iter(loader), 6) for number in numbers(step)]
 
 
@@ -94,7 +95,7 @@ def test_the_least_recently_used_copy_goes_first(server: Server, tmp_path: Path)
 def test_groups_of_shards_are_copied_once_an_epoch_by_a_small_cache(server: Server, tmp_path: Path) -> None:
     size = (server.folder / "shard-000000.tar").stat().st_size
     shards = ShardSet.open(server.url, str(tmp_path / "cache"), 2.5 * size / GIB)
-    with Loader(shards, 1, 8, [tuple(range(8))], (8,), 0, shuffle_shards=1) as loader:
+    with closing(Loader(shards, 1, 8, [tuple(range(8))], (8,), 0, shuffle_shards=1)) as loader:
         take(iter(loader), 2)  # one epoch
     assert [server.requests[f"shard-{number:06d}.tar"] for number in range(4)] == [1, 1, 1, 1]
 

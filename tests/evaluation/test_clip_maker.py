@@ -21,6 +21,6 @@ def test_noise_does_not_depend_on_anything_but_the_seed_and_the_size(tmp_path: P
 
 def test_an_embedding_is_the_same_bits_whatever_stands_beside_it():
     # A longer neighbour would pad the text and change the rounding of its sums.
-    texts = ["wide red stripes", "narrow blue stripes drifting up, " * 9]
+    texts = ["a red ball", "a blue square moving up, " * 9]
     alone, beside = (encode_texts(str(TINY_WAN), texts[:count], 512, torch.device("cpu"), None) for count in (1, 2))
     assert torch.equal(alone[0], beside[0])

@@ -19,18 +19,18 @@ from anyflow_train.evaluation.load import load_model, on_device
 from anyflow_train.evaluation.report import EvaluationReport
 from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.flow.causal import ClipSampler
-from anyflow_train.tiny import stripes as world
+from anyflow_train.tiny import shapes as world
 from anyflow_train.training.checkpoints.config_file import under_new_names
 from anyflow_train.training.processes.world import World
 from tests.export.runs import CHUNKS, FULL, make_run
 from tests.shards import describe, write_shards
 
 SHAPE = (2, 16, 4, 4)
-CAPTIONS = [world.caption(label) for label in (0, 5, 13)]
+CAPTIONS = [world.CAPTIONS[label] for label in (0, 5, 13)]
 
 
 def write_held_out(folder: Path, count: int, frames: int = SHAPE[0]) -> Path:
-    """Shards of random latents with captions of the stripes world."""
+    """Shards of random latents with captions of the moving shapes."""
     shape = (frames, *SHAPE[1:])
     generator = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
@@ -73,7 +73,7 @@ def run(folder: Path, out: str, **options) -> EvaluationReport:
 
 
 def test_an_evaluation_leaves_its_report_plot_and_grid(folder: Path):
-    run(folder, "whole", oracle="stripes")
+    run(folder, "whole", oracle="shapes")
     report = json.loads((folder / "whole" / "report.json").read_text())
     names = [(cell["model"], cell["steps"]) for cell in report["cells"]]
     assert names == [("teacher", 1), ("teacher", 2), ("run", 1), ("run", 2), ("teacher", 4)]

@@ -16,8 +16,8 @@ def estimate(value: float) -> Estimate:
     return Estimate(value, value - 0.1, value + 0.1)
 
 
-def recognition(accuracy: float, sharpness: float | None = None) -> Recognition:
-    return Recognition(estimate(accuracy), estimate(0.8), None if sharpness is None else estimate(sharpness))
+def recognition(accuracy: float, sharpness: float) -> Recognition:
+    return Recognition(estimate(accuracy), estimate(sharpness))
 
 
 def make_report(*seen: Recognition, real: Recognition | None = None, **options: Any) -> EvaluationReport:
@@ -55,10 +55,7 @@ def test_table_has_a_row_for_every_cell_and_one_for_real_clips():
     assert "0.810 [0.710, 0.910]" in lines[-1]
 
 
-def test_a_world_without_sharpness_has_a_column_of_purity():
-    lines = table_lines(make_report(*[recognition(1)] * 5, real=recognition(1), oracle="stripes"))
-    assert "purity" in lines[0]
-    assert "sharpness" not in lines[0]
+def test_without_the_oracle_there_is_no_column_of_it():
     assert "accuracy" not in table_lines(make_report())[0]
 
 

@@ -181,7 +181,7 @@ def test_columns_of_one_heading_have_its_colour():
 
 
 def test_write_grid_writes_both_files(tmp_path: Path):
-    grid = Grid(["wide red stripes drifting left"], ["1 call"], [[moving_bar()]], 16)
+    grid = Grid(["a red ball moving left"], ["1 call"], [[moving_bar()]], 16)
     write_grid(grid, tmp_path / "grid.mp4", tmp_path / "grid.gif")
     assert read_mp4(tmp_path / "grid.mp4")[0].shape[0] == 5
     assert (tmp_path / "grid.gif").stat().st_size < 50_000

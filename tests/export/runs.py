@@ -13,7 +13,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.writing import save_checkpoint
-from anyflow_train.training.networks import build_student
+from anyflow_train.training.networks import start_student
 
 TINY_WAN = Path(__file__).parents[2] / "assets" / "tiny-wan"
 LORA = {"kind": "lora", "rank": 3, "alpha": 6.0}
@@ -75,7 +75,7 @@ def make_run(
             "data": {"shards": "shards", "frames": 9 if causal else 5, "height": 32, "width": 32},
         }
     )
-    weights = trainable_parameters(build_student(config.student, seed=0))
+    weights = trainable_parameters(start_student(config.student, seed=0))
     generator = torch.Generator().manual_seed(1)
 
     def moved(scale: float) -> dict[str, torch.Tensor]:

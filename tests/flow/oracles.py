@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -40,6 +41,36 @@ class GaussianData:
         t, r = expand_time(t, x), expand_time(r, x)
         slope = (t + r - self.std**2 * (2 - t - r)) / (self.spread(t) * (self.spread(t) + self.spread(r)))
         return -self.mean + slope * (x - (1 - t) * self.mean)
+
+
+@dataclass(frozen=True)
+class GuidedGaussians:
+    """The ODE of the guided velocity `v_neg + w (v - v_neg)` of two Gaussians, which is linear in x.
+
+    Its homogeneous solution is a product of powers of the two spreads; the rest is an integral of a smooth function.
+    """
+
+    given: GaussianData
+    negative: GaussianData
+    scale: float
+    nodes: int = 48
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(self.negative.velocity(x, t), self.given.velocity(x, t), self.scale)
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition = NO_TEXT) -> Tensor:
+        points, weights = numpy.polynomial.legendre.leggauss(self.nodes)
+        end, moved = self._growth(r), torch.zeros_like(r)
+        for point, weight in zip(points.tolist(), weights.tolist(), strict=True):
+            s = t + (r - t) * (point + 1) / 2
+            moved = moved + weight / 2 * self.velocity(torch.zeros_like(s), s) / self._growth(s)
+        length = torch.where(t == r, 1.0, t - r)
+        slope, offset = (1 - end / self._growth(t)) / length, end * moved
+        average = expand_time(slope, x) * x + expand_time(offset, x)
+        return torch.where(expand_time(t == r, x), self.velocity(x, t), average)
+
+    def _growth(self, t: Tensor) -> Tensor:
+        return self.given.spread(t) ** self.scale * self.negative.spread(t) ** (1 - self.scale)
 
 
 @dataclass(frozen=True)

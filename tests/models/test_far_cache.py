@@ -23,7 +23,7 @@ def encode(network, chunks: int, partition=PARTITION, clean=CLEAN, text=TEXT) ->
     """Encode the first chunks as cached context."""
     done = partition[:chunks]
     if not done:
-        return KVCache.empty()
+        return KVCache()
     latents = clean[:, : sum(done)]
     cache = network(latents, **ZERO, encoder_hidden_states=text, chunk_partition=done, return_kv_cache=True).kv_cache
     assert cache.chunks == done

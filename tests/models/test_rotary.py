@@ -21,7 +21,7 @@ def test_the_table_of_context_and_later_frames_is_that_of_diffusers():
     layout |= {"full_frame_shape": (4, 6), "compressed_frame_shape": (2, 3)}
     complex_numbers = AnyFlowCausalRotaryPosEmbed(16, (1, 2, 2), (1, 4, 4), 32)(layout, CPU)["query"][0, 0]
     stretches = (Stretch((2, 2, 3), 0, 2), Stretch((3, 4, 6), 2))
-    found = RotaryGrid(16).stretches(stretches, CPU)
+    found = RotaryGrid(16)(stretches, CPU)
     # Both are float64 before they are rounded here.
     torch.testing.assert_close(found, torch.view_as_real(complex_numbers).float(), rtol=0, atol=1e-6)
 
@@ -40,7 +40,7 @@ def test_compiled_rotation_is_the_eager_one():
     grid = RotaryGrid(12)
 
     def turn(x):
-        return rotate(x, grid((2, 3, 4), x.device))
+        return rotate(x, grid((Stretch((2, 3, 4)),), x.device))
 
     compiled = torch.compile(turn, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), turn(x), rtol=0, atol=1e-6)
@@ -58,29 +58,29 @@ def test_attention_scores_depend_on_distance_only():
 
 def test_a_table_is_computed_once_per_grid():
     grid = RotaryGrid(12)
-    first = grid((2, 3, 4), CPU)
-    assert grid((2, 3, 4), CPU) is first
-    assert grid((2, 4, 3), CPU) is not first
+    first = grid((Stretch((2, 3, 4)),), CPU)
+    assert grid((Stretch((2, 3, 4)),), CPU) is first
+    assert grid((Stretch((2, 4, 3)),), CPU) is not first
 
 
 def test_a_table_first_seen_in_inference_mode_can_be_trained_with():
     grid = RotaryGrid(12)
     with torch.inference_mode():
-        grid((1, 2, 2), CPU)
+        grid((Stretch((1, 2, 2)),), CPU)
     x = torch.randn(1, 4, 1, 12, requires_grad=True)
-    rotate(x, grid((1, 2, 2), CPU)).sum().backward()
+    rotate(x, grid((Stretch((1, 2, 2)),), CPU)).sum().backward()
     assert x.grad is not None
 
 
 def test_an_analysis_with_fake_tensors_leaves_nothing_behind():
     grid = RotaryGrid(12)
     with torch._subclasses.FakeTensorMode():
-        grid((1, 2, 2), CPU)
-    assert type(grid((1, 2, 2), CPU)) is torch.Tensor
+        grid((Stretch((1, 2, 2)),), CPU)
+    assert type(grid((Stretch((1, 2, 2)),), CPU)) is torch.Tensor
 
 
 def test_many_grids_do_not_pile_up():
     grid = RotaryGrid(12)
     for width in range(1, 140):
-        grid((1, 1, width), CPU)
+        grid((Stretch((1, 1, width)),), CPU)
     assert len(grid._tables) <= 64

@@ -57,3 +57,13 @@ def test_samples_with_r_below_t_are_learned_where_all_diffusion_is() -> None:
 def test_a_learned_sample_does_not_blow_up() -> None:
     losses = Loss(torch.zeros(2, requires_grad=True) * 1.0, torch.ones(2), torch.tensor([0, 2]), {})
     assert rebalanced(losses, torch.tensor(1.0), "weighted").tolist() == [0, 0]
+
+
+def test_the_square_root_lies_between_full_rebalancing_and_none() -> None:
+    """It scales the unweighted loss l to sqrt(mean l), and applies the weight afterwards."""
+    loss = Loss(torch.tensor([0.3, 4.0]), torch.tensor([1.0, 0.5]), torch.tensor([0, 2]), {})
+    assert balance_value(loss, "sqrt").tolist() == balance_value(loss, "unweighted").tolist()
+    found = rebalanced(loss, torch.tensor(0.09), "sqrt")
+    torch.testing.assert_close(found, torch.tensor([0.3, 0.5 * (0.09 * 4.0) ** 0.5]), rtol=1e-5, atol=0)
+    floored = rebalanced(loss, torch.tensor(0.0), "sqrt", smallest_mean=0.16)
+    torch.testing.assert_close(floored, torch.tensor([0.3, 0.5 * (0.16 * 4.0) ** 0.5]), rtol=1e-5, atol=0)

@@ -111,12 +111,13 @@ def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixtu
     advised = capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2].split()
     assert advised[:2] == ["strategy=zero3", "engine.fp8=none"]
     assert run([*given, *advised], None) == FITS
-    refused = r"engine.fp8: is refused under strategy=zero3; choose ddp to zero2, or set it to none"
+    refused = (
+        r"engine.fp8: is refused under strategy=zero3, which shards the weights; choose ddp to zero2, or set it to none"
+    )
     with pytest.raises(UserErrors, match=refused):
         run([*given, eight, "strategy=zero3"], None)
-    with pytest.raises(
-        UserErrors, match=r"optimizer.moments: is refused under strategy=zero2; choose ddp, or set it to fp32"
-    ):
+    refused = r"optimizer.moments: is refused under strategy=zero2, which shards the moments; choose ddp, or set it to"
+    with pytest.raises(UserErrors, match=refused):
         run([*given, "optimizer.moments=8bit", "strategy=zero2"], None)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from anyflow_train.config.compose import compose
+from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.memory import GIB, Memory, plan_memory
-from anyflow_train.plan.shortage import RunForecast, foresee
+from anyflow_train.plan.shortage import dry_run, foresee, memory_warning
 from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 
@@ -27,12 +29,13 @@ PLAIN = [
 
 
 @cache
-def forecast(world: int = WORLD) -> RunForecast:
-    return foresee(compose("train", PLAIN, None, world), world)
+def plain(world: int = WORLD) -> tuple[RunConfig, DryRun]:
+    config = compose("train", PLAIN, None, world)
+    return config, dry_run(config, world)
 
 
 def planned() -> Memory:
-    return plan_memory(forecast().config, forecast().found, "ddp", WORLD)
+    return plan_memory(*plain(), "ddp", WORLD)
 
 
 def gpus(free: float, total: float | None = None) -> list[GpuMemory]:
@@ -41,14 +44,14 @@ def gpus(free: float, total: float | None = None) -> list[GpuMemory]:
 
 def test_enough_is_enough() -> None:
     needed = planned().total
-    assert forecast().memory_warning("ddp", gpus(needed)) is None
-    assert forecast().memory_warning("ddp", gpus(needed - 1)) is not None
+    assert memory_warning(*plain(), "ddp", gpus(needed)) is None
+    assert memory_warning(*plain(), "ddp", gpus(needed - 1)) is not None
 
 
 def test_one_gpu_that_is_short_is_named_with_what_is_missing_and_what_fits() -> None:
     found = gpus(80 * GIB)
     found[5] = GpuMemory("node1", planned().total - 2 * GIB, 80 * GIB)
-    text = forecast().memory_warning("ddp", found)
+    text = memory_warning(*plain(), "ddp", found)
     assert text is not None
     assert "process 5 (node1)" in text
     assert ", 2.0 GiB more than process 5" in text
@@ -58,9 +61,9 @@ def test_one_gpu_that_is_short_is_named_with_what_is_missing_and_what_fits() -> 
 
 def test_only_what_cannot_fit_in_an_empty_gpu_is_an_error() -> None:
     lasting = sum(size for _, size in planned().state)
-    assert forecast().memory_warning("ddp", gpus(GIB, total=lasting)) is not None
+    assert memory_warning(*plain(), "ddp", gpus(GIB, total=lasting)) is not None
     with pytest.raises(UserError, match=r"GPU memory: .* stay on each GPU .*process 0 \(node0\)"):
-        forecast().memory_warning("ddp", gpus(80 * GIB, total=lasting - 1))
+        memory_warning(*plain(), "ddp", gpus(80 * GIB, total=lasting - 1))
 
 
 @pytest.fixture
@@ -75,11 +78,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], World]:
 
 
 def test_a_start_warns_once_and_knows_its_work(gpu: Callable[..., World], capsys: pytest.CaptureFixture[str]) -> None:
-    alone = forecast(1)
-    work = check_memory(alone.config, gpu(80 * GIB, 80 * GIB), lambda config, world: alone)
-    assert work == alone.work > 1e15
+    config, found = plain(1)
+    assert check_memory(config, gpu(80 * GIB, 80 * GIB), foresee) == found.work > 1e15
     assert capsys.readouterr().err == ""
-    check_memory(alone.config, gpu(20 * GIB, 80 * GIB), lambda config, world: alone)
+    check_memory(config, gpu(20 * GIB, 80 * GIB), foresee)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: GPU memory may not suffice: ")
     assert "ddp on 1" in warning
@@ -93,9 +95,9 @@ def test_the_launchers_engine_is_planned(
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
     # Foreseen anew: a dry run inside of a ZeRO-3 launch builds whole networks.
-    check_memory(forecast(1).config, gpu(2 * GIB, 80 * GIB), foresee)
+    check_memory(plain(1)[0], gpu(2 * GIB, 80 * GIB), foresee)
     assert "(zero3 on 1)" in capsys.readouterr().err
 
 
 def test_a_cpu_is_not_asked() -> None:
-    assert check_memory(forecast(1).config, World(torch.device("cpu")), foresee) is None
+    assert check_memory(plain(1)[0], World(torch.device("cpu")), foresee) is None

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from anyflow_train.errors import UserError
 from anyflow_train.tiny import shapes as world
 
 MIDDLE = (0.5, 0.5)
@@ -18,22 +19,16 @@ def _blurred(clips: Tensor, width: int) -> Tensor:
 
 
 def test_captions_name_every_class_once() -> None:
-    captions = [world.caption(label) for label in range(world.CLASSES)]
-    assert [world.label_of(caption) for caption in captions] == list(range(world.CLASSES))
-    assert world.caption(0) == "a red ball moving left"
-    assert world.motif_of(35).label == 35
-    assert {word for caption in captions for word in caption.split()} == set(world.WORDS)
-
-
-@pytest.mark.parametrize("label", [-1, 36])
-def test_there_are_36_classes(label: int) -> None:
-    with pytest.raises(ValueError, match="not in"):
-        world.caption(label)
+    assert world.labels_of(world.CAPTIONS).tolist() == list(range(world.CLASSES)) == list(range(36))
+    assert world.CAPTIONS[0] == "a red ball moving left"
+    assert world.CAPTIONS[4] == "a red square moving left"
+    assert world.CAPTIONS[35] == "a blue triangle moving down"
+    assert {word for caption in world.CAPTIONS for word in caption.split()} == set(world.WORDS)
 
 
 def test_another_text_is_no_caption() -> None:
-    with pytest.raises(ValueError, match="two cats"):
-        world.label_of("two cats")
+    with pytest.raises(UserError, match="oracle: 'two cats'"):
+        world.labels_of(["two cats"])
 
 
 @pytest.mark.parametrize("shape", range(3))
@@ -50,7 +45,7 @@ def test_the_whole_path_is_inside_of_the_picture(corner: tuple[float, float]) ->
     for label in range(world.CLASSES):
         video = _clip(label, corner)[0]
         borders = [video[..., -1, :]]
-        if world.motif_of(label).shape != 2:  # a triangle's corners may leave the picture by up to two pixels
+        if world.split(label)[1] != 2:  # a triangle's corners may leave the picture by up to two pixels
             borders += [video[..., 0], video[..., -1], video[..., 0, :]]
         border = torch.cat(borders, dim=-1)
         torch.testing.assert_close(border, background.expand_as(border), atol=1e-6, rtol=0)

@@ -12,7 +12,7 @@ from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.models.build import build_network
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.writing import save_checkpoint
-from anyflow_train.training.networks import build_student
+from anyflow_train.training.networks import start_student
 from tests.training.helpers import settings
 
 
@@ -33,7 +33,7 @@ def trained(folder: Path, name: str, init: Path | str, adapter: dict[str, Any], 
     """A run whose averages are noise around its start, and whose raw weights are zero."""
     decoded = config(folder, name, init, adapter, **changes)
     draw = torch.Generator().manual_seed(len(name) + step)
-    weights = {n: p.detach() for n, p in trainable_parameters(build_student(decoded.student, 0)).items()}
+    weights = {n: p.detach() for n, p in trainable_parameters(start_student(decoded.student, 0)).items()}
     ema = {n: w + 0.1 * torch.randn(w.shape, generator=draw) for n, w in weights.items()}
     groups = {"weights": {n: torch.zeros_like(w) for n, w in weights.items()}.items(), "ema": ema.items()}
     save_checkpoint(folder / name / "checkpoints", decoded, TrainState(step=step), {"student": step}, groups)

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from anyflow_train.config.compose import compose
-from anyflow_train.config.run import Optimizer
+from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.models.build import build_network
 from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.memory import plan_memory
-from anyflow_train.training.engine import ReplicatedEngine
+from anyflow_train.training.engine import ReplicatedEngine, engine_name
 from anyflow_train.training.processes.world import ALONE
-from anyflow_train.training.start_checks import check_moments
+from anyflow_train.training.start_checks import check_moments, check_strategy
 from tests.training.helpers import (
     assert_equal_runs,
     final_tensors,
@@ -101,13 +101,13 @@ def test_other_moments_are_another_run(tmp_path: Path, bitsandbytes: None) -> No
         train({**wide(tmp_path), "optimizer": {**wide(tmp_path)["optimizer"], "moments": "fp32"}})
 
 
-def test_shards_of_moments_are_refused(monkeypatch: pytest.MonkeyPatch, bitsandbytes: None) -> None:
-    check_moments(EIGHT)
+def test_shards_of_moments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, plain = (RunConfig.model_validate(settings(Path(), optimizer__moments=each)) for each in ("8bit", "fp32"))
+    check_strategy(config, engine_name())
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"ZeRO shards the moments; set it to fp32, or start with ddp") as caught:
-        check_moments(EIGHT)
-    assert caught.value.where == "optimizer.moments"
-    check_moments(Optimizer())
+    with pytest.raises(UserError, match=r"^optimizer.moments: .*zero2, which shards the moments; choose ddp, or set"):
+        check_strategy(config, engine_name())
+    check_strategy(plain, engine_name())
 
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.load import load_model
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
-from anyflow_train.training.networks import build_student
+from anyflow_train.training.networks import start_student
 from tests.training.helpers import assert_equal_runs, causal, settings, train, write_latents, write_networks
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "full_modules": ["far_patch_embedding"]}
@@ -85,7 +85,7 @@ def test_a_network_of_whole_clips_becomes_causal(folder: Path, source: str) -> N
         train({**config, "data": {**config["data"], "frames": 9}})
     config = stage_1(folder, "from")
     config["student"] |= {"init": str(folder / source), "time_frequency_limit": None}
-    network: Any = build_student(RunConfig.model_validate(config).student, 0)
+    network: Any = start_student(RunConfig.model_validate(config).student, 0)
     assert isinstance(network, AnyFlowFARTransformer3DModel)
     wanted = torch.nn.functional.interpolate(
         network.patch_embedding.weight.flatten(0, 1)[:, None], size=(1, 4, 4), mode="trilinear"
@@ -98,7 +98,7 @@ def test_a_causal_run_does_not_become_a_student_of_whole_clips(folder: Path) -> 
     config = settings(folder, name="back")
     config["student"] |= {"init": str(folder / "one-step"), "time_frequency_limit": None}
     with pytest.raises(UserError, match=r"causal: is null, but .* is a causal student"):
-        build_student(RunConfig.model_validate(config).student, 0)
+        start_student(RunConfig.model_validate(config).student, 0)
 
 
 def test_a_trained_run_is_sampled_chunk_by_chunk(folder: Path) -> None:

@@ -14,10 +14,11 @@ from anyflow_train.errors import UserError
 from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.models.build import build_network
 from anyflow_train.models.fp8 import Fp8Linear, StoredFp8Linear
+from anyflow_train.training.engine import engine_name
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.recipe import build_recipe
-from anyflow_train.training.start_checks import check_fp8
+from anyflow_train.training.start_checks import check_fp8, check_strategy
 from tests.training.helpers import SHAPE, TEXT_DIM, assert_equal_runs, settings, train, write_latents
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 4.0}
@@ -120,10 +121,11 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shards_of_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    config = RunConfig.model_validate(settings(Path(), engine__fp8="frozen"))
     for stage in ("2", "3"):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
         if stage == "2":
-            check_fp8(Engine(fp8="frozen"), torch.device("cpu"))
+            check_strategy(config, engine_name())
             continue
-        with pytest.raises(UserError, match=r"ZeRO-3 .*start with zero2 or ddp"):
-            check_fp8(Engine(fp8="frozen"), torch.device("cpu"))
+        with pytest.raises(UserError, match=r"^engine.fp8: .*zero3, which shards the weights; choose ddp to zero2"):
+            check_strategy(config, engine_name())

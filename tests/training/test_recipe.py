@@ -16,7 +16,7 @@ from anyflow_train.models.build import build_network
 from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.shared_base import RoleFlowMap
 from anyflow_train.training.ema import AveragedFlowMap
-from anyflow_train.training.networks import build_student, load_trained_network
+from anyflow_train.training.networks import load_trained_network, start_student
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.recipe import build_loader, build_recipe
 from tests.training.helpers import final_tensors, settings, train, write_latents
@@ -77,7 +77,7 @@ def test_adapters_on_the_teacher_train_the_same_with_and_without_a_network_of_it
 
 def test_a_missing_start_is_named_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        build_student(config(tmp_path, student__init=str(tmp_path / "nothing")).student, 0)
+        start_student(config(tmp_path, student__init=str(tmp_path / "nothing")).student, 0)
     assert caught.value.where == "student.init"
     changes = {"teacher__source": str(tmp_path / "nothing"), "objective__velocity": "teacher"}
     with pytest.raises(UserError) as caught:
@@ -89,7 +89,7 @@ def test_another_architecture_is_named_by_key_and_both_values(tmp_path: Path) ->
     source = saved_network(tmp_path)
     changes = {"student__init": source, "student__architecture__num_layers": 2, "student__architecture__ffn_dim": 64}
     with pytest.raises(UserErrors) as caught:
-        build_student(config(tmp_path, **changes).student, 0)
+        start_student(config(tmp_path, **changes).student, 0)
     assert [error.where for error in caught.value.errors] == [
         "student.architecture.ffn_dim",
         "student.architecture.num_layers",
@@ -101,7 +101,7 @@ def test_another_architecture_is_named_by_key_and_both_values(tmp_path: Path) ->
 def test_another_gate_is_named_with_both_values(tmp_path: Path) -> None:
     source = saved_network(tmp_path, gate_value=0.5)
     with pytest.raises(UserError, match=r"gate_value = 0\.5.*student\.gate_value=0\.25"):
-        build_student(config(tmp_path, student__init=source).student, 0)
+        start_student(config(tmp_path, student__init=source).student, 0)
 
 
 def test_a_fully_trained_student_needs_its_start_no_more(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from anyflow_train.training.checkpoints.reading import list_checkpoints, read_in
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import Best
 from anyflow_train.training.networks import (
-    build_student,
     load_trained_network,
     share_frozen,
     start_shared,
+    start_student,
     start_teacher,
 )
 from anyflow_train.training.processes.world import ALONE
@@ -67,14 +67,14 @@ def assert_equal(one: nn.Module, weights: dict[str, Tensor]) -> None:
 def test_a_student_starts_as_what_a_run_trained(tmp_path: Path, first: dict, adapter: dict) -> None:
     run = trained(tmp_path, "first", network(tmp_path), first)
     for source in (run, list_checkpoints(run / "checkpoints")[0]):
-        assert_equal(build_student(student(tmp_path, source, adapter), 0), whole(run))
+        assert_equal(start_student(student(tmp_path, source, adapter), 0), whole(run))
 
 
 def test_the_same_adapter_goes_on_being_trained_on_the_same_base(tmp_path: Path) -> None:
     run = trained(tmp_path, "first", network(tmp_path), LORA)
     again = trained(tmp_path, "second", run, LORA)
     for source in (run, again):
-        ours = trainable_parameters(build_student(student(tmp_path, source, {**LORA, "targets": LORA_TARGETS}), 9))
+        ours = trainable_parameters(start_student(student(tmp_path, source, {**LORA, "targets": LORA_TARGETS}), 9))
         theirs = trainable_parameters(load_trained_network(source))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -119,7 +119,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "is 3.0, but" in caught.value.errors[3].problem
     assert "trained with 5.0; set times.shift=5.0" in caught.value.errors[3].problem
     with pytest.raises(UserErrors, match=r"student\.gate_value: is 0\.5, but .* trained with 0\.25"):
-        build_student(wrong.student, 0)
+        start_student(wrong.student, 0)
     check_start(config(tmp_path, "new", run, FULL, data__frames=9, data__width=64))
 
 
@@ -150,12 +150,12 @@ def test_a_missing_base_and_a_circle_are_named(tmp_path: Path) -> None:
     second = trained(tmp_path, "second", run, OTHER)
     shutil.move(tmp_path / "network", tmp_path / "elsewhere")
     with pytest.raises(UserError, match=rf"^student\.init: .*{run}.* was trained on {tmp_path / 'network'}, which"):
-        build_student(student(tmp_path, second, LORA), 0)
+        start_student(student(tmp_path, second, LORA), 0)
     shutil.move(tmp_path / "elsewhere", tmp_path / "network")
     shutil.rmtree(run)
     shutil.copytree(second, run)  # now `first` says that it began with `first`
     with pytest.raises(UserError, match=r"^student\.init: .*started from itself: .* <- "):
-        build_student(student(tmp_path, run, LORA), 0)
+        start_student(student(tmp_path, run, LORA), 0)
     shutil.rmtree(run)
     with pytest.raises(UserError, match=r"^.*/second/.*: was trained on .*/first, which is missing"):
         load_trained_network(second)
@@ -226,4 +226,4 @@ def test_the_best_checkpoint_is_the_start(tmp_path: Path) -> None:
     trained(tmp_path, "first", network(tmp_path), FULL, step=2)
     best = Best(1, "energy_distance_4", 0.5)
     (run / "checkpoints" / "best").write_text(f'{{"step": {best.step}}}')
-    assert_equal(build_student(student(tmp_path, run, FULL), 0), whole(run / "checkpoints" / "step_00000001"))
+    assert_equal(start_student(student(tmp_path, run, FULL), 0), whole(run / "checkpoints" / "step_00000001"))

@@ -13,14 +13,11 @@ def prepare(config: PrepareConfig) -> Iterator[Finding]:
     """Check that there is something to encode, at sizes that Wan's VAE and patches divide."""
     yield from video_size(config.frames, config.height, config.width)
     if config.source is None and config.prompts is None:
-        yield Finding(
-            ("source", "prompts"), "null; give a folder or manifest of clips, or prompts=FILE to encode only prompts"
-        )
+        problem = "null; give a folder or manifest of clips, or prompts=FILE to encode only prompts"
+        yield Finding(("source", "prompts"), problem)
     if config.source is not None and config.prompts is not None:
-        yield Finding(
-            ("prompts", "source"),
-            f"{config.prompts!r} is for shards of prompts only, but source={config.source} is also set; give only one",
-        )
+        problem = f"{config.prompts!r} is for shards of prompts only, but source={config.source} is also set"
+        yield Finding(("prompts", "source"), f"{problem}; give only one")
 
 
 def sample(config: SampleConfig) -> Iterator[Finding]:
@@ -33,29 +30,20 @@ def sample(config: SampleConfig) -> Iterator[Finding]:
     if config.context_frames is not None:
         yield from frame_count("context_frames", config.context_frames)
         if config.video is None:
-            yield Finding(
-                ("context_frames", "video"),
-                f"{config.context_frames} has no effect without a video; give video=FILE",
-            )
+            problem = f"{config.context_frames} has no effect without a video; give video=FILE"
+            yield Finding(("context_frames", "video"), problem)
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
     """Check that guidance fits the reference, and that training clips are not held-out clips."""
     if config.training_shards == config.held_out:
-        yield Finding(
-            ("training_shards", "held_out"),
-            f"{config.held_out!r} is also held_out; give the shards that the models were trained on",
-        )
+        problem = f"{config.held_out!r} is also held_out; give the shards that the models were trained on"
+        yield Finding(("training_shards", "held_out"), problem)
     guided = config.reference == "guided_teacher"
     if guided and config.guidance_scale <= 1:
-        yield Finding(
-            ("guidance_scale", "reference"),
-            f"{config.guidance_scale:g} means no guidance, but reference=guided_teacher; "
-            "set a scale above 1, or reference=data",
-        )
+        problem = f"{config.guidance_scale:g} means no guidance, but reference=guided_teacher"
+        yield Finding(("guidance_scale", "reference"), f"{problem}; set a scale above 1, or reference=data")
     if not guided and config.guidance_scale != 1:
-        yield Finding(
-            ("reference", "guidance_scale"),
-            f"'data' requires unguided samples, but guidance_scale={config.guidance_scale:g}; "
-            "set reference=guided_teacher, or guidance_scale=1",
-        )
+        problem = f"'data' requires unguided samples, but guidance_scale={config.guidance_scale:g}"
+        advice = "set reference=guided_teacher, or guidance_scale=1"
+        yield Finding(("reference", "guidance_scale"), f"{problem}; {advice}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import Architecture, Lora
-from anyflow_train.config.parameters import in_modules, linear_layers, matches, parameter_names
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.parameters import layers
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
@@ -27,28 +29,20 @@ def video_size(
     """Check frames, height and width, if they are set. The keys start with `prefix`."""
     if frames is not None:
         yield from frame_count(f"{prefix}frames", frames)
+    unit = SPATIAL_FACTOR * patch
     for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None:
-            yield from _side_length(f"{prefix}{name}", pixels, patch)
+        if pixels is not None and pixels % unit:
+            lower = pixels // unit * unit
+            nearest = f"{lower} and {lower + unit}" if lower else f"{unit}"
+            problem = f"{pixels} pixels are not a multiple of {unit} (VAE 8 x patch {patch}); nearest are {nearest}"
+            yield Finding((f"{prefix}{name}",), problem)
 
 
 def frame_count(key: str, frames: int) -> Iterator[Finding]:
     """Check for 4n + 1 frames: the VAE encodes the first frame alone, and then 4 frames into one latent frame."""
-    beyond = (frames - 1) % TEMPORAL_FACTOR
-    if beyond:
+    if beyond := (frames - 1) % TEMPORAL_FACTOR:
         lower = frames - beyond
         yield Finding((key,), f"{frames} frames are not 4n + 1; nearest are {lower} and {lower + TEMPORAL_FACTOR}")
-
-
-def _side_length(key: str, pixels: int, patch: int) -> Iterator[Finding]:
-    """Check that a side is a multiple of the VAE's factor times the patch size."""
-    unit = SPATIAL_FACTOR * patch
-    if pixels % unit:
-        lower = pixels // unit * unit
-        nearest = f"{lower} and {lower + unit}" if lower else f"{unit}"
-        yield Finding(
-            (key,), f"{pixels} pixels are not a multiple of {unit} (VAE 8 x patch {patch}); nearest are {nearest}"
-        )
 
 
 def run_sizes(config: RunConfig) -> Iterator[Finding]:
@@ -62,11 +56,9 @@ def run_sizes(config: RunConfig) -> Iterator[Finding]:
     longest = architecture.rope_max_seq_len
     for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
         if tokens > longest:
-            yield Finding(
-                (f"data.{axis}", "student.architecture.rope_max_seq_len"),
-                f"{getattr(data, axis)} is {tokens} tokens along this axis, more than "
-                f"student.architecture.rope_max_seq_len={longest}; lower it",
-            )
+            key = "student.architecture.rope_max_seq_len"
+            problem = f"{getattr(data, axis)} is {tokens} tokens along this axis, more than {key}={longest}; lower it"
+            yield Finding((f"data.{axis}", key), problem)
 
 
 def network_shape(config: RunConfig) -> Iterator[Finding]:
@@ -80,27 +72,21 @@ def network_shape(config: RunConfig) -> Iterator[Finding]:
         if (size := getattr(architecture, name)) % 2:
             yield Finding((f"{prefix}.{name}",), f"{size} must be even, because {reason}")
     if architecture.in_channels != architecture.out_channels:
-        yield Finding(
-            (f"{prefix}.out_channels", f"{prefix}.in_channels"),
-            f"{architecture.out_channels} must be equal to {prefix}.in_channels={architecture.in_channels}, because a "
-            "velocity has the shape of the latents",
-        )
+        problem = f"{architecture.out_channels} must be equal to {prefix}.in_channels={architecture.in_channels}"
+        keys = (f"{prefix}.out_channels", f"{prefix}.in_channels")
+        yield Finding(keys, f"{problem}, because a velocity has the shape of the latents")
 
 
 def student_start(config: RunConfig) -> Iterator[Finding]:
     """Check that adapters have trained weights, and that options for random weights have random weights."""
     student = config.student
     if student.init is None and isinstance(student.adapter, Lora):
-        yield Finding(
-            ("student.adapter", "student.init"),
-            "kind=lora would freeze random weights; give student.init=..., or choose student/adapter=full",
-        )
-    if student.init is not None and student.time_frequency_limit is not None:
-        yield Finding(
-            ("student.time_frequency_limit", "student.init"),
-            f"{student.time_frequency_limit} is only for random weights, but student.init={student.init} is trained; "
-            "set student.time_frequency_limit=null",
-        )
+        problem = "kind=lora would freeze random weights; give student.init=..., or choose student/adapter=full"
+        yield Finding(("student.adapter", "student.init"), problem)
+    key, limit = "student.time_frequency_limit", student.time_frequency_limit
+    if student.init is not None and limit is not None:
+        problem = f"{limit} is only for random weights, but student.init={student.init} is trained; set {key}=null"
+        yield Finding((key, "student.init"), problem)
 
 
 def known_shapes(config: RunConfig) -> Iterator[Finding]:
@@ -116,10 +102,8 @@ def known_shapes(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("student.init", "student.architecture"), f"{init}{whose} {difference}; {advice}")
     elif shares_base(config) and (difference := _difference(config, teacher)):
         key = "on_policy.fake_score.adapter"
-        yield Finding(
-            (key, "teacher.source"),
-            f"lora requires one base for all roles, but {teacher} {difference}; set {key}.kind=full",
-        )
+        problem = f"lora requires one base for all roles, but {teacher} {difference}; set {key}.kind=full"
+        yield Finding((key, "teacher.source"), problem)
 
 
 def _difference(config: RunConfig, source: str | None) -> str | None:
@@ -137,44 +121,27 @@ def _difference(config: RunConfig, source: str | None) -> str | None:
 
 def adapter_targets(config: RunConfig) -> Iterator[Finding]:
     """Check that adapters name existing layers, and no layer twice."""
-    adapter = config.student.adapter
+    adapter, key = config.student.adapter, "student.adapter"
     if not isinstance(adapter, Lora):
         return
-    layers = linear_layers(config.student.architecture)
+    known = layers(config.student.architecture)
+    linear = [name for name, is_linear in known.items() if is_linear]
     if not adapter.targets:
-        yield Finding(("student.adapter.targets",), "is empty; name at least one layer")
+        yield Finding((f"{key}.targets",), "is empty; name at least one layer")
     for target in adapter.targets:
-        if not any(matches(layer, [target]) for layer in layers):
-            yield Finding(
-                ("student.adapter.targets",),
-                f"{target!r} matches no linear layer{_nearest(target, _last_parts(layers))}",
-            )
-    names = parameter_names(config.student.architecture)
+        if not any(is_target(name, (target,)) for name in linear):
+            yield Finding((f"{key}.targets",), f"{target!r} matches no linear layer{_nearest(target, linear)}")
     for module in adapter.full_modules:
-        inside = [name for name in names if in_modules(name, [module])]
+        inside = [name for name in known if is_in(name, (module,))]
         if not inside:
-            modules = _last_parts([parent for name in names for parent in _parents(name)])
-            yield Finding(("student.adapter.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
-        elif any(matches(name.removesuffix(".weight"), adapter.targets) for name in inside):
-            yield Finding(
-                ("student.adapter.full_modules", "student.adapter.targets"),
-                f"{module!r} has layers that are also in student.adapter.targets; remove them from one of the two",
-            )
+            modules = [parent for name in known for parent in accumulate(name.split("."), "{}.{}".format)]
+            yield Finding((f"{key}.full_modules",), f"{module!r} matches no module{_nearest(module, modules)}")
+        elif any(is_target(name, adapter.targets) for name in inside):
+            problem = f"{module!r} has layers that are also in {key}.targets; remove them from one of the two"
+            yield Finding((f"{key}.full_modules", f"{key}.targets"), problem)
 
 
-def _last_parts(names: list[str]) -> list[str]:
-    """Shorten names: `blocks.0.attn1.to_q` -> `attn1.to_q`; other names lose only `condition_embedder.`."""
-    shortened = (
-        name.split(".", 2)[2] if name.startswith("blocks.") and name.count(".") > 1 else name for name in names
-    )
-    return list(dict.fromkeys(name.removeprefix("condition_embedder.") for name in shortened if name))
-
-
-def _parents(name: str) -> list[str]:
-    """List the parents of a dotted name: `a.b.c` -> `a`, `a.b`."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-
-
-def _nearest(wrong: str, valid: list[str]) -> str:
-    return nearest_hint(wrong, valid) or f"; valid are {', '.join(valid)}"
+def _nearest(wrong: str, names: list[str]) -> str:
+    """Name the nearest one of `names`, or all of them, without the parts that a user need not write."""
+    short = dict.fromkeys(re.sub(r"^(blocks\.\d+|condition_embedder)\.", "", name) for name in names)
+    return nearest_hint(wrong, short) or f"; valid are {', '.join(short)}"

@@ -11,78 +11,56 @@ from anyflow_train.config.run import RunConfig
 
 def shares(config: RunConfig) -> Iterator[Finding]:
     """Check that the shares add up to at most 1, and that the global batch has samples for every branch."""
-    times = config.times
+    times, objective, size = config.times, config.objective, config.engine.global_batch
     keys = ("times.consistency_share", "times.diffusion_share")
     total = times.diffusion_share + times.consistency_share
     if total > 1 + 1e-9:
-        yield Finding(
-            keys,
-            f"{times.consistency_share} and times.diffusion_share={times.diffusion_share} add up to {total:g}, but at "
-            f"most 1 is possible; set it to {max(0.0, 1 - times.diffusion_share):g} or less",
-        )
+        problem = f"{times.consistency_share} and times.diffusion_share={times.diffusion_share} add up to {total:g}"
+        most = max(0.0, 1 - times.diffusion_share)
+        yield Finding(keys, f"{problem}, but at most 1 is possible; set it to {most:g} or less")
         return
-    if not config.objective.branches:
+    if not objective.branches:
         return
     if times.diffusion_share >= 1:
-        yield Finding(
-            keys[::-1],
-            "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching",
-        )
+        problem = "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching"
+        yield Finding(keys[::-1], problem)
         return
-    yield from _branch_sizes(config)
+    if problem := _lost_branch(config, size):
+        fitting = next((more for more in range(size + 1, 4097) if not _lost_branch(config, more)), None)
+        advice = f"; the next possible size is {fitting}" if fitting else ""
+        yield Finding(("engine.global_batch", *keys), f"{problem}{advice}")
+        return
+    counts, rebalance = objective.branch_counts(times, size), objective.rebalancing.mode
+    if rebalance != "none" and counts is not None and counts.diffusion == 0:
+        empty = f"which is empty with times.diffusion_share={times.diffusion_share}"
+        problem = f"{rebalance!r} scales losses to the diffusion branch, {empty}"
+        advice = "raise the share, or set objective.rebalance=none"
+        yield Finding(("objective.rebalance", "times.diffusion_share"), f"{problem}; {advice}")
+
+
+def _lost_branch(config: RunConfig, size: int) -> str | None:
+    """Return why a global batch is too small for every branch; None if it is not."""
+    try:
+        branch_counts(size, config.times.diffusion_share, config.times.consistency_share)
+    except ValueError as error:
+        return str(error)
 
 
 def unused_shares(config: RunConfig) -> Iterator[Finding]:
     """Warn about shares with an objective that does not split the batch."""
     times, kind = config.times, config.objective.kind
     if not config.objective.branches and (times.diffusion_share, times.consistency_share) != (1, 0):
-        yield Finding(
-            ("times.diffusion_share", "times.consistency_share"),
-            f"{times.diffusion_share} and times.consistency_share={times.consistency_share} have no effect: "
-            f"objective.kind={kind} does not split its samples; choose times=flow_matching",
-        )
-
-
-def _branch_sizes(config: RunConfig) -> Iterator[Finding]:
-    times, size = config.times, config.engine.global_batch
-    keys = ("engine.global_batch", "times.diffusion_share", "times.consistency_share")
-    try:
-        counts = branch_counts(size, times.diffusion_share, times.consistency_share)
-    except ValueError as error:
-        fitting = next((more for more in range(size + 1, 4097) if _holds_branches(config, more)), None)
-        advice = f"; the next possible size is {fitting}" if fitting else ""
-        yield Finding(keys, f"{error}{advice}")
-        return
-    rebalance = config.objective.rebalancing.mode
-    if rebalance != "none" and counts.diffusion == 0:
-        yield Finding(
-            ("objective.rebalance", "times.diffusion_share"),
-            f"{rebalance!r} scales losses to the diffusion branch, which is empty with times.diffusion_share="
-            f"{times.diffusion_share}; raise the share, or set objective.rebalance=none",
-        )
-
-
-def _holds_branches(config: RunConfig, size: int) -> bool:
-    try:
-        branch_counts(size, config.times.diffusion_share, config.times.consistency_share)
-    except ValueError:
-        return False
-    return True
-
-
-def own(config: RunConfig) -> Iterator[Finding]:
-    """Yield the findings of the objective about its own keys."""
-    yield from config.objective.findings()
+        problem = f"{times.diffusion_share} and times.consistency_share={times.consistency_share} have no effect"
+        reason = f"objective.kind={kind} does not split its samples; choose times=flow_matching"
+        yield Finding(("times.diffusion_share", "times.consistency_share"), f"{problem}: {reason}")
 
 
 def velocity(config: RunConfig) -> Iterator[Finding]:
     """Check that there is a teacher if the objective calls it."""
     if config.objective.follows_teacher and config.teacher.source is None:
-        yield Finding(
-            ("teacher.source", "objective.velocity"),
-            f"null, but objective.kind={config.objective.kind} calls the teacher; give a pipeline folder or hub id "
-            "(flow_map needs no teacher with objective.velocity=data)",
-        )
+        problem = f"null, but objective.kind={config.objective.kind} calls the teacher"
+        advice = "give a pipeline folder or hub id (flow_map needs no teacher with objective.velocity=data)"
+        yield Finding(("teacher.source", "objective.velocity"), f"{problem}; {advice}")
 
 
 def times(config: RunConfig) -> Iterator[Finding]:
@@ -90,14 +68,10 @@ def times(config: RunConfig) -> Iterator[Finding]:
     objective, distribution = config.objective, config.times.distribution
     if distribution not in objective.distributions:
         drawn = "logit_normal draws only t, but" if distribution == "logit_normal" else f"{distribution}, but"
-        yield Finding(
-            ("times.distribution", "objective.kind"),
-            f"{drawn} objective.kind={objective.kind} needs (t, r); set times.distribution="
-            f"{' or '.join(objective.distributions)}",
-        )
+        advice = f"set times.distribution={' or '.join(objective.distributions)}"
+        problem = f"{drawn} objective.kind={objective.kind} needs (t, r)"
+        yield Finding(("times.distribution", "objective.kind"), f"{problem}; {advice}")
     if objective.any_step and config.student.gate_value == 0:
-        yield Finding(
-            ("student.gate_value", "objective.kind"),
-            f"0 hides the target time r from the network, so it cannot learn objective.kind={objective.kind}; set it "
-            "above 0 (the paper uses 0.25)",
-        )
+        problem = f"0 hides the target time r from the network, so it cannot learn objective.kind={objective.kind}"
+        keys = ("student.gate_value", "objective.kind")
+        yield Finding(keys, f"{problem}; set it above 0 (the paper uses 0.25)")

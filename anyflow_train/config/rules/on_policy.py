@@ -17,49 +17,34 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
     settings = config.on_policy.matching
     if settings is None:
         return
+    requires = f"but on_policy.kind={settings.kind}"
     if not config.objective.any_step:
-        yield Finding(
-            ("objective.kind", KIND),
-            f"{config.objective.kind!r} does not train a flow map, but on_policy.kind={settings.kind} requires one; "
-            "choose objective=flow_map, or on_policy=none",
-        )
+        problem = f"{config.objective.kind!r} does not train a flow map, {requires} requires one"
+        yield Finding(("objective.kind", KIND), f"{problem}; choose objective=flow_map, or on_policy=none")
     if config.teacher.source is None:
-        yield Finding(
-            ("teacher.source", KIND),
-            f"null, but on_policy.kind={settings.kind} compares rollouts with a teacher; give a pipeline folder or "
-            "hub id, or choose on_policy=none",
-        )
-    yield from _one_base(config, settings)
+        advice = "give a pipeline folder or hub id, or choose on_policy=none"
+        yield Finding(("teacher.source", KIND), f"null, {requires} compares rollouts with a teacher; {advice}")
+    if isinstance(settings.fake_score.adapter, Lora):
+        yield from _one_base(config, settings)
     for name, times in (("score_times", settings.score_times), ("fake_score.times", settings.fake_score.times)):
+        low, high = f"on_policy.{name}.low", f"on_policy.{name}.high"
         if times.low >= times.high:
-            key = f"on_policy.{name}"
-            yield Finding(
-                (f"{key}.low", f"{key}.high"), f"{times.low:g} must be below {key}.high={times.high:g}; lower it"
-            )
+            yield Finding((low, high), f"{times.low:g} must be below {high}={times.high:g}; lower it")
     if max(settings.steps) == 1:
-        yield Finding(
-            ("on_policy.steps",),
-            f"{list(settings.steps)} trains only the jump from noise to data; add a number above 1",
-        )
+        problem = f"{list(settings.steps)} trains only the jump from noise to data; add a number above 1"
+        yield Finding(("on_policy.steps",), problem)
 
 
 def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Finding]:
-    """Check that student and teacher share a base network if the fake score is an adapter."""
-    key = "on_policy.fake_score.adapter"
-    if not isinstance(settings.fake_score.adapter, Lora):
-        return
+    """Check that student and teacher share a base network, for a fake score that is an adapter."""
+    key, init = "on_policy.fake_score.adapter", settings.fake_score.init
     if not isinstance(config.student.adapter, Lora):
-        yield Finding(
-            (key, "student.adapter"),
-            "lora requires a frozen base of the student, but student.adapter.kind=full trains all of its weights; "
-            f"choose student/adapter=lora, or {key}.kind=full",
-        )
-    if settings.fake_score.init != config.teacher.source:
-        yield Finding(
-            ("on_policy.fake_score.init", key),
-            f"{settings.fake_score.init} must be equal to teacher.source={config.teacher.source}, because "
-            f"{key}.kind=lora starts from the shared base; or set {key}.kind=full",
-        )
+        problem = "lora requires a frozen base of the student, but student.adapter.kind=full trains all of its weights"
+        yield Finding((key, "student.adapter"), f"{problem}; choose student/adapter=lora, or {key}.kind=full")
+    if init != config.teacher.source:
+        problem = f"{init} must be equal to teacher.source={config.teacher.source}, because {key}.kind=lora"
+        advice = f"starts from the shared base; or set {key}.kind=full"
+        yield Finding(("on_policy.fake_score.init", key), f"{problem} {advice}")
 
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
@@ -67,14 +52,10 @@ def warnings(config: RunConfig) -> Iterator[Finding]:
     settings = config.on_policy.matching
     if settings is None:
         return
-    if config.student.init in (None, config.teacher.source):
-        yield Finding(
-            ("student.init", KIND),
-            f"{config.student.init} is not a flow map, but stage 2 improves one; give the run of stage 1 or its export",
-        )
-    if config.steps % settings.fake_score.updates:
-        yield Finding(
-            ("steps", "on_policy.fake_score.updates"),
-            f"{config.steps} is not a multiple of on_policy.fake_score.updates={settings.fake_score.updates}, the "
-            "interval of the student's updates; the last steps train only the fake score",
-        )
+    if (init := config.student.init) in (None, config.teacher.source):
+        problem = f"{init} is not a flow map, but stage 2 improves one; give the run of stage 1 or its export"
+        yield Finding(("student.init", KIND), problem)
+    key, updates = "on_policy.fake_score.updates", settings.fake_score.updates
+    if config.steps % updates:
+        problem = f"{config.steps} is not a multiple of {key}={updates}, the interval of the student's updates"
+        yield Finding(("steps", key), f"{problem}; the last steps train only the fake score")

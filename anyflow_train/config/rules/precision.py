@@ -20,47 +20,28 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
         return
     adapted = isinstance(config.student.adapter, Lora)
     if not adapted and not needs_teacher(config):
-        yield Finding(
-            (KEY, "student.adapter"),
-            "'frozen' has no effect: there is no teacher, and student.adapter.kind=full trains every weight; set it to "
-            "none, or choose student/adapter=lora",
-        )
-    if config.engine.precision != "bf16":
-        yield Finding(
-            (KEY, "engine.precision"),
-            f"'frozen' replaces bfloat16 products, but engine.precision={config.engine.precision}; set that to bf16, "
-            f"or {KEY} to none",
-        )
-    derivative = config.objective.derivative
+        problem = "'frozen' has no effect: there is no teacher, and student.adapter.kind=full trains every weight"
+        yield Finding((KEY, "student.adapter"), f"{problem}; set it to none, or choose student/adapter=lora")
+    if (precision := config.engine.precision) != "bf16":
+        problem = f"'frozen' replaces bfloat16 products, but engine.precision={precision}"
+        yield Finding((KEY, "engine.precision"), f"{problem}; set that to bf16, or {KEY} to none")
+    derivative = config.objective.derivative_role
     if adapted and derivative is not None and derivative.precision == "bf16":
-        yield Finding(
-            (derivative.precision_key or "objective.kind", KEY),
-            f"bf16 with {KEY}=frozen would compute the time derivative in 8 bits, and about a third of it would "
-            "be noise; set it to fp16 or fp32",
-        )
-    yield from _sizes(config)
+        problem = f"bf16 with {KEY}=frozen would compute the time derivative in 8 bits"
+        keys = (derivative.precision_key or "objective.kind", KEY)
+        yield Finding(keys, f"{problem}, and about a third of it would be noise; set it to fp16 or fp32")
+    shape = config.student.architecture
+    sizes = {"num_attention_heads": shape.num_attention_heads * shape.attention_head_dim, "ffn_dim": shape.ffn_dim}
+    for name, width in sizes.items():
+        if width % MULTIPLE:
+            problem = f"'frozen' requires layer widths that are multiples of {MULTIPLE}"
+            advice = f"but a width of the student is {width}; set it to none"
+            yield Finding((KEY, f"student.architecture.{name}"), f"{problem}, {advice}")
 
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
     """Warn about fp8 in stage 2: it uses the small difference of two scores, which 8 bits mostly round away."""
     if config.engine.fp8 == "frozen" and config.on_policy.matching is not None:
-        yield Finding(
-            (KEY, "on_policy.kind"),
-            "'frozen' gives the difference of teacher and fake score an error of 24 to 47 % (bfloat16: 6 to 10 %, "
-            "measured on tiny-wan); 'none' is safer in stage 2",
-        )
-
-
-def _sizes(config: RunConfig) -> Iterator[Finding]:
-    architecture = config.student.architecture
-    widths = {
-        "num_attention_heads": architecture.num_attention_heads * architecture.attention_head_dim,
-        "ffn_dim": architecture.ffn_dim,
-    }
-    for name, width in widths.items():
-        if width % MULTIPLE:
-            yield Finding(
-                (KEY, f"student.architecture.{name}"),
-                f"'frozen' requires layer widths that are multiples of {MULTIPLE}, but a width of the student is "
-                f"{width}; set it to none",
-            )
+        problem = "'frozen' gives the difference of teacher and fake score an error of 24 to 47 %"
+        measured = "bfloat16: 6 to 10 %, measured on tiny-wan"
+        yield Finding((KEY, "on_policy.kind"), f"{problem} ({measured}); 'none' is safer in stage 2")

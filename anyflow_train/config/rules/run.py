@@ -14,7 +14,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.student_start(config),
         *geometry.known_shapes(config),
         *geometry.adapter_targets(config),
-        *objective.own(config),
+        *config.objective.findings(),
         *objective.velocity(config),
         *objective.times(config),
         *objective.shares(config),

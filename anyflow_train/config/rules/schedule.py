@@ -20,10 +20,8 @@ def sequence(config: RunConfig, world: int) -> Iterator[Finding]:
         yield Finding((key,), f"{width} does not divide the number of processes, {world}")
     heads = config.student.architecture.num_attention_heads
     if heads % width:
-        yield Finding(
-            (key, "student.architecture.num_attention_heads"),
-            f"{width} does not divide the number of attention heads, {heads}",
-        )
+        problem = f"{width} does not divide the number of attention heads, {heads}"
+        yield Finding((key, "student.architecture.num_attention_heads"), problem)
 
 
 def batches(config: RunConfig, world: int) -> Iterator[Finding]:
@@ -35,22 +33,18 @@ def batches(config: RunConfig, world: int) -> Iterator[Finding]:
         return
     lower = engine.global_batch // width * width
     nearest = f"{lower} and {lower + width}" if lower else f"{width}"
-    yield Finding(
-        ("engine.global_batch", "engine.micro_batch"),
-        f"{engine.global_batch} is not a multiple of engine.micro_batch={engine.micro_batch} x {world} "
-        f"process{'es' if world > 1 else ''} = {width}; nearest are {nearest}",
-    )
+    product = f"engine.micro_batch={engine.micro_batch} x {world} process{'es' * (world > 1)} = {width}"
+    problem = f"{engine.global_batch} is not a multiple of {product}; nearest are {nearest}"
+    yield Finding(("engine.global_batch", "engine.micro_batch"), problem)
 
 
 def learning_rate(config: RunConfig) -> Iterator[Finding]:
     """Check for options of a schedule that is not the chosen one."""
     optimizer = config.optimizer
     if optimizer.schedule == "constant" and optimizer.final_lr_share != 0:
-        yield Finding(
-            ("optimizer.final_lr_share", "optimizer.schedule"),
-            f"{optimizer.final_lr_share:g} has no effect with optimizer.schedule=constant; "
-            "set it to 0, or the schedule to cosine",
-        )
+        problem = f"{optimizer.final_lr_share:g} has no effect with optimizer.schedule=constant"
+        keys = ("optimizer.final_lr_share", "optimizer.schedule")
+        yield Finding(keys, f"{problem}; set it to 0, or the schedule to cosine")
 
 
 def validation(config: RunConfig) -> Iterator[Finding]:
@@ -58,14 +52,11 @@ def validation(config: RunConfig) -> Iterator[Finding]:
     evaluation = config.evaluation
     if evaluation.every == 0:
         return
-    source = config.teacher.codec_source
-    for key, wanted in (("oracle", evaluation.oracle != "none"), ("videos", evaluation.videos > 0)):
-        if wanted and source is None:
-            yield Finding(
-                ("teacher.codec", f"evaluation.{key}"),
-                f"null, but evaluation.{key}={getattr(evaluation, key)} decodes videos; give a pipeline folder or "
-                f"hub id with the VAE, or set evaluation.{key}={'none' if key == 'oracle' else 0}",
-            )
+    for key, value, off in (("oracle", evaluation.oracle, "none"), ("videos", evaluation.videos, 0)):
+        if value != off and config.teacher.codec_source is None:
+            problem = f"null, but evaluation.{key}={value} decodes videos"
+            advice = f"give a pipeline folder or hub id with the VAE, or set evaluation.{key}={off}"
+            yield Finding(("teacher.codec", f"evaluation.{key}"), f"{problem}; {advice}")
     if evaluation.held_out is not None:
         yield from _best_metric(evaluation)
 
@@ -75,9 +66,7 @@ def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
     valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
     if evaluation.best_metric in valid:
         return
-    near = nearest(evaluation.best_metric, valid, 0.0)
-    yield Finding(
-        ("evaluation.best_metric", "evaluation.steps", "evaluation.oracle"),
-        f"{evaluation.best_metric!r} is not measured; nearest is {near!r} (metrics {', '.join(metrics)}, each at "
-        f"evaluation.steps={list(evaluation.steps)})",
-    )
+    problem = f"{evaluation.best_metric!r} is not measured; nearest is {nearest(evaluation.best_metric, valid, 0.0)!r}"
+    possible = f"metrics {', '.join(metrics)}, each at evaluation.steps={list(evaluation.steps)}"
+    keys = ("evaluation.best_metric", "evaluation.steps", "evaluation.oracle")
+    yield Finding(keys, f"{problem} ({possible})")

@@ -12,40 +12,28 @@ from anyflow_train.config.run import RunConfig
 def schedule(config: RunConfig) -> Iterator[Finding]:
     """Warn if the run ends before the average, the full learning rate or the first validation starts."""
     steps = config.steps
-    if config.optimizer.ema.start_step >= steps:
-        yield Finding(
-            ("optimizer.ema.start_step",),
-            f"{config.optimizer.ema.start_step} is not below steps={steps}; the average stays equal to the weights",
-        )
-    if config.optimizer.warmup_steps >= steps:
-        yield Finding(
-            ("optimizer.warmup_steps",),
-            f"{config.optimizer.warmup_steps} is not below steps={steps}; the full learning rate is never reached",
-        )
-    if config.evaluation.every > steps:
-        yield Finding(
-            ("evaluation.every",),
-            f"{config.evaluation.every} is above steps={steps}; there is no validation before the end",
-        )
+    for key, first, effect in (
+        ("optimizer.ema.start_step", config.optimizer.ema.start_step, "the average stays equal to the weights"),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps, "the full learning rate is never reached"),
+    ):
+        if first >= steps:
+            yield Finding((key,), f"{first} is not below steps={steps}; {effect}")
+    if (every := config.evaluation.every) > steps:
+        yield Finding(("evaluation.every",), f"{every} is above steps={steps}; there is no validation before the end")
 
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """Warn about a derivative that is less precise than the network, or that takes most of a step's time."""
-    settings = config.objective.derivative
+    settings = config.objective.derivative_role
     if settings is None or settings.precision_key is None:
         return
     key, precision, half = settings.precision_key, settings.precision, config.engine.precision == "bf16"
     if precision != "fp32" and not half:
-        yield Finding(
-            (key,),
-            f"{precision} makes the derivative less precise than the network with engine.precision=fp32; use fp32",
-        )
+        problem = f"{precision} makes the derivative less precise than the network with engine.precision=fp32"
+        yield Finding((key,), f"{problem}; use fp32")
     if precision == "fp32" and half:
-        yield Finding(
-            (key,),
-            "fp32 is many times slower on a GPU than half precision; fp16 is as fast as bf16 and has an eighth of its "
-            "error (docs/recipe.md)",
-        )
+        advice = "fp16 is as fast as bf16 and has an eighth of its error (docs/recipe.md)"
+        yield Finding((key,), f"fp32 is many times slower on a GPU than half precision; {advice}")
 
 
 def validation(config: RunConfig) -> Iterator[Finding]:
@@ -55,18 +43,12 @@ def validation(config: RunConfig) -> Iterator[Finding]:
         return
     if evaluation.held_out is None:
         yield Finding(("evaluation.held_out",), "null; no distances are measured and no best checkpoint is kept")
-    if evaluation.shift != config.times.shift and config.objective.any_step:
-        yield Finding(
-            ("evaluation.shift",),
-            f"{evaluation.shift:g} differs from times.shift={config.times.shift:g}; "
-            "validation uses other times than those trained most",
-        )
-    if config.objective.holds_guidance and evaluation.guidance_scale != 1:
-        yield Finding(
-            ("evaluation.guidance_scale",),
-            f"{evaluation.guidance_scale:g} adds guidance to a student that is trained with guidance "
-            f"(objective: {config.objective.summary}); set it to 1",
-        )
+    if (shift := evaluation.shift) != config.times.shift and config.objective.any_step:
+        problem = f"{shift:g} differs from times.shift={config.times.shift:g}"
+        yield Finding(("evaluation.shift",), f"{problem}; validation uses other times than those trained most")
+    if config.objective.holds_guidance and (scale := evaluation.guidance_scale) != 1:
+        trained = f"a student that is trained with guidance (objective: {config.objective.summary})"
+        yield Finding(("evaluation.guidance_scale",), f"{scale:g} adds guidance to {trained}; set it to 1")
 
 
 def balance(config: RunConfig, world: int) -> Iterator[Finding]:
@@ -76,16 +58,11 @@ def balance(config: RunConfig, world: int) -> Iterator[Finding]:
     counts = config.objective.branch_counts(config.times, engine.global_batch)
     if counts is None or config.on_policy.objective_weight == 0 or world == 1:
         return
-    rows = [
-        rows_with_second_term(counts, positions, world) * world
-        for positions in local_positions(engine.global_batch, engine.micro_batch, world, 0)
-    ]
-    needless = sum(rows) - (engine.global_batch - counts.diffusion)
-    accumulation = even_accumulation(engine.micro_batch, world, config.times.diffusion_share)
+    local = local_positions(engine.global_batch, engine.micro_batch, world, 0)
+    rows = sum(rows_with_second_term(counts, positions, world) * world for positions in local)
+    needless = rows - (engine.global_batch - counts.diffusion)
     if needless > 0:
+        accumulation = even_accumulation(engine.micro_batch, world, config.times.diffusion_share)
         advice = f"; engine.global_batch={accumulation * engine.micro_batch * world} avoids it" if accumulation else ""
-        yield Finding(
-            ("engine.global_batch",),
-            f"{engine.global_batch} on {world} processes computes the term for r < t {needless} times more often than "
-            f"needed in each step{advice}",
-        )
+        problem = f"on {world} processes computes the term for r < t {needless} times more often than needed"
+        yield Finding(("engine.global_batch",), f"{engine.global_batch} {problem} in each step{advice}")

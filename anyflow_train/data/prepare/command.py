@@ -13,7 +13,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from safetensors import safe_open
@@ -22,12 +22,13 @@ from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
-from anyflow_train.data.prepare.job import PreparePlan, make_plan, read_all_skipped
-from anyflow_train.data.prepare.output_lock import WorkShare, lock_output, wait_until_all_are_there
+from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, read_all_skipped
+from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import validation_prompts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
-from anyflow_train.data.prepare.videos import VideoShape, write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.video import read_clip
+from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
@@ -47,25 +48,25 @@ def run(config: PrepareConfig) -> None:
     """
     with join_workers() as workers:
         plan = make_plan(config)
-        with lock_output(plan, workers) as share:
+        with lock_output(plan, workers) as remaining:
             device = pick_device(config.device, config.threads, local_rank=workers.local_rank)
-            _prepare(PrepareJob(config, plan, workers, share, device))
+            _prepare(PrepareJob(config, plan, workers, remaining, device))
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """The work of one process, and the device for it."""
+    """The remaining work of all processes, and the device of this one."""
 
     config: PrepareConfig
     plan: PreparePlan
     workers: Workers
-    share: WorkShare
+    remaining: list[ShardPlan]
     device: torch.device
 
     @property
-    def folder(self) -> Path:
-        """Folder of the shards."""
-        return self.plan.folder
+    def shards(self) -> list[ShardPlan]:
+        """Shards that this process writes."""
+        return self.remaining[self.workers.rank :: self.workers.size]
 
     def codec(self, precision: str) -> Codec:
         """Load the codec. Each call loads it again, so that VAE and text encoder are not in memory together."""
@@ -74,11 +75,12 @@ class PrepareJob:
 
 def _prepare(job: PrepareJob) -> None:
     plan, start = job.plan, time.monotonic()
-    complete = (plan.folder / MANIFEST).exists() and not job.share.clips
+    clips = _clips(job.remaining)
+    complete = (plan.folder / MANIFEST).exists() and not clips
     try:
         if not complete:
-            _encode_texts(job)
-        with ClipProgress("prompts" if job.config.prompts else "clips", job.share.clips, job.workers) as progress:
+            _encode_texts(job, clips)
+        with ClipProgress("prompts" if job.config.prompts else "clips", clips, job.workers) as progress:
             _write_shards(job, progress)
             progress.finish()
     except KeyboardInterrupt:
@@ -94,34 +96,38 @@ def _prepare(job: PrepareJob) -> None:
         return
     wait_until_all_are_there(plan)
     _finish(job)
-    rate = job.share.clips / (time.monotonic() - start)
+    rate = clips / (time.monotonic() - start)
     print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
 
 
-def _encode_texts(job: PrepareJob) -> None:
-    config, folder = job.config, job.folder
+def _clips(shards: list[ShardPlan]) -> int:
+    return sum(len(shard.clips) for shard in shards)
+
+
+def _encode_texts(job: PrepareJob, clips: int) -> None:
+    """Encode the prompts, and the texts of those shards of this process that do not have them from an earlier job."""
+    config, folder = job.config, job.plan.folder
     prompts_missing = job.workers.is_main and not (folder / TEXT).exists()
-    if not job.share.texts and not prompts_missing:
+    without_texts = [shard for shard in job.shards if not (folder / shard.text_name).exists()]
+    if not without_texts and not prompts_missing:
         return
     codec = job.codec(config.precision)
     if prompts_missing:
         prompts = validation_prompts(config.validation_prompts)
         encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
-    with ClipProgress("texts", job.share.text_clips, job.workers) as progress:
-        encode_shard_texts(codec, folder, job.share.texts, config.max_text_length, progress)
+    with ClipProgress("texts", clips, job.workers) as progress:
+        progress.advance(_clips(job.shards) - _clips(without_texts))
+        encode_shard_texts(codec, folder, without_texts, config.max_text_length, progress)
 
 
 def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
-    config, shards = job.config, job.share.shards
-    if not shards:
-        return
+    config, folder = job.config, job.plan.folder
     if config.prompts is not None:
-        write_prompt_shards(job.folder, shards, progress)
-        return
-    codec = job.codec(config.vae_precision)
-    shape = VideoShape(config.frames, config.height, config.width, config.fps)
-    dtype = DTYPES[config.latent_dtype]
-    write_video_shards(codec.encode_video, job.folder, shards, shape, config.batch, dtype, progress)
+        write_prompt_shards(folder, job.shards, progress)
+    elif job.shards:
+        read = partial(read_clip, frames=config.frames, height=config.height, width=config.width, fps=config.fps)
+        encode = job.codec(config.vae_precision).encode_video
+        write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
 
 
 def _finish(job: PrepareJob) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import TypeAdapter, ValidationError
+
 from anyflow_train.data.captions import NAMES, parse_caption, read_lines
 from anyflow_train.data.index import Skipped
-from anyflow_train.data.tar import Member, scan
+from anyflow_train.data.tar import scan
 from anyflow_train.errors import UserError
 
 VIDEOS = ("mp4", "mov", "mkv", "webm", "avi", "m4v")
 CAPTION_FILES = ("txt", "json")
+JSON_OBJECT = TypeAdapter(dict[str, object])
 VIDEO_COLUMNS = ("video", "path", "file", "file_name", "video_path")
 
 
@@ -129,12 +131,9 @@ def _from_tars(paths: list[Path]) -> Source:
     problems: list[Skipped] = []
     for path in paths:
         with open(path, "rb") as file:
-            listing = scan(file)
-        if listing.problem is not None:
-            problems.append(Skipped(path.name, f"damaged tar, clips after the damage are missing: {listing.problem}"))
-        samples: dict[str, dict[str, Member]] = {}
-        for member in listing.members:
-            samples.setdefault(member.key, {})[member.extension] = member
+            samples, damage = scan(file)
+        if damage is not None:
+            problems.append(Skipped(path.name, f"damaged tar, clips after the damage are missing: {damage}"))
         for key, members in samples.items():
             video = next((members[extension] for extension in VIDEOS if extension in members), None)
             if video is not None:
@@ -163,15 +162,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
                 yield reader.line_num, row
             return
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UserError("source", f"{path} line {number} is not a JSON object")
-            yield number, row
+            if line.strip():
+                try:
+                    yield number, JSON_OBJECT.validate_json(line)
+                except ValidationError:
+                    raise UserError("source", f"{path} line {number} is not a JSON object") from None
 
 
 def _key(name: str) -> str:

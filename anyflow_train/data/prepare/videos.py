@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,35 +17,30 @@ from anyflow_train.data.index import Skipped
 from anyflow_train.data.loader import map_ahead
 from anyflow_train.data.prepare.job import ShardPlan
 from anyflow_train.data.prepare.progress import ClipProgress
-from anyflow_train.data.prepare.texts import Captioned, read_shard_texts
-from anyflow_train.data.prepare.video import ClipError, read_clip
+from anyflow_train.data.prepare.sources import Clip
+from anyflow_train.data.prepare.texts import read_shard_texts
+from anyflow_train.data.prepare.video import ClipError
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
 
 DECODERS = 2
-
-
-@dataclass(frozen=True)
-class VideoShape:
-    """Target size of all clips: 4n + 1 frames, height and width in pixels, rate in frames per second."""
-
-    frames: int
-    height: int
-    width: int
-    fps: float
+ReadVideo = Callable[[Path | BinaryIO], Tensor]
+"""Video file, or its bytes -> pixels (3, F, H, W) in [-1, 1]. Raises ClipError."""
+Encode = Callable[[Tensor], Tensor]
+"""(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W')."""
 
 
 def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
     """Write shards without video."""
     for shard in shards:
-        _write(folder, shard, map(_without_video, read_shard_texts(folder, shard)), progress)
+        _write(folder, shard, read_shard_texts(folder, shard), progress)
 
 
 def write_video_shards(
-    encode: Callable[[Tensor], Tensor],
+    read: ReadVideo,
+    encode: Encode,
     folder: Path,
     shards: list[ShardPlan],
-    shape: VideoShape,
     batch: int,
     dtype: torch.dtype,
     progress: ClipProgress,
@@ -52,21 +48,20 @@ def write_video_shards(
     """Write shards with video. Later clips are decoded while the VAE encodes.
 
     Args:
-        encode: function from (B, 3, F, H, W) in [-1, 1] to normalised latents (B, F', C, H', W').
+        read: reads a video.
+        encode: encodes videos.
         folder: folder of the shards.
         shards: shards to write.
-        shape: target size of the clips.
         batch: clips per call of `encode`.
         dtype: dtype of the stored latents.
         progress: counts the clips.
     """
     pool = ThreadPoolExecutor(DECODERS, "decode")
-    items = (item for shard in shards for item in read_shard_texts(folder, shard))
-    decoded = map_ahead(pool, partial(_decode, shape), items, batch + DECODERS)
+    clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
+    decoded = map_ahead(pool, partial(_with_pixels, read), clips, batch + DECODERS)
     try:
         for shard in shards:
-            clips = islice(decoded, len(shard.clips))
-            _write(folder, shard, _encoded(encode, clips, batch, dtype), progress)
+            _write(folder, shard, _encoded(encode, islice(decoded, len(shard.clips)), batch, dtype), progress)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -82,39 +77,30 @@ def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> It
         progress.advance(1)
 
 
-def _without_video(item: Captioned) -> Sample | Skipped:
-    if item.text is None:
-        return Skipped(item.clip.key, "empty caption")
-    return Sample(item.clip.key, None, item.text, item.caption)
-
-
-def _decode(shape: VideoShape, item: Captioned) -> tuple[Captioned, Tensor | Skipped]:
-    """Read the pixels (3, F, H, W) of a clip, or state why it is skipped."""
-    if item.text is None:
-        return item, Skipped(item.clip.key, "empty caption")
+def _with_pixels(read: ReadVideo, pair: tuple[Clip, Sample | Skipped]) -> Sample | Skipped:
+    """Add the pixels of a clip to its sample in place of the latents, or state why it is skipped."""
+    clip, sample = pair
+    if isinstance(sample, Skipped):
+        return sample
     try:
-        assert item.clip.video is not None
-        video = item.clip.video.seekable()
-        return item, read_clip(video, shape.frames, shape.height, shape.width, shape.fps)
+        assert clip.video is not None
+        return replace(sample, latents=read(clip.video.seekable()))
     except ClipError as error:
-        return item, Skipped(item.clip.key, str(error))
+        return Skipped(clip.key, str(error))
     except OSError as error:
-        return item, Skipped(item.clip.key, f"unreadable: {error}")
+        return Skipped(clip.key, f"unreadable: {error}")
 
 
 def _encoded(
-    encode: Callable[[Tensor], Tensor],
-    clips: Iterable[tuple[Captioned, Tensor | Skipped]],
-    batch: int,
-    dtype: torch.dtype,
+    encode: Encode, clips: Iterable[Sample | Skipped], batch: int, dtype: torch.dtype
 ) -> Iterator[Sample | Skipped]:
-    """Encode clips in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
-    waiting: list[tuple[Captioned, Tensor]] = []
-    for item, video in clips:
-        if isinstance(video, Skipped):
-            yield video
+    """Encode pixels in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
+    waiting: list[Sample] = []
+    for clip in clips:
+        if isinstance(clip, Skipped):
+            yield clip
             continue
-        waiting.append((item, video))
+        waiting.append(clip)
         if len(waiting) == batch:
             yield from _encode_batch(encode, waiting, dtype)
             waiting = []
@@ -122,12 +108,10 @@ def _encoded(
         yield from _encode_batch(encode, waiting, dtype)
 
 
-def _encode_batch(
-    encode: Callable[[Tensor], Tensor], waiting: list[tuple[Captioned, Tensor]], dtype: torch.dtype
-) -> Iterator[Sample | Skipped]:
-    latents = encode(torch.stack([video for _, video in waiting])).to("cpu", dtype)
-    for (item, _), sample in zip(waiting, latents, strict=True):
-        if item.text is None or not torch.isfinite(sample).all():
-            yield Skipped(item.clip.key, "the VAE returned non-finite latents")
+def _encode_batch(encode: Encode, samples: list[Sample], dtype: torch.dtype) -> Iterator[Sample | Skipped]:
+    pixels = [sample.latents for sample in samples if sample.latents is not None]
+    for sample, latents in zip(samples, encode(torch.stack(pixels)).to("cpu", dtype), strict=True):
+        if torch.isfinite(latents).all():
+            yield replace(sample, latents=latents.clone())
         else:
-            yield Sample(item.clip.key, sample.clone(), item.text, item.caption)
+            yield Skipped(sample.key, "the VAE returned non-finite latents")

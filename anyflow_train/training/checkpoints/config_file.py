@@ -58,10 +58,15 @@ def decode_saved(saved: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        advice = "load it with the version that wrote it, or choose another name"
-        raise UserError(where, f"its config says {key}, which this version cannot read; {advice}") from None
+        advice = "load it with the version that wrote it or choose another name"
+        raise UserError(
+            where, f"its config says {first_key(error)}, which this version cannot read; {advice}"
+        ) from None
+
+
+def first_key(error: ValidationError) -> str:
+    """Dotted key of the first problem."""
+    return ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
 
 
 def _rename(content: dict[str, Any], old: list[str], new: list[str]) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from anyflow_train.config.network import Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.training.checkpoints.config_file import first_key
 
 FORMAT = 1
 NAME = "network.json"
@@ -37,7 +38,9 @@ def _adapter(value: Any) -> Any:
 
 def _tuples(value: Any) -> Any:
     """Convert lists to tuples: JSON has no tuples, but constructors require them."""
-    return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in dict(value).items()}
+    if not isinstance(value, Mapping):
+        return value
+    return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
 
 
 class Sampling(_Stored):
@@ -169,11 +172,9 @@ class NetworkFile(_Stored):
     def _checked(cls, content: Any, where: str) -> NetworkFile:
         try:
             return cls.model_validate(content)
-        except (ValidationError, TypeError, ValueError) as error:
-            key = ""
-            if isinstance(error, ValidationError):
-                key = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"]) + " "
-            raise UserError(where, f"{key}does not describe a network that this version supports") from None
+        except ValidationError as error:
+            problem = f"{first_key(error)} does not describe a network that this version supports"
+            raise UserError(where, problem.lstrip()) from None
 
 
 def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -41,12 +41,14 @@ class CheckpointInfo:
     """The JSON part of a checkpoint.
 
     Attributes:
+        path: folder of the checkpoint.
         config: resolved config of the run, not decoded.
         state: state of the run.
         adam_steps: Adam's step count of every trained role.
         files: sha256 of every other file in the folder.
     """
 
+    path: Path
     config: dict[str, Any]
     state: TrainState
     adam_steps: dict[str, int]
@@ -82,7 +84,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     except (KeyError, TypeError) as error:
         raise UserError(str(checkpoint), f"was written by another version of anyflow_train ({error})") from None
     config = json.loads((checkpoint / "config.json").read_text())
-    return CheckpointInfo(config, state, content["adam_steps"], content["files"])
+    return CheckpointInfo(checkpoint, config, state, content["adam_steps"], content["files"])
 
 
 def read_network(checkpoint: Path) -> NetworkFile:

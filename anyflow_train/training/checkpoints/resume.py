@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
@@ -48,14 +47,6 @@ FREE_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """A verified checkpoint."""
-
-    path: Path
-    info: CheckpointInfo
-
-
 def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
     """Return a message if the run has already done all its steps; None if there are steps left.
 
@@ -69,7 +60,7 @@ def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
     return f"{directory.path} is finished: {done['step']} steps; increase steps to continue, or choose another name"
 
 
-def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
+def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
     """Find the newest intact checkpoint; None if the run has none. Damaged ones are renamed, with a warning.
 
     Raises:
@@ -90,7 +81,7 @@ def find_resume_point(folder: Path, config: RunConfig) -> ResumePoint | None:
         check_unchanged(info.config, config, str(path))
         for bad, damage in damaged.items():
             _set_aside(bad, damage, instead=path.name)
-        return ResumePoint(path, info)
+        return info
     if damaged:
         problem = f"every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); delete the run or rename it"
         raise UserError(str(folder), problem)
@@ -115,8 +106,7 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> Non
         for key in changed
         if not _is_free(key)
     ]
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +22,26 @@ SHARED_SECONDS = 30.0
 """Longest time until a network file system shows a new file on another node."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """`<out>/<name>`: stable, so that a requeued job finds its checkpoint."""
+    """`<out>/<name>`: stable, so that a requeued job finds its checkpoint.
 
-    path: Path
+    Attributes:
+        path: the directory; it may not exist yet.
+        checkpoints: folder with one folder per kept checkpoint, and the file `best`.
+        metrics: file with one JSON object per line for every logged step.
+        logs: folder with the output of every process except process 0, and the reports of a hanging run.
+        profile: folder with traces of a few steps, one file per process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints, self.logs, self.profile = (path / name for name in ("checkpoints", "logs", "profile"))
+        self.metrics = path / "metrics.jsonl"
 
     @classmethod
     def of(cls, config: RunConfig) -> RunDirectory:
-        """Return the directory of a run; it may not exist yet."""
+        """Return the directory of a run."""
         return cls(Path(config.out).expanduser() / config.name)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder with one folder per kept checkpoint, and the file `best`."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """File with one JSON object per line for every logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        """Folder with the output of every process except process 0, and the reports of a hanging run."""
-        return self.path / "logs"
-
-    @property
-    def profile(self) -> Path:
-        """Folder with traces of a few steps, one file per process."""
-        return self.path / "profile"
 
     def validation(self, step: int) -> Path:
         """Folder with the videos of one validation."""
@@ -93,7 +82,9 @@ class RunDirectory:
         except OSError as error:
             raise UserError(str(self.path), f"cannot be written ({error.strerror}); choose another out") from None
         try:
-            self._take(descriptor)
+            # A record lock, because forked data workers would inherit a flock(2) lock and hold it after a killed run.
+            if not take_lock(fcntl.lockf, descriptor, fcntl.LOCK_EX, self.path):
+                raise UserError(str(self.path), f"is in use by {self._holder()}; wait for it or choose another name")
             start = secrets.token_hex(8)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, to_json({"pid": os.getpid(), "host": socket.gethostname(), "start": start}), 0)
@@ -115,11 +106,6 @@ class RunDirectory:
             time.sleep(0.1)
         problem = f"on {socket.gethostname()} is not the run directory of process 0; use a folder that all nodes share"
         raise UserError(str(self.path), problem)
-
-    def _take(self, descriptor: int) -> None:
-        # A record lock, because forked data workers would inherit a flock(2) lock and hold it after a killed run.
-        if not take_lock(fcntl.lockf, descriptor, fcntl.LOCK_EX, self.path):
-            raise UserError(str(self.path), f"is in use by {self._holder()}; wait for it or choose another name")
 
     def _holder(self) -> str:
         with suppress(OSError, ValueError, KeyError):

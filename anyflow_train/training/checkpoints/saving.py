@@ -67,7 +67,7 @@ class Saver:
         world = self._world
         saved = (entry for entries in groups.values() for entry in entries.values())
         size = sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
-        streams = {group: world.activity.touch_each(read_entries(entries)) for group, entries in groups.items()}
+        streams = {group: read_entries(entries) for group, entries in groups.items()}
         with world.activity.untimed("saving"):
             with world.together():
                 self._end_last(state.step)
@@ -92,7 +92,7 @@ class Saver:
 
     def _begin(self, state: TrainState, adam_steps: Mapping[str, int], streams: Tensors, size: int) -> None:
         free = free_memory()
-        if free is not None and size > COPY_SHARE * free:
+        if size > COPY_SHARE * free:
             problem = f"a copy of {_gib(size)} would take more than half of the {_gib(free)} of free memory"
             self._say_once(f"training pauses while checkpoints are written: {problem}")
             try:
@@ -128,7 +128,7 @@ class Saver:
             writing.result()
 
     def _say_once(self, text: str) -> None:
-        kind = text.partition(":")[0]
+        kind, _, _ = text.partition(":")
         if kind != self._said:
             self._say(text)
         self._said = kind

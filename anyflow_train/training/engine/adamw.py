@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +15,21 @@ from anyflow_train.config.run import Optimizer as OptimizerConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_masters(parameters: Mapping[str, Parameter]) -> None:
-    """Check that master parameters are float32. In half precision small updates would be lost.
+def options(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> dict[str, Any]:
+    """Arguments of any AdamW.
 
     Raises:
-        ValueError: a parameter has another dtype.
+        ValueError: a master parameter is not float32. In half precision small updates would be lost.
     """
-    half = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
-    if half:
-        raise ValueError(f"masters must be float32, but {half[0]} is {parameters[half[0]].dtype}")
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"masters must be float32, but {name} is {parameter.dtype}")
+    return {"params": list(parameters.values()), **config.model_dump(include={"lr", "betas", "eps", "weight_decay"})}
 
 
 def adamw(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """Build torch's AdamW. Its state is created by `start_moments`."""
-    check_masters(parameters)
-    return torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return torch.optim.AdamW(**options(parameters, config), fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:

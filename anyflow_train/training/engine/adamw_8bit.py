@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
-from anyflow_train.training.engine.adamw import check_masters
+from anyflow_train.training.engine.adamw import options
 
 # Name in a checkpoint -> name in bitsandbytes: codes, and the scales of their blocks.
 STATE = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_scale": "absmax1", "exp_avg_sq_scale": "absmax2"}
@@ -33,10 +33,7 @@ def library() -> Any:
 
 def adamw_8bit(parameters: Mapping[str, Parameter], config: OptimizerConfig) -> Optimizer:
     """Build bitsandbytes' AdamW. Its moments exist before the first step."""
-    check_masters(parameters)
-    optimizer = library().AdamW8bit(
-        list(parameters.values()), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    optimizer = library().AdamW8bit(**options(parameters, config))
     (group,) = optimizer.param_groups
     for number, parameter in enumerate(group["params"]):
         optimizer.init_state(group, parameter, 0, number)

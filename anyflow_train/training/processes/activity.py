@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -41,6 +38,9 @@ class Activity:
         self.doing, self.exempt_from_timeout = doing, True
         self.changes += 1
 
+    def __str__(self) -> str:
+        return f"step {self.step + 1}, {self.doing}"
+
     @contextmanager
     def untimed(self, doing: str) -> Iterator[None]:
         """Run a block that may take any time."""
@@ -51,9 +51,3 @@ class Activity:
         finally:
             self.doing, self.exempt_from_timeout = before
             self.changes += 1
-
-    def touch_each(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items, and count a change for each."""
-        for item in items:
-            self.changes += 1
-            yield item

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from anyflow_train.training.processes.activity import Activity
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,7 @@ class ProcessReport:
         pid: process id.
         launcher: process id of its parent.
         beats: number of reports that its heartbeat thread has sent.
-        step: see `Activity`, like the next three.
-        doing: description of the main thread's activity.
-        changes: number of activities that the main thread has begun.
-        exempt_from_timeout: whether the activity may take any time.
+        activity: activity of its main thread.
         exited: whether the process has ended.
     """
 
@@ -28,14 +27,11 @@ class ProcessReport:
     pid: int
     launcher: int
     beats: int = 0
-    step: int = 0
-    doing: str = "starting"
-    changes: int = 0
-    exempt_from_timeout: bool = True
+    activity: Activity = field(default_factory=Activity)
     exited: bool = False
 
     def __str__(self) -> str:
-        return f"process {self.rank} ({self.host}, pid {self.pid}), last report: step {self.step + 1}, {self.doing}"
+        return f"process {self.rank} ({self.host}, pid {self.pid}), last report: {self.activity}"
 
 
 @dataclass(frozen=True)
@@ -64,34 +60,29 @@ class HangDetector:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._beats: dict[int, tuple[int, float]] = {}
-        self._changes: dict[int, tuple[int, float]] = {}
+        self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
     def judge(self, reports: Sequence[ProcessReport], now: float) -> Verdict | None:
         """Judge the newest reports of all processes at the time `now`, in seconds. Returns None if nothing is wrong."""
         present = [report for report in reports if not report.exited]
-        silent = [r for r in present if _unchanged(self._beats, r.rank, r.beats, now) >= self.seconds]
-        waits = {r.rank: _unchanged(self._changes, r.rank, r.changes, now) for r in present}
+        silent = [r for r in present if self._unchanged("beats", r.rank, r.beats, now) >= self.seconds]
+        waits = {r.rank: self._unchanged("changes", r.rank, r.activity.changes, now) for r in present}
         if silent:
             names = "; ".join(map(str, silent))
             return Verdict(f"no report for {self.seconds:.0f} s from {names}", tuple(silent))
-        last = min((report.changes for report in present), default=0)
-        behind = [report for report in present if report.changes == last]
-        if any(report.exempt_from_timeout or waits[report.rank] < self.seconds for report in behind):
+        last = min((report.activity.changes for report in present), default=0)
+        behind = [report for report in present if report.activity.changes == last]
+        if any(report.activity.exempt_from_timeout or waits[report.rank] < self.seconds for report in behind):
             return None
         names = "; ".join(map(str, behind))
         return Verdict(f"no progress for {self.seconds:.0f} s in {names}") if behind else None
 
     def forget(self) -> None:
         """Restart all clocks, after this process itself was stopped for a while."""
-        self._beats.clear()
-        self._changes.clear()
+        self._seen.clear()
 
-
-def _unchanged(seen: dict[int, tuple[int, float]], rank: int, count: int, now: float) -> float:
-    """Seconds since a process's count last changed."""
-    before = seen.get(rank)
-    if before is None or before[0] != count:
-        seen[rank] = (count, now)
-        return 0.0
-    return now - before[1]
+    def _unchanged(self, name: str, rank: int, count: int, now: float) -> float:
+        """Seconds since a count of a process last changed."""
+        before, since = self._seen.get((name, rank), (None, now))
+        self._seen[name, rank] = (count, since if before == count else now)
+        return now - self._seen[name, rank][1]

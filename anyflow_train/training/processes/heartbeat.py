@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+from pydantic import TypeAdapter
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from anyflow_train.training.processes.hang_detector import HangDetector, ProcessReport, Verdict
@@ -28,6 +28,7 @@ from anyflow_train.training.processes.world import World
 LONGEST_INTERVAL = 5.0
 LEAVING_SECONDS = 10.0
 HUNG = 1
+REPORT = TypeAdapter(ProcessReport)
 
 
 class Heartbeat:
@@ -83,15 +84,14 @@ class Heartbeat:
                 beats += 1
                 self._own = dataclasses.replace(self._own, beats=beats)
                 self._report(exited=False)
-                self._reports = [ProcessReport(**json.loads(text)) for text in self._store.multi_get(keys)]
+                self._reports = [REPORT.validate_json(text) for text in self._store.multi_get(keys)]
                 self._heard = time.monotonic()
                 self._leaving.wait(self._interval)
         self._lost_since = time.monotonic()
 
     def _report(self, exited: bool) -> None:
-        activity = dataclasses.asdict(self._world.activity)
-        report = dataclasses.replace(self._own, exited=exited, **activity)
-        self._store.set(str(self._world.rank), json.dumps(dataclasses.asdict(report)))
+        report = dataclasses.replace(self._own, exited=exited, activity=self._world.activity)
+        self._store.set(str(self._world.rank), REPORT.dump_json(report).decode())
 
     def _guard(self) -> None:
         before = time.monotonic()
@@ -121,9 +121,9 @@ class Heartbeat:
 
     def _end(self, verdict: Verdict) -> None:
         """Report the reason, kill the silent processes that this one may kill, and end."""
-        activity, rank = self._world.activity, self._world.rank
-        waits = f"process {rank} is at step {activity.step + 1}, {activity.doing}"
-        text = f"error: {verdict.text}; {waits}; the run ends; start it again to resume from the last checkpoint"
+        rank = self._world.rank
+        waits = f"process {rank} is at {self._world.activity}; the run ends"
+        text = f"error: {verdict.text}; {waits}; start it again to resume from the last checkpoint"
         silent = {report.rank for report in verdict.silent}
         present = [report.rank for report in self._reports if not report.exited and report.rank not in silent]
         if rank == min(present, default=rank):

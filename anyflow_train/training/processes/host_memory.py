@@ -5,23 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-MACHINE = Path("/proc/meminfo")
+import psutil
+
 OWN_GROUP = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 
 
-def free_memory() -> int | None:
-    """Free memory in bytes; None if the system is not Linux."""
-    known = [size for size in (_of_machine(), *_of_groups()) if size is not None]
-    return min(known, default=None)
-
-
-def _of_machine() -> int | None:
-    with suppress(OSError, ValueError, IndexError):
-        for line in MACHINE.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return None
+def free_memory() -> int:
+    """Free memory in bytes."""
+    return min(size for size in (psutil.virtual_memory().available, *_of_groups()) if size is not None)
 
 
 def _of_groups() -> list[int | None]:

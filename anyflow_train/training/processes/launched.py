@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 PREEMPTED = 75
 """Exit code of a run that a scheduler interrupted and should start again (EX_TEMPFAIL of sysexits.h)."""
 
@@ -125,27 +127,16 @@ def print_to_terminal(text: str) -> None:
 
 def _launchers(environment: Mapping[str, str]) -> list[int]:
     """Process ids that this process must not outlive. Empty for a process that was started by hand."""
-    parents = []
-    if "TORCHELASTIC_RUN_ID" in environment or environment.get(FOLDER):
-        parents.append(os.getppid())
     if environment.get(FOLDER):
-        parents.append(int((Path(environment[FOLDER]) / "launcher").read_text()))
-    return parents
+        return [os.getppid(), int((Path(environment[FOLDER]) / "launcher").read_text())]
+    return [os.getppid()] if "TORCHELASTIC_RUN_ID" in environment else []
 
 
 def _follow(parent: int, launchers: list[int]) -> None:
-    while os.getppid() == parent and all(_lives(launcher) for launcher in launchers):
+    while os.getppid() == parent and all(psutil.pid_exists(launcher) for launcher in launchers):
         time.sleep(LOOK_SECONDS)
     os.write(2, b"\nerror: the launcher has ended, so this process ends; start again to resume\n")
     os._exit(1)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:  # a process of another user gives PermissionError
-        return not isinstance(error, ProcessLookupError)
-    return True
 
 
 def _leave_early(_number: int, _frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.run import Engine as EngineConfig
 from anyflow_train.devices import pick_device
-from anyflow_train.errors import SharedErrors, UserError, UserErrors
+from anyflow_train.errors import SharedErrors, UserError, raise_all
 from anyflow_train.training.processes.activity import Activity
 from anyflow_train.training.processes.launched import local_rank
 
@@ -80,12 +80,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process. All processes must call it."""
-        if self.size == 1:
-            return flag
-        self.activity.touch()
-        count = torch.tensor(float(flag))
-        dist.all_reduce(count)
-        return bool(count)
+        return any(self.gather(flag))
 
     def gather(self, value: T) -> list[T]:
         """Collect one value from every process, by rank. All processes must call it."""
@@ -98,12 +93,7 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's value on every process."""
-        if self.size == 1:
-            return value
-        self.activity.touch()
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Copy rank 0's tensor into the given one, which has the same shape and dtype on every process."""
@@ -128,14 +118,14 @@ class World:
         found: list[tuple[str, str]] = []
         try:
             yield
-        except UserErrors as errors:
+        except UserError as errors:
             found = [(error.where, error.problem) for error in errors.errors]
-        except UserError as error:
-            found = [(error.where, error.problem)]
-        everywhere = self.gather(found)
-        if any(everywhere):
-            problems = _by_problem(everywhere)
-            raise SharedErrors([UserError(key, text + self._where(ranks)) for (key, text), ranks in problems])
+        ranks: dict[tuple[str, str], list[int]] = {}
+        for rank, problems in enumerate(self.gather(found)):
+            for problem in problems:
+                ranks.setdefault(problem, []).append(rank)
+        if ranks:
+            raise SharedErrors([UserError(key, text + self._where(on)) for (key, text), on in ranks.items()])
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Call a function on rank 0 only. Every process gets its result, or its UserErrors."""
@@ -203,18 +193,15 @@ def check_agreement(world: World, facts: dict[str, str]) -> None:
         SharedErrors: one line for every fact that differs between rank 0 and another process.
     """
     everywhere = world.gather(facts)
-    names = dict.fromkeys(name for found in everywhere for name in found)
-    errors = [UserError(name, problem) for name in names if (problem := _difference(everywhere, name))]
-    if errors:
-        raise SharedErrors(errors)
-
-
-def _difference(everywhere: list[dict[str, str]], name: str) -> str | None:
-    first, *others = [found.get(name, "nothing") for found in everywhere]
-    for rank, value in enumerate(others, start=1):
-        if value != first:
-            return f"is {first} on process 0, but {value} on process {rank}; give all processes the same"
-    return None
+    errors = []
+    for name in dict.fromkeys(name for found in everywhere for name in found):
+        first, *others = [found.get(name, "nothing") for found in everywhere]
+        for rank, value in enumerate(others, start=1):
+            if value != first:
+                problem = f"is {first} on process 0, but {value} on process {rank}; give all processes the same"
+                errors.append(UserError(name, problem))
+                break
+    raise_all(errors, SharedErrors)
 
 
 def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:
@@ -224,11 +211,3 @@ def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:
     places = [dist.new_group(range(place, size, width)) for place in range(width)]
     samples = [dist.new_group(range(first, first + width)) for first in range(0, size, width)]
     return places[rank % width], samples[rank // width]
-
-
-def _by_problem(everywhere: list[list[tuple[str, str]]]) -> list[tuple[tuple[str, str], list[int]]]:
-    ranks: dict[tuple[str, str], list[int]] = {}
-    for rank, found in enumerate(everywhere):
-        for problem in found:
-            ranks.setdefault(problem, []).append(rank)
-    return list(ranks.items())

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
-from anyflow_train.objectives.types import Roles
-from anyflow_train.training.engine import Outcome
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.updates import Trainable
@@ -33,8 +31,8 @@ STEP = "step"
 class Watch(Protocol):
     """Observes every part of a step."""
 
-    def part(self, name: str, samples: int = 0) -> AbstractContextManager[None]:
-        """Observe the block as one call of a part.
+    def part(self, name: str, samples: int = 0) -> Any:
+        """Observe the block, or each call of the decorated function, as one call of a part.
 
         Args:
             samples: number of samples if the part is a flow map, else 0.
@@ -96,22 +94,15 @@ class WatchedFlowMap:
 
 
 class Watched:
-    """An observed engine or its averages. All other attributes are forwarded."""
+    """An object with observed methods. All other attributes are forwarded.
 
-    def __init__(self, role: str, inner: Any, watch: Watch) -> None:
-        self._role, self._inner, self._watch = role, inner, watch
+    Args:
+        parts: method -> name of its part.
+    """
 
-    def backward(self, loss: Tensor) -> None:
-        with self._watch.part(f"{self._role}, backward"):
-            self._inner.backward(loss)
-
-    def step(self, learning_rate: float, watched: Tensor) -> Outcome:
-        with self._watch.part(f"{self._role}, optimizer"):
-            return self._inner.step(learning_rate, watched)
-
-    def update(self, step: int) -> None:
-        with self._watch.part(f"{self._role}, averages"):
-            self._inner.update(step)
+    def __init__(self, inner: Any, watch: Watch, **parts: str) -> None:
+        self._inner = inner
+        vars(self).update({name: watch.part(part)(getattr(inner, name)) for name, part in parts.items()})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -121,15 +112,13 @@ def watched(recipe: Recipe, watch: Watch) -> Recipe:
     """Return the recipe with flow maps, engines and averages that are observed by `watch`."""
 
     def trainable(role: str, inner: Trainable) -> Trainable:
-        averages: Any = None if inner.ema is None else Watched(role, inner.ema, watch)
-        return replace(inner, engine=cast(Any, Watched(role, inner.engine, watch)), ema=averages)
+        engine: Any = Watched(inner.engine, watch, backward=f"{role}, backward", step=f"{role}, optimizer")
+        ema: Any = inner.ema and Watched(inner.ema, watch, update=f"{role}, averages")
+        return replace(inner, engine=engine, ema=ema)
 
-    def flow_map(name: str, inner: FlowMap | None) -> Any:
-        return None if inner is None else WatchedFlowMap(name, inner, watch)
-
-    roles = {field.name: flow_map(field.name, getattr(recipe.roles, field.name)) for field in fields(Roles)}
+    roles = recipe.roles.wrapped(lambda name, inner: WatchedFlowMap(name, inner, watch))
     trainables = {role: trainable(role, inner) for role, inner in recipe.trainables.items()}
-    return replace(recipe, roles=Roles(**roles), trainables=trainables)
+    return replace(recipe, roles=roles, trainables=trainables)
 
 
 class Profile:
@@ -144,8 +133,9 @@ class Profile:
         self._file = folder / f"process_{world.rank}.json.gz"
         self._say, self._clock, self._steps = say, Clock(world.device), 0
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
-        self._trace = profile(activities=activities)
-        self._shown = self._tracing = False
+        steps = schedule(skip_first=WARMED_UP + PROFILED, wait=0, warmup=1, active=TRACED, repeat=1)
+        self._trace = profile(activities=activities, schedule=steps, on_trace_ready=self._write_trace)
+        self._trace.start()
 
     def timed(self, recipe: Recipe) -> Recipe:
         """Return the recipe with timed parts."""
@@ -165,34 +155,27 @@ class Profile:
 
     def _after_step(self) -> None:
         self._steps += 1
-        done = self._steps - WARMED_UP
-        self._clock.running = 0 <= done < PROFILED
-        if done == PROFILED:
+        self._clock.running = WARMED_UP <= self._steps < WARMED_UP + PROFILED
+        if self._steps == WARMED_UP + PROFILED:
             self._show()
-            self._trace.start()
-            self._tracing = True
-        if done == PROFILED + TRACED:
-            self._write_trace()
+        self._trace.step()
 
     def close(self) -> None:
         """Show the table and write the trace if the run ended before they were complete."""
-        if not self._shown:
+        if self._steps < WARMED_UP + PROFILED:
             self._show()
-        if self._tracing:
-            self._write_trace()
+        self._trace.stop()
 
     def _show(self) -> None:
-        self._shown, spans = True, self._clock.spans()
+        spans = self._clock.spans()
         none = f"no profile: it begins with step {WARMED_UP + 1} after a start"
         for line in table(spans) if STEP in spans else [none]:
             self._say(line)
 
-    def _write_trace(self) -> None:
-        self._tracing = False
-        self._trace.stop()
+    def _write_trace(self, trace: profile) -> None:
         self._file.parent.mkdir(exist_ok=True)
         partial = self._file.with_name(f"partial_{self._file.name}")  # torch compresses the file because of its suffix
-        self._trace.export_chrome_trace(str(partial))
+        trace.export_chrome_trace(str(partial))
         partial.replace(self._file)
         self._say(f"trace, to open in ui.perfetto.dev: {self._file}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Mapping
 
 import torch
@@ -28,30 +27,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # Linux counts KiB, macOS bytes
 
 
-class Pace:
-    """Time per training step, without the time spent on saving and validating."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._steps = 0
-        self._since = time.monotonic()
-
-    def begin(self) -> None:
-        """Start the clock, before the step's data are loaded."""
-        self._since = time.monotonic()
-
-    def end(self) -> None:
-        """Stop the clock, after the step."""
-        self._seconds += time.monotonic() - self._since
-        self._steps += 1
-
-    def seconds_per_step(self) -> float:
-        """Mean seconds per step since the last call."""
-        mean = self._seconds / max(self._steps, 1)
-        self._seconds, self._steps = 0.0, 0
-        return mean
-
-
 class StepProgress:
     """Shows the numbers of logged steps.
 
@@ -62,18 +37,17 @@ class StepProgress:
 
     def __init__(self, steps: int, done: int) -> None:
         self._steps = steps
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def advance(self) -> None:
         """Count one step on the bar."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
         shown = {name: value for name, value in values.items() if HIDDEN not in name}
         text = "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text)
             return
         remaining = (self._steps - step) * values.get("seconds_per_step", 0.0)
@@ -86,8 +60,7 @@ class StepProgress:
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def _number(value: float) -> str:

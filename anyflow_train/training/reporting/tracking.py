@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
@@ -16,12 +17,8 @@ from anyflow_train.training.checkpoints.run_directory import RunDirectory
 class Tracker(Protocol):
     """Records numbers and videos by step."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers."""
-        ...
-
-    def videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Record mp4 files by caption."""
+    def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
+        """Record numbers by name, and mp4 files by caption."""
         ...
 
     def close(self) -> None:
@@ -30,19 +27,16 @@ class Tracker(Protocol):
 
 
 class MetricsFile:
-    """One JSON object per line. Opening the file drops the lines of steps that a resumed run repeats."""
+    """One JSON object per line; videos are in the run directory. Drops the steps that a resumed run repeats."""
 
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
             replace_file(path, "".join(_lines_until(path, step)).encode())
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-
-    def videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Record nothing: the video files are already in the run directory."""
 
     def close(self) -> None:
         self._file.close()
@@ -66,12 +60,9 @@ class Wandb:
             config=run.model_dump(mode="json"),
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def videos(self, step: int, videos: Mapping[str, Path]) -> None:
+    def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         media = {f"videos/{caption}": self._wandb.Video(str(path), format="mp4") for caption, path in videos.items()}
-        self._run.log(media, step=step)
+        self._run.log({**values, **media}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -86,11 +77,9 @@ class Tensorboard:
         # a resumed run repeats some steps; `purge_step` hides what the interrupted run logged for them
         self._writer = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def videos(self, step: int, videos: Mapping[str, Path]) -> None:
         for caption, path in videos.items():
             self._writer.add_text(f"videos/{caption}", str(path), step)
 
@@ -111,15 +100,10 @@ class Trackers:
         if isinstance(config.tracker, TensorboardTracker):
             self._sinks.append(Tensorboard(directory, step))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers after `step` steps."""
+    def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path] = MappingProxyType({})) -> None:
+        """Record numbers, and mp4 files by caption, after `step` steps."""
         for sink in self._sinks:
-            sink.log(step, values)
-
-    def videos(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Record mp4 files by caption after `step` steps."""
-        for sink in self._sinks:
-            sink.videos(step, videos)
+            sink.log(step, values, videos)
 
     def close(self) -> None:
         """Flush and close all trackers."""

@@ -73,8 +73,8 @@ def train_codec(settings: CodecSettings, out: Path, report: Callable[[str], None
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     train_vae(settings, report).half().save_pretrained(partial / "vae")
-    build_text_encoder(settings.seed, settings.world).half().save_pretrained(partial / "text_encoder")
-    build_tokenizer(settings.world).save_pretrained(partial / "tokenizer")
+    build_text_encoder(settings.seed).half().save_pretrained(partial / "text_encoder")
+    build_tokenizer().save_pretrained(partial / "tokenizer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=settings.flow_shift).save_pretrained(
         partial / "scheduler"
     )

@@ -5,7 +5,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 # The outputs of residual branches (last convolution of a block, projection of the attention) start small, so that every
-# block is nearly the identity. The pixels start with the standard deviation of the stripes.
+# block is nearly the identity. The pixels start with the standard deviation of the clips.
 _BRANCH_SPREAD = 0.1
 _PIXEL_SPREAD = 0.4
 _POSTERIOR_LOG_VARIANCE = -6.0

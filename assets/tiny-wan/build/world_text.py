@@ -1,13 +1,13 @@
-"""Text encoder of an embedded world: a word-level tokenizer and a random, frozen UMT5 encoder.
+"""Text encoder of the moving shapes: a word-level tokenizer and a random, frozen UMT5 encoder.
 
-Twelve words need no training: random embeddings and random attention already give different outputs for all captions.
+Eleven words need no training: random embeddings and random attention already give different outputs for all captions.
 """
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny.shapes import WORDS
 
 WIDTH = 64
 LAYERS = 2
@@ -17,9 +17,9 @@ LONGEST_PROMPT = 512
 _PADDING, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def build_tokenizer(world: str = "stripes") -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per word, in a fixed order, and an end token, as in UMT5's tokenizer."""
-    vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *WORLDS[world].WORDS))}
+    vocabulary = {word: index for index, word in enumerate((_PADDING, _END, _UNKNOWN, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -34,10 +34,10 @@ def build_tokenizer(world: str = "stripes") -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(seed: int, world: str = "stripes") -> UMT5EncoderModel:
-    """Build the random, frozen encoder in float32. The weights depend on the seed and the world's words alone."""
+def build_text_encoder(seed: int) -> UMT5EncoderModel:
+    """Build the random, frozen encoder in float32. The weights depend on the seed alone."""
     config = UMT5Config(
-        vocab_size=len(build_tokenizer(world)),
+        vocab_size=len(build_tokenizer()),
         d_model=WIDTH,
         d_kv=16,
         d_ff=2 * WIDTH,

@@ -1,4 +1,4 @@
-"""Train the tiny causal video autoencoder of an embedded world, an `AutoencoderKLWan` of 668 thousand parameters.
+"""Train the tiny causal video autoencoder of the moving shapes, an `AutoencoderKLWan` of 668 thousand parameters.
 
 There are two phases. The first one trains encoder and decoder together on short, small crops. This is cheap, and
 enough to learn the causal recurrence over frames. The second one trains the decoder alone on frozen latents, half of
@@ -22,8 +22,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
-from anyflow_train.tiny import shapes, stripes
-from anyflow_train.tiny.worlds import WORLDS
+from anyflow_train.tiny import shapes
 from data_scaled_start import initialise
 
 
@@ -41,16 +40,14 @@ class CodecSettings:
     """Hyper-parameters of the codec; the defaults make `assets/tiny-wan`.
 
     Attributes:
-        world: name of the embedded world (`tiny.worlds`).
         early_share: part of the joint steps with the squared error alone.
         foreground_weight: how much more pixels on a shape or near its edge count than the background. Shapes cover 7 %
             of their picture: with equal weights the codec stays at the background for hundreds of steps.
     """
 
     seed: int = 0
-    world: str = "stripes"
-    early_share: float = 0.3
-    foreground_weight: float = 0.0
+    early_share: float = 0.5
+    foreground_weight: float = 6.0
     joint: Phase = Phase(steps=600, batch=6, learning_rate=3e-3)
     decoder: Phase = Phase(steps=450, batch=4, learning_rate=3e-3)
     crop: int = 32  # pixels, the side of the small crops of both phases
@@ -81,7 +78,7 @@ def train_vae(settings: CodecSettings, report: Callable[[str], None] = print) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         codec = build()
-        initialise(codec, draw(settings.world, 8, settings.joint_frames, settings.crop))
+        initialise(codec, draw(8, settings.joint_frames, settings.crop))
         codec = train_jointly(codec, settings, report)
         write_statistics(codec, settings)
         codec = train_decoder(codec, settings, report)
@@ -92,7 +89,7 @@ def train_jointly(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
     """Train encoder and decoder on crops. Returns the moving average."""
 
     def loss(step: int) -> Tensor:
-        video = draw(settings.world, settings.joint.batch, settings.joint_frames, settings.crop)
+        video = draw(settings.joint.batch, settings.joint_frames, settings.crop)
         posterior = codec.encode(video, return_dict=False)[0]
         noise = settings.latent_noise * torch.randn_like(posterior.mean)
         seen = codec.decode(posterior.sample() + noise, return_dict=False)[0]
@@ -111,13 +108,12 @@ def train_decoder(codec: AutoencoderKLWan, settings: CodecSettings, report: Call
     trained = [*codec.decoder.parameters(), *codec.post_quant_conv.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    world = WORLDS[settings.world]
     spread = torch.tensor(codec.config["latents_std"]).view(1, -1, 1, 1, 1)
 
     def loss(step: int) -> Tensor:
         whole = step % 2 == 1 and step > 0.3 * settings.decoder.steps
         count = max(1, settings.decoder.batch // 2) if whole else settings.decoder.batch
-        video = draw(settings.world, count, world.FRAMES, world.SIZE if whole else settings.crop)
+        video = draw(count, shapes.FRAMES, shapes.SIZE if whole else settings.crop)
         with torch.no_grad():
             latents = codec.encode(video, return_dict=False)[0].mode()
             latents = latents + settings.latent_noise * spread * torch.randn_like(latents)
@@ -135,7 +131,7 @@ def moment_penalty(latents: Tensor) -> Tensor:
 @torch.no_grad()
 def write_statistics(codec: AutoencoderKLWan, settings: CodecSettings) -> None:
     """Write the mean and standard deviation per channel, over encoded clips, into the codec's config."""
-    latents = encode(codec, WORLDS[settings.world].draw_clips(settings.statistics_clips, seed=11)[0])
+    latents = encode(codec, shapes.draw_clips(settings.statistics_clips, seed=11)[0])
     over = (0, 2, 3, 4)
     codec.register_to_config(latents_mean=latents.mean(over).tolist(), latents_std=latents.std(over).tolist())
 
@@ -158,27 +154,24 @@ def psnr(seen: Tensor, real: Tensor) -> float:
     return (-10 * torch.log10(error)).mean().item()
 
 
-def judge(codec: AutoencoderKLWan, video: Tensor, labels: Tensor, world: str) -> str:
+def judge(codec: AutoencoderKLWan, video: Tensor, labels: Tensor) -> str:
     """Format a line of progress: quality of clips and first frames, accuracy, latent deviation of the first frame."""
     latents = encode(codec, video)
     seen = decode(codec, latents)
-    spread, right = latents.std(dim=(0, 1, 3, 4)), WORLDS[world].accuracy(seen, labels)
+    spread, right = latents.std(dim=(0, 1, 3, 4)), shapes.accuracy(seen, labels)
     return (
         f"psnr {psnr(seen, video):.2f} first frame {psnr(seen[:, :, :1], video[:, :, :1]):.2f} "
         f"accuracy {right:.3f} latent spread {spread[0]:.2f} then {spread[1:].mean():.2f}"
     )
 
 
-def draw(name: str, count: int, frames: int, size: int) -> Tensor:
+def draw(count: int, frames: int, size: int) -> Tensor:
     """Draw clips from torch's global generator, as crops of a wider world.
 
-    Stripes take any phase. Shapes may be cut by the border of a crop, or come in from outside of it.
+    Shapes may be cut by the border of a crop, or come in from outside of it.
     """
-    world = WORLDS[name]
-    labels = torch.randint(0, world.CLASSES, (count,))
-    contrast = world.LEAST_CONTRAST + (1 - world.LEAST_CONTRAST) * torch.rand(count)
-    if name == "stripes":
-        return stripes.render(labels, torch.rand(count), contrast, frames, size)
+    labels = torch.randint(0, shapes.CLASSES, (count,))
+    contrast = shapes.LEAST_CONTRAST + (1 - shapes.LEAST_CONTRAST) * torch.rand(count)
     place = torch.rand(count, 2)
     if size == shapes.SIZE:
         return shapes.render(labels, place, contrast, frames, size)
@@ -194,10 +187,8 @@ def _weights(frames: int, settings: CodecSettings) -> Tensor:
 
 
 def _pixel_weights(real: Tensor, settings: CodecSettings) -> Tensor:
-    """Weights that broadcast over (B, 3, F, H, W): of the frames, and of the foreground where it counts more."""
+    """Weights that broadcast over (B, 3, F, H, W): of the frames, and of the foreground."""
     weights = _weights(real.shape[2], settings)
-    if settings.foreground_weight == 0:
-        return weights
     background = 2 * torch.tensor(shapes.BACKGROUND)[:, None, None, None] - 1
     foreground = ((real - background).abs().amax(1, keepdim=True) / 1.2).clamp(0, 1)
     near = nn.functional.max_pool3d(foreground, (1, 7, 7), 1, (0, 3, 3))
@@ -226,7 +217,7 @@ def _optimise(
     """Run one phase on `codec` in place. Returns the moving average of its weights."""
     parameters = list(parameters)
     average = copy.deepcopy(codec).requires_grad_(False)
-    held_out, labels = WORLDS[settings.world].draw_clips(settings.judged_clips, seed=999)
+    held_out, labels = shapes.draw_clips(settings.judged_clips, seed=999)
     optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     started = time.perf_counter()
     for step in range(phase.steps):
@@ -243,7 +234,7 @@ def _optimise(
                 kept.lerp_(new, 1 - decay)
         if (step + 1) % settings.report_every == 0 or step + 1 == phase.steps:
             seconds = time.perf_counter() - started
-            line = judge(average, held_out, labels, settings.world)
+            line = judge(average, held_out, labels)
             report(f"{name} {step + 1}/{phase.steps} {seconds:.0f} s loss {loss.item():.4f} {line}")
     return average
 

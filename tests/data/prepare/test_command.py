@@ -48,7 +48,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(codec: str, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
-    run(make_config(codec, clips, out, negative_prompt="red stripes", validation_prompts=("wide", "narrow blue")))
+    run(make_config(codec, clips, out, negative_prompt="red ball", validation_prompts=("wide", "blue square")))
     return out
 
 
@@ -83,7 +83,7 @@ def test_the_manifest_says_what_the_shards_are(prepared: Path, codec: str) -> No
     assert (manifest.clips, manifest.skipped, manifest.samples) == (8, 0, 8)
     assert manifest.codec.latents_mean == reference.latents_mean
     assert manifest.longest_text == max(len(text) for text in load_samples(shards, 8).texts)
-    expected = reference.encode_text(["red stripes", "wide", "narrow blue"])
+    expected = reference.encode_text(["red ball", "wide", "blue square"])
     found = [shards.texts.negative, *shards.texts.validation]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
     data = Data(shards=str(prepared), frames=5, height=32, width=32)
@@ -92,7 +92,7 @@ def test_the_manifest_says_what_the_shards_are(prepared: Path, codec: str) -> No
 
 def test_a_second_run_does_nothing(prepared: Path, codec: str, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(prepared)
-    run(make_config(codec, clips, prepared, negative_prompt="red stripes", validation_prompts=("wide", "narrow blue")))
+    run(make_config(codec, clips, prepared, negative_prompt="red ball", validation_prompts=("wide", "blue square")))
     assert "is complete: 8 samples in 3 shards" in capsys.readouterr().out
     assert contents(prepared) == before
 
@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing(prepared: Path, codec: str, clips: Path, caps
 def test_changed_settings_are_refused_by_name(
     prepared: Path, codec: str, clips: Path, change: dict, message: str
 ) -> None:
-    settings = {"negative_prompt": "red stripes", "validation_prompts": ("wide", "narrow blue")} | change
+    settings = {"negative_prompt": "red ball", "validation_prompts": ("wide", "blue square")} | change
     before = contents(prepared)
     with pytest.raises(UserError) as caught:
         run(make_config(codec, clips, prepared, **settings))
@@ -136,7 +136,7 @@ def test_unusable_clips_are_skipped_named_and_counted(codec: str, tmp_path: Path
     write_video(source / "b.mp4", [1, 2])
     (source / "d.mp4").write_bytes(b"this is not a video")
     for name in "abcde":
-        (source / f"{name}.txt").write_text("wide red stripes")
+        (source / f"{name}.txt").write_text("a red ball")
     (source / "e.txt").write_text(" \n")
     run(make_config(codec, source, tmp_path / "out"))
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
@@ -160,12 +160,12 @@ def test_nothing_usable_is_an_error_with_the_reasons(codec: str, tmp_path: Path)
 
 
 def test_prompts_need_no_video(codec: str, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("wide red stripes\nnarrow blue stripes\n")
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue square\n")
     config = make_config(codec, None, tmp_path / "out", prompts=str(tmp_path / "prompts.txt"))
     run(config)
     shards = ShardSet.open(str(tmp_path / "out"))
     assert shards.manifest.kind == "prompts"
-    assert [shards.read(index).caption for index in range(2)] == ["wide red stripes", "narrow blue stripes"]
+    assert [shards.read(index).caption for index in range(2)] == ["a red ball", "a blue square"]
     assert shards.read(0).latents is None
     run(config)
 
@@ -178,7 +178,7 @@ def test_latents_may_be_stored_in_half_the_space(prepared: Path, codec: str, cli
 
 def test_real_clips_are_prepared(codec: str, tmp_path: Path) -> None:
     names = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
-    rows = [{"video": str(real_clip(name)), "key": name, "caption": "wide red stripes"} for name in names]
+    rows = [{"video": str(real_clip(name)), "key": name, "caption": "a red ball"} for name in names]
     (tmp_path / "clips.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run(make_config(codec, tmp_path / "clips.jsonl", tmp_path / "out", frames=9, height=48, width=80))
     held_out = load_samples(ShardSet.open(str(tmp_path / "out")), 3)

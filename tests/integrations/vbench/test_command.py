@@ -24,7 +24,7 @@ from anyflow_vbench.config import VBenchConfig
 from anyflow_vbench.table import Column
 from tests.export.runs import CHUNKS, FULL, make_run
 
-RED, BLUE = "wide red stripes, drifting left", "narrow blue stripes"
+RED, BLUE = "a red ball, moving left", "a blue square"
 INFO = [
     {"prompt_en": RED, "dimension": ["temporal_flickering", "color"]},
     {"prompt_en": BLUE, "dimension": ["temporal_flickering"]},

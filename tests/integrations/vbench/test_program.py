@@ -59,14 +59,14 @@ def test_the_last_result_counts(tmp_path: Path):
     assert read_result(tmp_path, "temporal_flickering") is None
     write_result(tmp_path, "2026-11-22-23:59:59", {"temporal_flickering": [0.1, []]})
     videos = [
-        {"video_path": "/o/run/4/videos/wide red stripes-0.mp4", "video_results": 0.949},
-        {"video_path": "/o/run/4/videos/wide red stripes-1.mp4", "video_results": 0.957},
+        {"video_path": "/o/run/4/videos/a red ball-0.mp4", "video_results": 0.949},
+        {"video_path": "/o/run/4/videos/a red ball-1.mp4", "video_results": 0.957},
     ]
     write_result(tmp_path, "2026-11-23-04:41:43", {"temporal_flickering": [0.953, videos]})
     (tmp_path / "results_2026-11-23-04:41:43_full_info.json").write_text("[]")
     result = read_result(tmp_path, "temporal_flickering")
     assert result is not None
-    assert (result.score, result.files) == (0.953, {"wide red stripes-0.mp4", "wide red stripes-1.mp4"})
+    assert (result.score, result.files) == (0.953, {"a red ball-0.mp4", "a red ball-1.mp4"})
 
 
 def test_a_mean_over_nothing_is_no_score(tmp_path: Path):

@@ -50,7 +50,7 @@ def test_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
     save(tmp_path, 9, 10)
     point = find_resume_point(tmp_path, config())
     assert point is not None
-    assert point.info.state.step == 10
+    assert point.state.step == 10
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,13 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from anyflow_train.training.processes import heartbeat
+from anyflow_train.training.processes.activity import Activity
 from anyflow_train.training.processes.hang_detector import ProcessReport, Verdict
 from anyflow_train.training.processes.heartbeat import HUNG, LEAVING_SECONDS, Heartbeat
 from anyflow_train.training.processes.world import World
@@ -24,11 +25,10 @@ class Ended(Exception):
     """Raised instead of ending the process."""
 
 
-def report(rank: int, **changes: object) -> ProcessReport:
-    usual = ProcessReport(
-        rank, "here", 100 + rank, 50, beats=1, step=4, doing="training", changes=30, exempt_from_timeout=False
-    )
-    return replace(usual, **changes)  # pyright: ignore[reportArgumentType]
+def report(rank: int, doing: str = "training", changes: int = 30, exempt: bool = False, **others: Any) -> ProcessReport:
+    activity = Activity(step=4, doing=doing, changes=changes, exempt_from_timeout=exempt)
+    usual = ProcessReport(rank, "here", 100 + rank, 50, beats=1, activity=activity)
+    return replace(usual, **others)
 
 
 def beating(rank: int, *reports: ProcessReport, logs: Path = Path()) -> Heartbeat:
@@ -141,7 +141,7 @@ def test_one_that_left_does_not_speak(done: list[tuple[object, ...]], tmp_path: 
 
 @pytest.mark.parametrize("changes", [{"host": "elsewhere"}, {"launcher": 51}])
 def test_a_stranger_with_the_same_number_is_not_killed(
-    done: list[tuple[object, ...]], tmp_path: Path, changes: dict[str, object]
+    done: list[tuple[object, ...]], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     stopped = report(1, **changes)
     end(beating(0, report(0), stopped, logs=tmp_path), stopped)

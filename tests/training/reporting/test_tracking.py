@@ -29,12 +29,12 @@ def test_a_resumed_run_has_one_line_a_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     for step in (1, 2, 3):
-        file.log(step, {"loss": 0.5})
+        file.log(step, {"loss": 0.5}, {})
     file.close()
     with path.open("a") as cut:
         cut.write('{"step": 4, "lo')
     file = MetricsFile(path, 2)
-    file.log(3, {"loss": 0.25})
+    file.log(3, {"loss": 0.25}, {})
     file.close()
     assert steps(path) == [1, 2, 3]
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.25

@@ -1,0 +1,70 @@
+"""Stage 1: follow the teacher's velocity at the end of each jump (Boffi et al. 2024, "Flow map matching").
+
+From `d_r X(x, t, r) = v(X, r)` with `X = x - (t - r) u(x, t, r)`, the student u is regressed to
+`v(X(x, t, r), r) + (t - r) d_r u(x, t, r)`, without gradient. With the teacher's velocity, the only solution is the
+flow map of the (guided) teacher's ODE, wherever the points x come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from anyflow_train.config import objective as options
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.derivative import exact_target_derivative, target_difference
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.path import expand_time
+from anyflow_train.flow.types import FlowMap
+from anyflow_train.objectives.guidance import Noised
+from anyflow_train.objectives.map_loss import Part, map_loss, velocity
+from anyflow_train.objectives.types import Loss, Roles, Setting
+
+
+@dataclass(frozen=True)
+class LagrangianObjective:
+    """The Lagrangian objective. For r < t it takes three calls of `derivative` and one of the (guided) teacher.
+
+    With `objective.velocity=data` the velocity at the end of a jump is the student's own, `u(X, r, r)`, which
+    learns from data at r = t (self-distillation, Boffi et al. 2025).
+
+    Example:
+        objective = LagrangianObjective.build(Lagrangian(), Setting(global_batch=8))
+        loss = objective(Roles(student, derivative=student, teacher=teacher), batch, draw)
+
+    Attributes:
+        config: keys of the objective, see `config.objective.Lagrangian`.
+        setting: properties of the run.
+    """
+
+    Config = options.Lagrangian
+
+    config: options.Lagrangian
+    setting: Setting
+
+    @classmethod
+    def build(cls, config: options.Lagrangian, setting: Setting) -> LagrangianObjective:
+        """Build the objective of a run."""
+        return cls(config, setting)
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        part = Part(self.target, (self.setting.positions_below,))
+        return map_loss(self.config, self.setting, [part], roles, batch, draw)
+
+    def target(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor:
+        """Compute `v(X, r) + (t - r) d_r u`, (B, F, C, H, W)."""
+        x, t, r, condition = sample.x, sample.t, sample.r, sample.condition
+        length = expand_time(t - r, x)
+        u = roles.derivative(x, t, r, condition)
+        slope = self._slope(roles.derivative, sample, u)
+        end = replace(sample, x=x - length * u, t=r)
+        own = self.config.velocity == "data"
+        found = roles.derivative(end.x, r, r, condition) if own else velocity(self.config, roles, end)
+        return found + length * slope
+
+    def _slope(self, flow_map: FlowMap, sample: Noised, u: Tensor) -> Tensor:
+        """Compute du/dr, of which u is the value at the samples."""
+        at = (flow_map, sample.x, sample.t, sample.r, sample.condition)
+        jvp = self.config.derivative == "jvp"
+        return exact_target_derivative(*at) if jvp else target_difference(*at, u, self.config.epsilon)

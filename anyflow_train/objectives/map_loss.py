@@ -1,0 +1,89 @@
+"""The loss of objectives that regress u(x, t, r) to the velocity at r = t, and to a target of their own at r < t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anyflow_train.config.objective import AverageVelocity
+from anyflow_train.config.positions import rows_of
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.times import draw_interval
+from anyflow_train.flow.weights import beta08, uniform
+from anyflow_train.objectives.guidance import Noised, divisor, regression, square_error
+from anyflow_train.objectives.source import draw_points
+from anyflow_train.objectives.types import Loss, Roles, Setting
+
+
+class Target(Protocol):
+    """Computes targets (R, F, C, H, W) of u(x, t, r) for R samples, without gradient."""
+
+    def __call__(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions of the global batch with r < t that share a target.
+
+    Attributes:
+        target: computes the target. All processes call it in the same micro-steps, with equally many samples.
+        positions: the positions, as ranges.
+    """
+
+    target: Target
+    positions: tuple[range, ...]
+
+    def has(self, position: int) -> bool:
+        """Return whether a position belongs to the part."""
+        return any(position in each for each in self.positions)
+
+
+def map_loss(
+    config: AverageVelocity, setting: Setting, parts: Sequence[Part], roles: Roles, batch: Batch, draw: Draw
+) -> Loss:
+    """Compute the losses of B samples. The student's forward with gradient comes last (see `objectives.flow_map`).
+
+    Args:
+        config: keys of the objective.
+        setting: properties of the run.
+        parts: the targets; together they cover all positions with r < t.
+        roles: flow maps of the run.
+        batch: B samples.
+        draw: random numbers of the same positions.
+    """
+    times = setting.times
+    interval = draw_interval(draw, setting.counts, times.shift, times.precision)
+    sample = draw_points(config, setting.latent, roles, batch, draw, interval)
+    goal = _goal(config, setting, parts, roles, sample, draw)
+    u = roles.student(sample.x, sample.t, sample.r, sample.condition)
+    weight = beta08(sample.t, times.shift) if config.weight == "beta08" else uniform(sample.t)
+    per_sample = square_error(u, goal, divisor(sample, config.guidance, config.guidance_scale))
+    return Loss(per_sample, weight, interval.branch, {})
+
+
+@torch.no_grad()
+def _goal(
+    config: AverageVelocity, setting: Setting, parts: Sequence[Part], roles: Roles, sample: Noised, draw: Draw
+) -> Tensor:
+    """Compute the regression targets (B, F, C, H, W). Every target is called for as few samples as possible."""
+    positions, goal = draw.positions, list(torch.zeros_like(sample.x))
+    diffusion = Part(lambda roles, sample, draw: velocity(config, roles, sample), (range(setting.counts.diffusion),))
+    for part in (diffusion, *parts):
+        rows = sorted({row for each in part.positions for row in rows_of(each, positions, setting.world)})
+        if not rows:
+            continue
+        values = part.target(roles, sample[rows], replace(draw, positions=tuple(positions[row] for row in rows)))
+        for row, value in zip(rows, values, strict=True):
+            if part.has(positions[row]):
+                goal[row] = value
+    return torch.stack(goal)
+
+
+def velocity(config: AverageVelocity, roles: Roles, sample: Noised) -> Tensor:
+    """Compute the velocity at (x, t), guided if the config says so, (B, F, C, H, W)."""
+    return regression(roles, sample, config.guidance, config.guidance_scale, config.velocity).velocity

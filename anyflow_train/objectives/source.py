@@ -1,0 +1,62 @@
+"""Points x_t of the training samples: on the path from data to noise, or made by the student itself, without clips."""
+
+from __future__ import annotations
+
+import torch
+
+from anyflow_train.config.objective import AverageVelocity
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.path import at_least_float32, expand_time
+from anyflow_train.flow.times import Interval
+from anyflow_train.flow.types import FlowMap, put, take
+from anyflow_train.objectives.guidance import Noised, drop_texts, noised
+from anyflow_train.objectives.types import Branch, Roles
+
+Latent = tuple[int, int, int, int]
+
+
+def draw_points(
+    config: AverageVelocity, latent: Latent | None, roles: Roles, batch: Batch, draw: Draw, interval: Interval
+) -> Noised:
+    """Draw the points of B samples, as `objective.source` says.
+
+    Args:
+        config: keys of the objective.
+        latent: (F, C, H, W) of one sample; only needed for points from the student.
+        roles: flow maps of the run.
+        batch: B samples.
+        draw: random numbers of the same positions.
+        interval: times of the samples.
+
+    Raises:
+        ValueError: batch and random numbers have different positions, or the shape of the latents is not given.
+    """
+    if config.source == "data":
+        return noised(batch, draw, interval.t, interval.r, config.text_dropout)
+    if latent is None:
+        raise ValueError("points from the student need the shape of the latents, Setting(latent=(F, C, H, W))")
+    return from_student(config, latent, roles.derivative, batch, draw, interval)
+
+
+@torch.no_grad()
+def from_student(
+    config: AverageVelocity, latent: Latent, student: FlowMap, batch: Batch, draw: Draw, interval: Interval
+) -> Noised:
+    """Draw noise at t = 1 for a share of the samples, and `X(z, 1, t)` for the others, with one call of the student.
+
+    A sample that starts at noise gets t = 1; its r is then 1 if it was t. Arguments are those of `draw_points`.
+    """
+    starts = tuple(chance < config.noise_share for chance in draw.chances("start at noise"))
+    z = at_least_float32(draw.normal("noise", latent))
+    t, r = interval.t.to(z.dtype), interval.r.to(z.dtype)
+    one = torch.ones_like(t)
+    t = torch.where(torch.tensor(starts).to(t.device, non_blocking=True), one, t)
+    r = torch.where(interval.branch == Branch.DIFFUSION, t, r)
+    condition, negative, dropped = drop_texts(batch, draw, config.text_dropout)
+    # At least one sample, so that all processes make the call: under ZeRO-3 one with fewer calls would hang the others.
+    moved = [row for row, start in enumerate(starts) if not start] or [0]
+    noise, time = take(z, moved), take(t, moved)
+    u = student(noise, take(one, moved), time, condition[moved])
+    x = put(z, moved, noise - expand_time(1 - time, noise) * u)
+    return Noised(x, torch.full_like(x, torch.nan), t, r, condition, negative, dropped)

@@ -1,0 +1,259 @@
+"""Each objective at exact flow maps of Gaussian data and of a guided ODE, and at maps that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_train.config.objective import AverageVelocity, FlowMap, Lagrangian, Semigroup
+from anyflow_train.config.own import objective_class
+from anyflow_train.config.positions import local_positions
+from anyflow_train.data.batch import Batch
+from anyflow_train.flow.derivative import exact_target_derivative, target_difference
+from anyflow_train.flow.path import expand_time
+from anyflow_train.flow.types import Condition
+from anyflow_train.flow.types import FlowMap as Map
+from anyflow_train.objectives.flow_map import FlowMapObjective
+from anyflow_train.objectives.guidance import Noised
+from anyflow_train.objectives.lagrangian import LagrangianObjective
+from anyflow_train.objectives.semigroup import SemigroupObjective
+from anyflow_train.objectives.types import Branch, Objective, Roles, Setting
+from tests.flow.oracles import NO_TEXT, GaussianData, GuidedGaussians, bulk_draw
+from tests.objectives.toys import SHAPE as TOY
+from tests.objectives.toys import Recorded, SmallNetwork, batch_of, draw_of
+
+DATA, OTHER = GaussianData(0.7, 0.5), GaussianData(0.4, 0.8)
+GUIDED = GuidedGaussians(GaussianData(1.0, 0.5), GaussianData(0.0, 1.2), 3.0)
+SAMPLES = 400
+SHAPE = (1, 1, 1, 4)
+EXACT = {"velocity": "teacher", "derivative": "jvp"}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "flow_map": lambda setting, **keys: FlowMapObjective.build(
+        FlowMap(**{"weight": "uniform"} | EXACT | keys), setting
+    ),
+    "lagrangian": lambda setting, **keys: LagrangianObjective.build(Lagrangian(**EXACT | keys), setting),
+    "semigroup": lambda setting, **keys: SemigroupObjective.build(Semigroup(**keys), setting),
+}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradient of the loss with respect to u, (B, elements), and the branch and time t of each sample."""
+
+    values: Tensor
+    branch: Tensor
+    t: Tensor
+
+    def largest(self, *branches: Branch) -> float:
+        rows = torch.stack([self.branch == branch for branch in branches]).any(dim=0)
+        return self.values[rows].abs().max().item()
+
+
+def teacher(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """Velocity of the data of GUIDED with text 1, and of its negative prompt with text 0."""
+    given = expand_time(condition.text[:, 0, 0] == 1, x)
+    return torch.where(given, GUIDED.given.velocity(x, t), GUIDED.negative.velocity(x, t))
+
+
+def gradient(kind: str, flow_map: Map, velocity: Map, guided: bool = False, **keys: Any) -> Gradient:
+    """Gradient of an objective's loss at `flow_map`, with the teacher's `velocity`."""
+    draw = bulk_draw(SAMPLES, 3)
+    latents = 0.7 + 0.5 * torch.randn(SAMPLES, *SHAPE, generator=draw.generator, dtype=torch.float64)
+    text = Condition(torch.ones(SAMPLES, 1, 1, dtype=torch.float64))
+    batch = Batch(latents, text, Condition(0 * text.text[:1]), ("",) * SAMPLES, draw.positions)
+    free = torch.zeros(SAMPLES, *SHAPE, dtype=torch.float64, requires_grad=True)
+    guidance = {"guidance": "target", "guidance_scale": GUIDED.scale} if guided else {}
+    objective = OBJECTIVES[kind](Setting(SAMPLES, latent=SHAPE), text_dropout=0.0, **guidance, **keys)
+    seen = Recorded(lambda x, t, r, condition: flow_map(x, t, r, condition) + free)
+    loss = objective(Roles(seen, flow_map, velocity), batch, draw)
+    (loss.per_sample * loss.weight).sum().backward()
+    assert free.grad is not None
+    assert loss.branch is not None
+    return Gradient(free.grad.flatten(1), loss.branch, seen.calls[-1][1])
+
+
+def of(data: GaussianData) -> Map:
+    return lambda x, t, r, condition: data.velocity(x, t)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_gradient_vanishes_at_the_exact_flow_map(kind: str) -> None:
+    assert gradient(kind, DATA.average_velocity, of(DATA)).largest(*Branch) < 1e-10
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_gradient_vanishes_at_the_flow_map_of_the_guided_ode(kind: str) -> None:
+    assert gradient(kind, GUIDED.average_velocity, teacher, guided=True).largest(*Branch) < 1e-10
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_gradient_vanishes_at_the_points_of_an_exact_student_too(kind: str, guided: bool) -> None:
+    flow_map, velocity = (GUIDED.average_velocity, teacher) if guided else (DATA.average_velocity, of(DATA))
+    found = gradient(kind, flow_map, velocity, guided, source="student")
+    assert found.largest(*Branch) < 1e-10
+    assert 0.4 < (found.t == 1).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_without_clips_every_kind_of_sample_has_a_gradient(kind: str) -> None:
+    """The points are the wrong student's own."""
+
+    def wrong(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        return DATA.average_velocity(x, t, r) + 0.1 * expand_time(1 + t - r, x) * x
+
+    found = gradient(kind, wrong, of(DATA), source="student")
+    published = gradient(kind, wrong, of(DATA), source="student", weight="beta08")
+    assert published.values[found.t == 1].abs().max() == 0  # which is why the config refuses it
+    for branch in Branch:
+        for at_noise in (True, False):
+            rows = (found.branch == branch) & ((found.t == 1) == at_noise)
+            assert rows.sum() > 20
+            assert found.values[rows].abs().amax(dim=1).min() > 1e-7
+
+
+def jumps_no_ode_makes(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+    """A map that is right at r = t."""
+    return DATA.average_velocity(x, t, r) + 0.1 * expand_time(t - r, x) * x
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_gradient_does_not_vanish_at_a_wrong_map(kind: str) -> None:
+    found = gradient(kind, jumps_no_ode_makes, of(DATA))
+    assert found.largest(Branch.DIFFUSION) < 1e-10
+    for branch in (Branch.CONSISTENCY, Branch.FREE):
+        assert found.largest(branch) > 1e-2
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_map_of_another_ode_is_found_by_all_samples_or_by_those_with_r_equal_to_t_alone(kind: str) -> None:
+    found = gradient(kind, OTHER.average_velocity, of(DATA))
+    assert found.largest(Branch.DIFFUSION) > 1e-2
+    below = found.largest(Branch.CONSISTENCY, Branch.FREE)
+    assert below < 1e-10 if kind == "semigroup" else below > 1e-2
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_difference_leaves_the_lagrangian_an_error_of_second_order(guided: bool) -> None:
+    flow_map, velocity = (GUIDED.average_velocity, teacher) if guided else (DATA.average_velocity, of(DATA))
+    coarse, fine = (
+        gradient("lagrangian", flow_map, velocity, guided, derivative="difference", epsilon=epsilon)
+        for epsilon in (0.01, 0.005)
+    )
+    for branch in (Branch.CONSISTENCY, Branch.FREE):
+        assert 3 < coarse.largest(branch) / fine.largest(branch) < 5
+        assert 0 < fine.largest(branch) < 2e-3
+
+
+def test_three_points_are_of_second_order_at_r_0_where_a_clamped_difference_is_of_first() -> None:
+    x = torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t, r = torch.linspace(0.2, 1, 50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    flow_map = DATA.average_velocity
+    exact, u = exact_target_derivative(flow_map, x, t, r, NO_TEXT), flow_map(x, t, r)
+
+    def errors(epsilon: float) -> tuple[float, float]:
+        three = target_difference(flow_map, x, t, r, NO_TEXT, u, epsilon)
+        clamped = (flow_map(x, t, r + epsilon) - u) / epsilon
+        return (three - exact).norm().item(), (clamped - exact).norm().item()
+
+    found = [errors(epsilon) for epsilon in (0.02, 0.01, 0.005)]
+    for (three, clamped), (half_three, half_clamped) in pairwise(found):
+        assert 3.5 < three / half_three < 4.5
+        assert 1.8 < clamped / half_clamped < 2.2
+    assert all(three < clamped / 5 for three, clamped in found)
+
+
+@pytest.mark.parametrize("kind", ["lagrangian", "semigroup"])
+def test_targets_at_the_ends_are_those_of_the_flow_map(kind: str) -> None:
+    """At r = 0, at r = t, at t = 1, and at all of them together."""
+    t = torch.tensor([0.6, 0.6, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.6, 0.3, 0.0, 1.0, 0.0], dtype=torch.float64)
+    x = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    text = Condition(torch.ones(6, 1, 1, dtype=torch.float64))
+    sample = Noised(x, x, t, r, text, text, (False,) * 6)
+    objective: Any = OBJECTIVES[kind](Setting(8))
+    roles = Roles(DATA.average_velocity, DATA.average_velocity, of(DATA))
+    target = objective.target(roles, sample, bulk_draw(6, 1))
+    torch.testing.assert_close(target, DATA.average_velocity(x, t, r), rtol=0, atol=1e-12)
+    difference: Any = OBJECTIVES[kind](Setting(8), **({"derivative": "difference"} if kind == "lagrangian" else {}))
+    pinned = difference.target(roles, sample, bulk_draw(6, 1))[[1, 4, 5]]
+    torch.testing.assert_close(pinned, DATA.velocity(x, t)[[1, 4, 5]], rtol=0, atol=1e-12)
+
+
+CONFIGS: list[AverageVelocity] = [
+    Lagrangian(epsilon=0.02),
+    Lagrangian(guidance="target", guidance_scale=3.0, text_dropout=0.4),
+    Lagrangian(velocity="data", guidance="target", guidance_scale=3.0, text_dropout=0.4),
+    Semigroup(),
+    Semigroup(guidance="target", guidance_scale=3.0, text_dropout=0.4),
+    Semigroup(velocity="data"),
+    Lagrangian(source="student", guidance="target", guidance_scale=3.0, text_dropout=0.4),
+    Semigroup(source="student"),
+    FlowMap(source="student", velocity="teacher", weight="uniform"),
+]
+
+
+def built(config: AverageVelocity, world: int = 1) -> Objective:
+    return objective_class(config).build(config, Setting(12, world=world, latent=TOY))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_losses_do_not_depend_on_processes_which_run_equally_many_forwards(config: AverageVelocity) -> None:
+    student, average, frozen = SmallNetwork(0), SmallNetwork(1), SmallNetwork(2)
+    positions = tuple(range(12))
+    whole = built(config)(Roles(student, average, frozen), batch_of(positions), draw_of(positions)).per_sample
+    assert whole.isfinite().all()
+    for micro_batch, world in ((2, 2), (2, 3), (1, 1), (1, 12), (3, 4), (1, 4), (6, 1)):
+        for step in range(12 // (micro_batch * world)):
+            calls = set()
+            for rank in range(world):
+                held = local_positions(12, micro_batch, world, rank)[step]
+                roles = [Recorded(network) for network in (student, average, frozen)]
+                loss = built(config, world)(Roles(*roles), batch_of(held), draw_of(held)).per_sample
+                torch.testing.assert_close(loss, whole[list(held)], rtol=1e-10, atol=1e-13)
+                calls.add(tuple(len(role.calls) for role in roles))
+            assert len(calls) == 1
+
+
+def test_only_the_student_gets_gradients_and_the_teacher_of_the_semigroup_is_called_at_r_t_alone() -> None:
+    positions = tuple(range(12))
+    for config, teacher_rows, derivative_rows in (
+        (Lagrangian(), [6, 6], [6, 6, 6]),
+        (Semigroup(), [6], [6, 6]),
+        (Semigroup(velocity="data"), [], [6, 6]),
+        (Lagrangian(velocity="data"), [], [6, 6, 6, 6]),
+    ):
+        networks = [SmallNetwork(seed) for seed in range(3)]
+        roles = [Recorded(network) for network in networks]
+        built(config)(Roles(*roles), batch_of(positions), draw_of(positions)).per_sample.sum().backward()
+        assert [len(call[0]) for call in roles[0].calls] == [12]
+        assert [len(call[0]) for call in roles[1].calls] == derivative_rows
+        assert [len(call[0]) for call in roles[2].calls] == teacher_rows
+        assert all(p.grad is not None for p in networks[0].parameters())
+        assert all(p.grad is None for network in networks[1:] for p in network.parameters())
+
+
+def test_without_a_teacher_the_misuse_is_named() -> None:
+    positions = tuple(range(12))
+    network = SmallNetwork()
+    for config in (Lagrangian(), Semigroup()):
+        with pytest.raises(ValueError, match="needs a teacher"):
+            built(config)(Roles(network, network), batch_of(positions), draw_of(positions))
+    with pytest.raises(ValueError, match="has the positions"):
+        built(Lagrangian())(Roles(network, network, network), batch_of((0,)), replace(draw_of((0,)), positions=(1,)))
+
+
+def test_points_from_the_student_need_no_clips_but_their_shape() -> None:
+    positions, network = tuple(range(12)), SmallNetwork()
+    roles, texts = Roles(network, network, network), replace(batch_of(positions), latents=torch.empty(12, 0))
+    config = Lagrangian(source="student")
+    loss = built(config)(roles, texts, draw_of(positions)).per_sample
+    assert torch.equal(loss, built(config)(roles, batch_of(positions), draw_of(positions)).per_sample)
+    with pytest.raises(ValueError, match="need the shape of the latents"):
+        LagrangianObjective.build(config, Setting(12))(roles, texts, draw_of(positions))
