@@ -30,11 +30,15 @@ class BranchCounts:
     consistency: int
     free: int
 
+    @property
+    def global_batch(self) -> int:
+        """Number of positions of all branches."""
+        return self.diffusion + self.consistency + self.free
+
     def branch(self, position: int) -> Branch:
         """Return the branch of one position. Raises ValueError if the step has no such position."""
-        size = self.diffusion + self.consistency + self.free
-        if not 0 <= position < size:
-            raise ValueError(f"position {position} is outside a global batch of {size}")
+        if not 0 <= position < self.global_batch:
+            raise ValueError(f"position {position} is outside a global batch of {self.global_batch}")
         return Branch(bisect((self.diffusion, self.diffusion + self.consistency), position))
 
 

@@ -198,7 +198,7 @@ def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) 
     """
     for key, names in (("targets", settings.targets), ("full_modules", settings.full_modules)):
         for name in names:
-            if not any(is_target(path, [name]) for path in modules):
+            if not any(is_target(path, (name,)) for path in modules):
                 raise UserError(f"{where}.{key}", f"the network has no module {name!r}")
     for path, module in modules.items():
         if not is_target(path, settings.targets):

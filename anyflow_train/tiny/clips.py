@@ -34,7 +34,7 @@ def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
     drawn = shapes.draw(count, seed)
     for start in range(0, len(missing), _BATCH):
         part = missing[start : start + _BATCH]
-        clips = shapes.render(*(values[part] for values in drawn))
+        clips = shapes.render(drawn.labels[part], drawn.start[part], drawn.contrast[part])
         for index, clip in zip(part, clips, strict=True):
             _write_video(paths[index], clip, shapes.FRAMES_PER_SECOND)
             with atomic_file(paths[index].with_suffix(".txt")) as file:
