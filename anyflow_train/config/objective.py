@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     SerializeAsAny,
     Tag,
 )
@@ -73,9 +74,21 @@ class Derivative:
     ends: Literal["clamped", "free"] = "clamped"
 
 
+class StageChanges(Model):
+    """One stage of `objective.schedule`.
+
+    steps: number of steps of the stage.
+    changes: keys of the objective and of the times, written in full, with their values in this stage.
+    """
+
+    steps: PositiveInt
+    changes: dict[str, Any]
+
+
 class ObjectiveConfig(Model):
     """Base class for the keys and facts of an objective, also of a user's own.
 
+    schedule: stages before the run's own keys apply, each with other values of some keys; empty has one stage.
     any_step: True if the student learns u(x, t, r) at r < t; False if it learns only the velocity at r = t.
     branches: True if times.diffusion_share and times.consistency_share split the samples of a step.
     distributions: values of times.distribution that the objective supports.
@@ -86,6 +99,7 @@ class ObjectiveConfig(Model):
     distributions: ClassVar[tuple[str, ...]] = ("uniform",)
 
     kind: str
+    schedule: tuple[StageChanges, ...] = ()
 
     @property
     def follows_teacher(self) -> bool:
@@ -111,6 +125,11 @@ class ObjectiveConfig(Model):
     def holds_guidance(self) -> bool:
         """Whether the trained student predicts guided velocities, so that samplers add no guidance."""
         return False
+
+    @property
+    def held_scale(self) -> float:
+        """CFG scale w of the velocities that the trained student predicts: by default the key `guidance_scale`."""
+        return getattr(self, "guidance_scale", 1.0) if self.holds_guidance else 1.0
 
     @property
     def summary(self) -> str:

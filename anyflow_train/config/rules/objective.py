@@ -21,10 +21,6 @@ def shares(config: RunConfig) -> Iterator[Finding]:
         return
     if not objective.branches:
         return
-    if times.diffusion_share >= 1:
-        problem = "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching"
-        yield Finding(keys[::-1], problem)
-        return
     if problem := _lost_branch(config, size):
         fitting = next((more for more in range(size + 1, 4097) if not _lost_branch(config, more)), None)
         advice = f"; the next possible size is {fitting}" if fitting else ""
@@ -36,6 +32,13 @@ def shares(config: RunConfig) -> Iterator[Finding]:
         problem = f"{rebalance!r} scales losses to the diffusion branch, {empty}"
         advice = "raise the share, or set objective.rebalance=none"
         yield Finding(("objective.rebalance", "times.diffusion_share"), f"{problem}; {advice}")
+
+
+def learns_the_map(config: RunConfig) -> Iterator[Finding]:
+    """Check that there are samples with r < t. Only stages of a schedule may do without them."""
+    if config.objective.branches and config.times.diffusion_share >= 1:
+        problem = "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching"
+        yield Finding(("times.diffusion_share", "times.consistency_share"), problem)
 
 
 def _lost_branch(config: RunConfig, size: int) -> str | None:
