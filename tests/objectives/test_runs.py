@@ -29,7 +29,7 @@ from tests.training.helpers import (
     write_networks,
 )
 
-KINDS = ("flow_map", "lagrangian", "semigroup")
+KINDS = ("flow_map", "lagrangian", "semigroup", "mixed")
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["attn1.to_q"], "full_modules": ["delta_embedder"]}
 
 
@@ -110,7 +110,7 @@ def test_prompts_are_refused_where_clips_are_needed(tmp_path: Path) -> None:
         training.run(RunConfig.model_validate(follow(tmp_path, "lagrangian", {})))
 
 
-@pytest.mark.parametrize("kind", ["lagrangian", "semigroup"])
+@pytest.mark.parametrize("kind", ["lagrangian", "semigroup", "mixed"])
 def test_guidance_of_predictions_is_refused_by_key(kind: str, tmp_path: Path) -> None:
     config = settings(tmp_path, objective={"kind": kind, "guidance": "prediction", "guidance_scale": 3.0})
     with pytest.raises(ValueError, match=r"objective.*guidance\n.*Input should be 'none' or 'target'"):

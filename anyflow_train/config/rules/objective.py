@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.positions import branch_counts
 from anyflow_train.config.run import RunConfig
 
 
@@ -47,14 +46,14 @@ def _branch_sizes(config: RunConfig) -> Iterator[Finding]:
     times, size = config.times, config.engine.global_batch
     keys = ("engine.global_batch", "times.diffusion_share", "times.consistency_share")
     try:
-        counts = branch_counts(size, times.diffusion_share, times.consistency_share)
+        counts = config.objective.branch_counts(times, size)
     except ValueError as error:
         fitting = next((more for more in range(size + 1, 4097) if _holds_branches(config, more)), None)
         advice = f"; the next possible size is {fitting}" if fitting else ""
         yield Finding(keys, f"{error}{advice}")
         return
     rebalance = config.objective.rebalancing.mode
-    if rebalance != "none" and counts.diffusion == 0:
+    if rebalance != "none" and counts is not None and counts.diffusion == 0:
         yield Finding(
             ("objective.rebalance", "times.diffusion_share"),
             f"{rebalance!r} scales losses to the diffusion branch, which is empty with times.diffusion_share="
@@ -64,7 +63,7 @@ def _branch_sizes(config: RunConfig) -> Iterator[Finding]:
 
 def _holds_branches(config: RunConfig, size: int) -> bool:
     try:
-        branch_counts(size, config.times.diffusion_share, config.times.consistency_share)
+        config.objective.branch_counts(config.times, size)
     except ValueError:
         return False
     return True
