@@ -65,12 +65,14 @@ class Derivative:
         precision: precision of matrix products; None uses the run's.
         precision_key: dotted key that sets the precision; None if there is no such key.
         ends: treatment of a central difference at the ends of [0, 1].
+        exact: whether the network is differentiated in forward mode, in place of differences of its calls.
     """
 
     network: Literal["student", "ema"] = "student"
     precision: Literal["bf16", "fp16", "fp32"] | None = None
     precision_key: str | None = None
     ends: Literal["clamped", "free"] = "clamped"
+    exact: bool = False
 
 
 class ObjectiveConfig(Model):
@@ -106,6 +108,11 @@ class ObjectiveConfig(Model):
     def derivative_role(self) -> Derivative | None:
         """Settings of the role `derivative`, for example for a time derivative; None if it is not called."""
         return None
+
+    @property
+    def planned(self) -> ObjectiveConfig:
+        """Config with about the same costs that a dry run can count."""
+        return self
 
     @property
     def holds_guidance(self) -> bool:
@@ -249,7 +256,8 @@ class AverageVelocity(ObjectiveConfig):
 class Differentiated(AverageVelocity):
     """Keys of the objectives whose target has a time derivative.
 
-    derivative: difference (of network calls) or jvp (exact, by forward-mode differentiation; a slow reference).
+    derivative: difference (of network calls) or jvp (exact, by forward-mode differentiation with the plain attention
+        kernel: a slow reference, for one process or DDP, as MeanFlow trains).
     derivative_precision: precision of the network calls for the time derivative.
     epsilon: step of the difference in time; time runs from 0 to 1.
     """
@@ -260,7 +268,12 @@ class Differentiated(AverageVelocity):
 
     @property
     def derivative_role(self) -> Derivative:
-        return Derivative(self.derivative_network, self.derivative_precision, "objective.derivative_precision")
+        key = "objective.derivative_precision"
+        return Derivative(self.derivative_network, self.derivative_precision, key, exact=self.derivative == "jvp")
+
+    @property
+    def planned(self) -> ObjectiveConfig:
+        return self.model_copy(update={"derivative": "difference"})
 
 
 class FlowMap(Differentiated):

@@ -110,7 +110,7 @@ def exact_derivative(
     """Compute the exact derivative by forward-mode differentiation (`torch.func.jvp`), without gradient.
 
     Attention runs with the math backend, because the fused kernels have no forward-mode formula. The cost is about 1.8
-    times that of the central difference. Gradient checkpointing is not supported.
+    times that of the central difference. Compiled networks are not supported.
 
     Args:
         flow_map: the average velocity u(x, t, r, c).

@@ -29,7 +29,7 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start
+from anyflow_train.training.start_checks import check_derivative, check_fp8, check_moments, check_start
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
@@ -69,6 +69,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         with world.together():
             check_fp8(config.engine, world.device)
             check_moments(config.optimizer)
+            check_derivative(config.objective)
             kernel = choose_kernel(config, world.device)
         work = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))

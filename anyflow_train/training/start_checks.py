@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from anyflow_train.config.objective import ObjectiveConfig
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import NAMED, known_fingerprint
 from anyflow_train.data.shards import ShardSet
@@ -58,6 +59,18 @@ def check_moments(optimizer: Optimizer) -> None:
         problem = f"is 8bit, which requires bitsandbytes, but it cannot be imported ({error})"
         advice = "pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
         raise UserError("optimizer.moments", f"{problem}; {advice}") from error
+
+
+def check_derivative(objective: ObjectiveConfig) -> None:
+    """Check that the objective's derivative works with the launcher's strategy.
+
+    Raises:
+        UserError: the derivative is exact, and ZeRO-3 shards the weights.
+    """
+    role = objective.derivative_role
+    if role is not None and role.exact and zero_stage() == 3:
+        problem = "is jvp, which requires whole weights, but ZeRO-3 shards them; set it to difference"
+        raise UserError("objective.derivative", f"{problem}, or start with zero2 or ddp")
 
 
 def check_start(config: RunConfig) -> None:

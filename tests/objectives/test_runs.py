@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from anyflow_train.config.objective import Lagrangian
 from anyflow_train.config.own import run_model
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import CodecInfo, Manifest, PromptTexts
 from anyflow_train.data.shards import Sample
 from anyflow_train.errors import UserError
+from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.training import run as training
+from anyflow_train.training import start_checks
 from tests.shards import write_shards
 from tests.training.helpers import (
     TEXT_DIM,
@@ -115,3 +119,20 @@ def test_guidance_of_predictions_is_refused_by_key(kind: str, tmp_path: Path) ->
     config = settings(tmp_path, objective={"kind": kind, "guidance": "prediction", "guidance_scale": 3.0})
     with pytest.raises(ValueError, match=r"objective.*guidance\n.*Input should be 'none' or 'target'"):
         run_model(kind).model_validate(config)
+
+
+@pytest.mark.parametrize("kind", ["flow_map", "mixed"])
+def test_the_exact_derivative_trains_and_is_planned(kind: str, tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    write_networks(tmp_path)
+    config = follow(tmp_path, kind, {"derivative": "jvp"}, student__gradient_checkpointing="block")
+    trains_and_resumes(config)
+    assert dry_run(RunConfig.model_validate(config), 1).work > 0
+
+
+def test_the_exact_derivative_is_refused_under_zero_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage, refused in ((3, True), (2, False), (0, False)):
+        monkeypatch.setattr(start_checks, "zero_stage", lambda stage=stage: stage)
+        with pytest.raises(UserError, match=r"objective\.derivative: is jvp") if refused else nullcontext():
+            start_checks.check_derivative(Lagrangian(derivative="jvp"))
+        start_checks.check_derivative(Lagrangian())

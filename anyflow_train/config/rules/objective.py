@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
+from anyflow_train.config.keys import show
 from anyflow_train.config.run import RunConfig
 
 
@@ -82,6 +83,24 @@ def velocity(config: RunConfig) -> Iterator[Finding]:
             f"null, but objective.kind={config.objective.kind} calls the teacher; give a pipeline folder or hub id "
             "(flow_map needs no teacher with objective.velocity=data)",
         )
+
+
+def derivative(config: RunConfig) -> Iterator[Finding]:
+    """Check that nothing prevents the forward-mode differentiation of the network."""
+    role, engine = config.objective.derivative_role, config.engine
+    if role is None or not role.exact:
+        return
+    for name, value, allowed in (
+        ("compile", engine.compile, False),
+        ("sequence_parallel", engine.sequence_parallel, 1),
+        ("fp8", engine.fp8, "none"),
+    ):
+        if value != allowed:
+            yield Finding(
+                ("objective.derivative", f"engine.{name}"),
+                f"'jvp' cannot be computed with engine.{name}={show(value)}; set that to {show(allowed)}, or "
+                "objective.derivative to difference",
+            )
 
 
 def times(config: RunConfig) -> Iterator[Finding]:

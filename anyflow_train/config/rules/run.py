@@ -16,6 +16,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.adapter_targets(config),
         *objective.own(config),
         *objective.velocity(config),
+        *objective.derivative(config),
         *objective.times(config),
         *objective.shares(config),
         *on_policy.on_policy(config),
