@@ -147,7 +147,7 @@ def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], fi
     shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
     student = config.student.model_copy(update={"architecture": shallow})
     engine = config.engine.model_copy(update={"compile": False})
-    config = config.model_copy(update={"student": student, "engine": engine})
+    config = config.model_copy(update={"student": student, "engine": engine, "objective": config.objective.planned})
     assumed: list[str] = []
     with FakeTensorMode(), Meter() as meter, kernels():
         recipe = build_recipe(config, ALONE, fake_materials(meter, blocks.__getitem__, shallow, assumed))

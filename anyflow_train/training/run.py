@@ -30,7 +30,12 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy
+from anyflow_train.training.start_checks import (
+    check_fp8,
+    check_moments,
+    check_start,
+    check_strategy,
+)
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint

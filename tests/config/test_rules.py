@@ -125,6 +125,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"objective.guidance_scale": 3.0}, "objective.guidance", "prediction or target"),
     ({"objective.guidance": "target"}, "objective.guidance_scale", "set a scale above 1"),
     ({"objective.source": "student", "objective.weight": "uniform"}, "objective.velocity", "set it to teacher"),
+    ({"objective.derivative": "jvp", "engine.compile": True}, "objective.derivative", "engine.compile=true"),
     ({"objective.source": "student", "objective.velocity": "teacher"}, "objective.weight", "would train nothing"),
     (
         {"objective.velocity": "teacher", "teacher.source": None, "teacher.codec": "x"},

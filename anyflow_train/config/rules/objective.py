@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.positions import branch_counts
+from anyflow_train.config.keys import show
 from anyflow_train.config.run import RunConfig
 
 
@@ -44,7 +44,7 @@ def learns_the_map(config: RunConfig) -> Iterator[Finding]:
 def _lost_branch(config: RunConfig, size: int) -> str | None:
     """Return why a global batch is too small for every branch; None if it is not."""
     try:
-        branch_counts(size, config.times.diffusion_share, config.times.consistency_share)
+        config.objective.branch_counts(config.times, size)
     except ValueError as error:
         return str(error)
 
@@ -64,6 +64,24 @@ def velocity(config: RunConfig) -> Iterator[Finding]:
         problem = f"null, but objective.kind={config.objective.kind} calls the teacher"
         advice = "give a pipeline folder or hub id (flow_map needs no teacher with objective.velocity=data)"
         yield Finding(("teacher.source", "objective.velocity"), f"{problem}; {advice}")
+
+
+def derivative(config: RunConfig) -> Iterator[Finding]:
+    """Check that nothing prevents the forward-mode differentiation of the network."""
+    role, engine = config.objective.derivative_role, config.engine
+    if role is None or not role.exact:
+        return
+    for name, value, allowed in (
+        ("compile", engine.compile, False),
+        ("sequence_parallel", engine.sequence_parallel, 1),
+        ("fp8", engine.fp8, "none"),
+    ):
+        if value != allowed:
+            yield Finding(
+                ("objective.derivative", f"engine.{name}"),
+                f"'jvp' cannot be computed with engine.{name}={show(value)}; set that to {show(allowed)}, or "
+                "objective.derivative to difference",
+            )
 
 
 def times(config: RunConfig) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ def _errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.adapter_targets(config),
         *config.objective.findings(),
         *objective.velocity(config),
+        *objective.derivative(config),
         *objective.times(config),
         *objective.shares(config),
         *on_policy.on_policy(config),
