@@ -358,7 +358,7 @@ class Mixed(Differentiated):
                     f"a global batch of {counts.global_batch} has {size} {branch} samples, too few for the share of "
                     f"{' and '.join(lost)} in objective.shares"
                 )
-        return {name: parts for name, *parts in zip(shares, at_zero, free, strict=True)}
+        return {name: (near, far) for name, near, far in zip(shares, at_zero, free, strict=True)}
 
     def branch_counts(self, times: Times, global_batch: int) -> BranchCounts:
         counts = branch_counts(global_batch, times.diffusion_share, times.consistency_share)
