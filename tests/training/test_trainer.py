@@ -184,7 +184,7 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
     judge = Judge()
     config = RunConfig.model_validate(settings(tmp_path, evaluation__every=2, checkpoint__every=3, checkpoint__keep=1))
-    training.run(config, lambda config, world: judge)
+    training.run(config, lambda config, world, teacher: judge)
     assert judge.steps == [2, 4, 6, 8]
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]
