@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.config.network import Causal
@@ -21,6 +19,7 @@ from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.weight_files import open_weights, read_index, read_weight
 
 Given = Mapping[str, Any]
 """Arguments of a network's constructor."""
@@ -104,7 +103,7 @@ def open_pretrained(
         shape = tuple(files[stored].get_slice(stored).get_shape())
         if shape != tuple(parameter.shape):
             raise UserError(str(source), f"{stored} has shape {shape}, but its config says {tuple(parameter.shape)}")
-        tensors[name] = partial(files[stored].get_tensor, stored)
+        tensors[name] = partial(read_weight, files[stored], stored, source)
         left.discard(stored)
     if left:
         raise UserError(str(source), f"has the weight {min(left)}, which the network does not have")
@@ -190,9 +189,6 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
     folder = folder / (place or "")
     index = folder / f"{_FILE}.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_FILE}
-    try:
-        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
-    except OSError as error:
-        raise UserError(str(source), f"cannot read its weights: {error}") from error
+    names = set(read_index(index).values()) if index.is_file() else {_FILE}
+    files = [open_weights(folder / name) for name in sorted(names)]
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
