@@ -80,6 +80,6 @@ def _snapshot(source: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file cannot be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read: {error}") from None
