@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from anyflow_train.config.network import Causal
+from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
@@ -86,10 +90,11 @@ def open_pretrained(
         wan_times: `gate_value` and `deltatime_type` for a Wan2.1 transformer, used if `times` is None.
 
     Raises:
-        UserError: the source does not exist, is of another kind, has missing or unexpected weights, or has other times
+        UserError: the source does not exist, is of another kind or only half of a model, has missing or unexpected weights, or has other times
             or chunks than required.
     """
     place, config = _locate(source)
+    check_pipeline(source, config, _pipeline_reader(source, place))
     kind, arguments = config.get("_class_name"), _arguments(source, config, times, causal, wan_times)
     files, network = _open_files(source, place), build_empty(arguments)
     is_wan = kind == WanTransformer3DModel.__name__
@@ -155,6 +160,18 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
     if path.is_dir():
         raise UserError(str(source), "contains neither transformer/config.json nor config.json")
     raise UserError(str(source), f"cannot load a transformer of this name from the hub: {reason}")
+
+
+def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:
+    if Path(source).is_dir():
+        return folder_reader(Path(source) / (place or ""))
+
+    def read(name: str) -> Given:
+        with suppress(OSError, ValueError, HfHubHTTPError):
+            return json.loads(Path(hf_hub_download(str(source), name)).read_text())
+        return {}
+
+    return read
 
 
 def _check_same(source: str | Path, given: Given, own: Given) -> None:
