@@ -53,7 +53,7 @@ def _problems(
 ) -> Iterator[str]:
     kind, boundary = index.get("_class_name", PIPELINES[0]), index.get("boundary_ratio")
     if boundary is not None or any(index.get("transformer_2") or ()):
-        yield f"has two transformers (transformer_2, boundary_ratio={boundary}), each of which is only half of the model"
+        yield f"has two transformers (transformer_2, boundary_ratio={boundary}), each only half of the model"
     if index.get("expand_timesteps"):
         yield "has expand_timesteps=true: it takes one time per token"
     if kind not in PIPELINES:

@@ -90,8 +90,8 @@ def open_pretrained(
         wan_times: `gate_value` and `deltatime_type` for a Wan2.1 transformer, used if `times` is None.
 
     Raises:
-        UserError: the source does not exist, is of another kind or only half of a model, has missing or unexpected weights, or has other times
-            or chunks than required.
+        UserError: the source does not exist, is of another kind or only half of a model, has missing or unexpected
+            weights, or has other times or chunks than required.
     """
     place, config = _locate(source)
     check_pipeline(source, config, _pipeline_reader(source, place))
