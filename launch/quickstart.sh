@@ -39,12 +39,12 @@ step "6/6 playback by stock diffusers, in a process of its own"
 python launch/play.py "$run/pipeline" "$run/playback.gif" "a red ball moving left"
 
 printf '\n'
-cat "$run/report/report.md"
+grep -v '^!\[' "$run/report/report.md"  # without the pictures
 printf '\nDone in %d s (without the installation).\n' $((SECONDS - started))
 place=$(realpath "$run")
 printf '  %-34s %s\n' \
+  "page with pictures and all numbers" "$place/report/report.md" \
+  "videos of teacher and student" "$place/report/grid.gif" \
   "quality against number of calls" "$place/report/quality.png" \
-  "grid of videos" "$place/report/grid.mp4" \
-  "" "$place/report/grid.gif" \
   "exported pipeline" "$place/pipeline" \
   "played back by stock diffusers" "$place/playback.gif"

@@ -30,7 +30,7 @@ from tests.training.helpers import assert_equal_runs, final_tensors, settings, w
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORTCUT = "shortcut:Shortcut"
 KINDS = (*OURS, SHORTCUT)
-KNOWS_THE_KEYS_OF_TINY = ("flow_map", "lagrangian")
+KNOWS_THE_KEYS_OF_TINY = ("flow_map", "lagrangian", "mixed")
 TIMES = {"flow_matching": {"diffusion_share": 1.0, "consistency_share": 0.0}}
 
 

@@ -60,7 +60,7 @@ def run(config: RunConfig) -> int:
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
 
 
-def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, float]:
+def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, tuple[float, ...]]:
     """Dry-run a config. Imported here, because only a start on GPUs needs it."""
     from anyflow_train.plan.shortage import foresee
 

@@ -14,6 +14,7 @@ from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
+from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
 from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
@@ -29,12 +30,18 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy
+from anyflow_train.training.start_checks import (
+    check_fp8,
+    check_moments,
+    check_start,
+    check_strategy,
+)
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
 
-BuildValidator = Callable[[RunConfig, World], Validator]
+BuildValidator = Callable[[RunConfig, World, FlowMap | None], Validator]
+"""Config, processes and the run's teacher (None if it has none) -> validator."""
 
 
 def run(config: RunConfig, build_validator: BuildValidator | None = None, foresee: Foresee | None = None) -> int:
@@ -77,7 +84,9 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         with world.together():
-            validator = build_validator(config, world) if build_validator and config.evaluation.every else None
+            validator = None
+            if build_validator and config.evaluation.every:
+                validator = build_validator(config, world, recipe.roles.teacher)
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
         check_agreement(world, data_facts(loader.shards.manifest))
         world.on_main(lambda: directory.begin(config))

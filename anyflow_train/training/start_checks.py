@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from anyflow_train.config.objective import Derivative
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
@@ -27,6 +28,8 @@ def refused_under(config: RunConfig, strategy: str) -> dict[str, tuple[str, str]
     refused = {}
     if strategy.startswith("zero3") and config.engine.fp8 != "none":
         refused["engine.fp8"] = ("which shards the weights; choose ddp to zero2", "none")
+    if strategy.startswith("zero3") and (config.objective.derivative_role or Derivative()).exact:
+        refused["objective.derivative"] = ("because jvp requires whole weights; choose ddp to zero2", "difference")
     if strategy.startswith("zero") and config.optimizer.moments != "fp32":
         refused["optimizer.moments"] = ("which shards the moments; choose ddp", "fp32")
     return refused

@@ -13,6 +13,7 @@ from statistics import fmean
 import torch
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.schedule import mean_over
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
@@ -38,7 +39,7 @@ class Trainer:
         state: steps done, and everything else that resume needs in addition to the tensors.
         validator: evaluates the student; None for a run without validation.
         stop: whether the run has received a stop signal.
-        work: operations of one step, summed over all processes; None leaves `mfu` out of the log.
+        work: operations of one step of each stage, summed over all processes; None leaves `mfu` out of the log.
     """
 
     config: RunConfig
@@ -49,7 +50,7 @@ class Trainer:
     trackers: Trackers
     validator: Validator | None
     stop: StopRequest
-    work: float | None = None
+    work: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self._step_seconds: list[float] = []  # without saving and validating
@@ -57,6 +58,7 @@ class Trainer:
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._window: list[dict[str, float]] = []
+        self._logged = self.state.step
         self._saved = self.state.step
         self._saver = Saver(self.config, self.directory.checkpoints, self.recipe.world, self.progress.say)
         self._loss = self.state.last_loss
@@ -94,7 +96,7 @@ class Trainer:
         draws = [Draw(config.seed, step, batch.positions, device) for batch in batches]
         values, nonfinite_samples = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
         for update in self.recipe.updates:
-            if step % update.every:
+            if not update.due(step):
                 continue
             trainable = self.recipe.trainables[update.role]
             rate = learning_rate(step, config.steps, trainable.optimizer)
@@ -139,7 +141,8 @@ class Trainer:
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
         if self._gpu is not None and self.work is not None:
-            means["mfu"] = utilisation(self.work, self._gpu, self.recipe.world.size, seconds)
+            work = mean_over(self.config, self.work, range(self._logged, self.state.step))
+            means["mfu"] = utilisation(work, self._gpu, self.recipe.world.size, seconds)
         means["memory_gib"] = peak_memory_gib(self.recipe.world.device)
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)

@@ -30,6 +30,7 @@ FREE_KEYS = (
     "tracker.",
     "evaluation.every",
     "evaluation.videos",
+    "evaluation.reference_videos",
     "evaluation.batch",
     "data.workers",
     "data.max_bad_share",
