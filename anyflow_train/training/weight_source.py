@@ -22,6 +22,7 @@ from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
 from anyflow_train.models.weight_files import read_weight
 from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.inputs import network_fact
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import (
     DamagedCheckpoint,
@@ -180,11 +181,12 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
         saved = under_new_names(directory.read_config(), str(directory.path))
         begun = Path(saved["student"]["init"])
-        if begun.parent == init / "checkpoints":
-            return begun
+        moved = init / "checkpoints" / begun.name
+        if begun == moved or network_fact(str(moved)) == directory.read_inputs()["student.init"]:
+            return moved
     return None
 
 

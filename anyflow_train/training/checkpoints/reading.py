@@ -116,6 +116,11 @@ def read_step(checkpoint: Path) -> int:
     return _read_state(checkpoint)["state"]["step"]
 
 
+def read_checksum(checkpoint: Path) -> str:
+    """Read the checksum of `state.json`, which identifies the content of all files. Errors as in `read_step`."""
+    return content_checksum(_read_state(checkpoint))
+
+
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     """Read the JSON part and compare every file with its checksum.
 
