@@ -11,6 +11,7 @@ import diffusers
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import write_json
+from anyflow_train.models.weight_files import check_weight_files
 
 INDEX = "model_index.json"
 COPIED = ("tokenizer", "text_encoder", "vae")
@@ -21,7 +22,7 @@ def resolve_folder(source: str) -> Path:
     """Return a local pipeline folder, or download the parts of a hub repository and return the local copy.
 
     Raises:
-        UserError: the source does not exist, or parts are missing.
+        UserError: the source does not exist, or parts are missing or damaged.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -32,6 +33,8 @@ def resolve_folder(source: str) -> Path:
     vae = read_json(folder / "vae" / "config.json").get("_class_name")
     if vae != VAE_CLASS:
         raise UserError("codec", f"the VAE of '{source}' is {vae}; name a pipeline with {VAE_CLASS}")
+    for name in ("text_encoder", "vae"):
+        check_weight_files(folder / name)
     return folder
 
 
@@ -77,6 +80,6 @@ def _snapshot(source: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file cannot be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read: {error}") from None

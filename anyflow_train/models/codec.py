@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
+from anyflow_train.models.weight_files import check_finite, component_files, open_weights
 
 
 @dataclass(eq=False)
@@ -61,7 +62,7 @@ class Codec:
         Raises:
             UserError: the source has no VAE of Wan2.1.
         """
-        vae = _from_pretrained(AutoencoderKLWan, source, "vae", dtype=dtype)
+        vae = _load_weights(AutoencoderKLWan, source, "vae", dtype)
         return cls(str(source), vae.to(device).eval().requires_grad_(False), torch.device(device), dtype)
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class Codec:
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
         """Text encoder of the pipeline, frozen. It is loaded on first use: UMT5-XXL takes 11 GiB in bfloat16."""
-        encoder = _from_pretrained(UMT5EncoderModel, self.source, "text_encoder", dtype=self.dtype)
+        encoder = _load_weights(UMT5EncoderModel, self.source, "text_encoder", self.dtype)
         return encoder.to(self.device).eval().requires_grad_(False)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -157,3 +158,15 @@ def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: 
         return part_class.from_pretrained(source, subfolder=part, **options)
     except (OSError, ValueError) as error:
         raise UserError(str(source), f"cannot load the {part}: {str(error).splitlines()[0]}") from error
+
+
+def _load_weights(part_class: Any, source: str | Path, part: str, dtype: torch.dtype) -> Any:
+    """Load a component with weights. Raises UserError if a weight is missing or not finite, or a file is damaged."""
+    folder = Path(source) / part
+    for path in component_files(folder) if folder.is_dir() else ():
+        open_weights(path)
+    component, report = _from_pretrained(part_class, source, part, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(str(folder), f"has no weight '{missing[0]}', which its config requires")
+    check_finite(component.named_parameters(), folder)
+    return component

@@ -16,6 +16,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.attention import attention_by, choose_kernel
+from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
 from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -69,7 +70,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             if not world.is_main:
                 directory.check_shared(start)
         config = world.on_main(lambda: resolve_init_checkpoint(config, directory))
-        finished = world.on_main(lambda: check_finished(directory, config))
+        inputs = world.on_main(lambda: Inputs.of(config, directory))
+        finished = world.on_main(lambda: check_finished(directory, config, inputs))
         if finished:
             print(finished)
             return 0
@@ -79,7 +81,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)
         work = check_memory(config, world, foresee) if foresee else None
-        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
+        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config, inputs))
         world.on_main(lambda: check_start(config))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
@@ -89,7 +91,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
                 validator = build_validator(config, world, recipe.roles.teacher)
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
         check_agreement(world, data_facts(loader.shards.manifest))
-        world.on_main(lambda: directory.begin(config))
+        world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:

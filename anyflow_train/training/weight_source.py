@@ -20,7 +20,9 @@ from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
+from anyflow_train.models.weight_files import read_weight
 from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.inputs import network_fact
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import (
     DamagedCheckpoint,
@@ -28,6 +30,7 @@ from anyflow_train.training.checkpoints.reading import (
     open_tensors,
     read_network,
     resolve_checkpoint,
+    verify_group,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
@@ -178,11 +181,12 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
         saved = under_new_names(directory.read_config(), str(directory.path))
         begun = Path(saved["student"]["init"])
-        if begun.parent == init / "checkpoints":
-            return begun
+        moved = init / "checkpoints" / begun.name
+        if begun == moved or network_fact(str(moved)) == directory.read_inputs()["student.init"]:
+            return moved
     return None
 
 
@@ -240,11 +244,13 @@ def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
     if path in seen:
         raise UserError(str(path), f"started from itself: {' <- '.join(map(str, (*seen, path)))}")
     try:
-        network, files = read_network(path), open_tensors(path, group)
+        network = read_network(path)
+        verify_group(path, group)
+        files = open_tensors(path, group)
     except DamagedCheckpoint as damage:
         raise UserError(str(path), f"is damaged: {damage}") from damage
     check_shapes(path, group, _trained_shapes(network))
-    return TrainedWeights(path, network, {name: partial(file.get_tensor, name) for name, file in files.items()})
+    return TrainedWeights(path, network, {name: partial(read_weight, file, name, path) for name, file in files.items()})
 
 
 def _trained_shapes(network: NetworkFile) -> dict[str, Size]:

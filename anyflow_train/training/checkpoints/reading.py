@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,11 @@ def read_step(checkpoint: Path) -> int:
     return _read_state(checkpoint)["state"]["step"]
 
 
+def read_checksum(checkpoint: Path) -> str:
+    """Read the checksum of `state.json`, which identifies the content of all files. Errors as in `read_step`."""
+    return content_checksum(_read_state(checkpoint))
+
+
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     """Read the JSON part and compare every file with its checksum.
 
@@ -123,6 +130,28 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     info = read_info(checkpoint)
     _verify(checkpoint, info.files)
     return info
+
+
+def verify_group(checkpoint: Path, group: str) -> None:
+    """Compare the files of a group with their checksums. Unchanged files are hashed once per process.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
+    """
+    files = _read_state(checkpoint)["files"]
+    listed = {name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)}
+    present = {path.name for path in _group_files(checkpoint, group)}
+    if unknown := sorted(present - listed):
+        raise DamagedCheckpoint(f"{checkpoint / unknown[0]} is not listed in state.json")
+    for name in sorted(listed):
+        with _readable(checkpoint / name):
+            found = (checkpoint / name).stat()
+            _verify_once(checkpoint / name, files[name], found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _verify_once(path: Path, checksum: str, _size: int, _changed: int) -> None:
+    _verify(path.parent, {path.name: checksum})
 
 
 @torch.no_grad()
@@ -202,7 +231,7 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: there is no such group.
     """
-    paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+    paths = _group_files(checkpoint, group)
     if not paths:
         raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
     files = [safe_open(path, framework="pt") for path in paths]
@@ -211,9 +240,19 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
 
 def _verify(checkpoint: Path, files: Mapping[str, str]) -> None:
     for name, checksum in files.items():
-        try:
+        with _readable(checkpoint / name):
             actual = file_sha256(checkpoint / name)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error.strerror})") from error
         if actual != checksum:
             raise DamagedCheckpoint(f"{checkpoint / name} does not match its checksum")
+
+
+def _group_files(checkpoint: Path, group: str) -> list[Path]:
+    return sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error

@@ -9,6 +9,7 @@ from typing import Any
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
+from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
@@ -17,6 +18,7 @@ from anyflow_train.training.checkpoints.reading import (
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
+UNKNOWN = Inputs()
 # Keys that may change between two starts of a run, because they do not change what is trained on which data. The
 # micro-batch only changes how a step is split, and the order of its sums.
 FREE_KEYS = (
@@ -48,7 +50,7 @@ FREE_KEYS = (
 )
 
 
-def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
+def check_finished(directory: RunDirectory, config: RunConfig, inputs: Inputs = UNKNOWN) -> str | None:
     """Return a message if the run has already done all its steps; None if there are steps left.
 
     Raises:
@@ -57,11 +59,11 @@ def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
     done = directory.read_done()
     if done is None or done["step"] < config.steps:
         return None
-    check_unchanged(directory.read_config(), config, str(directory.path))
+    check_unchanged(directory.read_config(), config, str(directory.path), inputs)
     return f"{directory.path} is finished: {done['step']} steps; increase steps to continue, or choose another name"
 
 
-def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
+def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN) -> CheckpointInfo | None:
     """Find the newest intact checkpoint; None if the run has none. Damaged ones are renamed, with a warning.
 
     Raises:
@@ -79,7 +81,7 @@ def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
         except DamagedCheckpoint as damage:
             damaged[path] = damage
             continue
-        check_unchanged(info.config, config, str(path))
+        check_unchanged(info.config, config, str(path), inputs)
         for bad, damage in damaged.items():
             _set_aside(bad, damage, instead=path.name)
         return info
@@ -89,24 +91,29 @@ def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
     return None
 
 
-def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> None:
+def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs: Inputs = UNKNOWN) -> None:
     """Compare a saved config with the current one.
 
     Args:
         where: file or folder that it was read from, for errors.
+        inputs: facts about the content of inputs. If they are known, they are compared in place of the paths.
 
     Raises:
         UserErrors: one line for every changed key that must not change. UserError: another version wrote it.
     """
     before = flatten(decode_saved(saved, where).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    same = inputs.compared()
+    keys = sorted((before.keys() | now.keys()) - same.keys())
+    changed = [key for key in keys if before.get(key) != now.get(key)]
     advice = "set it back or choose another name"
     errors = [
         UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {advice}")
         for key in changed
         if not _is_free(key)
     ]
+    others = [key for key, equal in same.items() if not equal]
+    errors += [UserError(key, inputs.problem(key, before.get(key), now.get(key), where)) for key in others]
     raise_all(errors)
 
 
