@@ -79,9 +79,9 @@ class Trainer:
             self._step(batches)
             self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
-            self._validate_if_due()
             if self._due(self.config.checkpoint.every):
-                self._save()
+                self._save()  # before the validation, so that nothing is lost if that fails
+            self._validate_if_due()
         self._save()
         self._saver.wait()
         self._activity.begin_untimed("ending")
@@ -168,8 +168,12 @@ class Trainer:
         self.trackers.log(self.state.step, tracked, validation.videos)
         best, metric = self.state.best, self.config.evaluation.best_metric
         value = metrics.get(metric, math.inf)
-        if math.isfinite(value) and (best is None or value < best.value):
+        better = math.isfinite(value) and (best is None or value < best.value)
+        if better:
             self.state = dataclasses.replace(self.state, best=Best(self.state.step, metric, value))
+        if self._saved == self.state.step:
+            self._saver.update(self.state)
+        elif better:
             self._save()
 
     def _save(self) -> None:

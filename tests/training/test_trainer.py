@@ -22,7 +22,7 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.config_file import decode_saved
-from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info, verify_checkpoint
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.validation import Validation
 from tests.training.helpers import (
@@ -184,12 +184,37 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
     judge = Judge()
     config = RunConfig.model_validate(settings(tmp_path, evaluation__every=2, checkpoint__every=3, checkpoint__keep=1))
-    training.run(config, lambda config, world: judge)
+    training.run(config, lambda *_: judge)
     assert judge.steps == [2, 4, 6, 8]
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]
     assert json.loads((run / "checkpoints" / "best").read_text())["step"] == 4
     assert json.loads((run / "done.json").read_text())["metrics"] == {"energy_distance_4": 4.0}
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_done_again(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    config = RunConfig.model_validate(settings(tmp_path, evaluation__every=4, checkpoint__every=4, checkpoint__keep=1))
+
+    def fail(student: FlowMap, folder: Path, interrupted: Any) -> Validation | None:
+        raise RuntimeError("the validation is broken")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the validation is broken"):
+            training.run(config, lambda *_: fail)
+        (point,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+        assert (read_info(point).state.step, read_info(point).state.validated) == (4, 0)
+    judge = Judge()
+    training.run(config, lambda *_: judge)
+    assert judge.steps == [4, 8]
+    best, last = list_checkpoints(tmp_path / "run" / "checkpoints")
+    # both were saved before they were validated
+    for point, distance in ((best, 0.0), (last, 4.0)):
+        state = verify_checkpoint(point).state
+        assert (state.validated, state.metrics) == (state.step, {"energy_distance_4": distance})
+        assert state.best is not None
+        assert state.best.step == 4
+    assert json.loads((best.parent / "best").read_text())["step"] == 4
 
 
 @pytest.mark.parametrize("objective", ["flow_matching", "flow_map"])

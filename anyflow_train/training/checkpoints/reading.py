@@ -75,7 +75,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    content = _read_state(checkpoint)
+    content = read_state(checkpoint)
     _verify(checkpoint, {"config.json": content["files"]["config.json"]})
     try:
         state = dict(content["state"])
@@ -94,7 +94,7 @@ def read_network(checkpoint: Path) -> NetworkFile:
         DamagedCheckpoint: a file is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    files = _read_state(checkpoint)["files"]
+    files = read_state(checkpoint)["files"]
     own = network_file.NAME in files
     path = checkpoint / (network_file.NAME if own else "config.json")
     _verify(checkpoint, {path.name: files[path.name]})
@@ -111,7 +111,7 @@ def read_step(checkpoint: Path) -> int:
         DamagedCheckpoint: `state.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    return _read_state(checkpoint)["state"]["step"]
+    return read_state(checkpoint)["state"]["step"]
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
@@ -182,8 +182,13 @@ def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size])
         raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which its network trains")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json`, which contains the checksums of all other files."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read `state.json`, which contains the checksums of all other files.
+
+    Raises:
+        DamagedCheckpoint: it is missing or changed.
+        UserError: it was written in a format that this version does not support.
+    """
     try:
         content = json.loads((checkpoint / "state.json").read_text())
         checksum = content.pop("checksum")

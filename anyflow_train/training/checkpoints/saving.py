@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
-from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint
+from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint, update_state
 from anyflow_train.training.processes.host_memory import free_memory
 from anyflow_train.training.processes.world import World
 
@@ -77,6 +78,14 @@ class Saver:
                 else:
                     _read_rest(streams)
 
+    def update(self, state: TrainState) -> None:
+        """Replace the state in the checkpoint of its step, after a validation. Does nothing if there is none.
+
+        A thread does it. If it fails, the next `save` or `wait` raises the reason.
+        """
+        if self._world.is_main:
+            self._writing = self._thread.submit(self._update, state, self._writing)
+
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk. All processes must call it.
 
@@ -105,10 +114,25 @@ class Saver:
         self._writing = self._thread.submit(self._write, state, adam_steps, copies)
 
     def _write(self, state: TrainState, adam_steps: Mapping[str, int], groups: Tensors) -> None:
-        try:
+        with self._explained(state):
             save_checkpoint(self._folder, self._config, state, adam_steps, groups)
-            mark_best(self._folder, state.best)
-            prune_checkpoints(self._folder, self._config.checkpoint.keep, state.best)
+            self._tidy_up(state)
+
+    def _update(self, state: TrainState, before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()  # has ended, because there is one thread; raises its error
+        with self._explained(state):
+            update_state(self._folder, state)
+            self._tidy_up(state)
+
+    def _tidy_up(self, state: TrainState) -> None:
+        mark_best(self._folder, state.best)
+        prune_checkpoints(self._folder, self._config.checkpoint.keep, state.best)
+
+    @contextmanager
+    def _explained(self, state: TrainState) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             problem = f"the checkpoint of step {state.step} could not be written ({error.strerror or error})"
             advice = "the previous one is intact; free some space and start again"

@@ -18,7 +18,13 @@ from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.network_file import NetworkFile
-from anyflow_train.training.checkpoints.reading import FORMAT, checkpoint_name, content_checksum, list_checkpoints
+from anyflow_train.training.checkpoints.reading import (
+    FORMAT,
+    checkpoint_name,
+    content_checksum,
+    list_checkpoints,
+    read_state,
+)
 from anyflow_train.training.checkpoints.state import Best, TrainState
 
 SHARD_BYTES = 1 << 30
@@ -72,6 +78,14 @@ def save_checkpoint(
     sync_folder(temporary)
     _replace_folder(temporary, final)
     return final
+
+
+def update_state(folder: Path, state: TrainState) -> None:
+    """Replace the state in the checkpoint of its step atomically. Does nothing if there is no such checkpoint."""
+    path = folder / checkpoint_name(state.step) / "state.json"
+    if path.is_file():
+        content = {**read_state(path.parent), "state": dataclasses.asdict(state)}
+        replace_file(path, to_json({**content, "checksum": content_checksum(content)}))
 
 
 def mark_best(folder: Path, best: Best | None) -> None:
