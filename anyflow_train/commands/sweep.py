@@ -191,7 +191,7 @@ def _check_directories(combinations: Sequence[Combination]) -> None:
         folder = combination.folder
         if (folder / "config.json").exists():
             try:
-                check_unchanged(RunDirectory(folder).read_config(), combination.config, str(folder))
+                check_unchanged(RunDirectory(folder).read_config() or {}, combination.config, str(folder))
             except UserError as error:
                 errors += [UserError(one.where, f"{one.problem} ({folder})") for one in error.errors]
     raise_all(errors)

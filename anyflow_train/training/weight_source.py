@@ -179,7 +179,7 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        saved = under_new_names(directory.read_config(), str(directory.path))
+        saved = under_new_names(directory.read_config() or {}, str(directory.path))
         begun = Path(saved["student"]["init"])
         if begun.parent == init / "checkpoints":
             return begun

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,12 +61,26 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step in the folder name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is not an intact checkpoint to `damaged_...`. Returns the new path."""
+    aside, number = path.with_name(f"damaged_{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}_{number}")
+    return path.rename(aside)
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
@@ -154,7 +169,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
     try:
         best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return found[-1]
     return best if best in found else found[-1]
 
