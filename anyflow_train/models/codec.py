@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ftfy
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
@@ -132,15 +132,15 @@ class Codec:
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Move the VAE to a device inside the block, and back after it."""
-        before = self.device
+        before, vae = self.device, cast(nn.Module, self.vae)  # diffusers' annotation of `to` is wrong
         try:
             self.device = device
-            self.vae.to(device)
+            vae.to(device)
             yield
         finally:
             self.device = before
             self.vae.clear_cache()
-            self.vae.to(before)
+            vae.to(before)
 
     @contextmanager
     def tiled(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
@@ -166,6 +168,48 @@ def test_the_number_of_micro_batches_does_not_matter(undisturbed: Path, tmp_path
         # float32 sums in another order, over 8 steps of Adam; the norm also sees a scale, which Adam takes out
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
         assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
+
+
+def train_without_data(config: dict[str, Any], log: Path) -> None:
+    """Train with a storage that never answers after 3 steps."""
+    original, asked = ShardSet.read, 0
+
+    def read(self: ShardSet, index: int) -> Any:
+        nonlocal asked
+        asked += 1
+        return original(self, index) if asked <= 3 * 8 else threading.Event().wait()
+
+    ShardSet.read = read  # type: ignore[method-assign]
+    train_with_log(config, log)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_saves_and_ends_a_run_whose_data_never_come(tmp_path: Path, workers: int) -> None:
+    write_latents(tmp_path / "shards")
+    config, log = settings(tmp_path, data__workers=workers, checkpoint__every=100), tmp_path / "log"
+    process = in_process(train_without_data, config, log)
+    deadline = time.monotonic() + 100
+    while not (log.exists() and "step 3/8" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(100)
+    assert process.exitcode == 0, log.read_text()
+    assert "stopped after step 3 of 8" in log.read_text()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+def test_a_single_process_reports_that_its_data_never_come(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    log = tmp_path / "log"
+    process = in_process(train_without_data, settings(tmp_path, engine__timeout_seconds=4), log)
+    process.join(200)
+    assert process.exitcode == 1, log.read_text()
+    assert "error: no progress for" in log.read_text()
+    assert "last report: step 4, loading data" in log.read_text()
+    assert "Stack traces of process 0" in (tmp_path / "run" / "logs" / "process_00000.txt").read_text()
 
 
 class Judge:
