@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 
+from anyflow_train.text import printable
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
     """A user error: printed as one line without a traceback, with exit code 2.
+
+    Control characters in both texts are escaped.
 
     Args:
         where: the wrong config key (dotted) or file.
@@ -20,10 +24,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, where: str, problem: str) -> None:
-        self.where = where
-        self.problem = problem
+        self.where = printable(where)
+        self.problem = printable(problem)
         self.errors: tuple[UserError, ...] = (self,)
-        super().__init__(f"{where}: {problem}")
+        super().__init__(f"{self.where}: {self.problem}")
 
     @classmethod
     def of_file(cls, error: OSError, folder: object) -> UserError:

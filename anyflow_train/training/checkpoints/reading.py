@@ -133,7 +133,7 @@ def read_step(checkpoint: Path) -> int:
 
 def read_checksum(checkpoint: Path) -> str:
     """Read the checksum of `state.json`, which identifies the content of all files. Errors as in `read_step`."""
-    return content_checksum(_read_state(checkpoint))
+    return content_checksum(read_state(checkpoint))
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
@@ -153,7 +153,7 @@ def verify_group(checkpoint: Path, group: str) -> None:
     Raises:
         DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
     """
-    files = _read_state(checkpoint)["files"]
+    files = read_state(checkpoint)["files"]
     listed = {name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)}
     present = {path.name for path in _group_files(checkpoint, group)}
     if unknown := sorted(present - listed):
