@@ -61,7 +61,7 @@ class Codec:
         Raises:
             UserError: the source has no VAE of Wan2.1.
         """
-        vae = _from_pretrained(AutoencoderKLWan, source, "vae", dtype=dtype)
+        vae = _from_pretrained(AutoencoderKLWan, source, "vae", dtype=dtype, use_safetensors=True)
         return cls(str(source), vae.to(device).eval().requires_grad_(False), torch.device(device), dtype)
 
     @torch.no_grad()
@@ -131,12 +131,19 @@ class Codec:
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the pipeline."""
-        return _from_pretrained(AutoTokenizer, self.source, "tokenizer")
+        return _from_pretrained(AutoTokenizer, self.source, "tokenizer", trust_remote_code=False)
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
         """Text encoder of the pipeline, frozen. It is loaded on first use: UMT5-XXL takes 11 GiB in bfloat16."""
-        encoder = _from_pretrained(UMT5EncoderModel, self.source, "text_encoder", dtype=self.dtype)
+        encoder = _from_pretrained(
+            UMT5EncoderModel,
+            self.source,
+            "text_encoder",
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
         return encoder.to(self.device).eval().requires_grad_(False)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,13 @@ from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.config.network import Causal
 from anyflow_train.errors import UserError
+from anyflow_train.files import FileName, inside, regular
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
@@ -48,6 +49,10 @@ CAUSAL = Causal().model_dump()
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 PATCH, FAR = "patch_embedding.", "far_patch_embedding."
 _FILE = "diffusion_pytorch_model.safetensors"
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, FileName]
 
 
 @dataclass(frozen=True)
@@ -190,9 +195,11 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
     folder = folder / (place or "")
     index = folder / f"{_FILE}.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_FILE}
     try:
-        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
+        names = _Index.model_validate_json(index.read_bytes()).weight_map.values() if index.is_file() else [_FILE]
+        files = [safe_open(regular(inside(folder, name)), framework="pt") for name in sorted(set(names))]
+    except ValidationError as error:
+        raise UserError(str(index), f"does not map weights to files: {error.errors()[0]['msg']}") from None
     except OSError as error:
         raise UserError(str(source), f"cannot read its weights: {error}") from error
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
