@@ -1,4 +1,4 @@
-"""Atomic file writes, and locks on folders."""
+"""Atomic file writes, locks on folders, and reading of files that others wrote."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import StringConstraints
 
 TEMPORARY = ".tmp-"
 
 EXPORT_MARKER = "anyflow_export.json"
 """File in an exported folder that records its origin."""
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,199}$")]
+"""Name of a file inside a folder: no separator, no leading dot or dash, and no character that a shell interprets."""
 
 
 @contextmanager
@@ -24,7 +30,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write to a hidden file next to `path`; sync and rename it to `path` if the block ends without an error."""
     temporary = path.with_name(TEMPORARY + path.name)
     try:
-        with open(temporary, "wb") as file:
+        # Without following a link that somebody may have left under the temporary name.
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
             yield file
             _sync(file)
         os.replace(temporary, path)
@@ -98,9 +105,57 @@ def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, fold
     return True
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a folder's file, with links resolved.
+
+    Links may lead to another place of the folder. In a snapshot of the hub's cache they lead to the cache's blobs.
+
+    Raises:
+        OSError: the name or a link leads out of the folder.
+    """
+    root = folder.resolve()
+    path = (root / name).resolve()
+    blobs = [place.parent / "blobs" for place in root.parents if place.name == "snapshots"]
+    if not any(path.is_relative_to(home) for home in (root, *blobs)):
+        raise OSError(errno.EPERM, "leads out of its folder; put a copy of the file there", str(folder / name))
+    return path
+
+
+def regular(path: Path) -> Path:
+    """Return the path of a regular file. Raises OSError for a folder, a FIFO or a device, which is not opened."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return path
+
+
+def open_inside(folder: Path, name: str) -> int:
+    """Open a regular file for reading, by its name in a folder. The caller closes the descriptor.
+
+    Raises:
+        OSError: the file cannot be read, is not a regular file, or is a link that leads out of the folder.
+    """
+    path = folder / name
+    # O_NONBLOCK: if a FIFO takes the file's place in the meantime, the call returns all the same.
+    return os.open(regular(inside(folder, name) if path.is_symlink() else path), os.O_RDONLY | os.O_NONBLOCK)
+
+
+def read_inside(folder: Path, name: str) -> bytes:
+    """Read a file as `open_inside` opens it. Raises OSError."""
+    with os.fdopen(open_inside(folder, name), "rb") as file:
+        return file.read()
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Decode JSON. Raises ValueError also for JSON that is nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
 def file_sha256(path: Path) -> str:
-    """Compute the checksum of a file, read in pieces."""
-    with path.open("rb") as file:
+    """Compute the checksum of a file as `open_inside` opens it, read in pieces. Raises OSError."""
+    with os.fdopen(open_inside(path.parent, path.name), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,6 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 
+def printable(text: str) -> str:
+    """Escape what is not printable, such as line breaks, terminal codes and marks that turn the direction of text.
+
+    Names and texts from files must not be able to forge or hide lines of the output.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def nearest(wrong: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Find the valid name with the spelling closest to `wrong`; None if there is none.
 

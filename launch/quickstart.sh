@@ -13,16 +13,15 @@ started=$SECONDS
 step() { printf '\n== %s (at %d s)\n' "$1" $((SECONDS - started)); }
 
 step "1/6 clips with captions"
-anyflow clips out="$run/clips/train" count=384 seed=1
-anyflow clips out="$run/clips/held_out" count=192 seed=2
+anyflow clips out="$run/clips/train" count=768 seed=1
+anyflow clips out="$run/clips/held_out" count=576 seed=2
 
 step "2/6 video and text -> shards of latents"
 anyflow prepare experiment=tiny_prepare source="$run/clips/train" out="$run/shards/train"
 anyflow prepare experiment=tiny_prepare source="$run/clips/held_out" out="$run/shards/held_out"
 
 step "3/6 distillation (stage 1)"
-# 300 of the experiment's 400 steps, to save time.
-anyflow train experiment=tiny out="$run" name=student steps=300 \
+anyflow train experiment=tiny out="$run" name=student \
   data.shards="$run/shards/train" evaluation.held_out="$run/shards/held_out" engine.threads=2
 
 step "4/6 evaluation of teacher and student"

@@ -116,7 +116,7 @@ def test_a_saved_config_imports_nothing_and_cannot_be_trained(tmp_path: Path) ->
     finally:
         sys.path.remove(str(tmp_path))
     assert isinstance(config.objective, SavedObjective)
-    assert config.model_dump()["objective"] == {"kind": "loud:Objective", "own": [1, 2]}
+    assert config.model_dump()["objective"] == {"kind": "loud:Objective", "own": [1, 2], "schedule": ()}
     with pytest.raises(UserError, match="from a saved config, which imports no code"):
         objective_class(config.objective)
 

@@ -194,7 +194,7 @@ def _check_directories(combinations: Sequence[Combination]) -> None:
             try:
                 directory = RunDirectory(folder)
                 inputs = Inputs.of(combination.config, directory)
-                check_unchanged(directory.read_config(), combination.config, str(folder), inputs)
+                check_unchanged(directory.read_config() or {}, combination.config, str(folder), inputs)
             except UserError as error:
                 errors += [UserError(one.where, f"{one.problem} ({folder})") for one in error.errors]
     raise_all(errors)

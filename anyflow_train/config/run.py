@@ -117,11 +117,13 @@ class Checkpoint(Model):
 
     every: steps between checkpoints.
     keep: number of newest checkpoints that are kept.
+    keep_every: steps between checkpoints that are never deleted, a multiple of every; 0 means none.
     resume: auto continues from the newest checkpoint of the run directory, if there is one.
     """
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     resume: Literal["auto", "never"] = "auto"
 
 

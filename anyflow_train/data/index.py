@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from anyflow_train.data.tar import Member, scan
 from anyflow_train.files import atomic_file
@@ -51,6 +53,16 @@ class ShardIndex:
     longest_text: int | None = None
 
 
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Content(BaseModel):
+    version: Literal[1]
+    longest_text: _Count | None
+    entries: list[tuple[str, _Count, _Count, _Count | None, _Count, _Count]]
+    skipped: list[tuple[str, str]]
+
+
 def index_name(shard: str) -> str:
     """Return the name of a shard's index file: `shard-000000.tar` -> `shard-000000.index.json`."""
     return shard.removesuffix(".tar") + ".index.json"
@@ -69,14 +81,12 @@ def write_index(path: Path, index: ShardIndex) -> None:
 def parse_index(data: bytes) -> ShardIndex:
     """Decode an index file. Raises ValueError if the bytes are not an index of this version."""
     try:
-        content = json.loads(data)
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, but this program reads version {VERSION}")
-        entries = tuple(SampleEntry(*entry) for entry in content["entries"])
-        skipped = tuple(Skipped(*entry) for entry in content["skipped"])
-        return ShardIndex(entries, skipped, content["longest_text"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a shard index: {error!r}") from error
+        content = _Content.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"not a shard index of version {VERSION}: {first['loc']}: {first['msg']}") from None
+    entries = tuple(SampleEntry(*entry) for entry in content.entries)
+    return ShardIndex(entries, tuple(Skipped(*entry) for entry in content.skipped), content.longest_text)
 
 
 def build_index(file: BinaryIO) -> ShardIndex:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -19,7 +19,7 @@ from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.fingerprint import known
 from anyflow_train.errors import UserError, raise_all
-from anyflow_train.files import atomic_file, write_json
+from anyflow_train.files import FileName, atomic_file, write_json
 
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
@@ -29,9 +29,9 @@ FORMAT = "anyflow_train shards 1"
 class ShardInfo(Model):
     """One tar of the folder. bytes: its size; None if unknown, then the size of remote copies is not checked."""
 
-    name: str
-    samples: int
-    bytes: int | None = None
+    name: FileName
+    samples: Annotated[int, Field(ge=0, lt=1 << 40)]
+    bytes: NonNegativeInt | None = None
 
 
 class CodecInfo(Model):
@@ -66,15 +66,15 @@ class Manifest(Model):
     format: Literal["anyflow_train shards 1"]
     kind: Literal["video", "prompts"]
     shards: tuple[ShardInfo, ...]
-    text_dim: int
-    latent_shape: tuple[int, int, int, int] | None = None
+    text_dim: PositiveInt
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] | None = None
     latent_dtype: Literal["fp32", "bf16"] | None = None
     frames: int | None = None
     height: int | None = None
     width: int | None = None
     fps: float | None = None
     max_text_length: int | None = None
-    longest_text: int | None = None
+    longest_text: NonNegativeInt | None = None
     codec: CodecInfo
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()

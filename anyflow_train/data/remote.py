@@ -6,6 +6,9 @@ import fcntl
 import http.client
 import logging
 import os
+import re
+import shlex
+import subprocess
 import threading
 import time
 import urllib.error
@@ -16,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from anyflow_train.files import open_inside, read_inside
+
 GIB = 1 << 30
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 60
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0
-GOPEN_SCHEMES = ("pipe", "gs", "hf", "ais", "sftp", "ftps", "scp", "htgs")
+GOPEN_SCHEMES = ("gs", "hf", "ais", "sftp", "ftps", "scp", "htgs")
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,18 @@ log = logging.getLogger(__name__)
 def is_remote(location: str) -> bool:
     """Whether a location is a URL (`http://`, `s3://`, `pipe:...`) and not a local folder."""
     return location.startswith("pipe:") or "://" in location
+
+
+def public_location(location: str) -> str:
+    """Shorten a location for messages: a password, a signature or a header in it is a secret.
+
+    A command keeps its first word, and a URL loses its user, password and parameters.
+    """
+    if location.startswith("pipe:"):
+        return f"{location.split(maxsplit=1)[0]} ..."
+    if not is_remote(location):
+        return location
+    return re.sub(r"//[^/@]*@", "//", location.partition("?")[0].partition("#")[0], count=1)
 
 
 @dataclass(frozen=True)
@@ -39,11 +56,11 @@ class LocalFolder:
 
     def read_bytes(self, name: str) -> bytes:
         """Read a small file. Raises OSError."""
-        return (self.root / name).read_bytes()
+        return read_inside(self.root, name)
 
     def open(self, name: str, size: int | None) -> int:
         """Open a file for reading. The caller closes the descriptor. Raises OSError."""
-        return os.open(self.root / name, os.O_RDONLY)
+        return open_inside(self.root, name)
 
     def cancel(self) -> None:
         """Do nothing: local files are not copied."""
@@ -100,6 +117,8 @@ class RemoteFolder:
         self._stop.set()
 
     def _url_of(self, name: str) -> str:
+        # A shell runs the command of a pipe, so it must take the name as one word.
+        name = shlex.quote(name) if self.url.startswith("pipe:") else name
         return self.url.replace("{}", name) if "{}" in self.url else f"{self.url.rstrip('/')}/{name}"
 
     def _fetch(self, name: str, copy: Path, size: int | None) -> None:
@@ -125,7 +144,7 @@ class RemoteFolder:
             except OSError as error:
                 if isinstance(error, FileNotFoundError) or self._stop.is_set() or attempt + 1 == ATTEMPTS:
                     raise
-                log.warning("copying %s failed (%s); trying again", self._url_of(name), error)
+                log.warning("copying %s from %s failed (%s); trying again", name, public_location(self.url), error)
                 time.sleep(RETRY_SECONDS * 2**attempt)
 
     def _copy(self, name: str, part: Path, size: int | None) -> None:
@@ -134,6 +153,8 @@ class RemoteFolder:
                 if self._stop.is_set():
                     raise OSError("the copy was cancelled")
                 file.write(chunk)
+                if size is not None and file.tell() > size:
+                    raise OSError(f"more bytes arrived than the {size} that the manifest says")
             copied = file.tell()
         if size is not None and copied != size:
             raise OSError(f"{copied} bytes arrived, but the manifest says {size}")
@@ -152,7 +173,9 @@ class RemoteFolder:
 
 @contextmanager
 def open_url(url: str) -> Iterator[BinaryIO]:
-    """Open a URL as a stream of bytes. The standard library reads http(s), webdataset its schemes, fsspec the rest.
+    """Open a URL as a stream of bytes. A shell runs the command of a `pipe:` URL.
+
+    The standard library reads http(s), webdataset its schemes, fsspec the rest.
 
     Raises:
         FileNotFoundError: the URL does not exist.
@@ -163,6 +186,11 @@ def open_url(url: str) -> Iterator[BinaryIO]:
         if scheme in ("http", "https"):
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
                 yield stream
+        elif scheme == "pipe":
+            with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+                yield process.stdout  # pyright: ignore[reportReturnType] # not None: stdout is a pipe
+            if process.returncode:
+                raise OSError(f"{public_location(url)}: the command ended with exit code {process.returncode}")
         elif scheme in GOPEN_SCHEMES:
             from webdataset.gopen import gopen  # slow import
 
@@ -175,10 +203,13 @@ def open_url(url: str) -> Iterator[BinaryIO]:
                 yield stream  # pyright: ignore[reportReturnType]
     except urllib.error.HTTPError as error:
         if error.code in (404, 410):
-            raise FileNotFoundError(f"{url}: {error}") from error
+            raise FileNotFoundError(f"{public_location(url)}: {error}") from error
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace(url, public_location(url))) from error
     except (ValueError, ImportError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: {error}") from error
+        reason = str(error).replace(url, "its address")
+        raise OSError(f"{public_location(url)}: {reason}") from error
 
 
 @contextmanager

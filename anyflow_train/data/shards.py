@@ -21,9 +21,11 @@ from torch import Tensor
 from anyflow_train.data.captions import parse_caption
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
 from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
-from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote
+from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote, public_location
 from anyflow_train.errors import UserError
+from anyflow_train.text import printable
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_CACHE = Path("~/.cache/anyflow_train/shards")
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,11 @@ class Sample:
 
 
 class BadSampleError(Exception):
-    """A sample cannot be used. Names the shard, the sample and the reason."""
+    """A sample cannot be used. Names the shard, the sample and the reason, with control characters escaped."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
-        self.shard = shard
-        self.key = key
-        self.reason = reason
-        super().__init__(f"{shard}: {key}: {reason}")
+        self.shard, self.key, self.reason = map(printable, (shard, key, reason))
+        super().__init__(f"{self.shard}: {self.key}: {self.reason}")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class ShardSet:
     """The shards of a folder or URL as one sequence of samples. Several threads may read at once.
 
     Attributes:
-        location: folder or URL.
+        location: folder or URL, without secrets: for messages.
         folder: reads the files.
         manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
@@ -91,10 +91,11 @@ class ShardSet:
         root = Path(cache or DEFAULT_CACHE).expanduser()
         remote = RemoteFolder(location, root, int(cache_gib * GIB), "") if is_remote(location) else None
         folder = remote or LocalFolder(Path(location))
+        version, location = location.encode(), public_location(location)
         data = _read(folder, location, MANIFEST)
         manifest = parse_manifest(data, f"{location}/{MANIFEST}")
         if remote:
-            remote.version = hashlib.sha256(location.encode() + data).hexdigest()[:16]
+            remote.version = hashlib.sha256(version + data).hexdigest()[:16]
         texts = parse_prompt_texts(_read(folder, location, TEXT), manifest, f"{location}/{TEXT}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
@@ -137,15 +138,18 @@ class ShardSet:
     def _decode(self, entry: SampleEntry, data: bytes, caption: bytes) -> Sample:
         if entry.crc32 is not None and zlib.crc32(data) != entry.crc32:
             raise ValueError("the bytes do not match the checksum")
-        tensors = load(data)
+        tensors = _load(data)
         text = tensors.get("text")
         if text is None or text.ndim != 2 or text.shape[1] != self.manifest.text_dim:
             raise ValueError(f"the text is {_shape(text)}, but the manifest says (L, {self.manifest.text_dim})")
         latents = tensors.get("latents")
         if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) != self.manifest.latent_shape):
             raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {self.manifest.latent_shape}")
-        if not all(_finite(tensor) for tensor in (latents, text) if tensor is not None):
-            raise ValueError("it contains non-finite numbers")
+        for tensor in (latents, text):
+            if tensor is not None and tensor.dtype not in DTYPES:
+                raise ValueError(f"it contains numbers of type {tensor.dtype}")
+            if tensor is not None and not _finite(tensor):
+                raise ValueError("it contains non-finite numbers")
         return Sample(entry.key, latents, text, parse_caption(caption))
 
     def _index(self, number: int) -> ShardIndex:
@@ -167,12 +171,18 @@ class ShardSet:
         return index
 
 
+def _load(data: bytes) -> dict[str, Tensor]:
+    try:
+        return load(data)
+    except KeyError as error:  # a dtype that torch does not have
+        raise ValueError(f"it contains numbers of type {error}") from error
+
+
 def _read_part(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) < size:
+    if offset + size > os.fstat(file.fileno()).st_size:  # checked before memory for `size` bytes is allocated
         raise ValueError("the file ends before it")
-    return data
+    file.seek(offset)
+    return file.read(size)
 
 
 def _read(folder: LocalFolder | RemoteFolder, location: str, name: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -22,6 +23,7 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
 from anyflow_train.evaluation.intervals import Estimate, percentile
+from anyflow_train.evaluation.low_memory import decode_in_parts, free_cache, sample_in_parts, warn
 from anyflow_train.evaluation.measure import SampleEvaluator
 from anyflow_train.evaluation.oracle import judge_clips
 from anyflow_train.evaluation.sampling import clip_sampler, draw_noise
@@ -37,11 +39,13 @@ from anyflow_train.flow.sampler import guided, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap, take
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
+from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
 from anyflow_train.training.validation import Validation
 
 # With this many held-out clips, the samples are the main source of noise in the distances.
 MOST_HELD_OUT = 2048
+SMALLER = "the run goes on; evaluation.every=0 leaves out validation"
 EULER = ClipSampler(sample_euler)
 
 
@@ -79,7 +83,7 @@ class InRunValidator:
         reference: the teacher's fine solutions, which samples are compared with instead; None without them.
         compared: prompts of the samples that are compared; None if there is nothing to compare with.
         shown: prompts of the videos; None without videos.
-        codec: decodes videos; None if nothing is decoded.
+        codec: decodes videos, on the GPU only while it does; None if nothing is decoded.
         fps: frames per second of the videos.
     """
 
@@ -95,7 +99,11 @@ class InRunValidator:
     fps: float
 
     def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
-        """Sample, measure, and write a grid of videos into `folder`. Returns None once `interrupted` returns True."""
+        """Sample, measure, and write a grid of videos into `folder`.
+
+        Returns:
+            The results. None once `interrupted` returns True, or, after a warning, if the memory is not sufficient.
+        """
         try:
             self._complete_reference(interrupted)
             compared = self._sample_all(student, self.compared, interrupted)
@@ -104,11 +112,18 @@ class InRunValidator:
             return None
         return self.world.on_main(lambda: self._result(compared, shown, folder))
 
-    def _result(self, compared: Mapping[int, Tensor], shown: Mapping[int, Tensor], folder: Path) -> Validation:
-        metrics = self._metrics(compared)
+    def _result(self, compared: Mapping[int, Tensor], shown: Mapping[int, Tensor], folder: Path) -> Validation | None:
+        try:
+            with nullcontext() if self.codec is None else self.codec.on(self.world.device):
+                metrics, videos = self._metrics(compared), self._videos(shown, folder)
+        except torch.OutOfMemoryError:
+            warn(f"decoding does not fit into memory, left out; {SMALLER}")
+            return None
+        finally:
+            free_cache()
         values = {name: estimate.value for name, estimate in metrics.items()}
         intervals = {f"{name}_{end}": getattr(metrics[name], end) for name in metrics for end in ("low", "high")}
-        return Validation(values, self._videos(shown, folder), intervals)
+        return Validation(values, videos, intervals)
 
     @cached_property
     def _evaluator(self) -> SampleEvaluator:
@@ -124,7 +139,7 @@ class InRunValidator:
             return {}
         metrics: dict[str, Estimate] = {}
         if self.reference is not None:
-            decode = self.codec.decode_video if self.codec is not None and self.config.reference_videos else None
+            decode = partial(decode_in_parts, self.codec) if self.codec and self.config.reference_videos else None
             metrics |= measure_against(self.reference.latents(), samples, self.compared.captions, self.config, decode)
         for steps, latents in samples.items():
             if self.held_out is not None:
@@ -132,7 +147,7 @@ class InRunValidator:
                 metrics[f"energy_distance_{steps}"] = percentile(found.energy)
                 metrics[f"sliced_wasserstein_{steps}"] = self._evaluator.sliced_wasserstein(latents)
             if self.config.oracle != "none" and self.codec is not None:
-                judge = partial(judge_clips, decode=self.codec.decode_video, batch=self.config.batch)
+                judge = partial(judge_clips, decode=partial(decode_in_parts, self.codec), batch=self.config.batch)
                 seen = judge(latents, list(self.compared.captions)).accuracy
                 metrics[f"class_error_{steps}"] = Estimate(1 - seen.value, 1 - seen.high, 1 - seen.low)
         return metrics
@@ -142,7 +157,7 @@ class InRunValidator:
         if self.shown is None or self.codec is None:
             return {}
         codec = self.codec
-        columns = [[to_frames(codec.decode_video(one[None])[0]) for one in latents] for latents in samples.values()]
+        columns = [[to_frames(decode_in_parts(codec, one[None])[0]) for one in latents] for latents in samples.values()]
         rows = [list(row) for row in zip(*columns, strict=True)]
         grid = Grid(self.shown.captions, [calls(steps) for steps in samples], rows, self.fps)
         path = folder / "grid.mp4"
@@ -172,20 +187,38 @@ class InRunValidator:
     def _sample(
         self, sampler: Sampler, flow_map: FlowMap, prompts: Prompts, steps: int, interrupted: Callable[[], bool]
     ) -> Tensor:
-        size, device = self.config.batch, self.negative.text.device
-        batches = list(zip(prompts.text.split(size), prompts.noise.split(size), strict=True))
+        device, communicates = self.negative.text.device, zero_stage() == 3 or self.world.sequence_parallel > 1
+
+        def solve(text: Tensor, noise: Tensor) -> Tensor:
+            x0 = sampler(flow_map, noise.to(device), Condition(text.to(device)), steps, self.config.shift)
+            return x0.float().cpu()
+
+        batches = list(zip(prompts.text.split(self.config.batch), prompts.noise.split(self.config.batch), strict=True))
         mine = []
         for index in shared_rows(len(batches), self.world):
             if interrupted():
                 raise _Interrupted
-            text, noise = batches[index]
-            x0 = sampler(flow_map, noise.to(device), Condition(text.to(device)), steps, self.config.shift)
-            mine.append(x0.float().cpu())
-        return torch.cat(collect_rows(len(batches), mine, self.world))
+            # the other processes take part in a forward that communicates, so one process alone cannot repeat it
+            mine.append(
+                _sample_whole(solve, *batches[index]) if communicates else sample_in_parts(solve, *batches[index])
+            )
+        found = [part for part in collect_rows(len(batches), mine, self.world) if part is not None]
+        if len(found) < len(batches):
+            warn(f"one sample does not fit into memory, left out; {SMALLER}")
+            raise _Interrupted
+        return torch.cat(found)
+
+
+def _sample_whole(solve: Callable[[Tensor, Tensor], Tensor], text: Tensor, noise: Tensor) -> Tensor:
+    try:
+        return solve(text, noise)
+    except torch.OutOfMemoryError as error:
+        problem = f"{len(text)} samples of validation need more memory than the GPU has; use a smaller value"
+        raise UserError("evaluation.batch", f"{problem}, or evaluation.every=0 ({error})") from error
 
 
 class _Interrupted(Exception):
-    """The run must stop."""
+    """The validation ends without a result."""
 
 
 def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = None) -> InRunValidator:
@@ -215,7 +248,7 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
         texts = [pad_text(text, length) for text in shards.texts.validation]
         shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config)
     decodes = shown is not None or evaluation.oracle != "none" or (reference and evaluation.reference_videos)
-    codec = _load_codec(config, world.device) if decodes else None
+    codec = _load_codec(config) if decodes else None
     return InRunValidator(
         config=evaluation,
         world=world,
@@ -259,8 +292,8 @@ def _prompts(purpose: str, captions: Sequence[str], texts: Sequence[Tensor], cou
     return Prompts(tuple(captions[row] for row in rows), torch.stack([texts[row] for row in rows]), noise)
 
 
-def _load_codec(config: RunConfig, device: torch.device) -> Codec:
+def _load_codec(config: RunConfig) -> Codec:
     source = config.teacher.codec_source
     if source is None:
         raise UserError("teacher.codec", "is not set, but validation decodes videos; name a pipeline folder")
-    return Codec.load(source, device, torch.float32)
+    return Codec.load(source, torch.device("cpu"), torch.float32)

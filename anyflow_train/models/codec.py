@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ftfy
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
@@ -128,6 +129,29 @@ class Codec:
         ).to(self.device)
         hidden = self.text_encoder(batch.input_ids, batch.attention_mask).last_hidden_state.to(self.dtype)
         return [row[:length].clone() for row, length in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)]
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Move the VAE to a device inside the block, and back after it."""
+        before, vae = self.device, cast(nn.Module, self.vae)  # diffusers' annotation of `to` is wrong
+        try:
+            self.device = device
+            vae.to(device)
+            yield
+        finally:
+            self.device = before
+            self.vae.clear_cache()
+            vae.to(before)
+
+    @contextmanager
+    def tiled(self) -> Iterator[None]:
+        """Decode in tiles inside the block, which takes less memory."""
+        self.vae.clear_cache()  # left over from a decoding that failed
+        self.vae.enable_tiling()
+        try:
+            yield
+        finally:
+            self.vae.disable_tiling()
 
     @cached_property
     def tokenizer(self) -> Any:

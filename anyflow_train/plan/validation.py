@@ -63,14 +63,14 @@ def compared_samples(config: RunConfig) -> int:
 
 
 def decodes(config: RunConfig) -> bool:
-    """Whether the run holds a VAE, to decode what validation samples."""
+    """Whether the run has a VAE, to decode what validation samples."""
     evaluation = config.evaluation
     looks = evaluation.reference == "teacher" and evaluation.reference_videos > 0
     return bool(evaluation.every) and (evaluation.videos > 0 or evaluation.oracle != "none" or looks)
 
 
-def decoder_memory(config: RunConfig) -> tuple[int, Moment]:
-    """Bytes of the VAE's weights, and its fullest moment: without the video, both do not depend on its length.
+def decoder_memory(config: RunConfig) -> Moment:
+    """The fullest moment of decoding, with the VAE's weights, which are on the GPU only then.
 
     A decoder goes from latent frame to latent frame. Two lengths tell what each takes.
     """
@@ -78,7 +78,7 @@ def decoder_memory(config: RunConfig) -> tuple[int, Moment]:
     frames, channels, height, width = latent_shape(config.data, config.student.architecture.in_channels)
     source = config.teacher.codec_source
     (weights, few), (_, more) = (_decoded(source, (rows, count, channels, height, width)) for count in (3, 4))
-    return weights, Moment(more + max(frames - 4, 0) * (more - few), 0, 0, 0, False)
+    return Moment(weights + more + max(frames - 4, 0) * (more - few), 0, 0, 0, False)
 
 
 @cache

@@ -31,12 +31,7 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import (
-    check_fp8,
-    check_moments,
-    check_start,
-    check_strategy,
-)
+from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy, check_tracker
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
@@ -83,6 +78,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         work = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config, inputs))
         world.on_main(lambda: check_start(config))
+        if point is None:  # a resumed run continues offline instead
+            world.on_main(lambda: check_tracker(config.tracker))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         with world.together():
@@ -90,6 +87,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             if build_validator and config.evaluation.every:
                 validator = build_validator(config, world, recipe.roles.teacher)
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
+            stack.callback(stop.end_soon)  # before the loader closes, which waits for its threads
         check_agreement(world, data_facts(loader.shards.manifest))
         world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))

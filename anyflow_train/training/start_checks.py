@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from anyflow_train.config.objective import Derivative
-from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
+from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
 from anyflow_train.training.engine.adamw_8bit import library
+from anyflow_train.training.reporting.tracking import has_key
 from anyflow_train.training.weight_source import differences, is_run, mismatches
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
@@ -71,6 +72,17 @@ def check_moments(optimizer: Optimizer) -> None:
         problem = f"is 8bit, which requires bitsandbytes, but it cannot be imported ({error})"
         advice = "pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
         raise UserError("optimizer.moments", f"{problem}; {advice}") from error
+
+
+def check_tracker(tracker: Tracker) -> None:
+    """Check that the tracker has its key, without a connection.
+
+    Raises:
+        UserError: wandb is online, but has no API key.
+    """
+    if isinstance(tracker, WandbTracker) and tracker.mode == "online" and not has_key():
+        problem = "is online, but wandb has no API key; run `wandb login`, or set WANDB_API_KEY"
+        raise UserError("tracker.mode", f"{problem}, or set it to offline and upload later with `wandb sync`")
 
 
 def check_start(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -20,9 +20,10 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.saving import Saver
 from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.gpus import known_gpu, utilisation
-from anyflow_train.training.processes.signals import StopRequest
+from anyflow_train.training.processes.signals import StopRequest, WaitInterrupted
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.reporting.progress import StepProgress, peak_memory_gib
 from anyflow_train.training.reporting.tracking import Trackers
@@ -67,6 +68,7 @@ class Trainer:
     def train(self, stream: Iterable[Sequence[Batch]]) -> None:
         """Run the remaining steps on this process's micro-batches, or fewer after a stop signal."""
         with closing(self._saver):
+            self._saver.check_room(self._groups())
             self._run(iter(stream))
 
     def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
@@ -74,14 +76,16 @@ class Trainer:
         while self.state.step < self.config.steps and not self._should_stop():
             start = time.monotonic()
             self._activity.begin("loading data", self.state.step)
-            batches = next(steps)
+            batches = self._load(steps)
+            if batches is None:
+                break
             self._activity.begin("training", self.state.step)
             self._step(batches)
             self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
-            self._validate_if_due()
             if self._due(self.config.checkpoint.every):
-                self._save()
+                self._save()  # before the validation, so that nothing is lost if that fails
+            self._validate_if_due()
         self._save()
         self._saver.wait()
         self._activity.begin_untimed("ending")
@@ -89,6 +93,14 @@ class Trainer:
             self.progress.say(f"stopped after step {self.state.step} of {self.config.steps}; start again to resume")
         else:
             self._finish()
+
+    def _load(self, steps: Iterator[Sequence[Batch]]) -> Sequence[Batch] | None:
+        """Load a step's batches. Returns None if a stop signal interrupts a single process while it waits for them."""
+        if self.recipe.world.size > 1:
+            return next(steps)
+        with suppress(WaitInterrupted), self.stop.interrupting():
+            return next(steps)
+        return None
 
     def _step(self, batches: Sequence[Batch]) -> None:
         config, step, device = self.config, self.state.step, self.recipe.world.device
@@ -168,8 +180,12 @@ class Trainer:
         self.trackers.log(self.state.step, tracked, validation.videos)
         best, metric = self.state.best, self.config.evaluation.best_metric
         value = metrics.get(metric, math.inf)
-        if math.isfinite(value) and (best is None or value < best.value):
+        better = math.isfinite(value) and (best is None or value < best.value)
+        if better:
             self.state = dataclasses.replace(self.state, best=Best(self.state.step, metric, value))
+        if self._saved == self.state.step:
+            self._saver.update(self.state)
+        elif better:
             self._save()
 
     def _save(self) -> None:
@@ -179,9 +195,13 @@ class Trainer:
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
         roles = self.recipe.trainables
         counts = {role: adam_steps(trainable.engine.optimizer) for role, trainable in roles.items()}
-        groups = {group: entries for role in roles for group, entries in self.recipe.groups(role).items()}
-        self._saver.save(self.state, counts, groups)
+        self._saver.save(self.state, counts, self._groups())
         self._saved = self.state.step
+
+    def _groups(self) -> dict[str, dict[str, Entry]]:
+        """The tensors of a checkpoint."""
+        roles = self.recipe.trainables
+        return {group: dict(entries) for role in roles for group, entries in self.recipe.groups(role).items()}
 
     def _finish(self) -> None:
         summary = {

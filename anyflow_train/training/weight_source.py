@@ -182,7 +182,7 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
     with suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
-        saved = under_new_names(directory.read_config(), str(directory.path))
+        saved = under_new_names(directory.read_config() or {}, str(directory.path))
         begun = Path(saved["student"]["init"])
         moved = init / "checkpoints" / begun.name
         if begun == moved or network_fact(str(moved)) == directory.read_inputs()["student.init"]:

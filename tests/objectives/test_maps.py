@@ -32,8 +32,8 @@ GUIDED = GuidedGaussians(GaussianData(1.0, 0.5), GaussianData(0.0, 1.2), 3.0)
 SAMPLES = 400
 SHAPE = (1, 1, 1, 4)
 THIRDS = MixShares(flow_map=1 / 3, lagrangian=1 / 3, semigroup=1 / 3)
-UNIFORM = {"weight": "uniform"}
-EXACT = {"velocity": "teacher", "derivative": "jvp"}
+UNIFORM: dict[str, Any] = {"weight": "uniform"}
+EXACT: dict[str, Any] = {"velocity": "teacher", "derivative": "jvp"}
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "flow_map": lambda setting, **keys: FlowMapObjective.build(FlowMap(**UNIFORM | EXACT | keys), setting),
     "lagrangian": lambda setting, **keys: LagrangianObjective.build(Lagrangian(**EXACT | keys), setting),
@@ -69,7 +69,7 @@ def gradient(kind: str, flow_map: Map, velocity: Map, guided: bool = False, **ke
     text = Condition(torch.ones(SAMPLES, 1, 1, dtype=torch.float64))
     batch = Batch(latents, text, Condition(0 * text.text[:1]), ("",) * SAMPLES, draw.positions)
     free = torch.zeros(SAMPLES, *SHAPE, dtype=torch.float64, requires_grad=True)
-    guidance = {"guidance": "target", "guidance_scale": GUIDED.scale} if guided else {}
+    guidance: dict[str, Any] = {"guidance": "target", "guidance_scale": GUIDED.scale} if guided else {}
     objective = OBJECTIVES[kind](Setting(SAMPLES, latent=SHAPE), text_dropout=0.0, **guidance, **keys)
     seen = Recorded(lambda x, t, r, condition: flow_map(x, t, r, condition) + free)
     loss = objective(Roles(seen, flow_map, velocity), batch, draw)

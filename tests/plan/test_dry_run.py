@@ -185,8 +185,9 @@ def test_validation_decodes_beside_the_networks(small: Callable[..., RunConfig])
     """Wan2.1's VAE has 127 million weights; decoding takes more than a small network's step."""
     config = small(*CASES["lora"], "evaluation=wan", "data.height=480", "data.width=832")
     memory = plan_memory(config, dry_run(config, 1), "ddp", 1)
-    assert dict(memory.state)["VAE of validation (float32)"] == pytest.approx(4 * 126.9e6, rel=0.01)
     assert memory.moment.name == "validation, decoding"
+    assert memory.moment.activations > 4 * 126.9e6  # only then are its weights on the GPU
+    assert not any("VAE" in name for name, _ in memory.state)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,12 +63,26 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step in the folder name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is not an intact checkpoint to `damaged_...`. Returns the new path."""
+    aside, number = path.with_name(f"damaged_{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}_{number}")
+    return path.rename(aside)
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
@@ -77,7 +92,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    content = _read_state(checkpoint)
+    content = read_state(checkpoint)
     _verify(checkpoint, {"config.json": content["files"]["config.json"]})
     try:
         state = dict(content["state"])
@@ -96,7 +111,7 @@ def read_network(checkpoint: Path) -> NetworkFile:
         DamagedCheckpoint: a file is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    files = _read_state(checkpoint)["files"]
+    files = read_state(checkpoint)["files"]
     own = network_file.NAME in files
     path = checkpoint / (network_file.NAME if own else "config.json")
     _verify(checkpoint, {path.name: files[path.name]})
@@ -113,12 +128,12 @@ def read_step(checkpoint: Path) -> int:
         DamagedCheckpoint: `state.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    return _read_state(checkpoint)["state"]["step"]
+    return read_state(checkpoint)["state"]["step"]
 
 
 def read_checksum(checkpoint: Path) -> str:
     """Read the checksum of `state.json`, which identifies the content of all files. Errors as in `read_step`."""
-    return content_checksum(_read_state(checkpoint))
+    return content_checksum(read_state(checkpoint))
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
@@ -138,7 +153,7 @@ def verify_group(checkpoint: Path, group: str) -> None:
     Raises:
         DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
     """
-    files = _read_state(checkpoint)["files"]
+    files = read_state(checkpoint)["files"]
     listed = {name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)}
     present = {path.name for path in _group_files(checkpoint, group)}
     if unknown := sorted(present - listed):
@@ -183,7 +198,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
     try:
         best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return found[-1]
     return best if best in found else found[-1]
 
@@ -211,8 +226,13 @@ def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size])
         raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which its network trains")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json`, which contains the checksums of all other files."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read `state.json`, which contains the checksums of all other files.
+
+    Raises:
+        DamagedCheckpoint: it is missing or changed.
+        UserError: it was written in a format that this version does not support.
+    """
     try:
         content = json.loads((checkpoint / "state.json").read_text())
         checksum = content.pop("checksum")

@@ -14,6 +14,7 @@ from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
     list_checkpoints,
+    set_aside,
     verify_checkpoint,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -53,14 +54,17 @@ FREE_KEYS = (
 def check_finished(directory: RunDirectory, config: RunConfig, inputs: Inputs = UNKNOWN) -> str | None:
     """Return a message if the run has already done all its steps; None if there are steps left.
 
+    If `done.json` or `config.json` is missing or damaged, the run resumes, and writes them again.
+
     Raises:
         UserErrors: the run is finished, but its config was different.
     """
     done = directory.read_done()
-    if done is None or done["step"] < config.steps:
+    step, before = (done or {}).get("step"), directory.read_config()
+    if not isinstance(step, int) or step < config.steps or before is None:
         return None
-    check_unchanged(directory.read_config(), config, str(directory.path), inputs)
-    return f"{directory.path} is finished: {done['step']} steps; increase steps to continue, or choose another name"
+    check_unchanged(before, config, str(directory.path), inputs)
+    return f"{directory.path} is finished: {step} steps; increase steps to continue, or choose another name"
 
 
 def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN) -> CheckpointInfo | None:
@@ -131,10 +135,4 @@ def _is_free(key: str) -> bool:
 
 def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
     """Rename a damaged checkpoint, so that it is neither read again nor overwritten."""
-    aside = path.with_name(f"damaged_{path.name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"damaged_{path.name}_{number}")
-    path.rename(aside)
-    print(f"warning: {damage}; moved to {aside.name}, resuming from {instead}", file=sys.stderr)
+    print(f"warning: {damage}; moved to {set_aside(path).name}, resuming from {instead}", file=sys.stderr)

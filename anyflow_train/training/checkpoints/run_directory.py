@@ -57,9 +57,9 @@ class RunDirectory:
             replace_file(self.path / "inputs.json", to_json(inputs))
         replace_file(self.path / "config.json", to_json(saved_config(config)))
 
-    def read_config(self) -> dict[str, Any]:
-        """Read the config of the last start, not decoded."""
-        return json.loads((self.path / "config.json").read_text())
+    def read_config(self) -> dict[str, Any] | None:
+        """Read the config of the last start, not decoded; None if it is missing or damaged."""
+        return _read_json(self.path / "config.json")
 
     def read_inputs(self) -> dict[str, str]:
         """Read the facts about the inputs of the first start; empty if there are none."""
@@ -73,10 +73,8 @@ class RunDirectory:
         replace_file(self.path / "done.json", to_json(summary))
 
     def read_done(self) -> dict[str, Any] | None:
-        """Read the summary of a finished run; None if the run is not finished."""
-        with suppress(FileNotFoundError):
-            return json.loads((self.path / "done.json").read_text())
-        return None
+        """Read the summary of a finished run; None if the run is not finished, or if the summary is damaged."""
+        return _read_json(self.path / "done.json")
 
     @contextmanager
     def locked(self) -> Iterator[str]:
@@ -124,3 +122,10 @@ class RunDirectory:
             holder = json.loads((self.path / "lock").read_text())
             return f"process {holder['pid']} on {holder['host']}"
         return "another process"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError, ValueError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else None
+    return None
