@@ -13,8 +13,8 @@ started=$SECONDS
 step() { printf '\n== %s (at %d s)\n' "$1" $((SECONDS - started)); }
 
 step "1/6 clips with captions"
-anyflow clips out="$run/clips/train" count=768 seed=1
-anyflow clips out="$run/clips/held_out" count=576 seed=2
+anyflow clips out="$run/clips/train" count=512 seed=1
+anyflow clips out="$run/clips/held_out" count=288 seed=2
 
 step "2/6 video and text -> shards of latents"
 anyflow prepare experiment=tiny_prepare source="$run/clips/train" out="$run/shards/train"

@@ -93,9 +93,10 @@ def test_an_index_is_not_written_through_a_link(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "entry", [[1, "1e18"], [2, "1e18"], [4, "1e18"], [5, "1e18"], [1, -1], [2, -1], [1, "x"], [0, 1]]
+    ("place", "value"),
+    [(1, 10**18), (2, 10**18), (4, 10**18), (5, 10**18), (1, -1), (2, -1), (1, "x"), (0, 1)],
 )
-def test_offsets_are_compared_with_the_size_of_the_file(folder: Path, entry: list) -> None:
+def test_offsets_are_compared_with_the_size_of_the_file(folder: Path, place: int, value: object) -> None:
     path = folder / "shard-000000.index.json"
     content = json.loads(path.read_text())
     content["entries"][0][place] = value
