@@ -15,9 +15,10 @@ from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
+from anyflow_train.training.differences import differences, mismatches
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.reporting.tracking import has_key
-from anyflow_train.training.weight_source import differences, is_run, mismatches
+from anyflow_train.training.weight_source import is_run
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.

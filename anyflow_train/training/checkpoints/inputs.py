@@ -53,8 +53,8 @@ class Inputs:
         networks = {"student.init": config.student.init, "teacher.source": teacher.source}
         networks |= {"on_policy.fake_score.init": matching and matching.fake_score.init}
         read_shards = partial(shards_fact, cache=data.cache, cache_gib=data.cache_gib)
-        facts = {key: _fact(read_shards, path) for key, path in shards.items()}
-        facts |= {key: _fact(network_fact, path) for key, path in networks.items()}
+        facts = {key: known_fact(read_shards, path) for key, path in shards.items()}
+        facts |= {key: known_fact(network_fact, path) for key, path in networks.items()}
         return cls(directory.read_inputs(), {key: fact for key, fact in facts.items() if fact is not None})
 
     def compared(self) -> dict[str, bool]:
@@ -102,7 +102,8 @@ def shards_fact(location: str, cache: str | None, cache_gib: float) -> str:
     return f"{shards.manifest.samples} samples ({digest.hexdigest()[:12]})"
 
 
-def _fact(read: Callable[[str], str | None], source: str | None) -> str | None:
+def known_fact(read: Callable[[str], str | None], source: str | None) -> str | None:
+    """Read a fact; None if there is no source or it cannot be read, which whoever uses it reports."""
     with suppress(UserError, DamagedCheckpoint, OSError, ValueError, KeyError, TypeError):
         return None if source is None else read(source)
-    return None  # the run itself reports what it cannot open
+    return None
