@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 
 def printable(text: str) -> str:
@@ -13,6 +14,12 @@ def printable(text: str) -> str:
     Names and texts from files must not be able to forge or hide lines of the output.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def public_name(source: str) -> str:
+    """Remove local folders from a source: hub ids stay, and paths keep their last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() or source.startswith(".") else source
 
 
 def nearest(wrong: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:

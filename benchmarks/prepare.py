@@ -104,7 +104,7 @@ def one_by_one(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> 
     folder.mkdir(exist_ok=True)
     device, vae_dtype = torch.device(config.device), DTYPES[config.vae_precision]
     text_dtype = DTYPES[config.precision]
-    tokenizer: Any = AutoTokenizer.from_pretrained(config.codec, subfolder="tokenizer")
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.codec, subfolder="tokenizer", trust_remote_code=False)
     encoder: Any = UMT5EncoderModel.from_pretrained(config.codec, subfolder="text_encoder", dtype=text_dtype)
     vae: Any = AutoencoderKLWan.from_pretrained(config.codec, subfolder="vae", torch_dtype=vae_dtype)
     encoder, vae = encoder.to(device).eval(), vae.to(device).eval()

@@ -42,8 +42,8 @@ def run(config: SampleConfig) -> None:
             cannot be loaded, or the size does not fit the model.
     """
     prompts, out = read_prompts(config), Path(config.out).expanduser()
-    videos = product(enumerate(prompts), config.seeds, config.steps)
-    files = [_file(number, prompt, seed, steps) for (number, prompt), seed, steps in videos]
+    wanted = product(enumerate(prompts), config.seeds, config.steps)
+    files = [_file(number, prompt, seed, steps) for (number, prompt), seed, steps in wanted]
     content = known_fact(network_fact, config.model) or Path(config.model).name
     owner = {"checkpoint": content, "weights": config.weights}
     check_results(out, INDEX, owner, [*files, *GRIDS])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import parse_json, regular
 
 NAMES = ("caption", "text", "prompt")
 
@@ -14,13 +14,13 @@ def parse_caption(data: bytes) -> str:
     """Return the caption in a `.txt` or `.json` file: the JSON's `caption`, `text` or `prompt`, or the whole text."""
     text = data.decode("utf-8", "replace").strip()
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
         return text
     if not isinstance(content, dict):
         return text
     found = next((content[name] for name in NAMES if content.get(name)), "")
-    return str(found).strip()
+    return str(found).encode("utf-8", "ignore").decode().strip()  # without halves of characters, which JSON can hold
 
 
 def read_lines(path: str, key: str) -> list[str]:
@@ -34,6 +34,6 @@ def read_lines(path: str, key: str) -> list[str]:
         UserError: the file cannot be read.
     """
     try:
-        return [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in regular(Path(path).expanduser()).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(key, f"'{path}' cannot be read: {error}") from None

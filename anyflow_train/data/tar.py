@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 BLOCK = 512
 
@@ -34,6 +34,23 @@ def key_and_extension(name: str) -> tuple[str, str]:
     return str(path.parent / stem), extension.lower()
 
 
+@dataclass(frozen=True)
+class _Bounded:
+    """A file of `size` bytes whose reads never ask for more: the sizes in a damaged header may be anything."""
+
+    file: BinaryIO
+    size: int
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int) -> int:
+        return self.file.seek(min(offset, self.size))
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(max(0, min(count, self.size - self.file.tell())))
+
+
 def scan(file: BinaryIO) -> tuple[Samples, str | None]:
     """List the complete files of a tar by its headers.
 
@@ -43,17 +60,23 @@ def scan(file: BinaryIO) -> tuple[Samples, str | None]:
     size = file.seek(0, 2)
     file.seek(0)
     samples: Samples = {}
+    bounded: Any = _Bounded(file, size)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=bounded, mode="r:") as archive:
+            last = -1
             for info in archive:
-                if info.isfile() and info.offset_data + info.size <= size:
+                if archive.offset <= last:
+                    raise ValueError("a header leads back to an earlier one")
+                last = archive.offset
+                if info.isfile() and 0 <= info.size <= size - info.offset_data:
                     key, extension = key_and_extension(info.name)
                     samples.setdefault(key, {})[extension] = Member(info.offset_data, info.size)
             # A tar that was cut between two files reads like a complete one. Only the end mark shows the difference.
             file.seek(archive.offset)
             intact = file.read(BLOCK) == bytes(BLOCK)
             return samples, None if intact else "it has no end mark: the file is truncated"
-    except (tarfile.TarError, OSError, ValueError) as error:
+    # The standard library lets the last three through: huge numbers, cut headers, and long chains of headers.
+    except (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, RecursionError) as error:
         return samples, str(error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from anyflow_train.config.commands import ExportConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export import verify
 from anyflow_train.export.lora import reload_lora, write_lora
-from anyflow_train.export.parts import copy_parts, resolve_folder, write_index
+from anyflow_train.export.parts import copy_part, copy_parts, resolve_folder, write_index
 from anyflow_train.export.weights import Stock, stock_class, stored, to_wan, write_network
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
@@ -70,7 +69,7 @@ def export_pipeline(job: Job) -> float:
     difference = _write_student(job, job.folder / "transformer", probe)
     copy_parts(source, job.folder)
     FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
-    write_index(job.folder, source, "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline")
+    write_index(job.folder, "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline")
     return max(difference, verify.check_pipeline(job.folder, probe, expected, job.config.shift, job.tolerance))
 
 
@@ -115,11 +114,11 @@ def export_wan_pipeline(job: Job) -> float:
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
     copy_parts(source, job.folder)
     if (source / "scheduler").is_dir():
-        shutil.copytree(source / "scheduler", job.folder / "scheduler")
+        copy_part(source, job.folder, "scheduler")
     else:
         FlowMatchEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
     more = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]}
-    write_index(job.folder, source, "WanPipeline", **more)
+    write_index(job.folder, "WanPipeline", **more)
     verify.play_clip(verify.load_pipeline(job.folder), probe)
     return difference
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,23 @@ from typing import Any
 import diffusers
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import write_json
+from anyflow_train.files import inside, parse_json, regular, write_json
 from anyflow_train.models.weight_files import check_weight_files
 
 INDEX = "model_index.json"
 COPIED = ("tokenizer", "text_encoder", "vae")
+COPIED_FILES = {
+    "tokenizer": (
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("spiece.model", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    ),
+    "text_encoder": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    "vae": ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    "scheduler": ("scheduler_config.json",),
+}
+"""Part -> its files in an export: configs, vocabularies and safetensors; no code, and no pickles."""
+CODE, PLACES = "auto_map", ("_name_or_path", "name_or_path")
+"""Keys of a config that name Python code to import, and folders of whoever saved it."""
 VAE_CLASS = "AutoencoderKLWan"
 
 
@@ -39,27 +50,48 @@ def resolve_folder(source: str) -> Path:
 
 
 def copy_parts(source: Path, folder: Path) -> None:
-    """Copy tokenizer, text encoder and VAE. Links, as in the hub's cache, become files."""
+    """Copy tokenizer, text encoder and VAE. Raises UserError, like `copy_part`."""
     for name in COPIED:
-        shutil.copytree(source / name, folder / name)
+        copy_part(source, folder, name)
 
 
-def write_index(folder: Path, source: Path, pipeline: str, **more: Any) -> None:
-    """Write `model_index.json` of a complete folder; classes of `source` and of the folder's own configs.
+def copy_part(source: Path, folder: Path, part: str) -> None:
+    """Copy the known files of one part. Links, as in the hub's cache, become files.
+
+    Raises:
+        UserError: a file is not a regular file of `source`, or its config names Python code to import.
+    """
+    (folder / part).mkdir()
+    for found in sorted({path for pattern in COPIED_FILES[part] for path in (source / part).glob(pattern)}):
+        name = f"{part}/{found.name}"
+        try:
+            path = regular(inside(source, name))
+        except OSError as error:
+            raise UserError("codec", f"'{name}' of '{source}' {error.strerror}") from None
+        content = read_json(path) if found.name.endswith("config.json") else {}
+        if CODE in content:
+            raise UserError("codec", f"'{name}' of '{source}' names Python code ({CODE}), which is never imported")
+        if content.keys().isdisjoint(PLACES):
+            shutil.copyfile(path, folder / name)
+        else:
+            write_json(folder / name, {key: value for key, value in content.items() if key not in PLACES})
+
+
+def write_index(folder: Path, pipeline: str, **more: Any) -> None:
+    """Write `model_index.json` of a complete folder, with the classes that its own configs name.
 
     Args:
         pipeline: name of diffusers' pipeline class.
         more: additional entries that this class requires.
     """
-    known = read_json(source / INDEX) if (source / INDEX).is_file() else {}
     encoder = read_json(folder / "text_encoder" / "config.json")["architectures"][0]
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json")["tokenizer_class"]
     configs = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
     index = {
         "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
-        "text_encoder": known.get("text_encoder", ["transformers", encoder]),
-        "tokenizer": known.get("tokenizer", ["transformers", tokenizer]),
+        "text_encoder": ["transformers", encoder],
+        "tokenizer": ["transformers", tokenizer],
         **{part: ["diffusers", read_json(folder / part / file)["_class_name"]] for part, file in configs.items()},
     }
     write_json(folder / INDEX, index | more)
@@ -69,7 +101,7 @@ def _snapshot(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [f"{name}/*" for name in (*COPIED, "scheduler")]
+    wanted = [f"{part}/{pattern}" for part, patterns in COPIED_FILES.items() for pattern in patterns]
     try:
         return Path(snapshot_download(source, allow_patterns=[INDEX, *wanted]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -80,6 +112,9 @@ def _snapshot(source: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file cannot be read."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = parse_json(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "is not a JSON object")
+    return content

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow_train import text
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
@@ -66,4 +67,4 @@ def public_name(source: str | None) -> str | None:
     path = Path(source).expanduser()
     if path.parent.name == "checkpoints":
         return f"{path.parent.parent.name}, {path.name}"
-    return path.resolve().name if path.exists() or path.is_absolute() else source
+    return text.public_name(source)

@@ -156,7 +156,7 @@ class Codec:
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the pipeline."""
-        return _from_pretrained(AutoTokenizer, self.source, "tokenizer")
+        return _from_pretrained(AutoTokenizer, self.source, "tokenizer", trust_remote_code=False)
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
@@ -189,7 +189,9 @@ def _load_weights(part_class: Any, source: str | Path, part: str, dtype: torch.d
     folder = Path(source) / part
     for path in component_files(folder) if folder.is_dir() else ():
         open_weights(path)
-    component, report = _from_pretrained(part_class, source, part, dtype=dtype, output_loading_info=True)
+    component, report = _from_pretrained(
+        part_class, source, part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
     if missing := sorted(report["missing_keys"]):
         raise UserError(str(folder), f"has no weight '{missing[0]}', which its config requires")
     check_finite(component.named_parameters(), folder)

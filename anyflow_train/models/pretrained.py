@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from typing import Any
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from anyflow_train.config.network import Causal
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
+from anyflow_train.files import FileName, inside, parse_json, regular
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
-from anyflow_train.models.weight_files import open_weights, read_index, read_weight
+from anyflow_train.models.weight_files import open_weights, read_weight
 
 Given = Mapping[str, Any]
 """Arguments of a network's constructor."""
@@ -51,6 +52,10 @@ CAUSAL = Causal().model_dump()
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 PATCH, FAR = "patch_embedding.", "far_patch_embedding."
 _FILE = "diffusion_pytorch_model.safetensors"
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, FileName]
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:
 
     def read(name: str) -> Given:
         with suppress(OSError, ValueError, HfHubHTTPError):
-            return json.loads(Path(hf_hub_download(str(source), name)).read_text())
+            return parse_json(Path(hf_hub_download(str(source), name)).read_text())
         return {}
 
     return read
@@ -206,6 +211,11 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
     folder = folder / (place or "")
     index = folder / f"{_FILE}.index.json"
-    names = set(read_index(index).values()) if index.is_file() else {_FILE}
-    files = [open_weights(folder / name) for name in sorted(names)]
+    try:
+        names = _Index.model_validate_json(index.read_bytes()).weight_map.values() if index.is_file() else [_FILE]
+        files = [open_weights(regular(inside(folder, name))) for name in sorted(set(names))]
+    except ValidationError as error:
+        raise UserError(str(index), f"does not map weights to files: {error.errors()[0]['msg']}") from None
+    except OSError as error:
+        raise UserError(str(source), f"cannot read its weights: {error}") from error
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)

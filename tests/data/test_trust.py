@@ -93,8 +93,7 @@ def test_an_index_is_not_written_through_a_link(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
-    [(1, 10**18), (2, 10**18), (4, 10**18), (5, 10**18), (1, -1), (2, -1), (1, "x"), (0, 1)],
+    ("place", "value"), [(1, 10**18), (2, 10**18), (4, 10**18), (5, 10**18), (1, -1), (2, -1), (1, "x"), (0, 1)]
 )
 def test_offsets_are_compared_with_the_size_of_the_file(folder: Path, place: int, value: object) -> None:
     path = folder / "shard-000000.index.json"

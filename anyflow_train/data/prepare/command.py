@@ -19,10 +19,9 @@ import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
-from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, read_all_skipped
+from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
 from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import validation_prompts
@@ -34,6 +33,7 @@ from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file
 from anyflow_train.models.codec import Codec
+from anyflow_train.text import public_name
 
 SKIPPED = "skipped.jsonl"
 
@@ -163,7 +163,9 @@ def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
         text_dim=text_dim,
         max_text_length=config.max_text_length,
         longest_text=max(index.longest_text or 0 for index in indices),
-        codec=CodecInfo(source=config.codec, text_encoder=component_fingerprint(config.codec, "text_encoder")),
+        codec=CodecInfo(
+            source=public_name(config.codec), text_encoder=public_fingerprint(config.codec, "text_encoder")
+        ),
         negative_prompt=config.negative_prompt,
         validation_prompts=validation_prompts(config.validation_prompts),
         clips=len(plan.source.clips),
@@ -175,7 +177,7 @@ def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Mani
     """Add the facts about videos to the manifest of their texts."""
     frames = (config.frames - 1) // codec.temporal_factor + 1
     height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
-    vae = {"vae": component_fingerprint(config.codec, "vae")}
+    vae = {"vae": public_fingerprint(config.codec, "vae")}
     normalisation = {"latents_mean": codec.latents_mean, "latents_std": codec.latents_std}
     facts = config.model_dump(include={"latent_dtype", "frames", "height", "width", "fps"}) | {
         "kind": "video",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.fingerprint import component_fingerprint
+from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
 from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts, validation_prompts
+from anyflow_train.text import public_name
 
 # These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
 FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
@@ -66,8 +67,14 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     }
     settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
     settings["source"] = _listing_digest(source)
-    settings["codec"] = {part: component_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
+    settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
     return PreparePlan(Path(config.out), source, shards, settings)
+
+
+def public_fingerprint(source: str, part: str) -> str:
+    """Return the fingerprint of a component of a codec, for files that are shared: without local folders."""
+    found = component_fingerprint(source, part)
+    return found if known(found) else NAMED + public_name(source)
 
 
 def _listing_digest(source: Source) -> str:

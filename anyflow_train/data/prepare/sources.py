@@ -17,6 +17,8 @@ from anyflow_train.data.captions import NAMES, parse_caption, read_lines
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.tar import scan
 from anyflow_train.errors import UserError
+from anyflow_train.files import inside, regular
+from anyflow_train.text import printable
 
 VIDEOS = ("mp4", "mov", "mkv", "webm", "avi", "m4v")
 CAPTION_FILES = ("txt", "json")
@@ -33,14 +35,14 @@ class Blob:
     size: int | None = None
 
     def read(self) -> bytes:
-        """Read the bytes. Raises OSError."""
-        with open(self.path, "rb") as file:
+        """Read the bytes. Raises OSError, also if the path is not that of a regular file."""
+        with open(regular(self.path), "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
     def seekable(self) -> Path | BinaryIO:
         """Return an input for a video reader: the path of the file, or the bytes of the part. Raises OSError."""
-        return self.path if self.size is None else io.BytesIO(self.read())
+        return regular(self.path) if self.size is None else io.BytesIO(self.read())
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,36 @@ def _from_folder(root: Path) -> Source:
     if tars:
         return _from_tars(tars)
     present = set(files)
-    clips = []
+    clips, problems = [], []
     for video in videos:
         candidates = [video.with_suffix(f".{extension}") for extension in CAPTION_FILES]
-        caption = next((Blob(path) for path in candidates if path in present), None)
-        clips.append(Clip(_key(str(video.relative_to(root).with_suffix(""))), Blob(video), caption))
-    return Source(tuple(clips))
+        caption = next((path for path in candidates if path in present), None)
+        key = _key(str(video.relative_to(root).with_suffix("")))
+        if caption is not None and caption.is_symlink() and not _is_inside(root, caption):
+            # A text of another place must not get into shards that are shared. Of a video only the pictures are read.
+            problems.append(Skipped(key, "caption is a link out of the folder"))
+            continue
+        clips.append(Clip(key, Blob(video), None if caption is None else Blob(caption)))
+    return Source(tuple(clips), tuple(problems))
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    try:
+        inside(root, str(path.relative_to(root)))
+    except OSError:
+        return False
+    return True
 
 
 def _from_tars(paths: list[Path]) -> Source:
     clips: list[Clip] = []
     problems: list[Skipped] = []
     for path in paths:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             samples, damage = scan(file)
         if damage is not None:
-            problems.append(Skipped(path.name, f"damaged tar, clips after the damage are missing: {damage}"))
+            reason = f"damaged tar, clips after the damage are missing: {printable(damage)}"
+            problems.append(Skipped(printable(path.name), reason))
         for key, members in samples.items():
             video = next((members[extension] for extension in VIDEOS if extension in members), None)
             if video is not None:
@@ -144,13 +160,19 @@ def _from_tars(paths: list[Path]) -> Source:
 
 
 def _from_table(path: Path) -> Iterator[Clip]:
-    for number, row in _rows(path):
+    rows = list(_rows(path))
+    # Names of clips are public, so they show only what distinguishes absolute paths from each other.
+    places = [os.path.dirname(str(row[name])) for _, row in rows for name in VIDEO_COLUMNS if row.get(name)]
+    absolute = [place for place in places if os.path.isabs(place)]
+    common = os.path.commonpath(absolute) if absolute else ""
+    for number, row in rows:
         where = f"{path} line {number}"
         video = next((str(row[name]) for name in VIDEO_COLUMNS if row.get(name)), None)
         if video is None:
             raise UserError("source", f"{where} names no video; add one of the columns {', '.join(VIDEO_COLUMNS)}")
         caption = next((str(row[name]) for name in NAMES if row.get(name)), None)
-        key = str(row.get("key") or Path(video).with_suffix(""))
+        name = os.path.relpath(video, common) if os.path.isabs(video) else video
+        key = str(row.get("key") or Path(name).with_suffix(""))
         yield Clip(_key(key), Blob(path.parent / video), caption)
 
 

@@ -16,6 +16,13 @@ from torch.nn import functional
 TIME_TOLERANCE = 1e-3
 
 
+# A file may be a list of addresses (HLS, concat). Only formats that hold their own pictures are read, from files alone.
+OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc",
+    "protocol_whitelist": "file",
+}
+
+
 class ClipError(Exception):
     """A clip cannot be used. The message is the reason."""
 
@@ -49,7 +56,9 @@ def read_clip(source: Path | BinaryIO, frames: int, height: int, width: int, fps
                 chosen.append(pixels)
             if len(chosen) == frames:
                 return torch.stack(chosen, dim=1) / 127.5 - 1
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+    except (av.error.FFmpegError, OSError) as error:  # without the path, as the reason is stored with the shards
+        raise ClipError(f"unreadable: {error.strerror or type(error).__name__}") from error
+    except (ValueError, IndexError) as error:
         raise ClipError(f"unreadable: {error}") from error
     needed = (frames - 1) / fps
     needs = f"{frames} frames at {fps:g} fps need more than {needed:.2f} s"
@@ -69,7 +78,9 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def _shown_frames(source: Path | BinaryIO) -> Iterator[tuple[av.VideoFrame, float]]:
     """Yield each frame with the time (seconds after the first frame) until which a player shows it."""
-    with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
+    # With `file:` a name like `http:/host/a.mp4` is a file's name, and not an address that FFmpeg opens.
+    name = f"file:{source}" if isinstance(source, Path) else source
+    with av.open(name, "r", options=OPTIONS) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate = float(stream.average_rate or 0) or 25.0

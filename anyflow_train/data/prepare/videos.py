@@ -88,7 +88,7 @@ def _with_pixels(read: ReadVideo, pair: tuple[Clip, Sample | Skipped]) -> Sample
     except ClipError as error:
         return Skipped(clip.key, str(error))
     except OSError as error:
-        return Skipped(clip.key, f"unreadable: {error}")
+        return Skipped(clip.key, f"unreadable: {error.strerror}")
 
 
 def _encoded(

@@ -10,9 +10,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.prepare import command
 from anyflow_train.data.prepare import output_lock as claim
 from anyflow_train.data.prepare.command import run
 from anyflow_train.errors import UserError
+from tests.data.prepare.videos import held
 
 
 def start(configs: list[PrepareConfig], log: Path) -> list[BaseProcess]:
@@ -43,6 +45,7 @@ def _work(rank: int, size: int, port: int, log: Path, config: PrepareConfig) -> 
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "localhost"}
+    command.read_clip = held
     claim.VISIBLE_SECONDS = 2.0  # this is no network file system
     try:
         run(config)

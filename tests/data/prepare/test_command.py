@@ -14,13 +14,14 @@ from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.held_out import load_samples
 from anyflow_train.data.manifest import check_compatible
+from anyflow_train.data.prepare import command
 from anyflow_train.data.prepare.command import run
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.models.codec import Codec
 from anyflow_train.tiny.clips import write_clips
-from tests.data.prepare.videos import real_clip, write_video
+from tests.data.prepare.videos import held, hold, real_clip, write_video
 
 SETTINGS = {
     "frames": 5,
@@ -197,6 +198,7 @@ def release(pipe: Path) -> None:
 def run_interruptibly(config: PrepareConfig) -> None:
     """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    command.read_clip = held
     run(config)
 
 
@@ -206,10 +208,8 @@ def test_a_killed_job_continues_to_the_same_bytes(
 ) -> None:
     source, out = tmp_path / "clips", tmp_path / "out"
     shutil.copytree(clips, source)
-    # The last clip of the second shard is a pipe that no process writes to, so the job waits there forever.
-    whole = (source / "00005.mp4").read_bytes()
-    (source / "00005.mp4").unlink()
-    os.mkfifo(source / "00005.mp4")
+    # The last clip of the second shard cannot be read, so the job waits there forever.
+    fifo = hold(source / "00005.mp4")
     config = make_config(codec, source, out, threads=1)
     # A fork, as imports alone can take half a minute on a busy machine; one thread, as OpenMP does not survive it.
     job = multiprocessing.get_context("fork").Process(target=run_interruptibly, args=(config,))
@@ -219,15 +219,14 @@ def test_a_killed_job_continues_to_the_same_bytes(
         time.sleep(0.01)
     os.kill(job.pid or 0, number)
     while job.is_alive():  # after SIGINT the job still waits for clips that are being read: end them
-        release(source / "00005.mp4")
+        release(fifo)
     assert job.exitcode == (-number if number == signal.SIGKILL else 1)
     first = (out / "shard-000000.tar").read_bytes(), (out / "shard-000000.tar").stat().st_mtime_ns
     assert not (out / "shard-000002.tar").exists()
     assert not (out / "manifest.json").exists()
     with pytest.raises(UserError, match=r"manifest.json"):
         ShardSet.open(str(out))
-    (source / "00005.mp4").unlink(missing_ok=True)
-    (source / "00005.mp4").write_bytes(whole)
+    fifo.unlink()
     run(config)
     assert first == ((out / "shard-000000.tar").read_bytes(), (out / "shard-000000.tar").stat().st_mtime_ns)
     run(make_config(codec, clips, tmp_path / "undisturbed"))

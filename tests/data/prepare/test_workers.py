@@ -19,7 +19,7 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.tiny.clips import write_clips
 from tests.data.prepare.crews import finish, start
-from tests.data.prepare.videos import write_video
+from tests.data.prepare.videos import hold, write_video
 
 pytestmark = pytest.mark.distributed
 
@@ -90,9 +90,8 @@ def test_a_killed_job_is_continued_by_another_number_of_processes(
 ) -> None:
     source, out = tmp_path / "clips", tmp_path / "out"
     shutil.copytree(clips, source)
-    # The fourth shard has a pipe that no process writes to: process 1 waits there forever, and process 0 for process 1.
-    (source / "00006.mp4").unlink()
-    os.mkfifo(source / "00006.mp4")
+    # A clip of the fourth shard cannot be read: process 1 waits there forever, and process 0 for process 1.
+    fifo = hold(source / "00006.mp4")
     crew = start([make_config(source, out)] * 2, tmp_path / "log")
     for number in (0, 1, 2, 4):
         wait_for(out / f"shard-00000{number}.index.json", crew)
@@ -103,8 +102,7 @@ def test_a_killed_job_is_continued_by_another_number_of_processes(
     crew[1].kill()
     assert finish(crew[1:]) == [-signal.SIGKILL]
     assert not (out / "manifest.json").exists()
-    (source / "00006.mp4").unlink()
-    shutil.copy(clips / "00006.mp4", source)
+    fifo.unlink()
     before = (out / "shard-000000.tar").stat().st_mtime_ns
     assert finish(start([make_config(source, out)] * 3, tmp_path / "log")) == [0, 0, 0]
     assert contents(out) == alone

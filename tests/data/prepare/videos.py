@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import torch
+
+from anyflow_train.data.prepare.video import ClipError, read_clip
 
 
 def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
@@ -23,6 +28,22 @@ def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[i
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def hold(clip: Path) -> Path:
+    """Make reads of a clip through `held` wait until the returned FIFO is written to. Removing the FIFO ends this."""
+    fifo = clip.with_name(f".{clip.name}.hold")
+    os.mkfifo(fifo)
+    return fifo
+
+
+def held(source: Path, **options: Any) -> torch.Tensor:
+    """Read a clip like `read_clip`, after waiting at its FIFO, if it has one."""
+    fifo = source.with_name(f".{source.name}.hold")
+    if fifo.exists():
+        fifo.read_bytes()
+        raise ClipError("held")
+    return read_clip(source, **options)
 
 
 def real_clip(name: str) -> Path:
