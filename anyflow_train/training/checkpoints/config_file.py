@@ -40,6 +40,8 @@ def under_new_names(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     content = copy.deepcopy(dict(saved))
     written = content.pop("format", 1)
+    if not isinstance(written, int):
+        raise UserError(where, f"has a config of format {written!r}, which is not a number")
     if written > FORMAT:
         raise UserError(where, f"has a config of format {written}; this version of anyflow_train reads up to {FORMAT}")
     for number in sorted(RENAMES):

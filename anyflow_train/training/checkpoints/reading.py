@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import file_sha256, to_json
+from anyflow_train.files import FileName, file_sha256, inside, parse_json, read_inside, regular, to_json
+from anyflow_train.text import printable
 from anyflow_train.training.checkpoints import network_file
-from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.config_file import first_key, under_new_names
 from anyflow_train.training.checkpoints.network_file import NetworkFile
-from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.processes.world import ALONE, World
 
@@ -35,8 +37,22 @@ FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
 
 
+_STATE = TypeAdapter(TrainState)
+
+
+class _StateFile(BaseModel):
+    """Types of `state.json`. Its names are those of files in the same folder."""
+
+    state: dict[str, Any]
+    adam_steps: dict[str, int]
+    files: dict[FileName, str]
+
+
 class DamagedCheckpoint(Exception):
-    """A checkpoint has a missing, truncated or changed file."""
+    """A checkpoint has a missing, truncated or changed file. Control characters in the message are escaped."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(printable(problem))
 
 
 @dataclass(frozen=True)
@@ -93,14 +109,13 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         UserError: it was written in a format that this version does not support.
     """
     content = read_state(checkpoint)
-    _verify(checkpoint, {"config.json": content["files"]["config.json"]})
+    _verify(checkpoint, {"config.json": content["files"].get("config.json", "")})
     try:
-        state = dict(content["state"])
-        best = None if state["best"] is None else Best(**state["best"])
-        state = TrainState(**{**state, "best": best})
-    except (KeyError, TypeError) as error:
-        raise UserError(str(checkpoint), f"was written by another version of anyflow_train ({error})") from None
-    config = json.loads((checkpoint / "config.json").read_text())
+        state = _STATE.validate_python(content["state"])
+    except ValidationError as error:
+        problem = f"was written by another version of anyflow_train ({first_key(error)})"
+        raise UserError(str(checkpoint), problem) from None
+    config = _read_object(checkpoint, "config.json")
     return CheckpointInfo(checkpoint, config, state, content["adam_steps"], content["files"])
 
 
@@ -114,8 +129,8 @@ def read_network(checkpoint: Path) -> NetworkFile:
     files = read_state(checkpoint)["files"]
     own = network_file.NAME in files
     path = checkpoint / (network_file.NAME if own else "config.json")
-    _verify(checkpoint, {path.name: files[path.name]})
-    content = json.loads(path.read_text())
+    _verify(checkpoint, {path.name: files.get(path.name, "")})
+    content = _read_object(checkpoint, path.name)
     if own:
         return NetworkFile.of_file(content, str(path))
     return NetworkFile.of_saved(under_new_names(content, str(path)), str(path))
@@ -128,7 +143,10 @@ def read_step(checkpoint: Path) -> int:
         DamagedCheckpoint: `state.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    return read_state(checkpoint)["state"]["step"]
+    step = read_state(checkpoint)["state"].get("step")
+    if not isinstance(step, int):
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} has no number of steps")
+    return step
 
 
 def read_checksum(checkpoint: Path) -> str:
@@ -234,14 +252,29 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         UserError: it was written in a format that this version does not support.
     """
     try:
-        content = json.loads((checkpoint / "state.json").read_text())
+        content = parse_json(read_inside(checkpoint, "state.json"))
         checksum = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise DamagedCheckpoint(f"{checkpoint / 'state.json'} cannot be read ({error})") from error
     if checksum != content_checksum(content):
         raise DamagedCheckpoint(f"{checkpoint / 'state.json'} does not match its checksum")
-    if content["format"] != FORMAT:
-        raise UserError(str(checkpoint), f"has format {content['format']}; this version reads format {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise UserError(str(checkpoint), f"has format {content.get('format')}; this version reads format {FORMAT}")
+    try:
+        _StateFile.model_validate(content)
+    except ValidationError as error:
+        problem = f"{first_key(error)}: {error.errors()[0]['msg']}"
+        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} has other content ({problem})") from None
+    return content
+
+
+def _read_object(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        content = parse_json(read_inside(checkpoint, name))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{checkpoint / name} is not a JSON object")
     return content
 
 
@@ -254,7 +287,10 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
     paths = _group_files(checkpoint, group)
     if not paths:
         raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
-    files = [safe_open(path, framework="pt") for path in paths]
+    try:
+        files = [safe_open(regular(inside(checkpoint, path.name)), framework="pt") for path in paths]
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{checkpoint} has a file of '{group}' that cannot be read ({error})") from error
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
