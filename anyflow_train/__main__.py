@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError
+from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
@@ -116,6 +116,7 @@ def _extensions() -> dict[str, Command]:
 def _run(name: str, command: Command, overrides: list[str], config_dir: Path | None) -> int:
     if not command.decoded:
         return _load(command.target)(overrides, config_dir)
+    from anyflow_train.commands.preflight import check_files
     from anyflow_train.config.compose import compose
     from anyflow_train.config.derived import world_size
     from anyflow_train.config.rules.run import run_warnings
@@ -124,6 +125,7 @@ def _run(name: str, command: Command, overrides: list[str], config_dir: Path | N
     config = compose(name, overrides, config_dir)
     if name == "train":
         launched.send_output_to(Path(config.out).expanduser() / config.name / "logs")
+        raise_all(check_files(config).errors)
         for finding in run_warnings(config, world_size()):
             warnings.warn(str(finding.error()), ConfigWarning, stacklevel=1)
     result = _load(command.target)(config)

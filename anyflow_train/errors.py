@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 
 from anyflow_train.text import printable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -25,6 +28,14 @@ class UserError(ValueError):
         self.problem = printable(problem)
         self.errors: tuple[UserError, ...] = (self,)
         super().__init__(f"{self.where}: {self.problem}")
+
+    @classmethod
+    def of_file(cls, error: OSError, folder: object) -> UserError:
+        """Explain a file that cannot be read or written. `folder` is named if the error does not name a file."""
+        where, reason = str(error.filename or folder), error.strerror or str(error)
+        if error.errno in NO_ROOM:
+            return cls(where, f"the disk is full ({reason}); checkpoints are intact, free some space and start again")
+        return cls(where, f"cannot be read or written ({reason}); mend that and start again to resume")
 
 
 class UserErrors(UserError):

@@ -4,7 +4,7 @@
 #   NPROC: number of processes on this node (default: its GPUs, or 1 if it has none).
 #   Several nodes: start the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT.
 # Exit codes: 0; 2 (user mistake, reported before the launch if possible); 75 (stopped by SIGUSR1: start it again).
-# SIGTERM and Ctrl-C save and stop with 0. Uses the active environment if it has anyflow_train, or creates .venv.
+# SIGTERM, SIGHUP and Ctrl-C save and stop with 0. Uses the active environment if it has anyflow_train, or creates .venv.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/environment.sh
@@ -78,7 +78,7 @@ pass_on() {
     kill -s TERM "$launcher" 2>/dev/null
   fi
 }
-for signal in TERM INT USR1; do
+for signal in TERM INT HUP USR1; do
   # shellcheck disable=SC2064 # expand $signal now, not when the trap runs
   trap "pass_on $signal" "$signal"
 done

@@ -30,7 +30,7 @@ from tests.training.helpers import assert_equal_runs, final_tensors, settings, w
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORTCUT = "shortcut:Shortcut"
 KINDS = (*OURS, SHORTCUT)
-KNOWS_THE_KEYS_OF_TINY = ("flow_map", "lagrangian")
+KNOWS_THE_KEYS_OF_TINY = ("flow_map", "lagrangian", "mixed")
 TIMES = {"flow_matching": {"diffusion_share": 1.0, "consistency_share": 0.0}}
 
 
@@ -116,7 +116,7 @@ def test_a_saved_config_imports_nothing_and_cannot_be_trained(tmp_path: Path) ->
     finally:
         sys.path.remove(str(tmp_path))
     assert isinstance(config.objective, SavedObjective)
-    assert config.model_dump()["objective"] == {"kind": "loud:Objective", "own": [1, 2]}
+    assert config.model_dump()["objective"] == {"kind": "loud:Objective", "own": [1, 2], "schedule": ()}
     with pytest.raises(UserError, match="from a saved config, which imports no code"):
         objective_class(config.objective)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyflow_train.config.commands import ClipsConfig
+from anyflow_train.evaluation.output_folder import check_writable
 from anyflow_train.tiny.clips import write_clips
 
 
@@ -12,7 +13,8 @@ def run(config: ClipsConfig) -> None:
     """Write the clips that are missing in `config.out`.
 
     Raises:
-        UserError: the folder has clips of a different count or seed.
+        UserError: the folder cannot be written, or has clips of a different count or seed.
     """
+    check_writable(Path(config.out))
     paths = write_clips(Path(config.out), config.count, config.seed)
     print(f"{len(paths)} clips with captions in {config.out}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
+from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
@@ -26,17 +28,25 @@ from anyflow_train.files import write_json
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
+from anyflow_train.training.checkpoints.inputs import known_fact, network_fact
 
 GRID_ROWS = 8
+INDEX, GRIDS = "index.json", ("grid.mp4", "grid.gif")
 
 
 def run(config: SampleConfig) -> None:
     """Write one mp4 for every (prompt, seed, number of calls), `grid.mp4`, `grid.gif` and `index.json`.
 
     Raises:
-        UserError: there is no prompt, the model or its codec cannot be loaded, or the size does not fit the model.
+        UserError: `out` cannot be written or holds clips of another model, there is no prompt, the model or its codec
+            cannot be loaded, or the size does not fit the model.
     """
-    prompts = read_prompts(config)
+    prompts, out = read_prompts(config), Path(config.out).expanduser()
+    videos = product(enumerate(prompts), config.seeds, config.steps)
+    files = [_file(number, prompt, seed, steps) for (number, prompt), seed, steps in videos]
+    content = known_fact(network_fact, config.model) or Path(config.model).name
+    owner = {"checkpoint": content, "weights": config.weights}
+    check_results(out, INDEX, owner, [*files, *GRIDS])
     model = load_model(config.model, config.weights)
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
     source = model.codec_source
@@ -51,23 +61,27 @@ def run(config: SampleConfig) -> None:
     sampler = partial(replace(model.sampler, chunks=shape.chunks), conditioning=given)
     maker = ClipMaker(flow_map, sampler, codec, config.text_length, config.shift)
 
-    out = Path(config.out).expanduser()
+    begin_results(out, INDEX, owner)
     videos: list[dict[str, Any]] = []
     rows: dict[str, list[Frames]] = {}
     for number, prompt in enumerate(prompts):
         for seed in config.seeds:
             row = _one_row(maker, texts[number], shape.noise(seed), config.steps)
             for steps, frames in zip(config.steps, row, strict=True):
-                file = f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4"
+                file = _file(number, prompt, seed, steps)
                 write_mp4(out / file, frames, config.fps)
                 videos.append({"file": file, "prompt": prompt, "steps": steps, "seed": seed})
             if len(rows) < GRID_ROWS:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
     columns = [calls(steps) for steps in config.steps]
-    write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), out / "grid.mp4", out / "grid.gif")
-    made = {"model": model.name, "step": model.step, **asdict(size), "videos": videos}
-    write_json(out / "index.json", config.model_dump(mode="json", exclude={"out"}) | made)
+    write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), *(out / name for name in GRIDS))
+    made = owner | {"model": model.name, "step": model.step, **asdict(size), "videos": videos}
+    write_json(out / INDEX, config.model_dump(mode="json", exclude={"out"}) | made)
     print(f"wrote {len(videos)} videos, grid.mp4, grid.gif and index.json to {out}")
+
+
+def _file(number: int, prompt: str, seed: int, steps: int) -> str:
+    return f"{slug(number, prompt)}_seed{seed}_calls{steps}.mp4"
 
 
 def read_prompts(config: SampleConfig) -> list[str]:

@@ -183,6 +183,7 @@ def _check_directories(combinations: Sequence[Combination]) -> None:
         UserErrors: a key changed that a resumed run cannot change.
     """
     # Imported here, because it imports torch, and errors of the configs should not wait for that.
+    from anyflow_train.training.checkpoints.inputs import Inputs
     from anyflow_train.training.checkpoints.resume import check_unchanged
     from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
@@ -191,7 +192,9 @@ def _check_directories(combinations: Sequence[Combination]) -> None:
         folder = combination.folder
         if (folder / "config.json").exists():
             try:
-                check_unchanged(RunDirectory(folder).read_config(), combination.config, str(folder))
+                directory = RunDirectory(folder)
+                inputs = Inputs.of(combination.config, directory)
+                check_unchanged(directory.read_config() or {}, combination.config, str(folder), inputs)
             except UserError as error:
                 errors += [UserError(one.where, f"{one.problem} ({folder})") for one in error.errors]
     raise_all(errors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.memory_check import GpuMemory
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(config: RunConfig) -> Path:
@@ -48,10 +45,7 @@ def run(config: RunConfig) -> int:
         advice = "use a smaller value, or student.gradient_checkpointing=block"
         raise UserError("engine.micro_batch", f"{problem}; {advice} ({error})") from error
     except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        problem = f"the disk is full ({error.strerror}: {error.filename or config.name})"
-        raise UserError(config.out, f"{problem}; checkpoints are intact, free some space and start again") from error
+        raise UserError.of_file(error, RunDirectory.of(config).path) from error
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no type of its own for that
             raise
@@ -60,7 +54,7 @@ def run(config: RunConfig) -> int:
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
 
 
-def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, float]:
+def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, tuple[float, ...]]:
     """Dry-run a config. Imported here, because only a start on GPUs needs it."""
     from anyflow_train.plan.shortage import foresee
 

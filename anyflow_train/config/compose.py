@@ -28,8 +28,8 @@ from anyflow_train.config.derived import world_size
 from anyflow_train.config.extensions import Extension, find_extension
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.foreign_keys import drop_foreign_keys
-from anyflow_train.config.groups import find_groups, groups_of
-from anyflow_train.config.overrides import check, nearest_of, parse, to_hydra
+from anyflow_train.config.groups import config_files, find_groups, groups_of
+from anyflow_train.config.overrides import Setting, check, nearest_of, parse, to_hydra
 from anyflow_train.config.own import as_run, run_model
 from anyflow_train.config.paths import asset, resource
 from anyflow_train.config.rules import commands as command_rules
@@ -89,6 +89,10 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
             model = run_model(objective.get("kind") if isinstance(objective, dict) else None)
         except UserError as error:
             model, kind_errors = run_model(None), [error]
+    typed = [item for item in settings if item.key not in groups and item.value == ""]
+    empty = [item.key for item in typed if not _may_be_empty(model, item)]
+    problem = "is empty, as if from a shell variable that is not set; give a value, or null for none"
+    syntax_errors += [UserError(key, problem) for key in empty]
     dropped = list(drop_foreign_keys(model, values, [setting.key for setting in accepted]))
     if choice_errors:
         # A refused group changes the whole config, so only keys that the user typed can be checked.
@@ -104,7 +108,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
 
         rules = extension.rules if extension else _rules(command, world)
         config, field_errors = decode(model, values, rules, known, unchanged)
-    better = {error.where for error in kind_errors}
+    better = {error.where for error in kind_errors} | set(empty)
     field_errors = [*kind_errors, *(error for error in field_errors if error.where not in better)]
     raise_all([*syntax_errors, *choice_errors, *field_errors])
     for finding in dropped:
@@ -117,6 +121,7 @@ def config_folders(config_dir: Path | None, extension: Extension | None = None) 
 
     Raises:
         UserError: the user's folder does not exist.
+        UserErrors: files of the user's folder have the name of a shipped one with another content.
     """
     # Hydra searches only the first folder for the primary config.
     folders = [*([extension.configs] if extension else []), resource("configs")]
@@ -124,7 +129,22 @@ def config_folders(config_dir: Path | None, extension: Extension | None = None) 
         return folders
     if not config_dir.is_dir():
         raise UserError("--config-dir", f"{str(config_dir)!r} is not a folder")
+    problem = "has the name of a shipped config, which would be used instead; give it another name"
+    raise_all([UserError(str(path), problem) for path in _shadowed(config_dir, folders)])
     return [*folders, config_dir.resolve()]
+
+
+def _may_be_empty(model: type[Model], setting: Setting) -> bool:
+    """Whether a key holds a text, such as a prompt, that is empty by default."""
+    return setting.key in model.model_fields and model.model_fields[setting.key].default == ""
+
+
+def _shadowed(config_dir: Path, folders: Sequence[Path]) -> Iterator[Path]:
+    """Iterate over the user's files that Hydra would not read, except equal copies of shipped files."""
+    for path in config_files(config_dir):
+        for shipped in (folder / path.relative_to(config_dir) for folder in folders):
+            if shipped.is_file() and shipped.read_bytes() != path.read_bytes():
+                yield path
 
 
 def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]]:

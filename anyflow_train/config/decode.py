@@ -41,7 +41,7 @@ def decode(
     errors = [UserError(key, message) for key, message in known.items()]
     wrong = set(known)
     decoded, details = _validate(model, values)
-    wrong_fields = list(_field_errors(model, values, details))
+    wrong_fields = list(field_errors(model, values, details))
     errors += [UserError(dotted, message) for field, dotted, message in wrong_fields if field not in wrong]
     wrong |= {field for field, _, _ in wrong_fields}
     if decoded is None:
@@ -80,7 +80,7 @@ def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list
         return None, error.errors(include_url=False, include_context=True)
 
 
-def _field_errors(
+def field_errors(
     model: type[Model], values: Mapping[str, Any], details: Iterable[ErrorDetails]
 ) -> Iterator[tuple[str, str, str]]:
     """Iterate over the errors: wrong field, dotted key to report (may be a place inside the field), and message."""
@@ -134,7 +134,8 @@ def _kind_beside(dotted: str, values: Mapping[str, Any]) -> str:
     """Return ` with parent.kind=x` if the mapping of a key has a kind, because another kind may know the key."""
     parent = dotted.rpartition(".")[0]
     node = _at(values, parent)
-    return f" with {parent}.kind={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
+    key = f"{parent}.kind".lstrip(".")
+    return f" with {key}={node['kind']}" if isinstance(node, Mapping) and "kind" in node else ""
 
 
 def _wrong_kind(detail: ErrorDetails) -> str:

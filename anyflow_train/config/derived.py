@@ -8,6 +8,7 @@ import os
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.run import Data, RunConfig
+from anyflow_train.config.schedule import stages
 from anyflow_train.errors import UserError
 
 # Wan2.1's VAE: 8x in height and width, 4x in time after the first frame, 16 channels.
@@ -29,8 +30,10 @@ def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) ->
 
 
 def needs_teacher(config: RunConfig) -> bool:
-    """Whether a run calls the teacher: for its velocity, or in stage 2."""
-    return config.objective.follows_teacher or config.on_policy.matching is not None
+    """Whether a run calls the teacher: for its velocity, in stage 2, or as the reference of validation."""
+    evaluated = bool(config.evaluation.every) and config.evaluation.reference == "teacher"
+    followed = any(stage.config.objective.follows_teacher for stage in stages(config))
+    return evaluated or followed or config.on_policy.matching is not None
 
 
 def adapter_on_shared_base(config: RunConfig) -> Lora | None:
@@ -90,4 +93,8 @@ def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
         turns = math.ceil(config.steps / matching.fake_score.updates)
         text = f"student in {turns:,} steps ({turns * engine.global_batch:,} samples)"
         rows.append(("updates", f"{text}, fake score in all {config.steps:,}"))
-    return [*rows, ("samples seen", f"{config.steps * engine.global_batch:,}")]
+    rows.append(("samples seen", f"{config.steps * engine.global_batch:,}"))
+    if config.objective.schedule:
+        parts = [f"steps {stage.steps[0]:,} to {stage.steps[-1]:,}" for stage in stages(config)]
+        rows.append(("stages", ", ".join(parts)))
+    return rows

@@ -22,6 +22,10 @@ class Finding:
         """Convert to the exception that the command line prints."""
         return UserError(self.keys[0], self.text)
 
+    def in_stage(self, number: int) -> Finding:
+        """Name the stage of `objective.schedule` that a finding is about."""
+        return Finding((f"objective.schedule.{number}", *self.keys), f"{self.keys[0]}: {self.text}")
+
     def involves(self, keys: set[str]) -> bool:
         """Whether a key of the finding is one of `keys` or inside one of them."""
         return any(mine == key or mine.startswith(f"{key}.") for mine in self.keys for key in keys)

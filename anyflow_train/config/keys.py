@@ -16,7 +16,9 @@ _ENTRY = re.compile(r"^(?P<names>\w+(?:, \w+)*): (?P<text>.+)$")
 
 
 def variants(annotation: Any) -> list[type[Model]]:
-    """List the models that a field may hold: none for a plain value, several for a union tagged by `kind`."""
+    """List the models that a field may hold: none for a value or a list, several for a union tagged by `kind`."""
+    if typing.get_origin(annotation) is tuple:
+        return []
     if inspect.isclass(annotation) and issubclass(annotation, Model):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in variants(part)]
@@ -97,6 +99,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(map(type_name, arguments))
     if origin is tuple:
         return f"list of {type_name(arguments[0])}"
+    if variants(annotation):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 

@@ -18,13 +18,14 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
+    PositiveInt,
     SerializeAsAny,
     Tag,
 )
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.positions import BranchCounts, branch_counts
+from anyflow_train.config.positions import BranchCounts, branch_counts, split_range
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rebalance = Literal["weighted", "unweighted", "sqrt", "none"]
@@ -65,17 +66,31 @@ class Derivative:
         precision: precision of matrix products; None uses the run's.
         precision_key: dotted key that sets the precision; None if there is no such key.
         ends: treatment of a central difference at the ends of [0, 1].
+        exact: whether the network is differentiated in forward mode, in place of differences of its calls.
     """
 
     network: Literal["student", "ema"] = "student"
     precision: Literal["bf16", "fp16", "fp32"] | None = None
     precision_key: str | None = None
     ends: Literal["clamped", "free"] = "clamped"
+    exact: bool = False
+
+
+class StageChanges(Model):
+    """One stage of `objective.schedule`.
+
+    steps: number of steps of the stage.
+    changes: keys of the objective and of the times, written in full, with their values in this stage.
+    """
+
+    steps: PositiveInt
+    changes: dict[str, Any]
 
 
 class ObjectiveConfig(Model):
     """Base class for the keys and facts of an objective, also of a user's own.
 
+    schedule: stages before the run's own keys apply, each with other values of some keys; empty has one stage.
     any_step: True if the student learns u(x, t, r) at r < t; False if it learns only the velocity at r = t.
     branches: True if times.diffusion_share and times.consistency_share split the samples of a step.
     distributions: values of times.distribution that the objective supports.
@@ -86,6 +101,7 @@ class ObjectiveConfig(Model):
     distributions: ClassVar[tuple[str, ...]] = ("uniform",)
 
     kind: str
+    schedule: tuple[StageChanges, ...] = ()
 
     @property
     def follows_teacher(self) -> bool:
@@ -108,9 +124,19 @@ class ObjectiveConfig(Model):
         return None
 
     @property
+    def planned(self) -> ObjectiveConfig:
+        """Config with about the same costs that a dry run can count."""
+        return self
+
+    @property
     def holds_guidance(self) -> bool:
         """Whether the trained student predicts guided velocities, so that samplers add no guidance."""
         return False
+
+    @property
+    def held_scale(self) -> float:
+        """CFG scale w of the velocities that the trained student predicts: by default the key `guidance_scale`."""
+        return getattr(self, "guidance_scale", 1.0) if self.holds_guidance else 1.0
 
     @property
     def summary(self) -> str:
@@ -241,7 +267,7 @@ class AverageVelocity(ObjectiveConfig):
         if self.weight == "beta08":
             yield Finding(
                 ("objective.weight", "objective.source"),
-                "'beta08' is 0 at t = 1, so samples that objective.source=student starts at noise would train "
+                "'beta08' is 0 at t = 1, so samples that objective.source=student starts from noise would train "
                 "nothing; set it to uniform",
             )
 
@@ -249,7 +275,8 @@ class AverageVelocity(ObjectiveConfig):
 class Differentiated(AverageVelocity):
     """Keys of the objectives whose target has a time derivative.
 
-    derivative: difference (of network calls) or jvp (exact, by forward-mode differentiation; a slow reference).
+    derivative: difference (of network calls) or jvp (exact, by forward-mode differentiation with the plain attention
+        kernel: a slow reference, for one process or DDP, as MeanFlow trains).
     derivative_precision: precision of the network calls for the time derivative.
     epsilon: step of the difference in time; time runs from 0 to 1.
     """
@@ -260,7 +287,12 @@ class Differentiated(AverageVelocity):
 
     @property
     def derivative_role(self) -> Derivative:
-        return Derivative(self.derivative_network, self.derivative_precision, "objective.derivative_precision")
+        key = "objective.derivative_precision"
+        return Derivative(self.derivative_network, self.derivative_precision, key, exact=self.derivative == "jvp")
+
+    @property
+    def planned(self) -> ObjectiveConfig:
+        return self.model_copy(update={"derivative": "difference"})
 
 
 class FlowMap(Differentiated):
@@ -296,6 +328,76 @@ class Semigroup(AverageVelocity):
 
     kind: Literal["semigroup"] = "semigroup"
     guidance: Literal["none", "target"] = "none"
+
+
+class MixShares(Model):
+    """Shares of the samples with r < t that learn by each objective; they add up to 1.
+
+    flow_map, lagrangian, semigroup: share of the objective, of the samples with r = 0 and of the free ones alike.
+    """
+
+    flow_map: Share = 0.0
+    lagrangian: Share = 0.5
+    semigroup: Share = 0.5
+
+
+class MixWeights(Model):
+    """Factors of the losses of each objective, after rebalancing.
+
+    flow_map, lagrangian, semigroup: factor of the objective's losses.
+    """
+
+    flow_map: PositiveFloat = 1.0
+    lagrangian: PositiveFloat = 1.0
+    semigroup: PositiveFloat = 1.0
+
+
+class Mixed(Differentiated):
+    """Let several objectives share the samples with r < t."""
+
+    kind: Literal["mixed"] = "mixed"
+    guidance: Literal["none", "target"] = "none"
+    shares: MixShares = MixShares()
+    weights: MixWeights = MixWeights()
+
+    def positions(self, counts: BranchCounts) -> dict[str, tuple[range, ...]]:
+        """List the positions of each objective in the global batch, as ranges.
+
+        Raises ValueError if an objective has a share, but no sample of a branch that is not empty.
+        """
+        shares = {name: share for name, share in self.shares if share}
+        middle = counts.diffusion + counts.consistency
+        at_zero = split_range(range(counts.diffusion, middle), list(shares.values()))
+        # In reverse order, so that the last objective has one range.
+        free = split_range(range(middle, counts.global_batch), list(shares.values())[::-1])[::-1]
+        for parts, size, branch in ((at_zero, counts.consistency, "consistency"), (free, counts.free, "free")):
+            lost = [name for name, part in zip(shares, parts, strict=True) if size and not part]
+            if lost:
+                raise ValueError(
+                    f"a global batch of {counts.global_batch} has {size} {branch} samples, too few for the share of "
+                    f"{' and '.join(lost)} in objective.shares"
+                )
+        return {name: (zero, rest) for name, zero, rest in zip(shares, at_zero, free, strict=True)}
+
+    def branch_counts(self, times: Times, global_batch: int) -> BranchCounts:
+        counts = branch_counts(global_batch, times.diffusion_share, times.consistency_share)
+        self.positions(counts)
+        return counts
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        total = sum(share for _, share in self.shares)
+        if abs(total - 1) > 1e-6:
+            keys = tuple(f"objective.shares.{name}" for name, _ in self.shares)
+            yield Finding(
+                keys, f"{self.shares.flow_map:g} and the other shares add up to {total:g}; they must add up to 1"
+            )
+        if self.rebalance == "weighted" and any(weight != 1 for _, weight in self.weights):
+            yield Finding(
+                ("objective.rebalance", "objective.weights"),
+                "'weighted' scales every loss of r < t to the same value, so objective.weights have no effect; set it "
+                "to unweighted, sqrt or none",
+            )
 
 
 class SavedObjective(ObjectiveConfig):
@@ -344,15 +446,17 @@ OURS = {
     "flow_map": "anyflow_train.objectives.flow_map:FlowMapObjective",
     "lagrangian": "anyflow_train.objectives.lagrangian:LagrangianObjective",
     "semigroup": "anyflow_train.objectives.semigroup:SemigroupObjective",
+    "mixed": "anyflow_train.objectives.mixed:MixedObjective",
 }
 # Objectives on a command line. `config.own` adds the config class of a user's own objective.
-OurObjective = Annotated[FlowMatching | FlowMap | Lagrangian | Semigroup, Field(discriminator="kind")]
+OurObjective = Annotated[FlowMatching | FlowMap | Lagrangian | Semigroup | Mixed, Field(discriminator="kind")]
 # Objectives in a run's config, also in a saved one.
 Objective = Annotated[
     Annotated[FlowMatching, Tag("flow_matching")]
     | Annotated[FlowMap, Tag("flow_map")]
     | Annotated[Lagrangian, Tag("lagrangian")]
     | Annotated[Semigroup, Tag("semigroup")]
+    | Annotated[Mixed, Tag("mixed")]
     | Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_saved), Tag("own")],
     Discriminator(_tag),
 ]

@@ -105,6 +105,9 @@ def _check_choice(command: str, item: Setting, choices: dict[str, Choice]) -> It
             f"{item.value!r} is for `anyflow {choices[item.value].command}`, "
             f"not for `anyflow {command}`{nearest_of(item.value, fitting)}",
         )
+    elif not choices[item.value].is_global and any(choice.is_global for choice in choices.values()):
+        problem = "lacks the line `# @package _global_`, without which its keys would be keys of"
+        yield UserError(item.key, f"{choices[item.value].path} {problem} {item.key!r}; add the line at its top")
 
 
 def nearest_of(wrong: str, valid: Sequence[str] | dict[str, Choice]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import accumulate, pairwise
 
 MOST_ACCUMULATION = 64
 
@@ -104,6 +106,12 @@ def rows_of(part: range, positions: tuple[int, ...], world: int) -> range:
         raise ValueError(f"positions {positions} are not one process's share of a micro-step of {world} processes")
     first, end = max(part.start - start, 0), min(part.stop - start, width)
     return range(first // world, -(-end // world)) if first < end else range(0)
+
+
+def split_range(positions: range, shares: Sequence[float]) -> list[range]:
+    """Split a range into neighbouring ranges by shares that add up to 1, each border rounded half up."""
+    borders = [positions.start + math.floor(share * len(positions) + 0.5 + 1e-9) for share in accumulate(shares)]
+    return [range(first, end) for first, end in pairwise([positions.start, *borders])]
 
 
 def even_accumulation(micro_batch: int, world: int, diffusion_share: float) -> int | None:

@@ -117,11 +117,13 @@ class Checkpoint(Model):
 
     every: steps between checkpoints.
     keep: number of newest checkpoints that are kept.
+    keep_every: steps between checkpoints that are never deleted, a multiple of every; 0 means none.
     resume: auto continues from the newest checkpoint of the run directory, if there is one.
     """
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
     resume: Literal["auto", "never"] = "auto"
 
 
@@ -150,7 +152,12 @@ class Evaluation(Model):
     """Validation during a run, from fixed noise.
 
     every: steps between validations; 0 means never.
-    held_out: shards of real samples that are not used for training; null leaves out the distances.
+    reference: what samples are compared with: clips (of `held_out`), or the teacher's fine solutions for the same
+        prompts and noise (guided if the student learns guidance).
+    reference_calls: Euler steps of the teacher's fine solutions. They are made once, and kept in the run directory.
+    reference_videos: number of samples that are decoded to compare contrast, saturation and motion with the teacher's.
+    held_out: shards of real samples that are not used for training; null leaves out the distances to clips. With
+        reference=teacher only their prompts are used; null then takes prompts of the training data.
     steps: step counts of the samplers to measure.
     best_metric: metric `<metric>_<steps>` that selects the best checkpoint, which is kept; lower is better.
     oracle: closed-form class accuracy on decoded video, for the embedded moving shapes.
@@ -158,6 +165,9 @@ class Evaluation(Model):
     """
 
     every: NonNegativeInt = 500
+    reference: Literal["clips", "teacher"] = "clips"
+    reference_calls: PositiveInt = 32
+    reference_videos: NonNegativeInt = 4
     held_out: str | None = None
     steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
     samples: PositiveInt = 64

@@ -8,9 +8,6 @@ import os
 from io import BufferedReader
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
 # For larger files only both ends are read: hashing UMT5-XXL's 11 GiB would take longer than loading it.
 WHOLE_FILE_BYTES = 1 << 30
 END_BYTES = 64 << 20
@@ -53,6 +50,10 @@ def component_fingerprint(source: str, component: str) -> str:
 def _folder(source: str, component: str) -> Path | None:
     root = Path(source)
     if not root.is_dir():
+        # Imported here, because `anyflow check` reads manifests and has no time for the hub.
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
         try:
             files = [f"{component}/config.json", f"{component}/*.safetensors"]
             root = Path(snapshot_download(source, allow_patterns=files))

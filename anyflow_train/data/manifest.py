@@ -6,13 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Architecture
@@ -20,6 +16,9 @@ from anyflow_train.config.run import Data
 from anyflow_train.data.fingerprint import known
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import FileName, atomic_file, write_json
+
+if TYPE_CHECKING:  # `anyflow check` reads manifests without torch
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
@@ -113,6 +112,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def write_prompt_texts(path: Path, texts: PromptTexts) -> None:
     """Write `text.safetensors` atomically."""
+    from safetensors.torch import save
+
     tensors = {"negative": texts.negative.contiguous()}
     tensors |= {f"validation.{number}": text.contiguous() for number, text in enumerate(texts.validation)}
     with atomic_file(path) as file:
@@ -121,6 +122,10 @@ def write_prompt_texts(path: Path, texts: PromptTexts) -> None:
 
 def parse_prompt_texts(data: bytes, manifest: Manifest, where: str) -> PromptTexts:
     """Decode `text.safetensors`. Raises UserError if it does not fit the manifest."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         tensors = load(data)
         validation = tuple(tensors[f"validation.{number}"] for number in range(len(manifest.validation_prompts)))

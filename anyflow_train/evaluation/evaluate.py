@@ -30,8 +30,9 @@ from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, 
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_clips
+from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.plot import COLOURS
-from anyflow_train.evaluation.report import TEACHER, EvaluationReport, write_report
+from anyflow_train.evaluation.report import TEACHER, EvaluationReport, owner, write_report
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, Heading, to_frames, write_grid
 from anyflow_train.flow.causal import ClipSampler
@@ -40,6 +41,7 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls, timed_printer
 
+FILES = ("report.md", "grid.mp4", "grid.gif", "quality.png", "chunks.png")
 EULER = ClipSampler(sample_euler)
 GRID_COLUMNS = 3
 """Numbers of calls of each model in the grid, the smallest ones; the teacher's fine solution is added."""
@@ -99,6 +101,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     say = timed_printer()
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
+    check_results(out, "report.json", owner(config), FILES)
     shards = ShardSet.open(config.held_out)
     training = None if config.training_shards is None else open_training(config.training_shards, shards)
     models = [load_model(source, config.weights) for source in config.models]
@@ -127,6 +130,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
     real = comparison.evaluator.real(comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions))
     report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
+    begin_results(out, "report.json", owner(config))
     _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
     print(write_report(out, report))
     say(f"wrote {out}/report.md with its pictures, and report.json")

@@ -44,7 +44,12 @@ class EvaluationReport:
     def to_json(self) -> dict[str, Any]:
         """Return numbers and intervals by name; values that do not apply are None."""
         head = {"package": "anyflow_train", "version": __version__, "interval": "95 %"}
-        return head | asdict(self) | {"config": self.config.model_dump(mode="json")}
+        return head | asdict(self) | owner(self.config) | {"config": self.config.model_dump(mode="json")}
+
+
+def owner(config: EvaluateConfig) -> dict[str, Any]:
+    """Facts that tell reports apart: one that compares other models must not replace this one."""
+    return {"models": list(config.models), "teacher": config.teacher, "held_out": config.held_out}
 
 
 def write_report(folder: Path, report: EvaluationReport) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.errors import UserError
+from anyflow_train.evaluation.output_folder import check_writable as check_parent
 from anyflow_train.files import EXPORT_MARKER as MARKER
 from anyflow_train.files import write_json
 
@@ -28,6 +29,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `out` must not be written.
     """
     check_writable(out, overwrite)
+    check_parent(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.with_name(f".{out.name}.building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)

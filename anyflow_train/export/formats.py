@@ -119,6 +119,7 @@ def export_wan_pipeline(job: Job) -> float:
         FlowMatchEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
     more = {"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]}
     write_index(job.folder, "WanPipeline", **more)
+    verify.play_clip(verify.load_pipeline(job.folder), probe)
     return difference
 
 

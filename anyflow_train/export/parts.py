@@ -10,6 +10,7 @@ import diffusers
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, parse_json, regular, write_json
+from anyflow_train.models.weight_files import check_weight_files
 
 INDEX = "model_index.json"
 COPIED = ("tokenizer", "text_encoder", "vae")
@@ -32,7 +33,7 @@ def resolve_folder(source: str) -> Path:
     """Return a local pipeline folder, or download the parts of a hub repository and return the local copy.
 
     Raises:
-        UserError: the source does not exist, or parts are missing.
+        UserError: the source does not exist, or parts are missing or damaged.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -43,6 +44,8 @@ def resolve_folder(source: str) -> Path:
     vae = read_json(folder / "vae" / "config.json").get("_class_name")
     if vae != VAE_CLASS:
         raise UserError("codec", f"the VAE of '{source}' is {vae}; name a pipeline with {VAE_CLASS}")
+    for name in ("text_encoder", "vae"):
+        check_weight_files(folder / name)
     return folder
 
 

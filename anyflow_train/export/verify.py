@@ -21,11 +21,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.pipelines.anyflow.pipeline_anyflow import AnyFlowPipeline
-from diffusers.pipelines.anyflow.pipeline_anyflow_far import AnyFlowFARPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.errors import UserError
 from anyflow_train.export.weights import Precision
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import sample
@@ -138,34 +138,67 @@ def check_outputs(what: str, found: Tensor, expected: Tensor, tolerance: float) 
 
 
 def check_pipeline(folder: Path, probe: Probe, expected: Tensor, shift: float, tolerance: float) -> float:
-    """Sample two steps with the stock pipeline of a folder, and compare with `two_jumps`.
+    """Load the whole folder as a user does, sample two steps, compare with `two_jumps`, and play one clip.
 
     Returns:
         Relative difference of the outputs.
 
     Raises:
+        UserError: the folder cannot be loaded, or its codec does not make clips.
         WrongExport: the shift or the outputs are wrong.
     """
-    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "vae": None}
-    kind = AnyFlowPipeline if probe.chunks is None else AnyFlowFARPipeline
-    pipeline: Any = kind.from_pretrained(folder, dtype=torch.float32, **parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(folder)
     if pipeline.scheduler.config.shift != shift:
         raise WrongExport(f"the scheduler's shift is {pipeline.scheduler.config.shift}, not {shift}")
-    frames = probe.noise.shape[1]
-    chunks = {} if probe.chunks is None else {"chunk_partition": list(probe.chunks.partition)}
+    latents = probe.noise.permute(0, 2, 1, 3, 4)
+    size = _clip_size(pipeline, probe)
+    embeds = probe.text[:1]
     sampled = pipeline(
-        prompt_embeds=probe.text[:1],
-        latents=probe.noise.permute(0, 2, 1, 3, 4),
-        num_frames=4 * (frames - 1) + 1,
-        num_inference_steps=SAMPLING_STEPS,
-        height=8 * probe.noise.shape[3],
-        width=8 * probe.noise.shape[4],
-        output_type="latent",
-        return_dict=False,
-        **chunks,
+        prompt_embeds=embeds, latents=latents, output_type="latent", num_inference_steps=SAMPLING_STEPS, **size
     )[0]
+    play_clip(pipeline, probe)
     return check_outputs("sampling", sampled.permute(0, 2, 1, 3, 4), expected, tolerance)
+
+
+def load_pipeline(folder: Path) -> Any:
+    """Load all parts of an exported pipeline. The text encoder is loaded in bfloat16, because it can be large.
+
+    Raises:
+        UserError: a part cannot be loaded.
+    """
+    dtypes = {"default": torch.bfloat16, "transformer": torch.float32, "vae": torch.float32}
+    try:
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtypes)
+    except Exception as error:  # the parts that were copied can be wrong in any way
+        reason = str(error).strip().splitlines()[0]
+        problem = f"its text encoder, tokenizer or VAE cannot be loaded by diffusers ({type(error).__name__}: {reason})"
+        raise UserError("codec", f"{problem}; name an intact Wan2.1 pipeline") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def play_clip(pipeline: Any, probe: Probe) -> None:
+    """Make a clip from a prompt, as a user does.
+
+    Raises:
+        UserError: the clip has another size, or numbers that are not finite. The transformer has been checked before.
+    """
+    size = _clip_size(pipeline, probe)
+    video = pipeline("a clip", num_inference_steps=1, guidance_scale=1.0, output_type="pt", **size)[0]
+    wanted = (1, size["num_frames"], 3, size["height"], size["width"])
+    if tuple(video.shape) != wanted or not torch.isfinite(video).all():
+        problem = f"with this codec, the export makes a clip of shape {tuple(video.shape)} that is not finite or not"
+        raise UserError("codec", f"{problem} {wanted}; name an intact Wan2.1 pipeline")
+
+
+def _clip_size(pipeline: Any, probe: Probe) -> dict[str, Any]:
+    """Arguments for clips of the probe's size."""
+    _, frames, _, height, width = probe.noise.shape
+    vae = pipeline.vae.config
+    space, time = vae.scale_factor_spatial, vae.scale_factor_temporal
+    size = {"height": space * height, "width": space * width, "num_frames": time * (frames - 1) + 1}
+    chunks = {} if probe.chunks is None else {"chunk_partition": list(probe.chunks.partition)}
+    return {**size, **chunks, "return_dict": False}
 
 
 _Forward = Callable[..., tuple[Tensor, ...]]

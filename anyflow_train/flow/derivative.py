@@ -60,42 +60,38 @@ def central_difference(
     before = torch.maximum(round_time(t - epsilon, precision), r)
     later = flow_map(x + expand_time(after - t, x) * tangent, after, r, condition)
     earlier = flow_map(x + expand_time(before - t, x) * tangent, before, r, condition)
-    span = expand_time(after - before, x)
+    return _quotient(later - earlier, after - before, epsilon)
+
+
+def _quotient(change: Tensor, span: Tensor, epsilon: float) -> Tensor:
     smallest = min(SMALLEST_SPAN, epsilon / 2)  # a tiny epsilon in float64 must not give 0
-    return torch.where(span < smallest, 0.0, (later - earlier) / span.clamp_min(smallest))
+    span = expand_time(span, change)
+    return torch.where(span < smallest, 0.0, change / span.clamp_min(smallest))
 
 
 @torch.no_grad()
 def target_difference(
-    flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition, u: Tensor, epsilon: float
+    flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition, epsilon: float
 ) -> Tensor:
-    """Compute du/dr from two calls beside u(x, t, r), without gradient.
+    """Divide the difference of two calls around r by its span, without gradient: du/dr.
 
-    Inside it is the central difference. Below `r = epsilon` it is the three-point formula to one side,
-    `(-3 u(r) + 4 u(r + e) - u(r + 2 e)) / 2 e`, which is also of second order; a difference that is clamped at 0 would
-    be of first order, and half of the samples with r < t have r = 0. Above `t - epsilon` the difference is clamped:
-    what it is multiplied by, t - r, is small there.
+    Both times stay in [0, t], so the difference is of second order inside and of first order at the ends, also at
+    r = 0. A formula of three points to one side, of second order at r = 0, was tried and not kept: it amplifies noise
+    of the network, and its training diverged without full rebalancing (docs/objectives.md).
 
     Args:
         flow_map: the average velocity u(x, t, r, c).
         x: (B, F, C, H, W) points at time t.
         t, r: (B,) in [0, 1], r <= t; t is held fixed.
         condition: of the B samples.
-        u: (B, F, C, H, W) value of the flow map at (x, t, r).
-        epsilon: step in time, also e in the formula if r + 2 e <= t.
+        epsilon: half the span in time.
 
     Returns:
-        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs); 0 if r = t.
+        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs); 0 if the span is below 1e-4.
     """
-    x, t, r, u = (at_least_float32(a) for a in (x, t, r, u))
-    low = r < epsilon
-    step = torch.where(low, ((t - r) / 2).clamp_max(epsilon), (t - r).clamp_max(epsilon))
-    near = flow_map(x, t, r + step, condition)
-    other = flow_map(x, t, torch.where(low, r + 2 * step, r - epsilon), condition)
-    inside = (near - other) / expand_time(step + epsilon, x)
-    smallest = min(SMALLEST_SPAN, epsilon) / 2
-    beside = (4 * near - 3 * u - other) / expand_time(2 * step.clamp_min(smallest), x)
-    return torch.where(expand_time(step < smallest, x), 0.0, torch.where(expand_time(low, x), beside, inside))
+    x, t, r = (at_least_float32(a) for a in (x, t, r))
+    after, before = torch.minimum(r + epsilon, t), (r - epsilon).clamp_min(0)
+    return _quotient(flow_map(x, t, after, condition) - flow_map(x, t, before, condition), after - before, epsilon)
 
 
 @torch.no_grad()
@@ -114,7 +110,7 @@ def exact_derivative(
     """Compute the exact derivative by forward-mode differentiation (`torch.func.jvp`), without gradient.
 
     Attention runs with the math backend, because the fused kernels have no forward-mode formula. The cost is about 1.8
-    times that of the central difference. Gradient checkpointing is not supported.
+    times that of the central difference. Compiled networks are not supported.
 
     Args:
         flow_map: the average velocity u(x, t, r, c).

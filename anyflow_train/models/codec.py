@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ftfy
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from anyflow_train.errors import UserError
+from anyflow_train.models.weight_files import check_finite, component_files, open_weights
 
 
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class Codec:
         Raises:
             UserError: the source has no VAE of Wan2.1.
         """
-        vae = _from_pretrained(AutoencoderKLWan, source, "vae", dtype=dtype, use_safetensors=True)
+        vae = _load_weights(AutoencoderKLWan, source, "vae", dtype)
         return cls(str(source), vae.to(device).eval().requires_grad_(False), torch.device(device), dtype)
 
     @torch.no_grad()
@@ -128,6 +130,29 @@ class Codec:
         hidden = self.text_encoder(batch.input_ids, batch.attention_mask).last_hidden_state.to(self.dtype)
         return [row[:length].clone() for row, length in zip(hidden, batch.attention_mask.sum(1).tolist(), strict=True)]
 
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Move the VAE to a device inside the block, and back after it."""
+        before, vae = self.device, cast(nn.Module, self.vae)  # diffusers' annotation of `to` is wrong
+        try:
+            self.device = device
+            vae.to(device)
+            yield
+        finally:
+            self.device = before
+            self.vae.clear_cache()
+            vae.to(before)
+
+    @contextmanager
+    def tiled(self) -> Iterator[None]:
+        """Decode in tiles inside the block, which takes less memory."""
+        self.vae.clear_cache()  # left over from a decoding that failed
+        self.vae.enable_tiling()
+        try:
+            yield
+        finally:
+            self.vae.disable_tiling()
+
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the pipeline."""
@@ -136,14 +161,7 @@ class Codec:
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
         """Text encoder of the pipeline, frozen. It is loaded on first use: UMT5-XXL takes 11 GiB in bfloat16."""
-        encoder = _from_pretrained(
-            UMT5EncoderModel,
-            self.source,
-            "text_encoder",
-            dtype=self.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        encoder = _load_weights(UMT5EncoderModel, self.source, "text_encoder", self.dtype)
         return encoder.to(self.device).eval().requires_grad_(False)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -164,3 +182,17 @@ def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: 
         return part_class.from_pretrained(source, subfolder=part, **options)
     except (OSError, ValueError) as error:
         raise UserError(str(source), f"cannot load the {part}: {str(error).splitlines()[0]}") from error
+
+
+def _load_weights(part_class: Any, source: str | Path, part: str, dtype: torch.dtype) -> Any:
+    """Load a component with weights. Raises UserError if a weight is missing or not finite, or a file is damaged."""
+    folder = Path(source) / part
+    for path in component_files(folder) if folder.is_dir() else ():
+        open_weights(path)
+    component, report = _from_pretrained(
+        part_class, source, part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(str(folder), f"has no weight '{missing[0]}', which its config requires")
+    check_finite(component.named_parameters(), folder)
+    return component

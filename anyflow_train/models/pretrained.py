@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -10,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from anyflow_train.config.network import Causal
+from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
-from anyflow_train.files import FileName, inside, regular
+from anyflow_train.files import FileName, inside, parse_json, regular
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+from anyflow_train.models.weight_files import open_weights, read_weight
 
 Given = Mapping[str, Any]
 """Arguments of a network's constructor."""
@@ -92,10 +95,11 @@ def open_pretrained(
         wan_times: `gate_value` and `deltatime_type` for a Wan2.1 transformer, used if `times` is None.
 
     Raises:
-        UserError: the source does not exist, is of another kind, has missing or unexpected weights, or has other times
-            or chunks than required.
+        UserError: the source does not exist, is of another kind or only half of a model, has missing or unexpected
+            weights, or has other times or chunks than required.
     """
     place, config = _locate(source)
+    check_pipeline(source, config, _pipeline_reader(source, place))
     kind, arguments = config.get("_class_name"), _arguments(source, config, times, causal, wan_times)
     files, network = _open_files(source, place), build_empty(arguments)
     is_wan = kind == WanTransformer3DModel.__name__
@@ -109,7 +113,7 @@ def open_pretrained(
         shape = tuple(files[stored].get_slice(stored).get_shape())
         if shape != tuple(parameter.shape):
             raise UserError(str(source), f"{stored} has shape {shape}, but its config says {tuple(parameter.shape)}")
-        tensors[name] = partial(files[stored].get_tensor, stored)
+        tensors[name] = partial(read_weight, files[stored], stored, source)
         left.discard(stored)
     if left:
         raise UserError(str(source), f"has the weight {min(left)}, which the network does not have")
@@ -163,6 +167,18 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
     raise UserError(str(source), f"cannot load a transformer of this name from the hub: {reason}")
 
 
+def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:
+    if Path(source).is_dir():
+        return folder_reader(Path(source) / (place or ""))
+
+    def read(name: str) -> Given:
+        with suppress(OSError, ValueError, HfHubHTTPError):
+            return parse_json(Path(hf_hub_download(str(source), name)).read_text())
+        return {}
+
+    return read
+
+
 def _check_same(source: str | Path, given: Given, own: Given) -> None:
     """Check required arguments. Raises UserError if the config of the source has other values."""
     for name, wanted in given.items():
@@ -197,7 +213,7 @@ def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     index = folder / f"{_FILE}.index.json"
     try:
         names = _Index.model_validate_json(index.read_bytes()).weight_map.values() if index.is_file() else [_FILE]
-        files = [safe_open(regular(inside(folder, name)), framework="pt") for name in sorted(set(names))]
+        files = [open_weights(regular(inside(folder, name))) for name in sorted(set(names))]
     except ValidationError as error:
         raise UserError(str(index), f"does not map weights to files: {error.errors()[0]['msg']}") from None
     except OSError as error:

@@ -72,6 +72,11 @@ class FlowMapObjective:
         weight = beta08(sample.t, shift) if config.weight == "beta08" else uniform(sample.t)
         return Loss(start.error(u, goal), weight, interval.branch, {})
 
+    def target(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor:
+        """Compute `v_g - (t - r) D u` for all samples, (B, F, C, H, W); see `objectives.map_loss.Target`."""
+        start = regression(roles, sample, self.config.guidance, self.config.guidance_scale, self.config.velocity)
+        return self._corrected(roles.derivative, sample, start, len(sample.x))
+
     @torch.no_grad()
     def _corrected(self, flow_map: FlowMap, sample: Noised, start: Regression, rows: int) -> Tensor:
         """Compute `v_g - (t - r) D u`. Only the last `rows` samples need the derivative; the others have r = t."""

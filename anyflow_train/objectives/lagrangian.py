@@ -57,14 +57,14 @@ class LagrangianObjective:
         x, t, r, condition = sample.x, sample.t, sample.r, sample.condition
         length = expand_time(t - r, x)
         u = roles.derivative(x, t, r, condition)
-        slope = self._slope(roles.derivative, sample, u)
+        slope = self._slope(roles.derivative, sample)
         end = replace(sample, x=x - length * u, t=r)
         own = self.config.velocity == "data"
         found = roles.derivative(end.x, r, r, condition) if own else velocity(self.config, roles, end)
         return found + length * slope
 
-    def _slope(self, flow_map: FlowMap, sample: Noised, u: Tensor) -> Tensor:
-        """Compute du/dr, of which u is the value at the samples."""
+    def _slope(self, flow_map: FlowMap, sample: Noised) -> Tensor:
+        """Compute du/dr."""
         at = (flow_map, sample.x, sample.t, sample.r, sample.condition)
         jvp = self.config.derivative == "jvp"
-        return exact_target_derivative(*at) if jvp else target_difference(*at, u, self.config.epsilon)
+        return exact_target_derivative(*at) if jvp else target_difference(*at, self.config.epsilon)

@@ -33,10 +33,19 @@ class Part:
     Attributes:
         target: computes the target. All processes call it in the same micro-steps, with equally many samples.
         positions: the positions, as ranges.
+        name: name of its mean loss in the log; empty for none.
+        weight: factor of its losses, after rebalancing.
     """
 
     target: Target
     positions: tuple[range, ...]
+    name: str = ""
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return sum(map(len, self.positions))
 
     def has(self, position: int) -> bool:
         """Return whether a position belongs to the part."""
@@ -63,7 +72,14 @@ def map_loss(
     u = roles.student(sample.x, sample.t, sample.r, sample.condition)
     weight = beta08(sample.t, times.shift) if config.weight == "beta08" else uniform(sample.t)
     per_sample = square_error(u, goal, divisor(sample, config.guidance, config.guidance_scale))
-    return Loss(per_sample, weight, interval.branch, {})
+    metrics = {}
+    for part in parts if len(parts) > 1 else ():
+        own = torch.tensor([float(part.has(position)) for position in draw.positions])
+        own = own.to(weight, non_blocking=True)
+        weight = torch.where(own > 0, part.weight * weight, weight)
+        # The log divides by the global batch, the mean is over the part.
+        metrics[part.name] = per_sample.detach() * own * (setting.global_batch / part.size)
+    return Loss(per_sample, weight, interval.branch, metrics)
 
 
 @torch.no_grad()

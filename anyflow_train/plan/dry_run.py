@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.schedule import stages
 from anyflow_train.data.batch import Batch
 from anyflow_train.models.kernels import as_on_gpu
 from anyflow_train.plan.meter import Meter, Moment, Work
@@ -52,7 +53,9 @@ class DryRun:
         samples: in the calls of a flow map, by part, of such a step.
         moments: the fullest ones of each part, on one process: part -> candidates.
         sizes: of every role's network; `student` is the first.
+        calls: operations of one call for one sample in validation, of the student and of a teacher as reference.
         costliest: number of the draw of shared numbers whose step costs most.
+        stages: `work` of each stage of the run. Everything else is that of the dearest one; moments are those of all.
         assumed: roles whose network is taken to be as large as the student's, because its config is not here.
     """
 
@@ -61,7 +64,9 @@ class DryRun:
     moments: Sequence[tuple[str, Moment]]
     sizes: Mapping[str, Sizes]
     assumed: tuple[str, ...]
+    calls: Mapping[str, float]
     costliest: int
+    stages: tuple[float, ...] = ()
 
     @property
     def work(self) -> float:
@@ -92,31 +97,38 @@ def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
 
 
 def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks) -> DryRun:
-    """Count a step of a config that its rules accept, on `world` processes.
+    """Count a step of a config that its rules accept, on `world` processes: one of the dearest stage.
 
     Args:
         kernels: whose branches the networks take.
         deepen: from how many blocks the figures are found.
     """
 
-    def figures(blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks) as step:
+    def figures(first: int, blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, kernels, blocks, first) as step:
             operations, variant = step.operations()
         # A recipe of its own, in which no rollout waits for an update that was not made.
-        with _dry_step(config, kernels, blocks) as step:
+        with _dry_step(config, kernels, blocks, first) as step:
             return {**operations, **step.memory(variant, world)}
 
-    return _unpacked(deepen(config, figures))
+    return _dearest([_unpacked(deepen(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
 
 
 def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
     """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
 
-    def figures(blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, as_on_gpu, blocks) as step:
+    def figures(first: int, blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, as_on_gpu, blocks, first) as step:
             return step.memory(variant, world)
 
-    return _unpacked(from_two_blocks(config, figures))
+    return _dearest([_unpacked(from_two_blocks(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
+
+
+def _dearest(found: Sequence[DryRun]) -> DryRun:
+    """The stage with the most operations, with the moments of all stages."""
+    dearest = max(found, key=lambda stage: sum(stage.operations.values()))
+    moments = [moment for stage in found for moment in stage.moments]
+    return replace(dearest, moments=moments, stages=tuple(stage.work for stage in found))
 
 
 def block_counts(config: RunConfig) -> set[int]:
@@ -129,16 +141,17 @@ def block_counts(config: RunConfig) -> set[int]:
 
 
 @contextmanager
-def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int]) -> Iterator[_DryStep]:
-    """A run whose networks have `blocks[n]` blocks in place of n, and are not compiled."""
+def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], first: int) -> Iterator[_DryStep]:
+    """The stage that begins at step `first`; networks have `blocks[n]` blocks in place of n, and are not compiled."""
     architecture = config.student.architecture
     shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
     student = config.student.model_copy(update={"architecture": shallow})
     engine = config.engine.model_copy(update={"compile": False})
-    config = config.model_copy(update={"student": student, "engine": engine})
+    config = config.model_copy(update={"student": student, "engine": engine, "objective": config.objective.planned})
     assumed: list[str] = []
     with FakeTensorMode(), Meter() as meter, kernels():
         recipe = build_recipe(config, ALONE, fake_materials(meter, blocks.__getitem__, shallow, assumed))
+        recipe = replace(recipe, updates=tuple(update for update in recipe.updates if first in update.steps))
         figures: Figures = {("assumed", role): () for role in assumed}
         figures |= {("size", role): size for role, size in network_sizes(recipe).items()}
         meter.settle()
@@ -201,9 +214,10 @@ class _DryStep:
             always = replace(update, terms=tuple(replace(term, probability=1.0) for term in update.terms))
             make_update(always, self.recipe.trainables[update.role], self.recipe.roles, batches, draws, 0.0, "")
         del waiting, batches
-        sample_once(self.config, self.recipe, self.meter)
+        called = sample_once(self.config, self.recipe, self.meter)
+        calls: Figures = {("call", role): (count,) for role, count in called.items()}
         moments: Figures = {("moment", key): moment for key, moment in self.meter.moments.items()}
-        return {**self.networks, **moments, ("variant", ""): (variant,)}
+        return {**self.networks, **moments, **calls, ("variant", ""): (variant,)}
 
     def _terms(
         self,
@@ -255,5 +269,6 @@ def _unpacked(figures: Figures) -> DryRun:
         moments=[(part, Moment(*(max(round(v), 0) for v in held))) for (part, _), held in kinds["moment"].items()],
         sizes={role: Sizes(*map(round, size)) for role, size in kinds["size"].items()},
         assumed=tuple(kinds["assumed"]),
+        calls={role: count for role, (count,) in kinds["call"].items()},
         costliest=round(kinds["variant"][""][0]),
     )

@@ -90,9 +90,7 @@ def plan_memory(config: RunConfig, found: DryRun, strategy: str, world: int) -> 
     kept = [(_of(role, name), size) for role, state in states.items() for name, size in state.on_gpu]
     moments = [_held(config, name, moment, states) for name, moment in found.moments]
     if decodes(config):
-        weights, decoding = decoder_memory(config)
-        kept.append(("VAE of validation (float32)", weights))
-        moments.append(_held(config, DECODING, decoding, states))
+        moments.append(_held(config, DECODING, decoder_memory(config), states))
     host = sum(state.on_host for state in states.values())
     assumed = sum(size for role in found.assumed for _, size in states[role].on_gpu)
     return Memory(tuple(kept), max(moments, key=lambda moment: moment.total), host, assumed)

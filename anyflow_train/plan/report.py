@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,9 +14,10 @@ from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.fit import Setting
 from anyflow_train.plan.memory import GIB, Memory
 from anyflow_train.plan.meter import BACKWARD, Work
+from anyflow_train.plan.validation import STUDENT, TEACHER, compared_samples
 from anyflow_train.training.gpus import GPUS, TERA, Gpu
 
-HOUR = 3600
+HOUR, MINUTE = 3600, 60
 # Smallest share of a step's operations that gets a row: the embedders of times are always in float32.
 SHOWN = 0.001
 
@@ -25,6 +27,9 @@ def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memor
     gpu = GPUS[options.gpu]
     lines = [f"{config.name} on {options.world} x {gpu.title}, strategy {options.strategy}: predicted, not measured"]
     lines += ["", *_run(config, options, found)]
+    if len(found.stages) > 1:
+        number = found.stages.index(found.work)
+        lines.append(_row("planned", f"stage {number + 1}", f"the dearest of {len(found.stages)} stages"))
     lines += ["", "Operations of a step (of all GPUs together)", *_operations(found)]
     lines += ["", "Memory of one GPU, when it is fullest", *_memory(memory, gpu.memory, options.gpus)]
     lines += ["", "Time and cost", *_time(config, options, found)]
@@ -112,8 +117,29 @@ def _time(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[st
     hours = config.steps * seconds / HOUR
     gpu_hours = hours * options.world
     yield _row(f"{config.steps:,} steps", f"{hours:,.1f} h", f"{gpu_hours:,.0f} GPU-hours, without validation")
+    for name, sampling in _validation(config, options, found):
+        yield _row(name, f"{sampling / MINUTE:,.1f} min", "without decoding")
     if options.price is not None:
         yield _row("cost", f"{gpu_hours * options.price:,.0f}", f"at {options.price:g} for a GPU-hour")
+
+
+def _validation(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[tuple[str, float]]:
+    """Yield the name and seconds of what validation samples. The processes share the batches."""
+    evaluation, gpu = config.evaluation, GPUS[options.gpu]
+    width = config.engine.sequence_parallel
+    peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.fp32
+    speed = TERA * peak * options.utilisation * width
+
+    def samples(count: int) -> int:
+        """Number of samples that one process makes."""
+        return math.ceil(math.ceil(count / evaluation.batch) / (options.world // width)) * evaluation.batch
+
+    if STUDENT in found.calls:
+        made = samples(compared_samples(config)) + samples(evaluation.videos)
+        yield "a validation", made * sum(evaluation.steps) * found.calls[STUDENT] / speed
+    if TEACHER in found.calls:
+        made = samples(evaluation.samples) * evaluation.reference_calls
+        yield "teacher's reference, once", made * found.calls[TEACHER] / speed
 
 
 def _row(name: str, value: str, *notes: str) -> str:

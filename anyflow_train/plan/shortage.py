@@ -12,14 +12,14 @@ from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.training.memory_check import GpuMemory
 
 
-def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, float]:
-    """Dry-run a config that its rules accept. Returns `memory_warning`, and the operations of a step: `DryRun.work`.
+def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, tuple[float, ...]]:
+    """Dry-run a config that its rules accept. Returns `memory_warning`, and `DryRun.stages`.
 
     Raises:
         UserError: no step can fit on one of the GPUs, however empty it is.
     """
     found = dry_run(config, len(gpus))
-    return memory_warning(config, found, strategy, gpus), found.work
+    return memory_warning(config, found, strategy, gpus), found.stages
 
 
 def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:

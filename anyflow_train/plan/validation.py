@@ -1,4 +1,4 @@
-"""The memory of validation inside of a run, on fake tensors."""
+"""The memory and operations of validation inside of a run, on fake tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.run import RunConfig
 from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.evaluation.teacher_reference import reference_scale
+from anyflow_train.evaluation.validation import EULER
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.codec import Codec
@@ -23,15 +25,19 @@ from anyflow_train.plan.meter import Meter, Moment
 from anyflow_train.training.recipe import Recipe
 
 SAMPLING, DECODING = "validation, sampling", "validation, decoding"
+STUDENT, TEACHER = "student", "teacher"
 
 
-def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> None:
-    """Sample a batch of validation in one step: others take the same memory."""
+def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> dict[str, float]:
+    """Sample a batch of validation in one step: others take the same memory.
+
+    Returns:
+        Operations of one call for one sample, of the student and, if it is the reference, of the teacher.
+    """
     evaluation = config.evaluation
-    samples = max(evaluation.videos, evaluation.samples if evaluation.held_out else 0)
-    rows = min(evaluation.batch, samples) if evaluation.every else 0
+    rows = min(evaluation.batch, max(evaluation.videos, compared_samples(config))) if evaluation.every else 0
     if not rows:
-        return
+        return {}
     architecture = config.student.architecture
     length = max(config.data.text_lengths)
     with torch.no_grad(), meter.part(SAMPLING):
@@ -39,17 +45,32 @@ def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> None:
         text = Condition(torch.empty(rows, length, architecture.text_dim))
         noise = torch.empty(rows, *latent_shape(config.data, architecture.in_channels))
         sampler = clip_sampler(Chunks.of(architecture), config.objective.any_step)
-        sampler(guided(recipe.averaged, negative, evaluation.guidance_scale), noise, text, 1, evaluation.shift)
+        sampled = {STUDENT: (sampler, guided(recipe.averaged, negative, evaluation.guidance_scale))}
+        if evaluation.reference == "teacher" and recipe.roles.teacher is not None:
+            sampled[TEACHER] = EULER, guided(recipe.roles.teacher, negative, reference_scale(config))
+        calls = {}
+        for role, (sample, flow_map) in sampled.items():
+            before = meter.operations.total()
+            sample(flow_map, noise, text, 1, evaluation.shift)
+            calls[role] = (meter.operations.total() - before) / rows
+    return calls
+
+
+def compared_samples(config: RunConfig) -> int:
+    """Number of samples that a validation compares with clips or with the teacher."""
+    evaluation = config.evaluation
+    return evaluation.samples if evaluation.held_out or evaluation.reference == "teacher" else 0
 
 
 def decodes(config: RunConfig) -> bool:
-    """Whether the run holds a VAE, to decode what validation samples."""
+    """Whether the run has a VAE, to decode what validation samples."""
     evaluation = config.evaluation
-    return bool(evaluation.every) and (evaluation.videos > 0 or evaluation.oracle != "none")
+    looks = evaluation.reference == "teacher" and evaluation.reference_videos > 0
+    return bool(evaluation.every) and (evaluation.videos > 0 or evaluation.oracle != "none" or looks)
 
 
-def decoder_memory(config: RunConfig) -> tuple[int, Moment]:
-    """Bytes of the VAE's weights, and its fullest moment: without the video, both do not depend on its length.
+def decoder_memory(config: RunConfig) -> Moment:
+    """The fullest moment of decoding, with the VAE's weights, which are on the GPU only then.
 
     A decoder goes from latent frame to latent frame. Two lengths tell what each takes.
     """
@@ -57,7 +78,7 @@ def decoder_memory(config: RunConfig) -> tuple[int, Moment]:
     frames, channels, height, width = latent_shape(config.data, config.student.architecture.in_channels)
     source = config.teacher.codec_source
     (weights, few), (_, more) = (_decoded(source, (rows, count, channels, height, width)) for count in (3, 4))
-    return weights, Moment(more + max(frames - 4, 0) * (more - few), 0, 0, 0, False)
+    return Moment(weights + more + max(frames - 4, 0) * (more - few), 0, 0, 0, False)
 
 
 @cache

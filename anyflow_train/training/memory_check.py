@@ -28,16 +28,16 @@ class GpuMemory:
     total: int
 
 
-Foresee = Callable[[RunConfig, str, Sequence[GpuMemory]], tuple[str | None, float]]
+Foresee = Callable[[RunConfig, str, Sequence[GpuMemory]], tuple[str | None, tuple[float, ...]]]
 """Config, strategy (a file of `launch/`), and GPU of each process -> a warning if a GPU is short of memory, and the
-operations of a step of all processes together, without repeated ones. Raises UserError if the run cannot fit."""
+operations of a step of each stage, of all processes, without repeated ones. Raises UserError if the run cannot fit."""
 
 
-def check_memory(config: RunConfig, world: World, foresee: Foresee) -> float | None:
+def check_memory(config: RunConfig, world: World, foresee: Foresee) -> tuple[float, ...] | None:
     """Print one warning, from process 0, if some GPU is short of memory.
 
     Returns:
-        Operations of a step, as the forecast has them; None on a CPU, for which nothing is foreseen.
+        Operations of a step of each stage, as the forecast has them; None on a CPU, for which nothing is foreseen.
 
     Raises:
         SharedErrors: on every process, the run cannot fit.

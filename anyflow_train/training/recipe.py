@@ -12,6 +12,7 @@ from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.own import objective_class
 from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.schedule import stages
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible, check_texts
@@ -74,12 +75,14 @@ def build_recipe(config: RunConfig, world: World, materials: Materials = REAL) -
     teacher = None if networks.teacher is None else networks.teacher(engine.network, dtype)
     roles = Roles(live, _derivative_role(config, student, engine.network, ema), teacher)
     trainables = {"student": Trainable(student.network, engine, config.optimizer, ema)}
-    updates = (_student_update(config, world),)
+    updates = tuple(
+        Update("student", _student_terms(stage.config, world), steps=stage.steps) for stage in stages(config)
+    )
     matching = config.on_policy.matching
     if matching is not None and fake_score is not None:
         trainables["fake_score"] = fake = _fake_score(config, matching, fake_score, world, materials)
         roles = replace(roles, fake_score=fake_score.flow_map(fake.engine.network, dtype))
-        updates = _on_policy_updates(config, matching, updates[0])
+        updates = _on_policy_updates(config, matching, updates)
     return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
 
 
@@ -91,7 +94,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
     """
     data, engine = config.data, config.engine
     shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
-    if config.objective.uses_clips:
+    if any(stage.config.objective.uses_clips for stage in stages(config)):
         vae = known_fingerprint(config.teacher.codec_source, "vae")
         check_compatible(shards.manifest, data, config.student.architecture, vae)
     else:
@@ -128,34 +131,40 @@ def _fake_score(
     return Trainable(role.network, engine, optimizer, None)
 
 
-def _on_policy_updates(config: RunConfig, on_policy: DistributionMatching, student: Update) -> tuple[Update, Update]:
-    """Build both updates: the student's, with distribution matching before its own terms, and the fake score's."""
+def _on_policy_updates(
+    config: RunConfig, on_policy: DistributionMatching, student: tuple[Update, ...]
+) -> tuple[Update, ...]:
+    """Add distribution matching before the terms of the student's updates, and the update of the fake score."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     chunks = Chunks.of(config.student.architecture)
     rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
-    kept = [replace(term, weight=on_policy.objective_weight) for term in student.terms if on_policy.objective_weight]
-    terms = (Term(name="distribution_matching", objective=matching, weight=on_policy.weight), *kept)
+    weight, every = on_policy.objective_weight, on_policy.fake_score.updates
+    main = Term(name="distribution_matching", objective=matching, weight=on_policy.weight)
+
+    def terms(own: Update) -> tuple[Term, ...]:
+        return (main, *(replace(term, weight=weight) for term in own.terms if weight))
+
     score = FakeScoreObjective(rollouts, on_policy.fake_score.times, endpoints)
     return (
-        Update("student", terms, every=on_policy.fake_score.updates),
+        *(replace(own, terms=terms(own), every=every) for own in student),
         Update("fake_score", (Term(name="flow_matching", objective=score),)),
     )
 
 
-def _student_update(config: RunConfig, world: World) -> Update:
+def _student_terms(config: RunConfig, world: World) -> tuple[Term, ...]:
     chunks, context = Chunks.of(config.student.architecture), config.context
     main = _main_term(config, world)
     if chunks is None:
         given = FirstFrameGiven(main.objective, context.i2v_probability)
-        return Update("student", (replace(main, objective=given) if context.i2v_probability else main,))
+        return (replace(main, objective=given) if context.i2v_probability else main,)
     main = replace(main, objective=ChunksGiven(main.objective, chunks, context.long_share))
     if context.bidirectional_probability == 0:
-        return Update("student", (main,))
+        return (main,)
     whole = WholeClip(FlowMatchingObjective(config.objective.flow_matching(), config.times))
     share = context.bidirectional_probability
-    return Update("student", (main, Term(name="bidirectional", objective=whole, probability=share)))
+    return main, Term(name="bidirectional", objective=whole, probability=share)
 
 
 def _main_term(config: RunConfig, world: World) -> Term:

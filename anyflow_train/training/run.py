@@ -14,7 +14,9 @@ from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
+from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.attention import attention_by, choose_kernel
+from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
 from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -29,12 +31,13 @@ from anyflow_train.training.recipe import Recipe, build_loader, build_recipe
 from anyflow_train.training.reporting.profile import Profile
 from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tracking import Trackers
-from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy
+from anyflow_train.training.start_checks import check_fp8, check_moments, check_start, check_strategy, check_tracker
 from anyflow_train.training.trainer import Trainer
 from anyflow_train.training.validation import Validator
 from anyflow_train.training.weight_source import resolve_init_checkpoint
 
-BuildValidator = Callable[[RunConfig, World], Validator]
+BuildValidator = Callable[[RunConfig, World, FlowMap | None], Validator]
+"""Config, processes and the run's teacher (None if it has none) -> validator."""
 
 
 def run(config: RunConfig, build_validator: BuildValidator | None = None, foresee: Foresee | None = None) -> int:
@@ -62,7 +65,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             if not world.is_main:
                 directory.check_shared(start)
         config = world.on_main(lambda: resolve_init_checkpoint(config, directory))
-        finished = world.on_main(lambda: check_finished(directory, config))
+        inputs = world.on_main(lambda: Inputs.of(config, directory))
+        finished = world.on_main(lambda: check_finished(directory, config, inputs))
         if finished:
             print(finished)
             return 0
@@ -72,15 +76,20 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)
         work = check_memory(config, world, foresee) if foresee else None
-        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config))
+        point = world.on_main(lambda: find_resume_point(directory.checkpoints, config, inputs))
         world.on_main(lambda: check_start(config))
+        if point is None:  # a resumed run continues offline instead
+            world.on_main(lambda: check_tracker(config.tracker))
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         with world.together():
-            validator = build_validator(config, world) if build_validator and config.evaluation.every else None
+            validator = None
+            if build_validator and config.evaluation.every:
+                validator = build_validator(config, world, recipe.roles.teacher)
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
+            stack.callback(stop.end_soon)  # before the loader closes, which waits for its threads
         check_agreement(world, data_facts(loader.shards.manifest))
-        world.on_main(lambda: directory.begin(config))
+        world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:

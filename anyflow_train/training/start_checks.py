@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
-from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig
+from anyflow_train.config.objective import Derivative
+from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
+from anyflow_train.training.differences import differences, mismatches
 from anyflow_train.training.engine.adamw_8bit import library
-from anyflow_train.training.weight_source import differences, is_run, mismatches
+from anyflow_train.training.reporting.tracking import has_key
+from anyflow_train.training.weight_source import is_run
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.
@@ -27,6 +30,8 @@ def refused_under(config: RunConfig, strategy: str) -> dict[str, tuple[str, str]
     refused = {}
     if strategy.startswith("zero3") and config.engine.fp8 != "none":
         refused["engine.fp8"] = ("which shards the weights; choose ddp to zero2", "none")
+    if strategy.startswith("zero3") and (config.objective.derivative_role or Derivative()).exact:
+        refused["objective.derivative"] = ("because jvp requires whole weights; choose ddp to zero2", "difference")
     if strategy.startswith("zero") and config.optimizer.moments != "fp32":
         refused["optimizer.moments"] = ("which shards the moments; choose ddp", "fp32")
     return refused
@@ -68,6 +73,17 @@ def check_moments(optimizer: Optimizer) -> None:
         problem = f"is 8bit, which requires bitsandbytes, but it cannot be imported ({error})"
         advice = "pip install 'anyflow_train[bitsandbytes]', or set it to fp32"
         raise UserError("optimizer.moments", f"{problem}; {advice}") from error
+
+
+def check_tracker(tracker: Tracker) -> None:
+    """Check that the tracker has its key, without a connection.
+
+    Raises:
+        UserError: wandb is online, but has no API key.
+    """
+    if isinstance(tracker, WandbTracker) and tracker.mode == "online" and not has_key():
+        problem = "is online, but wandb has no API key; run `wandb login`, or set WANDB_API_KEY"
+        raise UserError("tracker.mode", f"{problem}, or set it to offline and upload later with `wandb sync`")
 
 
 def check_start(config: RunConfig) -> None:

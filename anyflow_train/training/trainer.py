@@ -6,22 +6,24 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.schedule import mean_over
 from anyflow_train.data.batch import Batch
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.saving import Saver
 from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine import adam_steps
 from anyflow_train.training.gpus import known_gpu, utilisation
-from anyflow_train.training.processes.signals import StopRequest
+from anyflow_train.training.processes.signals import StopRequest, WaitInterrupted
 from anyflow_train.training.recipe import Recipe
 from anyflow_train.training.reporting.progress import StepProgress, peak_memory_gib
 from anyflow_train.training.reporting.tracking import Trackers
@@ -38,7 +40,7 @@ class Trainer:
         state: steps done, and everything else that resume needs in addition to the tensors.
         validator: evaluates the student; None for a run without validation.
         stop: whether the run has received a stop signal.
-        work: operations of one step, summed over all processes; None leaves `mfu` out of the log.
+        work: operations of one step of each stage, summed over all processes; None leaves `mfu` out of the log.
     """
 
     config: RunConfig
@@ -49,7 +51,7 @@ class Trainer:
     trackers: Trackers
     validator: Validator | None
     stop: StopRequest
-    work: float | None = None
+    work: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         self._step_seconds: list[float] = []  # without saving and validating
@@ -57,6 +59,7 @@ class Trainer:
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._window: list[dict[str, float]] = []
+        self._logged = self.state.step
         self._saved = self.state.step
         self._saver = Saver(self.config, self.directory.checkpoints, self.recipe.world, self.progress.say)
         self._loss = self.state.last_loss
@@ -65,6 +68,7 @@ class Trainer:
     def train(self, stream: Iterable[Sequence[Batch]]) -> None:
         """Run the remaining steps on this process's micro-batches, or fewer after a stop signal."""
         with closing(self._saver):
+            self._saver.check_room(self._groups())
             self._run(iter(stream))
 
     def _run(self, steps: Iterator[Sequence[Batch]]) -> None:
@@ -72,14 +76,16 @@ class Trainer:
         while self.state.step < self.config.steps and not self._should_stop():
             start = time.monotonic()
             self._activity.begin("loading data", self.state.step)
-            batches = next(steps)
+            batches = self._load(steps)
+            if batches is None:
+                break
             self._activity.begin("training", self.state.step)
             self._step(batches)
             self._step_seconds.append(time.monotonic() - start)
             self._log_if_due()
-            self._validate_if_due()
             if self._due(self.config.checkpoint.every):
-                self._save()
+                self._save()  # before the validation, so that nothing is lost if that fails
+            self._validate_if_due()
         self._save()
         self._saver.wait()
         self._activity.begin_untimed("ending")
@@ -88,13 +94,21 @@ class Trainer:
         else:
             self._finish()
 
+    def _load(self, steps: Iterator[Sequence[Batch]]) -> Sequence[Batch] | None:
+        """Load a step's batches. Returns None if a stop signal interrupts a single process while it waits for them."""
+        if self.recipe.world.size > 1:
+            return next(steps)
+        with suppress(WaitInterrupted), self.stop.interrupting():
+            return next(steps)
+        return None
+
     def _step(self, batches: Sequence[Batch]) -> None:
         config, step, device = self.config, self.state.step, self.recipe.world.device
         batches = [batch.to(device) for batch in batches]
         draws = [Draw(config.seed, step, batch.positions, device) for batch in batches]
         values, nonfinite_samples = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
         for update in self.recipe.updates:
-            if step % update.every:
+            if not update.due(step):
                 continue
             trainable = self.recipe.trainables[update.role]
             rate = learning_rate(step, config.steps, trainable.optimizer)
@@ -139,7 +153,8 @@ class Trainer:
         means["samples_per_second"] = self.config.engine.global_batch / seconds
         means["seconds_per_step"] = seconds
         if self._gpu is not None and self.work is not None:
-            means["mfu"] = utilisation(self.work, self._gpu, self.recipe.world.size, seconds)
+            work = mean_over(self.config, self.work, range(self._logged, self.state.step))
+            means["mfu"] = utilisation(work, self._gpu, self.recipe.world.size, seconds)
         means["memory_gib"] = peak_memory_gib(self.recipe.world.device)
         means["skipped"] = self.state.skipped
         self._loss = means.get("loss", self._loss)
@@ -165,8 +180,12 @@ class Trainer:
         self.trackers.log(self.state.step, tracked, validation.videos)
         best, metric = self.state.best, self.config.evaluation.best_metric
         value = metrics.get(metric, math.inf)
-        if math.isfinite(value) and (best is None or value < best.value):
+        better = math.isfinite(value) and (best is None or value < best.value)
+        if better:
             self.state = dataclasses.replace(self.state, best=Best(self.state.step, metric, value))
+        if self._saved == self.state.step:
+            self._saver.update(self.state)
+        elif better:
             self._save()
 
     def _save(self) -> None:
@@ -176,9 +195,13 @@ class Trainer:
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
         roles = self.recipe.trainables
         counts = {role: adam_steps(trainable.engine.optimizer) for role, trainable in roles.items()}
-        groups = {group: entries for role in roles for group, entries in self.recipe.groups(role).items()}
-        self._saver.save(self.state, counts, groups)
+        self._saver.save(self.state, counts, self._groups())
         self._saved = self.state.step
+
+    def _groups(self) -> dict[str, dict[str, Entry]]:
+        """The tensors of a checkpoint."""
+        roles = self.recipe.trainables
+        return {group: dict(entries) for role in roles for group, entries in self.recipe.groups(role).items()}
 
     def _finish(self) -> None:
         summary = {

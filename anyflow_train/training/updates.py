@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,11 +51,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of one role, every `every` steps."""
+    """One optimizer step of one role, every `every` steps, among the training steps `steps`."""
 
     role: str
     terms: tuple[Term, ...]
     every: int = 1
+    steps: range = range(sys.maxsize)
+
+    def due(self, step: int) -> bool:
+        """Whether a training step, from 0, has the update."""
+        return step % self.every == 0 and step in self.steps
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ All code reads weights through `WeightSource.read(name)`, one by one. Opening a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 
 from torch import Size, Tensor, device
 
-from anyflow_train.config.network import Architecture, Causal, Lora, Student
+from anyflow_train.config.network import Lora, Student
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
+from anyflow_train.models.weight_files import read_weight
 from anyflow_train.training.checkpoints.config_file import under_new_names
+from anyflow_train.training.checkpoints.inputs import network_fact
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import (
     DamagedCheckpoint,
@@ -28,12 +30,12 @@ from anyflow_train.training.checkpoints.reading import (
     open_tensors,
     read_network,
     resolve_checkpoint,
+    verify_group,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.differences import differences, made_causal
 
 T = TypeVar("T")
-# Defaults of the networks' constructors.
-DEFAULTS = {name: field.default for kind in (Architecture, Causal) for name, field in kind.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,12 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        saved = under_new_names(directory.read_config(), str(directory.path))
+    with suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
+        saved = under_new_names(directory.read_config() or {}, str(directory.path))
         begun = Path(saved["student"]["init"])
-        if begun.parent == init / "checkpoints":
-            return begun
+        moved = init / "checkpoints" / begun.name
+        if begun == moved or network_fact(str(moved)) == directory.read_inputs()["student.init"]:
+            return moved
     return None
 
 
@@ -215,15 +218,7 @@ def _base_of_adapter(network: NetworkFile, seen: tuple[Path, ...]) -> WeightSour
                 raise
             problem = f"was trained on {source}, which is missing or has changed: {error}"
             raise UserError(str(seen[-1]), problem) from error
-    return replace(below, root=replace(below.root, arguments=_made_causal(below.arguments, network)))
-
-
-def _made_causal(arguments: Mapping[str, Any], network: NetworkFile) -> Mapping[str, Any]:
-    """Add the arguments of a causal network. A network of whole clips can become causal."""
-    if network.causal is None:
-        return arguments
-    # The chunk partition depends on the length of the clips, which may change.
-    return {**network.causal, **arguments, "chunk_partition": network.causal["chunk_partition"]}
+    return replace(below, root=replace(below.root, arguments=made_causal(below.arguments, network)))
 
 
 def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
@@ -240,11 +235,13 @@ def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
     if path in seen:
         raise UserError(str(path), f"started from itself: {' <- '.join(map(str, (*seen, path)))}")
     try:
-        network, files = read_network(path), open_tensors(path, group)
+        network = read_network(path)
+        verify_group(path, group)
+        files = open_tensors(path, group)
     except DamagedCheckpoint as damage:
         raise UserError(str(path), f"is damaged: {damage}") from damage
     check_shapes(path, group, _trained_shapes(network))
-    return TrainedWeights(path, network, {name: partial(file.get_tensor, name) for name, file in files.items()})
+    return TrainedWeights(path, network, {name: partial(read_weight, file, name, path) for name, file in files.items()})
 
 
 def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
@@ -267,28 +264,3 @@ def _explained(key: str, work: Callable[[], T]) -> T:
         return work()
     except UserError as error:
         raise UserError(key, str(error)) from error
-
-
-def differences(student: Student, arguments: Mapping[str, Any], source: str | Path) -> list[UserError]:
-    """Compare the config's student with the constructor arguments of a source: one error for each key that differs."""
-    wanted = NetworkFile.of_student(student)
-    found = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    found = {**DEFAULTS, **_made_causal(found, wanted)}
-    pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
-    for name, value in student.architecture.arguments().items():
-        part = "architecture" if name in Architecture.model_fields else "architecture.causal"
-        pairs.append((f"student.{part}.{name}", value, found[name]))
-    errors = mismatches(pairs, source)
-    if wanted.causal is None and "chunk_partition" in arguments:
-        problem = f"is null, but {source} is a causal student; choose a causal student from configs/student"
-        errors.append(UserError("student.architecture.causal", problem))
-    return errors
-
-
-def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> list[UserError]:
-    """Make one error for each (key, value, value of the source) whose values differ."""
-    return [
-        UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or start elsewhere")
-        for key, value, found in pairs
-        if value != found
-    ]

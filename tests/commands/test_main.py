@@ -43,7 +43,7 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
         assert "experiment=..." in printed
         assert "wan1_3b_forward_reference" in printed
         assert "student/adapter=..." in printed
-        assert "    objective.rebalance: weighted | unweighted | none = weighted" in printed
+        assert "    objective.rebalance: weighted | unweighted | sqrt | none = weighted" in printed
         assert "objective.kind=flow_map" in printed
     else:
         assert "wan1_3b_forward" not in printed

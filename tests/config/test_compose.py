@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from anyflow_train.config.compose import compose
 from anyflow_train.config.network import FullTraining, Lora
+from anyflow_train.config.paths import resource
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
 
@@ -166,6 +168,45 @@ def test_own_config_folder(tmp_path: Path) -> None:
     experiment.write_text("# @package _global_\nname: [mine\n")
     assert "mine.yaml" in str(errors("experiment=mine", config_dir=tmp_path))
     assert "not a folder" in errors(config_dir=tmp_path / "absent")["--config-dir"]
+
+
+def test_an_own_file_with_a_shipped_name_is_refused_unless_it_is_a_copy(tmp_path: Path) -> None:
+    own = tmp_path / "experiment" / "tiny.yaml"
+    shutil.copytree(resource("configs"), tmp_path, dirs_exist_ok=True)
+    assert compose("train", [TINY], tmp_path).steps == 400
+    own.write_text(own.read_text().replace("steps: 400", "steps: 7"))
+    (tmp_path / "train.yaml").write_text("steps: 7\n")
+    found = errors(TINY, config_dir=tmp_path)
+    assert found.keys() == {str(own), str(tmp_path / "train.yaml")}
+    assert "has the name of a shipped config" in found[str(own)]
+
+
+@pytest.mark.parametrize("header", ["", "# my experiment\n", "# anyflow train: mine\n"])
+def test_a_forgotten_package_line_is_said(tmp_path: Path, header: str) -> None:
+    own = tmp_path / "experiment" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text(f"{header}defaults:\n  - tiny\nsteps: 7\n")
+    assert f"{own} lacks the line `# @package _global_`" in errors("experiment=mine", config_dir=tmp_path)["experiment"]
+    own.write_text(f"# @package _global_\n{header}defaults:\n  - tiny\nsteps: 7\n")
+    assert compose("train", ["experiment=mine"], tmp_path).steps == 7
+
+
+def test_files_of_editors_are_ignored_and_unreadable_ones_named(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / ".#x.yaml").symlink_to("me@host.1:2")
+    (tmp_path / "experiment" / "._x.yaml").write_bytes(b"\xff")
+    assert compose("train", [TINY], tmp_path).steps == 400
+    (tmp_path / "experiment" / "x.yaml").write_bytes(b"\xff\xfe")
+    assert "cannot be read" in errors(TINY, config_dir=tmp_path)[str(tmp_path / "experiment" / "x.yaml")]
+
+
+@pytest.mark.parametrize("text", ["", '""', "''"])
+def test_empty_values_from_unset_shell_variables_are_refused(text: str) -> None:
+    found = errors(TINY, f"data.shards={text}", f"name={text}", f"student.init={text}")
+    assert found.keys() == {"data.shards", "name", "student.init"}
+    assert all("a shell variable that is not set" in problem for problem in found.values())
+    found = errors("experiment=tiny_prepare", f"source={text}", "out=o", f"negative_prompt={text}", command="prepare")
+    assert found.keys() == {"source"}
 
 
 def test_the_launchers_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from anyflow_train.config.run import RunConfig
 WHOLE = {"kind": "flow_matching", "guidance": "none", "guidance_scale": 1.0, "text_dropout": 0.1}
 LORA = {"kind": "lora"}
 EIGHT_BITS = {"engine.fp8": "frozen", "engine.precision": "bf16", "student.adapter": LORA}
+TAUGHT = {"evaluation.reference": "teacher", "evaluation.held_out": None}
 # What the cases below start from, whatever the experiment is tuned to.
 BASE: dict[str, Any] = {
     "steps": 800,
@@ -43,6 +44,10 @@ BASE: dict[str, Any] = {
     "evaluation.oracle": "shapes",
     "evaluation.videos": 4,
 }
+
+
+def stage(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"steps": 10, "changes": changes}]
 
 
 @cache
@@ -120,6 +125,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"objective.guidance_scale": 3.0}, "objective.guidance", "prediction or target"),
     ({"objective.guidance": "target"}, "objective.guidance_scale", "set a scale above 1"),
     ({"objective.source": "student", "objective.weight": "uniform"}, "objective.velocity", "set it to teacher"),
+    ({"objective.derivative": "jvp", "engine.compile": True}, "objective.derivative", "engine.compile=true"),
     ({"objective.source": "student", "objective.velocity": "teacher"}, "objective.weight", "would train nothing"),
     (
         {"objective.velocity": "teacher", "teacher.source": None, "teacher.codec": "x"},
@@ -137,9 +143,36 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"engine.micro_batch": 5}, "engine.global_batch", "nearest are 30 and 35"),
     ({"engine.sequence_parallel": 2}, "engine.sequence_parallel", "does not divide the number of processes, 1"),
     ({"optimizer.schedule": "constant"}, "optimizer.final_lr_share", "no effect"),
+    # Stages.
+    ({"objective.schedule": stage({"times.diffusion_share": 0.9})}, "objective.schedule.0", "add up to 1.15"),
+    ({"objective.schedule": stage({"objective.epsilon": 0.5})}, "objective.schedule.0", "less than or equal to 0.1"),
+    (
+        {"objective.schedule": stage({"objective.epsilom": 0.01})},
+        "objective.schedule.0",
+        "objective.epsilom: unknown key with kind=flow_map; nearest is 'epsilon'",
+    ),
+    ({"objective.schedule": stage({"objective.kind": "x"})}, "objective.schedule.0", "the same in all stages"),
+    ({"objective.schedule": stage({"optimizer.lr": 1.0})}, "objective.schedule.0", "a stage changes keys of objective"),
+    (
+        {"objective.schedule": stage({"objective.derivative_network": "student"})},
+        "objective.schedule.0",
+        "cannot change the weights (student)",
+    ),
+    ({"objective.schedule": [{"steps": 0, "changes": {}}]}, "objective.schedule.0.steps", "greater than 0"),
     # Validation.
     ({"evaluation.best_metric": "energy_distance_3"}, "evaluation.best_metric", "nearest is 'energy_distance_"),
     ({"evaluation.best_metric": "energy_4"}, "evaluation.best_metric", "nearest is 'energy_distance_4'"),
+    (
+        TAUGHT | {"evaluation.best_metric": "sliced_wasserstein_4"},
+        "evaluation.best_metric",
+        "(metrics energy_distance, rms, class_error",
+    ),
+    (TAUGHT | {"evaluation.samples": 1}, "evaluation.samples", "needs 2 or more"),
+    (
+        TAUGHT | {"teacher.source": None, "teacher.codec": "x"},
+        "teacher.source",
+        "set evaluation.reference=clips",
+    ),
     ({"teacher.source": None, "evaluation.videos": 0}, "teacher.codec", "evaluation.oracle=none"),
     ({"teacher.source": None, "evaluation.oracle": "none"}, "teacher.codec", "evaluation.videos=0"),
 ]
@@ -159,6 +192,7 @@ POSSIBLE: list[dict[str, Any]] = [
     {"objective.guidance": "target", "objective.guidance_scale": 3.0},
     {"times.diffusion_share": 0.0, "objective.rebalance": "none"},
     {"times.diffusion_share": 0.5, "times.consistency_share": 0.5},
+    {"objective.schedule": stage({"times.diffusion_share": 1.0, "times.consistency_share": 0.0})},
     {"student.init": None, "student.time_frequency_limit": 0.03},
     {"student.adapter": LORA | {"full_modules": ["time_embedder", "delta_embedder"]}},
     {"evaluation.best_metric": "sliced_wasserstein_8"},
@@ -204,6 +238,7 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"objective": WHOLE}, 1, "times.diffusion_share", "choose times=flow_matching"),
+    ("tiny", {"objective.schedule": [{"steps": 800, "changes": {}}]}, 1, "objective.schedule", "are never used"),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
     (

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
+from anyflow_train.evaluation.low_memory import decode_in_parts
 from anyflow_train.evaluation.oracle import wilson
 from anyflow_train.evaluation.validation import InRunValidator, build_validator
 from anyflow_train.flow.types import Condition
@@ -75,7 +77,7 @@ def test_every_number_is_printed_with_its_interval() -> None:
 def test_the_class_error_is_that_of_the_oracle_with_its_interval(folder: Path) -> None:
     validator = validator_of(folder)
     clips, labels = shapes.draw_clips(6, seed=0)
-    captions = tuple(shapes.caption(int(label)) for label in labels)
+    captions = tuple(shapes.CAPTIONS[label] for label in labels)
     captions = (captions[1], *captions[1:])  # the first one is wrong
     assert validator.compared is not None
     assert validator.held_out is not None
@@ -113,16 +115,90 @@ def test_without_held_out_data_there_are_no_numbers(folder: Path) -> None:
 
 
 def test_videos_are_written_as_one_grid(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
-    statistics = {"latents_mean": [0.0] * SHAPE[1], "latents_std": [1.0] * SHAPE[1]}
-    vae = AutoencoderKLWan(z_dim=SHAPE[1], **sizes, **statistics).eval()
     validator = validator_of(folder)
     assert validator.compared is not None
     shown = dataclasses.replace(validator.compared, captions=("a", "b"), text=validator.compared.text[:2])
     shown = dataclasses.replace(shown, noise=validator.compared.noise[:2])
-    codec = Codec("", vae, torch.device("cpu"), torch.float32)
-    validation = dataclasses.replace(validator, shown=shown, codec=codec)(stay, tmp_path, go())
+    validation = dataclasses.replace(validator, shown=shown, codec=small_codec())(stay, tmp_path, go())
     assert validation is not None
     assert validation.videos == {"grid": tmp_path / "grid.mp4"}
     assert (tmp_path / "grid.mp4").stat().st_size > 0
+
+
+class Full:
+    """A GPU whose memory holds a few samples: a flow map that does not change the noise, and the sizes it was given."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.seen: list[int] = []
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros_like(x)
+
+
+def test_a_batch_that_does_not_fit_is_sampled_in_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validator, full = validator_of(folder, steps=[1], samples=7, batch=4), Full(1)
+    whole, parts = validator(stay, folder, go()), validator(full, folder, go())
+    assert whole is not None
+    assert parts == whole
+    assert full.seen == [4, 2, 1, 1, 2, 1, 1, 3, 2, 1, 1, 1]
+    assert "warning: validation: 4 samples do not fit into memory" in capsys.readouterr().err
+
+
+def test_a_validation_that_does_not_fit_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validator_of(folder, steps=[1])(Full(0), folder, go()) is None
+    warning = capsys.readouterr().err
+    assert "warning: validation: one sample does not fit into memory, left out; the run goes on" in warning
+    assert "micro_batch" not in warning
+
+
+def test_processes_that_share_a_forward_name_the_key_of_validation(folder: Path) -> None:
+    validator = dataclasses.replace(validator_of(folder), world=World(torch.device("cpu"), 0, 2, 2))
+    with pytest.raises(UserError, match=r"^evaluation\.batch: 4 samples of validation need more memory"):
+        validator(Full(1), folder, go())
+
+
+def small_codec() -> Codec:
+    torch.manual_seed(0)
+    sizes = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    statistics = {"latents_mean": [0.0] * SHAPE[1], "latents_std": [1.0] * SHAPE[1]}
+    vae = AutoencoderKLWan(z_dim=SHAPE[1], **sizes, **statistics).eval()  # pyright: ignore[reportArgumentType]
+    return Codec("", vae, torch.device("cpu"), torch.float32)
+
+
+def test_decoding_that_does_not_fit_is_done_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, latents = small_codec(), torch.randn(2, *SHAPE)
+    expected, original = codec.decode_video(latents), codec.vae.decode
+
+    def full(raw: Tensor, **options: Any) -> Any:
+        if not codec.vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(raw, **options)
+
+    monkeypatch.setattr(codec.vae, "decode", full)
+    # one tile covers such small videos
+    assert torch.allclose(decode_in_parts(codec, latents), expected, atol=1e-4)
+    assert not codec.vae.use_tiling
+
+
+def test_a_decoder_that_does_not_fit_leaves_the_validation_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    codec, validator = small_codec(), validator_of(folder, steps=[1])
+    monkeypatch.setattr(codec.vae, "decode", full)
+    assert dataclasses.replace(validator, shown=validator.compared, codec=codec)(stay, folder, go()) is None
+    assert "decoding does not fit into memory, left out; the run goes on" in capsys.readouterr().err
+
+
+def test_the_vae_is_on_the_device_only_while_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, gpu, moved = small_codec(), torch.device("cuda", 0), []
+    monkeypatch.setattr(codec.vae, "to", moved.append)
+    with codec.on(gpu):
+        assert (codec.device, moved) == (gpu, [gpu])
+    assert (codec.device, moved) == (torch.device("cpu"), [gpu, torch.device("cpu")])

@@ -1,6 +1,7 @@
 """Exports load in stock diffusers without this package, and have the outputs of the trained model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -169,6 +170,31 @@ def test_a_pipeline_needs_a_codec(tmp_path: Path):
     trained = make_run(tmp_path, FULL)
     with pytest.raises(UserError, match=r"codec: .*no folder 'tokenizer'"):
         export(trained, tmp_path / "out", codec=str(tmp_path / "run"))
+
+
+def _lose_std(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "latents_std": [float("nan")] * 16}))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "wan_pipeline"])
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("tokenizer/tokenizer.json", lambda path: path.write_text("{"), "codec: .*tokenizer.* cannot be loaded"),
+        ("text_encoder/config.json", lambda path: path.write_text("3"), "text_encoder/config.json|cannot be loaded"),
+        ("vae/config.json", _lose_std, "codec: with this codec, .* not finite"),
+        ("vae/diffusion_pytorch_model.safetensors", lambda path: path.write_bytes(b"version https://git-lfs"), "LFS"),
+    ],
+)
+def test_a_codec_that_a_user_could_not_play_is_refused(tmp_path: Path, kind: str, file: str, change, message: str):
+    """The whole folder is loaded and plays a clip before it appears."""
+    trained = make_run(tmp_path, FULL, gate=0.0 if kind == "wan_pipeline" else 0.25)
+    for part in ("tokenizer", "text_encoder", "vae"):
+        shutil.copytree(TINY_WAN / part, tmp_path / "codec" / part)
+    change(tmp_path / "codec" / file)
+    with pytest.raises(UserError, match=message):
+        export(trained, tmp_path / "out", codec=str(tmp_path / "codec"), format=kind)
+    assert not list(tmp_path.glob("*out*"))
 
 
 class _Named:

@@ -15,7 +15,9 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import CodecInfo, Manifest, PromptTexts
 from anyflow_train.data.shards import Sample
 from anyflow_train.errors import UserError
+from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.training import run as training
+from anyflow_train.training.start_checks import check_strategy
 from tests.shards import write_shards
 from tests.training.helpers import (
     TEXT_DIM,
@@ -29,7 +31,7 @@ from tests.training.helpers import (
     write_networks,
 )
 
-KINDS = ("flow_map", "lagrangian", "semigroup")
+KINDS = ("flow_map", "lagrangian", "semigroup", "mixed")
 LORA = {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["attn1.to_q"], "full_modules": ["delta_embedder"]}
 
 
@@ -110,8 +112,25 @@ def test_prompts_are_refused_where_clips_are_needed(tmp_path: Path) -> None:
         training.run(RunConfig.model_validate(follow(tmp_path, "lagrangian", {})))
 
 
-@pytest.mark.parametrize("kind", ["lagrangian", "semigroup"])
+@pytest.mark.parametrize("kind", ["lagrangian", "semigroup", "mixed"])
 def test_guidance_of_predictions_is_refused_by_key(kind: str, tmp_path: Path) -> None:
     config = settings(tmp_path, objective={"kind": kind, "guidance": "prediction", "guidance_scale": 3.0})
     with pytest.raises(ValueError, match=r"objective.*guidance\n.*Input should be 'none' or 'target'"):
         run_model(kind).model_validate(config)
+
+
+@pytest.mark.parametrize("kind", ["flow_map", "mixed"])
+def test_the_exact_derivative_trains_and_is_planned(kind: str, tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    write_networks(tmp_path)
+    config = follow(tmp_path, kind, {"derivative": "jvp"}, student__gradient_checkpointing="block")
+    trains_and_resumes(config)
+    assert dry_run(RunConfig.model_validate(config), 1).work > 0
+
+
+def test_the_exact_derivative_is_refused_under_zero_3(tmp_path: Path) -> None:
+    jvp = RunConfig.model_validate(follow(tmp_path, "lagrangian", {"derivative": "jvp"}))
+    check_strategy(jvp, "zero2")
+    check_strategy(RunConfig.model_validate(follow(tmp_path, "lagrangian", {})), "zero3")
+    with pytest.raises(UserError, match=r"objective\.derivative: is refused under strategy=zero3"):
+        check_strategy(jvp, "zero3")

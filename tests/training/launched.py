@@ -89,7 +89,7 @@ class Launch:
 
 def accelerate(engine: str, words: list[str], log: Path, variables: dict[str, str]) -> None:
     """Become `accelerate launch`, which is what users start. Its three processes import for 10 s of a core's time."""
-    _begin(log, variables)
+    begin(log, variables)
     options = ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
     os.execv(sys.executable, [*command, str(WORKER), *words])
@@ -101,7 +101,7 @@ def fork(engine: str, words: list[str], log: Path, variables: dict[str, str]) ->
     For tests of what the processes do. Of `accelerate launch` it keeps the variables, the store that the processes meet
     at, and that the failure of one ends the other.
     """
-    _begin(log, variables)
+    begin(log, variables)
     inbox, outbox = os.pipe()
     ranks = {_fork_worker(rank, engine, words, inbox): rank for rank in range(2)}
     # After the forks: the store has threads, which a fork would lose.
@@ -117,7 +117,7 @@ def fork(engine: str, words: list[str], log: Path, variables: dict[str, str]) ->
     os._exit(code)
 
 
-def _begin(log: Path, variables: dict[str, str]) -> None:
+def begin(log: Path, variables: dict[str, str]) -> None:
     os.setsid()
     os.environ.update(variables)
     with log.open("ab") as file:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Optimizer
+from anyflow_train.errors import UserError
+from anyflow_train.models.build import build_network
 from anyflow_train.training.checkpoints.tensor_handle import read_entries
-from anyflow_train.training.engine import ReplicatedEngine, adam_steps, set_adam_steps
+from anyflow_train.training.engine import (
+    ReplicatedEngine,
+    adam_steps,
+    engine_name,
+    set_adam_steps,
+    zero,
+    zero_stage,
+)
 from anyflow_train.training.processes.world import World
 
 CPU = World(torch.device("cpu"))
@@ -132,3 +147,65 @@ def test_the_engine_needs_no_launcher_package() -> None:
     code = "import sys, anyflow_train.training.engine; print({'accelerate', 'deepspeed'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
+
+
+class Zero:
+    """DeepSpeed's two contexts around a network in shards. They leave buffers where they are, as DeepSpeed does."""
+
+    @staticmethod
+    def Init(**_: Any) -> Any:
+        return nullcontext()
+
+    @staticmethod
+    def GatheredParameters(*_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+
+def test_the_buffers_of_a_network_in_shards_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "_deepspeed", lambda world: SimpleNamespace(zero=Zero))
+    monkeypatch.setattr(zero, "_settings", lambda clip_norm: {})
+    architecture = Architecture(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=1, freq_dim=16)
+    arguments = {**architecture.arguments(), "gate_value": 0.25}
+    whole = build_network(arguments, 0, None)
+    weights, elsewhere = dict(whole.named_parameters()), torch.device("meta")
+    found = zero.build_sharded(lambda: build_network(arguments, 1, None), weights.__getitem__, World(elsewhere))
+    devices = {name: buffer.device for name, buffer in found.named_buffers()}
+    assert "condition_embedder.delta_emb_gate" in devices
+    assert set(devices.values()) == {elsewhere}
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("content", "stage", "name"),
+    [
+        ({"stage": 1}, 1, "zero1"),
+        ({"stage": 3}, 3, "zero3"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}, 3, "zero3_offload"),
+        ({"stage": "auto"}, 2, "zero2"),
+    ],
+)
+def test_the_user_s_own_deepspeed_file_decides_on_the_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any], stage: int, name: str
+) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": content}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "own.json"))
+    assert (zero_stage(), engine_name()) == (stage, name)
+
+
+def test_a_deepspeed_file_that_cannot_be_used_is_refused_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.json"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(own))
+    for text in (None, "{", "{}", '{"zero_optimization": 3}'):
+        if text is not None:
+            own.write_text(text)
+        with pytest.raises(UserError, match=r"deepspeed_config_file: .*own\.json cannot be used"):
+            engine_name()
+    own.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}')
+    with pytest.raises(
+        UserError, match=r"zero_optimization\.offload_optimizer\.device: is nvme, which is not supported"
+    ):
+        engine_name()

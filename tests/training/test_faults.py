@@ -101,10 +101,14 @@ def refused(folder: Path) -> Launch:
     """Processes that do not fit each other; then a run that a person stops, and whose newest checkpoint decays."""
     place = folder / "refused"
     place.mkdir()
+    for path in (place / "unwritable" / "lock", place / "unreadable" / "config.json"):
+        path.mkdir(parents=True)  # root may open any file, but not a folder
     moved = [0, "folder", str(folder / "here")], [1, "folder", str(folder / "elsewhere")]
     cases = [
         {**case(folder, place, "config"), "alone": [1, "seed=7", "engine.precision=bf16"]},
         case(folder, place, "manifest", *moved, data__shards="shards"),
+        case(folder, place, "unwritable"),
+        case(folder, place, "unreadable"),
         case(folder, place, "stopped", [0, "signal", 4, "itself", signal.SIGTERM]),
         case(folder, place, "stopped", [0, "flip", str(place / "stopped"), "exp_avg-00001.safetensors"]),
     ]
@@ -126,6 +130,14 @@ def test_processes_with_other_data_are_refused(refused: Launch) -> None:
     assert refused.codes("manifest") == [2, 2]
     assert refused.text().count("error: data.shards: is a manifest of 20 samples") == 1
     assert "but a manifest of 21 samples" in refused.text()
+
+
+def test_a_file_that_only_process_0_opens_ends_all_with_its_name(refused: Launch) -> None:
+    assert refused.codes("unwritable") == refused.codes("unreadable") == [2, 2]
+    text = refused.text()
+    assert text.count(f"error: {refused.folder / 'unwritable'}: cannot be written (Is a directory)") == 1
+    config = refused.folder / "unreadable" / "config.json"
+    assert text.count(f"error: {config}: cannot be read or written (Is a directory)") == 1
 
 
 @pytest.mark.parametrize("launch", ["ddp"], indirect=True)

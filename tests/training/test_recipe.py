@@ -95,12 +95,12 @@ def test_another_architecture_is_named_by_key_and_both_values(tmp_path: Path) ->
         "student.architecture.num_layers",
     ]
     assert "is 2" in caught.value.errors[1].problem
-    assert "built with 1" in caught.value.errors[1].problem
+    assert "trained with 1" in caught.value.errors[1].problem
 
 
 def test_another_gate_is_named_with_both_values(tmp_path: Path) -> None:
     source = saved_network(tmp_path, gate_value=0.5)
-    with pytest.raises(UserError, match=r"gate_value = 0\.5.*student\.gate_value=0\.25"):
+    with pytest.raises(UserError, match=r"gate_value = 0\.5.*cannot use 0\.25"):
         start_student(config(tmp_path, student__init=source).student, 0)
 
 

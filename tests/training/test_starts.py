@@ -18,7 +18,8 @@ from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
-from anyflow_train.training.checkpoints.state import Best
+from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.writing import save_checkpoint
 from anyflow_train.training.networks import (
     load_trained_network,
     share_frozen,
@@ -28,7 +29,7 @@ from anyflow_train.training.networks import (
 )
 from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.start_checks import check_start
-from anyflow_train.training.weight_source import base_of, open_student_start, resolve_init_checkpoint
+from anyflow_train.training.weight_source import base_of, open_source, open_student_start, resolve_init_checkpoint
 from tests.training.helpers import write_latents
 from tests.training.started import config, network, trained
 
@@ -227,3 +228,35 @@ def test_the_best_checkpoint_is_the_start(tmp_path: Path) -> None:
     best = Best(1, "energy_distance_4", 0.5)
     (run / "checkpoints" / "best").write_text(f'{{"step": {best.step}}}')
     assert_equal(start_student(student(tmp_path, run, FULL), 0), whole(run / "checkpoints" / "step_00000001"))
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_changed_bit_of_a_run_is_found_when_its_network_is_opened(tmp_path: Path, chain: bool) -> None:
+    """Export, sample, evaluate, `student.init` and `teacher.source` all open runs in this way."""
+    run = trained(tmp_path, "first", network(tmp_path), FULL)
+    opened = trained(tmp_path, "second", run, LORA) if chain else run
+    open_source(opened)
+    (path,) = list_checkpoints(run / "checkpoints")[0].glob("ema-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"ema-00001\.safetensors does not match its checksum"):
+        open_source(opened)
+
+
+def test_weights_of_a_run_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    config_ = config(tmp_path, "first", network(tmp_path), FULL)
+    weights = {name: p.detach().clone() for name, p in trainable_parameters(start_student(config_.student, 0)).items()}
+    weights["proj_out.bias"][0] = float("inf")
+    groups = {"weights": weights.items(), "ema": weights.items()}
+    save_checkpoint(tmp_path / "first" / "checkpoints", config_, TrainState(step=1), {"student": 1}, groups)
+    with pytest.raises(UserError, match=r"the weight 'proj_out\.bias' contains NaN or inf"):
+        load_trained_network(tmp_path / "first")
+
+
+def test_a_file_that_the_checkpoint_does_not_list_is_not_read(tmp_path: Path) -> None:
+    run = trained(tmp_path, "first", network(tmp_path), FULL)
+    (path,) = list_checkpoints(run / "checkpoints")[0].glob("ema-*.safetensors")
+    shutil.copy(path, path.with_name("ema-00002.safetensors"))
+    with pytest.raises(UserError, match=r"ema-00002\.safetensors is not listed in state\.json"):
+        open_source(run)

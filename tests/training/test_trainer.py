@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -17,12 +18,13 @@ import pytest
 import torch
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.config_file import decode_saved
-from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
+from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info, verify_checkpoint
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.validation import Validation
 from tests.training.helpers import (
@@ -168,6 +170,48 @@ def test_the_number_of_micro_batches_does_not_matter(undisturbed: Path, tmp_path
         assert row["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-2)
 
 
+def train_without_data(config: dict[str, Any], log: Path) -> None:
+    """Train with a storage that never answers after 3 steps."""
+    original, asked = ShardSet.read, 0
+
+    def read(self: ShardSet, index: int) -> Any:
+        nonlocal asked
+        asked += 1
+        return original(self, index) if asked <= 3 * 8 else threading.Event().wait()
+
+    ShardSet.read = read  # type: ignore[method-assign]
+    train_with_log(config, log)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_saves_and_ends_a_run_whose_data_never_come(tmp_path: Path, workers: int) -> None:
+    write_latents(tmp_path / "shards")
+    config, log = settings(tmp_path, data__workers=workers, checkpoint__every=100), tmp_path / "log"
+    process = in_process(train_without_data, config, log)
+    deadline = time.monotonic() + 100
+    while not (log.exists() and "step 3/8" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(100)
+    assert process.exitcode == 0, log.read_text()
+    assert "stopped after step 3 of 8" in log.read_text()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+def test_a_single_process_reports_that_its_data_never_come(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    log = tmp_path / "log"
+    process = in_process(train_without_data, settings(tmp_path, engine__timeout_seconds=4), log)
+    process.join(200)
+    assert process.exitcode == 1, log.read_text()
+    assert "error: no progress for" in log.read_text()
+    assert "last report: step 4, loading data" in log.read_text()
+    assert "Stack traces of process 0" in (tmp_path / "run" / "logs" / "process_00000.txt").read_text()
+
+
 class Judge:
     """Pretends that the student was best after 4 steps."""
 
@@ -184,12 +228,37 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
     judge = Judge()
     config = RunConfig.model_validate(settings(tmp_path, evaluation__every=2, checkpoint__every=3, checkpoint__keep=1))
-    training.run(config, lambda config, world: judge)
+    training.run(config, lambda *_: judge)
     assert judge.steps == [2, 4, 6, 8]
     run = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000008"]
     assert json.loads((run / "checkpoints" / "best").read_text())["step"] == 4
     assert json.loads((run / "done.json").read_text())["metrics"] == {"energy_distance_4": 4.0}
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_done_again(tmp_path: Path) -> None:
+    write_latents(tmp_path / "shards")
+    config = RunConfig.model_validate(settings(tmp_path, evaluation__every=4, checkpoint__every=4, checkpoint__keep=1))
+
+    def fail(student: FlowMap, folder: Path, interrupted: Any) -> Validation | None:
+        raise RuntimeError("the validation is broken")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the validation is broken"):
+            training.run(config, lambda *_: fail)
+        (point,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+        assert (read_info(point).state.step, read_info(point).state.validated) == (4, 0)
+    judge = Judge()
+    training.run(config, lambda *_: judge)
+    assert judge.steps == [4, 8]
+    best, last = list_checkpoints(tmp_path / "run" / "checkpoints")
+    # both were saved before they were validated
+    for point, distance in ((best, 0.0), (last, 4.0)):
+        state = verify_checkpoint(point).state
+        assert (state.validated, state.metrics) == (state.step, {"energy_distance_4": distance})
+        assert state.best is not None
+        assert state.best.step == 4
+    assert json.loads((best.parent / "best").read_text())["step"] == 4
 
 
 @pytest.mark.parametrize("objective", ["flow_matching", "flow_map"])

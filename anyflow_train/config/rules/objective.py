@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.positions import branch_counts
+from anyflow_train.config.keys import show
 from anyflow_train.config.run import RunConfig
 
 
@@ -21,10 +21,6 @@ def shares(config: RunConfig) -> Iterator[Finding]:
         return
     if not objective.branches:
         return
-    if times.diffusion_share >= 1:
-        problem = "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching"
-        yield Finding(keys[::-1], problem)
-        return
     if problem := _lost_branch(config, size):
         fitting = next((more for more in range(size + 1, 4097) if not _lost_branch(config, more)), None)
         advice = f"; the next possible size is {fitting}" if fitting else ""
@@ -38,10 +34,17 @@ def shares(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("objective.rebalance", "times.diffusion_share"), f"{problem}; {advice}")
 
 
+def learns_the_map(config: RunConfig) -> Iterator[Finding]:
+    """Check that there are samples with r < t. Only stages of a schedule may do without them."""
+    if config.objective.branches and config.times.diffusion_share >= 1:
+        problem = "1 leaves no samples with r < t for the flow map; lower it, or choose objective=flow_matching"
+        yield Finding(("times.diffusion_share", "times.consistency_share"), problem)
+
+
 def _lost_branch(config: RunConfig, size: int) -> str | None:
     """Return why a global batch is too small for every branch; None if it is not."""
     try:
-        branch_counts(size, config.times.diffusion_share, config.times.consistency_share)
+        config.objective.branch_counts(config.times, size)
     except ValueError as error:
         return str(error)
 
@@ -61,6 +64,24 @@ def velocity(config: RunConfig) -> Iterator[Finding]:
         problem = f"null, but objective.kind={config.objective.kind} calls the teacher"
         advice = "give a pipeline folder or hub id (flow_map needs no teacher with objective.velocity=data)"
         yield Finding(("teacher.source", "objective.velocity"), f"{problem}; {advice}")
+
+
+def derivative(config: RunConfig) -> Iterator[Finding]:
+    """Check that nothing prevents the forward-mode differentiation of the network."""
+    role, engine = config.objective.derivative_role, config.engine
+    if role is None or not role.exact:
+        return
+    for name, value, allowed in (
+        ("compile", engine.compile, False),
+        ("sequence_parallel", engine.sequence_parallel, 1),
+        ("fp8", engine.fp8, "none"),
+    ):
+        if value != allowed:
+            yield Finding(
+                ("objective.derivative", f"engine.{name}"),
+                f"'jvp' cannot be computed with engine.{name}={show(value)}; set that to {show(allowed)}, or "
+                "objective.derivative to difference",
+            )
 
 
 def times(config: RunConfig) -> Iterator[Finding]:

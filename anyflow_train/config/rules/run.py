@@ -5,10 +5,25 @@ from __future__ import annotations
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules import causal, geometry, objective, on_policy, precision, schedule, warnings
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.schedule import stages, without_schedule
+from anyflow_train.errors import UserErrors
 
 
 def run_errors(config: RunConfig, world: int) -> list[Finding]:
-    """List the contradictions that prevent a run on `world` processes."""
+    """List the contradictions that prevent a run on `world` processes, in any of its stages."""
+    plain = without_schedule(config)
+    found = [*_errors(plain, world), *objective.learns_the_map(plain)]
+    try:
+        several = stages(config)
+    except UserErrors as errors:
+        return [*found, *(Finding((error.where,), error.problem) for error in errors.errors)]
+    for number, stage in enumerate(several):
+        own = [*_errors(stage.config, world), *schedule.one_derivative(plain, stage.config)]
+        found += [finding.in_stage(number) for finding in own if finding not in found]
+    return found
+
+
+def _errors(config: RunConfig, world: int) -> list[Finding]:
     return [
         *geometry.network_shape(config),
         *geometry.student_start(config),
@@ -16,6 +31,7 @@ def run_errors(config: RunConfig, world: int) -> list[Finding]:
         *geometry.adapter_targets(config),
         *config.objective.findings(),
         *objective.velocity(config),
+        *objective.derivative(config),
         *objective.times(config),
         *objective.shares(config),
         *on_policy.on_policy(config),
@@ -34,6 +50,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
     """List the warnings about a config without errors."""
     return [
         *warnings.schedule(config),
+        *warnings.stages(config),
         *objective.unused_shares(config),
         *on_policy.warnings(config),
         *precision.warnings(config),

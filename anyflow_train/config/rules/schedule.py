@@ -8,8 +8,8 @@ from anyflow_train.config.findings import Finding
 from anyflow_train.config.run import Evaluation, RunConfig
 from anyflow_train.text import nearest
 
-# Metrics of validation at each step count; lower is better.
-DISTANCES = ("energy_distance", "sliced_wasserstein")
+# Metrics of validation at each step count, by `evaluation.reference`; lower is better.
+DISTANCES = {"clips": ("energy_distance", "sliced_wasserstein"), "teacher": ("energy_distance", "rms")}
 ORACLE_METRICS = ("class_error",)
 
 
@@ -47,6 +47,14 @@ def learning_rate(config: RunConfig) -> Iterator[Finding]:
         yield Finding(keys, f"{problem}; set it to 0, or the schedule to cosine")
 
 
+def one_derivative(config: RunConfig, stage: RunConfig) -> Iterator[Finding]:
+    """Check that a stage takes derivatives of the same weights in the same precision as the run: one role has them."""
+    wanted, found = config.objective.derivative_role, stage.objective.derivative_role
+    if found is not None and (wanted is None or (found.network, found.precision) != (wanted.network, wanted.precision)):
+        problem = f"a stage cannot change the weights ({found.network}) or precision ({found.precision})"
+        yield Finding(("objective.derivative",), f"{problem} that the derivative is taken of")
+
+
 def validation(config: RunConfig) -> Iterator[Finding]:
     """Check that validation has what its metrics require."""
     evaluation = config.evaluation
@@ -57,12 +65,24 @@ def validation(config: RunConfig) -> Iterator[Finding]:
             problem = f"null, but evaluation.{key}={value} decodes videos"
             advice = f"give a pipeline folder or hub id with the VAE, or set evaluation.{key}={off}"
             yield Finding(("teacher.codec", f"evaluation.{key}"), f"{problem}; {advice}")
-    if evaluation.held_out is not None:
+    if evaluation.reference == "teacher":
+        yield from _teacher_reference(config)
+    if evaluation.held_out is not None or evaluation.reference == "teacher":
         yield from _best_metric(evaluation)
 
 
+def _teacher_reference(config: RunConfig) -> Iterator[Finding]:
+    if config.teacher.source is None:
+        problem = "null, but evaluation.reference=teacher compares samples with a teacher"
+        advice = "give a pipeline folder or hub id, or set evaluation.reference=clips"
+        yield Finding(("teacher.source", "evaluation.reference"), f"{problem}; {advice}")
+    for key in ("samples", "reference_videos"):
+        if getattr(config.evaluation, key) == 1:
+            yield Finding((f"evaluation.{key}",), "1, but a comparison with the teacher needs 2 or more")
+
+
 def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
-    metrics = DISTANCES + (ORACLE_METRICS if evaluation.oracle != "none" else ())
+    metrics = DISTANCES[evaluation.reference] + (ORACLE_METRICS if evaluation.oracle != "none" else ())
     valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
     if evaluation.best_metric in valid:
         return

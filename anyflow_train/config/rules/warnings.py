@@ -22,6 +22,14 @@ def schedule(config: RunConfig) -> Iterator[Finding]:
         yield Finding(("evaluation.every",), f"{every} is above steps={steps}; there is no validation before the end")
 
 
+def stages(config: RunConfig) -> Iterator[Finding]:
+    """Warn if the run ends before the objective's own keys apply."""
+    planned = sum(stage.steps for stage in config.objective.schedule)
+    if planned >= config.steps:
+        problem = f"its stages take {planned} steps of steps={config.steps}; the objective's own keys are never used"
+        yield Finding(("objective.schedule",), problem)
+
+
 def derivative(config: RunConfig) -> Iterator[Finding]:
     """Warn about a derivative that is less precise than the network, or that takes most of a step's time."""
     settings = config.objective.derivative_role
@@ -41,8 +49,9 @@ def validation(config: RunConfig) -> Iterator[Finding]:
     evaluation = config.evaluation
     if evaluation.every == 0:
         return
-    if evaluation.held_out is None:
-        yield Finding(("evaluation.held_out",), "null; no distances are measured and no best checkpoint is kept")
+    if evaluation.held_out is None and evaluation.reference == "clips":
+        problem = "null; no distances are measured and no best checkpoint is kept"
+        yield Finding(("evaluation.held_out",), f"{problem}; set it, or evaluation.reference=teacher")
     if (shift := evaluation.shift) != config.times.shift and config.objective.any_step:
         problem = f"{shift:g} differs from times.shift={config.times.shift:g}"
         yield Finding(("evaluation.shift",), f"{problem}; validation uses other times than those trained most")

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +79,26 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step in the folder name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is not an intact checkpoint to `damaged_...`. Returns the new path."""
+    aside, number = path.with_name(f"damaged_{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged_{path.name}_{number}")
+    return path.rename(aside)
 
 
 def read_info(checkpoint: Path) -> CheckpointInfo:
@@ -91,7 +108,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         DamagedCheckpoint: `state.json` or `config.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    content = _read_state(checkpoint)
+    content = read_state(checkpoint)
     _verify(checkpoint, {"config.json": content["files"].get("config.json", "")})
     try:
         state = _STATE.validate_python(content["state"])
@@ -109,7 +126,7 @@ def read_network(checkpoint: Path) -> NetworkFile:
         DamagedCheckpoint: a file is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    files = _read_state(checkpoint)["files"]
+    files = read_state(checkpoint)["files"]
     own = network_file.NAME in files
     path = checkpoint / (network_file.NAME if own else "config.json")
     _verify(checkpoint, {path.name: files.get(path.name, "")})
@@ -126,10 +143,15 @@ def read_step(checkpoint: Path) -> int:
         DamagedCheckpoint: `state.json` is missing or changed.
         UserError: it was written in a format that this version does not support.
     """
-    step = _read_state(checkpoint)["state"].get("step")
+    step = read_state(checkpoint)["state"].get("step")
     if not isinstance(step, int):
         raise DamagedCheckpoint(f"{checkpoint / 'state.json'} has no number of steps")
     return step
+
+
+def read_checksum(checkpoint: Path) -> str:
+    """Read the checksum of `state.json`, which identifies the content of all files. Errors as in `read_step`."""
+    return content_checksum(read_state(checkpoint))
 
 
 def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
@@ -141,6 +163,28 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     info = read_info(checkpoint)
     _verify(checkpoint, info.files)
     return info
+
+
+def verify_group(checkpoint: Path, group: str) -> None:
+    """Compare the files of a group with their checksums. Unchanged files are hashed once per process.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
+    """
+    files = read_state(checkpoint)["files"]
+    listed = {name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)}
+    present = {path.name for path in _group_files(checkpoint, group)}
+    if unknown := sorted(present - listed):
+        raise DamagedCheckpoint(f"{checkpoint / unknown[0]} is not listed in state.json")
+    for name in sorted(listed):
+        with _readable(checkpoint / name):
+            found = (checkpoint / name).stat()
+            _verify_once(checkpoint / name, files[name], found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _verify_once(path: Path, checksum: str, _size: int, _changed: int) -> None:
+    _verify(path.parent, {path.name: checksum})
 
 
 @torch.no_grad()
@@ -172,7 +216,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
     try:
         best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return found[-1]
     return best if best in found else found[-1]
 
@@ -200,8 +244,13 @@ def check_shapes(checkpoint: Path, group: str, shapes: Mapping[str, torch.Size])
         raise UserError(str(checkpoint), f"lacks '{min(missing)}' ({group}), which its network trains")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json`, which contains the checksums of all other files."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read `state.json`, which contains the checksums of all other files.
+
+    Raises:
+        DamagedCheckpoint: it is missing or changed.
+        UserError: it was written in a format that this version does not support.
+    """
     try:
         content = parse_json(read_inside(checkpoint, "state.json"))
         checksum = content.pop("checksum")
@@ -235,7 +284,7 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: there is no such group.
     """
-    paths = sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+    paths = _group_files(checkpoint, group)
     if not paths:
         raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
     try:
@@ -247,9 +296,19 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
 
 def _verify(checkpoint: Path, files: Mapping[str, str]) -> None:
     for name, checksum in files.items():
-        try:
+        with _readable(checkpoint / name):
             actual = file_sha256(checkpoint / name)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error.strerror})") from error
         if actual != checksum:
             raise DamagedCheckpoint(f"{checkpoint / name} does not match its checksum")
+
+
+def _group_files(checkpoint: Path, group: str) -> list[Path]:
+    return sorted(checkpoint.glob(f"{group}-[0-9]*.safetensors"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error

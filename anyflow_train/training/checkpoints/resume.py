@@ -9,14 +9,17 @@ from typing import Any
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
+from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
     list_checkpoints,
+    set_aside,
     verify_checkpoint,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
+UNKNOWN = Inputs()
 # Keys that may change between two starts of a run, because they do not change what is trained on which data. The
 # micro-batch only changes how a step is split, and the order of its sums.
 FREE_KEYS = (
@@ -30,6 +33,7 @@ FREE_KEYS = (
     "tracker.",
     "evaluation.every",
     "evaluation.videos",
+    "evaluation.reference_videos",
     "evaluation.batch",
     "data.workers",
     "data.max_bad_share",
@@ -47,20 +51,23 @@ FREE_KEYS = (
 )
 
 
-def check_finished(directory: RunDirectory, config: RunConfig) -> str | None:
+def check_finished(directory: RunDirectory, config: RunConfig, inputs: Inputs = UNKNOWN) -> str | None:
     """Return a message if the run has already done all its steps; None if there are steps left.
+
+    If `done.json` or `config.json` is missing or damaged, the run resumes, and writes them again.
 
     Raises:
         UserErrors: the run is finished, but its config was different.
     """
     done = directory.read_done()
-    if done is None or done["step"] < config.steps:
+    step, before = (done or {}).get("step"), directory.read_config()
+    if not isinstance(step, int) or step < config.steps or before is None:
         return None
-    check_unchanged(directory.read_config(), config, str(directory.path))
-    return f"{directory.path} is finished: {done['step']} steps; increase steps to continue, or choose another name"
+    check_unchanged(before, config, str(directory.path), inputs)
+    return f"{directory.path} is finished: {step} steps; increase steps to continue, or choose another name"
 
 
-def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
+def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN) -> CheckpointInfo | None:
     """Find the newest intact checkpoint; None if the run has none. Damaged ones are renamed, with a warning.
 
     Raises:
@@ -78,7 +85,7 @@ def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
         except DamagedCheckpoint as damage:
             damaged[path] = damage
             continue
-        check_unchanged(info.config, config, str(path))
+        check_unchanged(info.config, config, str(path), inputs)
         for bad, damage in damaged.items():
             _set_aside(bad, damage, instead=path.name)
         return info
@@ -88,24 +95,29 @@ def find_resume_point(folder: Path, config: RunConfig) -> CheckpointInfo | None:
     return None
 
 
-def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str) -> None:
+def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs: Inputs = UNKNOWN) -> None:
     """Compare a saved config with the current one.
 
     Args:
         where: file or folder that it was read from, for errors.
+        inputs: facts about the content of inputs. If they are known, they are compared in place of the paths.
 
     Raises:
         UserErrors: one line for every changed key that must not change. UserError: another version wrote it.
     """
     before = flatten(decode_saved(saved, where).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    same = inputs.compared()
+    keys = sorted((before.keys() | now.keys()) - same.keys())
+    changed = [key for key in keys if before.get(key) != now.get(key)]
     advice = "set it back or choose another name"
     errors = [
         UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {advice}")
         for key in changed
         if not _is_free(key)
     ]
+    others = [key for key, equal in same.items() if not equal]
+    errors += [UserError(key, inputs.problem(key, before.get(key), now.get(key), where)) for key in others]
     raise_all(errors)
 
 
@@ -123,10 +135,4 @@ def _is_free(key: str) -> bool:
 
 def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
     """Rename a damaged checkpoint, so that it is neither read again nor overwritten."""
-    aside = path.with_name(f"damaged_{path.name}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"damaged_{path.name}_{number}")
-    path.rename(aside)
-    print(f"warning: {damage}; moved to {aside.name}, resuming from {instead}", file=sys.stderr)
+    print(f"warning: {damage}; moved to {set_aside(path).name}, resuming from {instead}", file=sys.stderr)

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,24 +47,34 @@ class RunDirectory:
         """Folder with the videos of one validation."""
         return self.path / "validation" / f"step_{step:08d}"
 
-    def begin(self, config: RunConfig) -> None:
-        """Save the resolved config. Removes the summary of a finished run, which now continues with more steps."""
+    def begin(self, config: RunConfig, inputs: Mapping[str, str] | None = None) -> None:
+        """Save the resolved config, and facts about the content of its inputs.
+
+        Removes the summary of a finished run, which now continues with more steps.
+        """
         (self.path / "done.json").unlink(missing_ok=True)
+        if inputs is not None:
+            replace_file(self.path / "inputs.json", to_json(inputs))
         replace_file(self.path / "config.json", to_json(saved_config(config)))
 
-    def read_config(self) -> dict[str, Any]:
-        """Read the config of the last start, not decoded."""
-        return json.loads((self.path / "config.json").read_text())
+    def read_config(self) -> dict[str, Any] | None:
+        """Read the config of the last start, not decoded; None if it is missing or damaged."""
+        return _read_json(self.path / "config.json")
+
+    def read_inputs(self) -> dict[str, str]:
+        """Read the facts about the inputs of the first start; empty if there are none."""
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            found = json.loads((self.path / "inputs.json").read_text())
+            return {str(key): str(fact) for key, fact in found.items()}
+        return {}
 
     def write_done(self, summary: dict[str, Any]) -> None:
         """Write the summary of the finished run."""
         replace_file(self.path / "done.json", to_json(summary))
 
     def read_done(self) -> dict[str, Any] | None:
-        """Read the summary of a finished run; None if the run is not finished."""
-        with suppress(FileNotFoundError):
-            return json.loads((self.path / "done.json").read_text())
-        return None
+        """Read the summary of a finished run; None if the run is not finished, or if the summary is damaged."""
+        return _read_json(self.path / "done.json")
 
     @contextmanager
     def locked(self) -> Iterator[str]:
@@ -112,3 +122,10 @@ class RunDirectory:
             holder = json.loads((self.path / "lock").read_text())
             return f"process {holder['pid']} on {holder['host']}"
         return "another process"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError, ValueError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else None
+    return None

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import NO_ROOM, UserError
+from anyflow_train.training.checkpoints.reading import list_checkpoints
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
-from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint
+from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint, update_state
 from anyflow_train.training.processes.host_memory import free_memory
 from anyflow_train.training.processes.world import World
 
 # Largest share of the free memory that a copy may take. The rest is left for the data, for the page cache of the files
 # being written, and for memory that the training needs later.
 COPY_SHARE = 0.5
+
+START_AGAIN = "the previous one is intact; mend that and start again"
 
 Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
 
@@ -54,6 +59,19 @@ class Saver:
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
+    def check_room(self, groups: Mapping[str, Mapping[str, Entry]]) -> None:
+        """Warn if the disk does not have the space for all checkpoints that the run keeps."""
+        if not self._world.is_main:
+            return
+        size, found = _size(groups), list_checkpoints(self._folder)
+        count = self._config.checkpoint.keep + 1 + bool(self._config.evaluation.every)  # one is being written
+        place = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        free, needed = shutil.disk_usage(place).free, size * max(count - len(found), 1)
+        if free < needed:
+            problem = f"{place} has {_gib(free)} of free space, but a checkpoint takes {_gib(size)}"
+            advice = f"the run keeps up to {count} of them; free some space, or lower checkpoint.keep"
+            self._say(f"warning: {problem}, and {advice}")
+
     def save(self, state: TrainState, adam_steps: Mapping[str, int], groups: Mapping[str, Mapping[str, Entry]]) -> None:
         """Save the current tensors. All processes must call it. Waits if the previous checkpoint is still written.
 
@@ -64,9 +82,7 @@ class Saver:
         Raises:
             UserError: this checkpoint or the previous one could not be written. Raised on all processes.
         """
-        world = self._world
-        saved = (entry for entries in groups.values() for entry in entries.values())
-        size = sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
+        world, size = self._world, _size(groups)
         streams = {group: read_entries(entries) for group, entries in groups.items()}
         with world.activity.untimed("saving"):
             with world.together():
@@ -76,6 +92,14 @@ class Saver:
                     self._begin(state, adam_steps, streams, size)
                 else:
                     _read_rest(streams)
+
+    def update(self, state: TrainState) -> None:
+        """Replace the state in the checkpoint of its step, after a validation. Does nothing if there is none.
+
+        A thread does it. If it fails, the next `save` or `wait` raises the reason.
+        """
+        if self._world.is_main:
+            self._writing = self._thread.submit(self._update, state, self._writing)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk. All processes must call it.
@@ -105,14 +129,34 @@ class Saver:
         self._writing = self._thread.submit(self._write, state, adam_steps, copies)
 
     def _write(self, state: TrainState, adam_steps: Mapping[str, int], groups: Tensors) -> None:
-        try:
+        with self._explained(state):
             save_checkpoint(self._folder, self._config, state, adam_steps, groups)
-            mark_best(self._folder, state.best)
-            prune_checkpoints(self._folder, self._config.checkpoint.keep, state.best)
+            self._tidy_up(state)
+
+    def _update(self, state: TrainState, before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()  # has ended, because there is one thread; raises its error
+        with self._explained(state):
+            update_state(self._folder, state)
+            self._tidy_up(state)
+
+    def _tidy_up(self, state: TrainState) -> None:
+        mark_best(self._folder, state.best)
+        keeping = self._config.checkpoint
+        prune_checkpoints(self._folder, keeping.keep, state.best, keeping.keep_every)
+
+    @contextmanager
+    def _explained(self, state: TrainState) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             problem = f"the checkpoint of step {state.step} could not be written ({error.strerror or error})"
             advice = "the previous one is intact; free some space and start again"
-            raise UserError(str(self._folder), f"{problem}; {advice}") from error
+            where = error.filename if error.errno not in NO_ROOM and error.filename else self._folder
+            raise UserError(str(where), f"{problem}; {advice if error.errno in NO_ROOM else START_AGAIN}") from error
+        except Exception as error:  # in the thread, only a UserError reaches all processes
+            problem = f"the checkpoint of step {state.step} could not be written ({type(error).__name__}: {error})"
+            raise UserError(str(self._folder), f"{problem}; {START_AGAIN}") from error
 
     def _end_last(self, step: int) -> None:
         if self._writing is None or self._writing.done():
@@ -132,6 +176,12 @@ class Saver:
         if kind != self._said:
             self._say(text)
         self._said = kind
+
+
+def _size(groups: Mapping[str, Mapping[str, Entry]]) -> int:
+    """Bytes of the tensors of a checkpoint."""
+    saved = (entry for entries in groups.values() for entry in entries.values())
+    return sum(entry.dtype.itemsize * entry.shape.numel() for entry in saved)
 
 
 def _copied(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,15 @@ from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.network_file import NetworkFile
-from anyflow_train.training.checkpoints.reading import FORMAT, checkpoint_name, content_checksum, list_checkpoints
+from anyflow_train.training.checkpoints.reading import (
+    FORMAT,
+    checkpoint_name,
+    content_checksum,
+    list_checkpoints,
+    read_state,
+    set_aside,
+    step_of,
+)
 from anyflow_train.training.checkpoints.state import Best, TrainState
 
 SHARD_BYTES = 1 << 30
@@ -52,15 +60,32 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    try:
+        _fill(temporary, config, state, adam_steps, groups, shard_bytes)
+        _replace_folder(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _fill(
+    folder: Path,
+    config: RunConfig,
+    state: TrainState,
+    adam_steps: Mapping[str, int],
+    groups: Mapping[str, Iterable[tuple[str, Tensor]]],
+    shard_bytes: int,
+) -> None:
     described = NetworkFile.of_run(config).model_dump(mode="json")
     files = {
-        "config.json": write_synced(temporary / "config.json", to_json(saved_config(config))),
-        network_file.NAME: write_synced(temporary / network_file.NAME, to_json(described)),
+        "config.json": write_synced(folder / "config.json", to_json(saved_config(config))),
+        network_file.NAME: write_synced(folder / network_file.NAME, to_json(described)),
     }
     for group, tensors in groups.items():
         for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
             name = f"{group}-{number:05d}.safetensors"
-            files[name] = write_synced(temporary / name, *_safetensors(shard))
+            files[name] = write_synced(folder / name, *_safetensors(shard))
     content = {
         "format": FORMAT,
         "package_version": __version__,
@@ -68,10 +93,16 @@ def save_checkpoint(
         "adam_steps": dict(adam_steps),
         "files": files,
     }
-    write_synced(temporary / "state.json", to_json({**content, "checksum": content_checksum(content)}))
-    sync_folder(temporary)
-    _replace_folder(temporary, final)
-    return final
+    write_synced(folder / "state.json", to_json({**content, "checksum": content_checksum(content)}))
+    sync_folder(folder)
+
+
+def update_state(folder: Path, state: TrainState) -> None:
+    """Replace the state in the checkpoint of its step atomically. Does nothing if there is no such checkpoint."""
+    path = folder / checkpoint_name(state.step) / "state.json"
+    if path.is_file():
+        content = {**read_state(path.parent), "state": dataclasses.asdict(state)}
+        replace_file(path, to_json({**content, "checksum": content_checksum(content)}))
 
 
 def mark_best(folder: Path, best: Best | None) -> None:
@@ -80,13 +111,21 @@ def mark_best(folder: Path, best: Best | None) -> None:
         replace_file(folder / "best", to_json(dataclasses.asdict(best)))
 
 
-def prune_checkpoints(folder: Path, keep: int, best: Best | None) -> None:
-    """Delete all checkpoints except the last `keep` and the best, and the temporary folders of killed saves."""
-    kept = {path.name for path in list_checkpoints(folder)[-keep:]}
+def prune_checkpoints(folder: Path, keep: int, best: Best | None, keep_every: int = 0) -> None:
+    """Delete old checkpoints, and the temporary folders of killed saves.
+
+    Args:
+        folder: the run's `checkpoints`.
+        keep: number of newest checkpoints to keep.
+        best: the best checkpoint, which is kept.
+        keep_every: checkpoints whose step is a multiple of this are kept; 0 keeps none of them.
+    """
+    found = list_checkpoints(folder)
+    kept = {path.name for path in found[-keep:]}
     if best is not None:
         kept.add(checkpoint_name(best.step))
-    for path in list_checkpoints(folder):
-        if path.name not in kept:
+    for path in found:
+        if path.name not in kept and not (keep_every and step_of(path) % keep_every == 0):
             _delete_folder(path)
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -124,14 +163,20 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def _replace_folder(temporary: Path, final: Path) -> None:
     """Rename the temporary folder to its final name. An existing folder, equal or damaged, is deleted first."""
-    if final.exists():
+    if os.path.lexists(final):
         _delete_folder(final)
     os.rename(temporary, final)
     sync_folder(final.parent)
 
 
 def _delete_folder(path: Path) -> None:
-    """Rename the folder before deleting it, so that readers never see a half-deleted checkpoint."""
+    """Rename the folder before deleting it, so that readers never see a half-deleted checkpoint.
+
+    A file or a link was not written by a run: it is set aside.
+    """
+    if path.is_symlink() or not path.is_dir():
+        set_aside(path)
+        return
     hidden = path.with_name(f".{path.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,14 +29,42 @@ def zero_stage() -> int:
     """The ZeRO stage that `accelerate launch` was given; 0 without DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return 0
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    stage = _file_of_launcher().get("stage", "auto")
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if stage == "auto" else stage)
 
 
 def engine_name() -> str:
-    """Name of the launcher's strategy, as in `launch/` and `anyflow plan`."""
+    """Name of the launcher's strategy, as in `launch/` and `anyflow plan`.
+
+    Raises:
+        UserError: the user's own DeepSpeed file cannot be read, or offloads to NVMe, which is not supported.
+    """
     stage = zero_stage()
-    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none"
-    return f"zero{stage}{'_offload' if stage == 3 and offload else ''}" if stage else "ddp"
+    offload = {part: _offload_device(part) for part in ("param", "optimizer")} if stage else {}
+    for part, device in offload.items():
+        if device == "nvme":
+            key = f"zero_optimization.offload_{part}.device"
+            raise UserError(
+                key, "is nvme, which is not supported; set it to cpu or none in the launcher's DeepSpeed config"
+            )
+    return f"zero{stage}{'_offload' if stage == 3 and offload['param'] != 'none' else ''}" if stage else "ddp"
+
+
+def _offload_device(part: str) -> str:
+    own = _file_of_launcher().get(f"offload_{part}") or {}
+    return own.get("device") or os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+
+
+def _file_of_launcher() -> dict[str, Any]:
+    """Read `zero_optimization` of the user's own DeepSpeed file, accelerate's `deepspeed_config_file`, if given."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        return {}
+    try:
+        return dict(json.loads(Path(path).read_text())["zero_optimization"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{path} cannot be used ({type(error).__name__}: {error})"
+        raise UserError("deepspeed_config_file", f"{problem}; give a JSON file with zero_optimization") from error
 
 
 def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], world: World) -> Network:
@@ -51,6 +81,9 @@ def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], w
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if world.is_main:
                 parameter.data.copy_(read(name))
+    for module in network.modules():  # DeepSpeed moves only the parameters
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(world.device)
     return network
 
 

@@ -1,7 +1,7 @@
 """Exchange regular reports between all processes, and end the run if a process hangs or is lost.
 
 Each process has two threads. One exchanges reports through a small store on process 0, the other judges them, so that
-a process also notices if the store stops. The training's own communication is not used.
+a process also notices if the store stops. The training's own communication is not used. A single process judges itself.
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ class Heartbeat:
             self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
             for thread in self._threads:
                 thread.start()
+        else:
+            threading.Thread(target=self._guard, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._world.size == 1:
+            self._leaving.set()
             return
         if isinstance(error, RuntimeError):
             # Communication fails after another process has ended because of a hang. Let the guard report the hang.
@@ -106,6 +109,10 @@ class Heartbeat:
                 self._end(verdict)
 
     def _verdict(self, now: float) -> Verdict | None:
+        if self._world.size == 1:
+            self._own = dataclasses.replace(self._own, beats=self._own.beats + 1, activity=self._world.activity)
+            self._reports = [self._own]
+            return self._hang_detector.judge(self._reports, now)
         first = self._reports[0]
         if self._lost_since is not None:
             text = f"lost contact with {first}"
@@ -128,6 +135,8 @@ class Heartbeat:
         present = [report.rank for report in self._reports if not report.exited and report.rank not in silent]
         if rank == min(present, default=rank):
             tell_terminal(f"\n{text}")
+        with suppress(OSError):
+            self._logs.mkdir(parents=True, exist_ok=True)
         with suppress(OSError), log_file(self._logs, rank).open("a") as file:
             file.write(f"{text}\nStack traces of process {rank}:\n")
             faulthandler.dump_traceback(file)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -115,8 +116,9 @@ def send_output_to(logs: Path) -> None:
 
 
 def tell_terminal(text: str) -> None:
-    """Write a line to the terminal, from any process."""
-    os.write(int(os.environ.get(TERMINAL, "2")), f"{text}\n".encode())
+    """Write a line to the terminal, from any process. Does nothing if its reader has ended: the caller must end too."""
+    with suppress(OSError):
+        os.write(int(os.environ.get(TERMINAL, "2")), f"{text}\n".encode())
 
 
 def print_to_terminal(text: str) -> None:
@@ -135,7 +137,8 @@ def _launchers(environment: Mapping[str, str]) -> list[int]:
 def _follow(parent: int, launchers: list[int]) -> None:
     while os.getppid() == parent and all(psutil.pid_exists(launcher) for launcher in launchers):
         time.sleep(LOOK_SECONDS)
-    os.write(2, b"\nerror: the launcher has ended, so this process ends; start again to resume\n")
+    with suppress(OSError):  # the reader of stderr may have ended with the launcher
+        os.write(2, b"\nerror: the launcher has ended, so this process ends; start again to resume\n")
     os._exit(1)
 
 

@@ -106,7 +106,8 @@ class World:
     def together(self) -> Iterator[None]:
         """Run a block on every process. If one process raises UserErrors, all of them raise these at the block's end.
 
-        The block must not communicate. A process that raised has left its block, and waits for the others at the end.
+        An OSError of one of several processes counts as a UserError. The block must not communicate. A process that
+        raised has left its block, and waits for the others at the end.
 
         Raises:
             SharedErrors: the block raised a UserError, here or on another process. If only some processes raised it,
@@ -120,6 +121,9 @@ class World:
             yield
         except UserError as errors:
             found = [(error.where, error.problem) for error in errors.errors]
+        except OSError as error:
+            problem = UserError.of_file(error, "a file")
+            found = [(problem.where, problem.problem)]
         ranks: dict[tuple[str, str], list[int]] = {}
         for rank, problems in enumerate(self.gather(found)):
             for problem in problems:

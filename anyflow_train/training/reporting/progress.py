@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -41,26 +43,44 @@ class StepProgress:
 
     def advance(self) -> None:
         """Count one step on the bar."""
-        self._bar.update()
+        with _surviving():
+            self._bar.update()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
         shown = {name: value for name, value in values.items() if HIDDEN not in name}
         text = "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
         if not self._bar.disable:
-            self._bar.set_postfix_str(text)
+            with _surviving():
+                self._bar.set_postfix_str(text)
             return
         remaining = (self._steps - step) * values.get("seconds_per_step", 0.0)
-        print(f"step {step}/{self._steps}  {text}  eta {tqdm.format_interval(remaining)}", flush=True)
+        with _surviving():
+            print(f"step {step}/{self._steps}  {text}  eta {tqdm.format_interval(remaining)}", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with _surviving():
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+@contextmanager
+def _surviving() -> Iterator[None]:
+    """Print inside the block. If that fails, drop further output: a reader that ended must not end the run."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(nowhere, stream.fileno())
 
 
 def _number(value: float) -> str:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,6 +16,9 @@ from typing import Any, Protocol
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
 from anyflow_train.files import replace_file
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+
+FINISH_SECONDS = 300.0
+"""Longest time that a finished run waits for wandb's uploads."""
 
 
 class Tracker(Protocol):
@@ -42,30 +49,79 @@ class MetricsFile:
         self._file.close()
 
 
+def has_key() -> bool:
+    """Whether wandb has credentials. They are not sent anywhere."""
+    import wandb
+
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except wandb.Error:
+        return False
+
+
 class Wandb:
-    """Weights & Biases. The run id is stored in the run directory, so that a resumed run continues its curves."""
+    """Weights & Biases. The run id is stored in the run directory, so that a resumed run continues its curves.
+
+    If there is no connection, the data are kept in an offline folder. It always holds the whole run, read from the
+    metrics file, so that a resumed run is uploaded as one.
+    """
 
     def __init__(self, config: WandbTracker, run: RunConfig, directory: RunDirectory) -> None:
         import wandb
 
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            mode=config.mode,
-            name=run.name,
-            id=_wandb_id(directory.path),
-            resume="allow" if config.mode == "online" else None,
-            dir=str(directory.path),
-            config=run.model_dump(mode="json"),
-        )
+        self._wandb, self._directory, self._id = wandb, directory, _wandb_id(directory.path)
+        self._options: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "name": run.name,
+            "id": self._id,
+            "dir": str(directory.path),
+            "config": run.model_dump(mode="json"),
+        }
+        self._upload: str | None = None
+        if config.mode == "offline":
+            self._start_offline()
+            return
+        try:
+            # without the timeout, a server that is down would keep the finished run waiting
+            settings = wandb.Settings(finish_timeout=FINISH_SECONDS)
+            self._run = wandb.init(mode="online", resume="allow", settings=settings, **self._options)
+        except Exception as error:  # of many types, some of them not wandb's
+            self._lose_connection(error)
 
     def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
-        media = {f"videos/{caption}": self._wandb.Video(str(path), format="mp4") for caption, path in videos.items()}
-        self._run.log({**values, **media}, step=step)
+        try:
+            self._log(step, values, videos)
+        except Exception as error:
+            if self._upload is not None:
+                raise
+            self._lose_connection(error)
 
     def close(self) -> None:
         self._run.finish()
+        if self._upload is not None:
+            print(f"wandb: this run is not uploaded; upload it with: {self._upload}")
+
+    def _log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
+        media = {f"videos/{caption}": self._wandb.Video(str(path), format="mp4") for caption, path in videos.items()}
+        self._run.log({**values, **media}, step=step)
+
+    def _lose_connection(self, error: Exception) -> None:
+        self._start_offline()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _warn(f"wandb is not online ({reason}); the data are kept on disk; upload them later: {self._upload}")
+
+    def _start_offline(self) -> None:
+        """Begin an offline folder, and repeat in it what the run has logged so far. Earlier ones are renamed."""
+        for earlier in (self._directory.path / "wandb").glob(f"offline-run-*-{self._id}"):
+            earlier.rename(earlier.with_name(f"replaced-{earlier.name}"))
+        self._run = self._wandb.init(mode="offline", reinit="finish_previous", **self._options)
+        self._upload = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        for row in map(json.loads, _lines_until(self._directory.metrics)):
+            step = row.pop("step")
+            grid = self._directory.validation(step) / "grid.mp4"
+            validated = any(name.startswith("validation/") for name in row) and grid.is_file()
+            self._log(step, row, {"grid": grid} if validated else {})
 
 
 class Tensorboard:
@@ -94,33 +150,51 @@ class Trackers:
         self._sinks: list[Tracker] = []
         if directory is None:
             return
-        self._sinks.append(MetricsFile(directory.metrics, step))
-        if isinstance(config.tracker, WandbTracker):
-            self._sinks.append(Wandb(config.tracker, config, directory))
-        if isinstance(config.tracker, TensorboardTracker):
-            self._sinks.append(Tensorboard(directory, step))
+        begin: list[Callable[[], Tracker]] = [lambda: MetricsFile(directory.metrics, step)]
+        tracker = config.tracker
+        if isinstance(tracker, WandbTracker):
+            begin.append(lambda: Wandb(tracker, config, directory))
+        if isinstance(tracker, TensorboardTracker):
+            begin.append(lambda: Tensorboard(directory, step))
+        for one in begin:
+            try:
+                self._sinks.append(one())
+            except Exception as error:  # of many types: of files, networks and libraries
+                _warn(f"cannot start and is left out ({type(error).__name__}: {error})")
 
     def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path] = MappingProxyType({})) -> None:
         """Record numbers, and mp4 files by caption, after `step` steps."""
-        for sink in self._sinks:
-            sink.log(step, values, videos)
+        for sink in tuple(self._sinks):
+            with self._surviving(sink):
+                sink.log(step, values, videos)
 
     def close(self) -> None:
         """Flush and close all trackers."""
-        for sink in self._sinks:
-            sink.close()
+        for sink in tuple(self._sinks):
+            with self._surviving(sink):
+                sink.close()
 
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Read the lines of steps up to `step`. An incomplete line, from a killed process, is dropped too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    @contextmanager
+    def _surviving(self, sink: Tracker) -> Iterator[None]:
+        """Leave a tracker out after an error, with a warning: it must not end the run."""
         try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
+            yield
+        except Exception as error:
+            self._sinks.remove(sink)
+            _warn(f"{type(sink).__name__} failed and is left out ({type(error).__name__}: {error})")
+
+
+def _warn(problem: str) -> None:
+    print(f"warning: tracker: {problem}", file=sys.stderr)
+
+
+def _lines_until(path: Path, step: float = math.inf) -> list[str]:
+    """Read the lines of steps up to `step`. Damaged lines, such as that of a killed process, are dropped too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
     return kept
 
 

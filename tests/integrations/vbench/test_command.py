@@ -119,7 +119,9 @@ def sampled(root: Path, model: Path, video: dict[str, Any], steps: int) -> bytes
     """What `anyflow sample` makes of a video's text and seed."""
     made = {"prompts": (video["prompt"],), "seeds": (video["seed"],), "steps": (steps,), "text_length": 16}
     config = SampleConfig(model=str(model), out=str(root / "again"), **made, device="cpu", precision="fp32")
-    return (root / "again" / sample.run(config)[0].file).read_bytes()
+    sample.run(config)
+    (made,) = json.loads((root / "again" / "index.json").read_text())["videos"]
+    return (root / "again" / made["file"]).read_bytes()
 
 
 def calls(root: Path) -> list[str]:

@@ -131,3 +131,17 @@ def test_a_finished_run_says_so_unless_it_has_more_to_do(tmp_path: Path) -> None
     assert check_finished(directory, config(steps=11)) is None
     with pytest.raises(UserErrors, match="seed"):
         check_finished(directory, config(seed=3))
+
+
+@pytest.mark.parametrize("name", ["done.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"step": "x"', b"\xff\xfe", b"[]", None])
+def test_a_damaged_summary_lets_the_run_resume_and_be_finished_again(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.begin(config())
+    directory.write_done({"step": 10})
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert check_finished(directory, config()) is None

@@ -196,3 +196,57 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert host_memory.free_memory() == 1000000 - 700000 + 23000
     (tmp_path / "own").unlink()
     assert host_memory.free_memory() == 8000 * 1024
+
+
+def test_a_failed_save_leaves_no_temporary_folder_and_any_error_is_a_sentence(
+    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> str:
+        raise MemoryError("no memory for the header")
+
+    monkeypatch.setattr(writing, "write_synced", broken)
+    begin(saver, 1, torch.zeros(3))
+    with pytest.raises(UserError, match=r"step 1 could not be written \(MemoryError: no memory for the header\)"):
+        saver.wait()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_milestones_are_kept(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(settings(tmp_path, checkpoint__keep=1, checkpoint__keep_every=4))
+    saver = Saver(config, tmp_path / "checkpoints", ALONE, print)
+    for step in range(2, 12, 2):
+        begin(saver, step, torch.zeros(3))
+    saver.wait()
+    saver.close()
+    found = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert found == ["step_00000004", "step_00000008", "step_00000010"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_a_foreign_file_with_the_name_of_a_checkpoint_is_set_aside(saver: Saver, tmp_path: Path, kind: str) -> None:
+    folder, other = tmp_path / "checkpoints", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    (other / "mine").write_text("x")
+    place = folder / "step_00000001"
+    if kind == "file":
+        place.write_text("x")
+    else:
+        place.symlink_to(other if kind == "link" else tmp_path / "nothing")
+    begin(saver, 1, torch.zeros(3))
+    saver.wait()
+    verify_checkpoint(place)
+    assert not place.is_symlink()
+    assert os.path.lexists(folder / "damaged_step_00000001")
+    assert (other / "mine").exists()
+
+
+def test_too_little_space_is_said_before_the_first_step(
+    saver: Saver, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"weights": {"w": Entry.of(torch.zeros(1 << 28, device="meta"))}}  # 1 GiB; 5 are kept, 1 is written
+    for free, said in ((6.5, 0), (5.5, 1)):
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=int(free * 2**30)))
+        saver.check_room(groups)
+        assert len(lines) == said
+    assert "has 5.5 GiB of free space, but a checkpoint takes 1.0 GiB, and the run keeps up to 6 of them" in lines[0]

@@ -77,6 +77,33 @@ def test_a_process_follows_its_launcher_into_its_death(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_an_orphan_ends_although_nobody_reads_its_last_message(tmp_path: Path) -> None:
+    """The reader of stderr dies together with the launcher, as with `train.sh 2>&1 | tee log` and a killed session."""
+    (tmp_path / "launcher").write_text(str(os.getpid()))
+    child = (
+        "from anyflow_train.training.processes import launched; import time; "
+        "launched.register_with_launcher(); print(1, flush=True); time.sleep(60)"
+    )
+    shell = subprocess.Popen(
+        ["bash", "-c", f'{sys.executable} -c "{child}" & echo $!; wait'],
+        env={**os.environ, "PYTHONPATH": str(ROOT), launched.FOLDER: str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdout is not None
+    assert shell.stderr is not None
+    process = int(shell.stdout.readline())
+    assert shell.stdout.readline() == "1\n"
+    shell.stderr.close()
+    shell.kill()
+    shell.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_person_s_own_run_outlives_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(launched.FOLDER, raising=False)
     assert launched._launchers({}) == []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from anyflow_train.config.run import RunConfig
+from anyflow_train.config.run import RunConfig, WandbTracker
+from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.reporting.tracking import MetricsFile, Trackers
+from anyflow_train.training.start_checks import check_tracker
 
 BASE: dict[str, Any] = {
     "name": "test",
@@ -38,6 +41,100 @@ def test_a_resumed_run_has_one_line_a_step(tmp_path: Path) -> None:
     file.close()
     assert steps(path) == [1, 2, 3]
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.25
+
+
+def test_damaged_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n3\n{"loss": 1}\n{"step": "two"}\n{"step": 2}\n')
+    MetricsFile(path, 2).close()
+    assert steps(path) == [1, 2]
+
+
+class Service:
+    """wandb without a server: the online mode fails, and the offline folders are files with one row per line."""
+
+    class Error(Exception):
+        pass
+
+    class Run:
+        def __init__(self, folder: Path, fails: bool) -> None:
+            folder.mkdir(parents=True)
+            self.dir, self.fails, self.rows = str(folder / "files"), fails, folder / "rows"
+            self.rows.write_text("")
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            if self.fails:
+                raise ConnectionError("the server is down")
+            with self.rows.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+        def finish(self) -> None:
+            pass
+
+    def __init__(self, reachable: bool) -> None:
+        self.reachable, self.number = reachable, 0
+
+    Settings = dict
+
+    def init(self, mode: str, dir: str, id: str, **options: Any) -> Run:
+        if mode == "online" and not self.reachable:
+            raise self.Error("entity nobody not found\nmore lines")
+        self.number += 1
+        kind = "offline-run" if mode == "offline" else "run"
+        return self.Run(Path(dir) / "wandb" / f"{kind}-{self.number}-{id}", fails=mode == "online")
+
+
+@pytest.mark.parametrize("reachable", [False, True], ids=["at the start", "later"])
+def test_a_run_that_loses_wandb_goes_on_offline_and_is_uploaded_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reachable: bool
+) -> None:
+    config = RunConfig.model_validate({**BASE, "tracker": {"kind": "wandb", "entity": "nobody"}})
+    service = Service(reachable)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for resumed, last in ((0, 3), (2, 4)):
+        trackers = Trackers(config, RunDirectory(tmp_path), resumed)
+        for step in range(resumed + 1, last + 1):
+            trackers.log(step, {"loss": float(step + resumed)})
+        trackers.close()
+    output = capsys.readouterr()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert f"upload it with: wandb sync {folder}\n" in output.out
+    reason = "the server is down" if reachable else "entity nobody not found"
+    assert f"warning: tracker: wandb is not online ({reason}); the data are kept on disk; upload" in output.err
+    rows = [json.loads(line) for line in (folder / "rows").read_text().splitlines()]
+    # a step that was repeated is there once, as in the metrics file
+    assert rows == [{"step": step, "loss": float(loss)} for step, loss in ((1, 1), (2, 2), (3, 5), (4, 6))]
+
+
+def test_a_tracker_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    config = RunConfig.model_validate({**BASE, "tracker": {"kind": "tensorboard"}})
+    trackers = Trackers(config, RunDirectory(tmp_path), 0)
+    assert "warning: tracker: cannot start and is left out (FileExistsError" in capsys.readouterr().err
+    trackers.log(1, {"loss": 0.5})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MetricsFile, "log", full)
+    trackers.log(2, {"loss": 0.5})
+    trackers.log(3, {"loss": 0.5})
+    trackers.close()
+    assert capsys.readouterr().err.count("warning: tracker: MetricsFile failed and is left out (OSError") == 1
+    assert steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_wandb_without_a_key_is_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"tracker\.mode: is online, but wandb has no API key"):
+        check_tracker(WandbTracker(kind="wandb"))
+    check_tracker(WandbTracker(kind="wandb", mode="offline"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_tracker(WandbTracker(kind="wandb"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""Check the files that a run will open, without torch: manifests of shards, networks, and free disk space.
+
+Only local folders are read. Hub ids and remote shards are checked when the run opens them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_train.config.derived import needs_teacher
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.parameters import layers
+from anyflow_train.config.pipelines import check_pipeline, folder_reader
+from anyflow_train.config.run import RunConfig
+from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest
+from anyflow_train.data.remote import is_remote
+from anyflow_train.errors import UserError, raise_all
+from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
+from anyflow_train.training.differences import differences, mismatches
+
+# Arguments that must be equal for networks that take the same latents and texts.
+INTERFACE = ("in_channels", "out_channels", "text_dim")
+BYTES_PER_PARAMETER = 16
+"""A checkpoint holds a float32 master, an average and two moments of every trained parameter."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the files of a run say: errors that would end it, and warnings about files that do not exist yet."""
+
+    errors: tuple[UserError, ...]
+    warnings: tuple[UserError, ...]
+
+
+def check_files(config: RunConfig) -> Preflight:
+    """Read the local files that a run will open. Returns their errors, and does not raise them."""
+    errors: list[UserError] = []
+    warnings: list[UserError] = []
+    data, matching = config.data, config.on_policy.matching
+    networks = {"student.init": config.student.init}
+    networks |= {"teacher.source": config.teacher.source} if needs_teacher(config) else {}
+    networks |= {"on_policy.fake_score.init": matching.fake_score.init} if matching else {}
+    work = [(_shards, "data.shards", data.shards)]
+    work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
+    work += [(_network, key, source) for key, source in networks.items()]
+    for read, key, source in work:
+        try:
+            for warning in read(config, key, source) if source is not None else ():
+                warnings.append(UserError(key, warning))
+        except UserError as error:
+            errors += error.errors
+    warnings += [UserError("out", text) for text in _disk(config)]
+    return Preflight(tuple(errors), tuple(warnings))
+
+
+def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
+    if is_remote(location):
+        return
+    folder = Path(location)
+    path = folder / MANIFEST
+    if not path.is_file():
+        yield f"'{location}' has no {MANIFEST} yet; write it with `anyflow prepare`"
+        return
+    manifest, held_out = parse_manifest(path.read_bytes(), str(path)), key != "data.shards"
+    if config.objective.uses_clips or held_out:
+        check_compatible(manifest, config.data, config.student.architecture, None, key)
+    else:
+        check_texts(manifest, config.data, config.student.architecture, key)
+    for shard in manifest.shards:
+        size = (folder / shard.name).stat().st_size if (folder / shard.name).is_file() else None
+        if size is None or shard.bytes not in (None, size):
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise UserError(key, f"{folder / shard.name} {found}; copy it again, or prepare the shards again")
+    if not manifest.samples:
+        raise UserError(key, f"'{location}' contains no samples")
+    if held_out and manifest.samples < config.evaluation.samples:
+        wanted = config.evaluation.samples
+        yield f"'{location}' has {manifest.samples} clips, but evaluation.samples={wanted}: its captions are used again"
+
+
+def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        found = [path] if (path / "state.json").is_file() else sorted((path / "checkpoints").glob("step_*"))
+        if not found:
+            raise UserError(key, f"'{source}' contains no checkpoint; train it first")
+        # All checkpoints of a run have the same network.
+        content = _json(found[-1] / NAME)
+        if not content:
+            return  # of an older version, which the run itself can read
+        before = NetworkFile.of_file(content, str(found[-1] / NAME))
+        arguments, shift = before.arguments, [("times.shift", config.times.shift, before.sampling.shift)]
+        errors = [*differences(config.student, arguments, source), *mismatches(shift, source)]
+    elif path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        arguments = _json(folder / "config.json")
+        if not arguments:
+            raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
+        check_pipeline(source, arguments, folder_reader(folder))
+        ours = config.student.architecture.model_dump(exclude={"causal"})
+        theirs = {name: _plain(arguments[name]) for name in ours if name in arguments}
+        errors = mismatches([(f"student.architecture.{name}", ours[name], theirs[name]) for name in theirs], source)
+    else:
+        if path.is_absolute() or source.count("/") != 1:
+            yield f"'{source}' does not exist yet"
+        return
+    if key == "student.init":
+        raise_all(errors)
+    for name in INTERFACE:
+        ours = getattr(config.student.architecture, name)
+        if arguments.get(name, ours) != ours:
+            raise UserError(key, f"{source} has {name}={arguments[name]}, but the student has {ours}")
+
+
+def _disk(config: RunConfig) -> Iterator[str]:
+    """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
+    out = Path(config.out).expanduser().absolute()
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
+    if copies * size > free:
+        needed = f"{copies} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep})"
+        yield f"'{config.out}' has {free / GIB:.1f} GiB of free disk, but {needed} need more; free some space"
+
+
+def trained_parameters(config: RunConfig) -> int:
+    """Count the student's trained parameters in linear layers, which are nearly all of them."""
+    shape, adapter, count = config.student.architecture, config.student.adapter, 0
+    for name, is_linear in layers(shape).items():
+        if is_linear:
+            into, out = _sides(name, shape)
+            if not isinstance(adapter, Lora) or is_in(name, adapter.full_modules):
+                count += into * out
+            elif is_target(name, adapter.targets):
+                count += adapter.rank * (into + out)
+    return count
+
+
+def _sides(name: str, shape: Architecture) -> tuple[int, int]:
+    width = shape.num_attention_heads * shape.attention_head_dim
+    patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
+    sides = {
+        "ffn.net.0.proj": (width, shape.ffn_dim),
+        "ffn.net.2": (shape.ffn_dim, width),
+        "text_embedder.linear_1": (shape.text_dim, width),
+        "time_embedder.linear_1": (shape.freq_dim, width),
+        "delta_embedder.linear_1": (shape.freq_dim, width),
+        "time_proj": (width, 6 * width),
+        "proj_out": (width, patch * shape.out_channels),
+    }
+    return next((size for ending, size in sides.items() if name.endswith(ending)), (width, width))
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object; empty if there is no such file. Raises UserError if it is not one."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})") from None
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,91 @@
+"""Stages within a run: the steps of each, and its config (`objective.schedule`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from pydantic import ValidationError
+
+from anyflow_train.config.decode import field_errors
+from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError, UserErrors
+
+KEY = "objective.schedule"
+# Groups whose keys a stage may change. Everything else of a run is built once.
+GROUPS = ("objective", "times")
+FIXED = ("objective.kind", KEY)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of a run that train with the same objective and times.
+
+    Attributes:
+        steps: steps of the stage; the last stage lasts until the end of the run.
+        config: config of the run in these steps, without a schedule.
+    """
+
+    steps: range
+    config: RunConfig
+
+
+def stages(config: RunConfig) -> tuple[Stage, ...]:
+    """Return the stages of a run in order: those of the schedule, and then one with the run's own keys.
+
+    Stages after `config.steps` are left out.
+
+    Raises:
+        UserErrors: a change names a key that a stage cannot change, or has a wrong value.
+    """
+    plain = without_schedule(config)
+    found, errors, start = [], [], 0
+    for number, part in enumerate(config.objective.schedule):
+        try:
+            changed = _changed(plain, part.changes)
+        except UserErrors as problems:
+            errors += [UserError(f"{KEY}.{number}", f"{each.where}: {each.problem}") for each in problems.errors]
+            continue
+        found.append(Stage(range(start, min(start + part.steps, config.steps)), changed))
+        start += part.steps
+    if errors:
+        raise UserErrors(errors)
+    found.append(Stage(range(start, config.steps), plain))
+    return tuple(stage for stage in found if stage.steps)
+
+
+def mean_over(config: RunConfig, values: Sequence[float], steps: range) -> float:
+    """Average a value of each stage over some of the run's steps."""
+    pairs = list(zip(stages(config), values, strict=True))
+    return fmean(value for step in steps for stage, value in pairs if step in stage.steps)
+
+
+def without_schedule(config: RunConfig) -> RunConfig:
+    """Return the config of a run that has its own keys in all steps."""
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"schedule": ()})})
+
+
+def _changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
+    """Decode a stage's config. Raises UserErrors with the dotted keys of the changes."""
+    errors = [UserError(key, _refusal(key)) for key in changes if key in FIXED or key.partition(".")[0] not in GROUPS]
+    groups = {}
+    for group in GROUPS:
+        now = getattr(config, group)
+        own = {key for key in changes if key.startswith(f"{group}.") and key not in FIXED}
+        values = now.model_dump(mode="json") | {key.partition(".")[2]: changes[key] for key in own}
+        try:
+            groups[group] = type(now).model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_context=True)
+            errors += [UserError(f"{group}.{key}", text) for _, key, text in field_errors(type(now), values, details)]
+    if errors:
+        raise UserErrors(errors)
+    return config.model_copy(update=groups)
+
+
+def _refusal(key: str) -> str:
+    if key in FIXED:
+        return "is the same in all stages of a run; change it in a run of its own"
+    return f"a stage changes keys of {' and '.join(GROUPS)}, written in full, such as times.diffusion_share"
