@@ -6,6 +6,7 @@ from tests.training.helpers import SHAPE, TEXT_DIM
 
 SHORT = (
     "experiment=tiny",
+    "objective=flow_map",
     "student.init=null",
     "student.time_frequency_limit=0.03",
     "student.architecture.num_attention_heads=2",
