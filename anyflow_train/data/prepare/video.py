@@ -15,10 +15,10 @@ from torch.nn import functional
 # Presentation times are rounded to the container's time base. A frame that is this close (seconds) counts as shown.
 TIME_TOLERANCE = 1e-3
 
-
 # A file may be a list of addresses (HLS, concat). Only formats that hold their own pictures are read, from files alone.
 OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,"
+    "image2,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
     "protocol_whitelist": "file",
 }
 
