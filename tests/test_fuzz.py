@@ -211,3 +211,11 @@ def test_tar_headers(mutations: int) -> None:
             raise UserError("tar", damage)
 
     assert "UserError" in run_mutations(mutations, damaged(file.getvalue()), check)
+
+
+@pytest.mark.parametrize("kind", [[], {}, None, 1])
+def test_a_kind_of_another_type_is_one_sentence(kind: object) -> None:
+    content = run_config().model_dump(mode="json")
+    content["objective"]["kind"] = kind
+    with pytest.raises(UserError, match="objective"):
+        decode_saved(content, "config.json")

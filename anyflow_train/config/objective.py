@@ -432,7 +432,7 @@ def _guidance_findings(objective: FlowMatching | AverageVelocity, ways: str) -> 
 def _tag(value: Any) -> str:
     """Return the kind of one of our objectives, or `own` for a user's objective."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(kind) if kind in OURS else "own"
+    return str(kind) if str(kind) in OURS else "own"
 
 
 def _saved(value: Any) -> Any:
