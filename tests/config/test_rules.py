@@ -52,7 +52,8 @@ def stage(changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 @cache
 def saved(experiment: str) -> str:
-    return compose("train", [f"experiment={experiment}"]).model_dump_json()
+    chosen = ["objective=flow_map"] if experiment == "tiny" else []
+    return compose("train", [f"experiment={experiment}", *chosen]).model_dump_json()
 
 
 def changed(changes: dict[str, Any], experiment: str = "tiny") -> dict[str, Any]:

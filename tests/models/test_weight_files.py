@@ -37,7 +37,7 @@ WRONG = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged or not a safetensors file"),
     "foreign": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "is damaged or not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged or not a safetensors file"),
-    "absent": (Path.unlink, "no safetensors file|cannot be read"),
+    "absent": (Path.unlink, "no safetensors file|cannot be read|cannot read its weights"),
     "nan": (poisoned(float("nan")), r"the weight '.*weight' contains NaN or inf"),
     "inf": (poisoned(float("-inf")), r"the weight '.*weight' contains NaN or inf"),
 }

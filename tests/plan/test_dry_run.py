@@ -138,6 +138,7 @@ def test_a_new_objective_is_counted_with_nothing_told(
     assert found.samples["student, without gradient"] == 2 * found.samples["student, forward"] == 8
 
 
+@pytest.mark.nightly
 def test_what_is_drawn_is_a_mean(small: Callable[..., RunConfig]) -> None:
     """A term counts with its probability, and an update with its share of the steps."""
     config = small("wan1_3b_causal", *FULL, CAUSAL, "context.bidirectional_probability=0.25")

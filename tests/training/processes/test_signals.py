@@ -17,6 +17,7 @@ from anyflow_train.training.processes.signals import stop_requests
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_is_noted_and_the_old_handler_comes_back(number: signal.Signals) -> None:
+    began = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     before = signal.getsignal(number)
     with stop_requests() as request:
         assert request.signal is None
@@ -24,6 +25,7 @@ def test_a_stop_signal_is_noted_and_the_old_handler_comes_back(number: signal.Si
         assert request.signal is number
         os.kill(os.getpid(), signal.SIGTERM)  # a second signal, as SLURM sends it, changes nothing
     assert signal.getsignal(number) is before
+    signal.signal(number, began)
 
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
@@ -61,7 +63,8 @@ from anyflow_train.training.reporting.progress import StepProgress
 with stop_requests() as request:
     progress = StepProgress(3, 0)
     progress.say("ready")
-    while request.signal is None:
+    end = time.monotonic() + 60
+    while request.signal is None and time.monotonic() < end:
         time.sleep(0.01)
     for _ in range(3):
         progress.say("saving")
@@ -73,6 +76,7 @@ with stop_requests() as request:
         saved = Path(folder) / "saved"
         child, terminal = pty.fork()
         if child == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
             os.execv(sys.executable, [sys.executable, "-c", code, str(saved)])
         assert b"ready" in os.read(terminal, 1000)
         os.close(terminal)
