@@ -20,6 +20,7 @@ from anyflow_train.plan.dry_run import DryRun, dry_run, from_all_blocks
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training import recipe
 from anyflow_train.training.updates import Term
+from tests.conftest import with_nightly
 from tests.plan.steps import counted, measured
 
 # 4 blocks of width 128 on 5 x 8 x 12 tokens: activations take as much as all state, and a step part of a second. Texts
@@ -89,7 +90,7 @@ CASES: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_nightly(CASES, ("stage 2, full",)))
 def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig]) -> None:
     """Within 2 %, of all tensors together: state, gradients, activations, batches. The rest is what single operations
     allocate for themselves, which only the allocator sees."""
@@ -98,7 +99,7 @@ def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig])
     assert planned == pytest.approx(measured(config, 0), rel=0.02)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_nightly(CASES, ("stage 2, full",)))
 def test_operations_are_what_torch_counts(case: str, small: Callable[..., RunConfig]) -> None:
     config = small(*CASES[case])
     assert sum(on_cpu(config).operations.values()) == pytest.approx(counted(config, (0,)), rel=1e-9)
