@@ -131,7 +131,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     real = comparison.evaluator.real(comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions))
     report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
     begin_results(out, "report.json", owner(config))
-    _write_grid(comparison, codec, dict(list(sets.items())[:2]), shards.manifest.fps or 16.0, out)
+    _write_grid(comparison, codec, sets, shards.manifest.fps or 16.0, out)
     print(write_report(out, report))
     say(f"wrote {out}/report.md with its pictures, and report.json")
     return report
@@ -236,7 +236,8 @@ def _write_grid(
     if not rows:
         return
     columns, videos, headings = [], [], []
-    for (name, by_steps), colour in zip(sets.items(), COLOURS, strict=False):
+    # Two colours, so that the loop ends with the first student, or with the teacher if there is none.
+    for (name, by_steps), colour in zip(sets.items(), COLOURS[:2], strict=False):
         drawn = {steps: by_steps[steps] for steps in sorted(by_steps)[:GRID_COLUMNS]}
         drawn |= {comparison.config.fine_steps: comparison.fine} if name == TEACHER else {}
         headings.append(Heading(name, len(drawn), colour))

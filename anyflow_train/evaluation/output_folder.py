@@ -18,7 +18,7 @@ def check_writable(out: Path) -> None:
     Raises:
         UserError: it is not a folder, or cannot be written.
     """
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
 

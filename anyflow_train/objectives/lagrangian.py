@@ -12,18 +12,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from anyflow_train.config import objective as options
-from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import exact_target_derivative, target_difference
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.guidance import Noised
-from anyflow_train.objectives.map_loss import Part, map_loss, velocity
-from anyflow_train.objectives.types import Loss, Roles, Setting
+from anyflow_train.objectives.map_loss import OneTarget, velocity
+from anyflow_train.objectives.types import Roles
 
 
 @dataclass(frozen=True)
-class LagrangianObjective:
+class LagrangianObjective(OneTarget):
     """The Lagrangian objective. For r < t it takes three calls of `derivative` and one of the (guided) teacher.
 
     With `objective.velocity=data` the velocity at the end of a jump is the student's own, `u(X, r, r)`, which
@@ -35,22 +34,11 @@ class LagrangianObjective:
 
     Attributes:
         config: keys of the objective, see `config.objective.Lagrangian`.
-        setting: properties of the run.
     """
 
     Config = options.Lagrangian
 
     config: options.Lagrangian
-    setting: Setting
-
-    @classmethod
-    def build(cls, config: options.Lagrangian, setting: Setting) -> LagrangianObjective:
-        """Build the objective of a run."""
-        return cls(config, setting)
-
-    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
-        part = Part(self.target, (self.setting.positions_below,))
-        return map_loss(self.config, self.setting, [part], roles, batch, draw)
 
     def target(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor:
         """Compute `v(X, r) + (t - r) d_r u`, (B, F, C, H, W)."""

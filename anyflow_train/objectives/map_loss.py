@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -80,6 +81,32 @@ def map_loss(
         # The log divides by the global batch, the mean is over the part.
         metrics[part.name] = per_sample.detach() * own * (setting.global_batch / part.size)
     return Loss(per_sample, weight, interval.branch, metrics)
+
+
+@dataclass(frozen=True)
+class OneTarget(ABC):
+    """Base class of the objectives with one target for all samples with r < t.
+
+    Attributes:
+        config: keys of the objective.
+        setting: properties of the run.
+    """
+
+    config: AverageVelocity
+    setting: Setting
+
+    @classmethod
+    def build(cls, config: AverageVelocity, setting: Setting) -> Self:
+        """Build the objective of a run."""
+        return cls(config, setting)
+
+    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
+        part = Part(self.target, (self.setting.positions_below,))
+        return map_loss(self.config, self.setting, [part], roles, batch, draw)
+
+    @abstractmethod
+    def target(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor:
+        """Compute the targets of all samples; see `Target`."""
 
 
 @torch.no_grad()

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config import objective as options
-from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
 from anyflow_train.objectives.guidance import Noised
-from anyflow_train.objectives.map_loss import Part, map_loss
-from anyflow_train.objectives.types import Loss, Roles, Setting
+from anyflow_train.objectives.map_loss import OneTarget
+from anyflow_train.objectives.types import Roles
 
 
 @dataclass(frozen=True)
-class SemigroupObjective:
+class SemigroupObjective(OneTarget):
     """The semigroup objective. For r < t it takes two calls of `derivative`; the teacher is only called at r = t.
 
     Example:
@@ -31,22 +30,11 @@ class SemigroupObjective:
 
     Attributes:
         config: keys of the objective, see `config.objective.Semigroup`.
-        setting: properties of the run.
     """
 
     Config = options.Semigroup
 
     config: options.Semigroup
-    setting: Setting
-
-    @classmethod
-    def build(cls, config: options.Semigroup, setting: Setting) -> SemigroupObjective:
-        """Build the objective of a run."""
-        return cls(config, setting)
-
-    def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
-        part = Part(self.target, (self.setting.positions_below,))
-        return map_loss(self.config, self.setting, [part], roles, batch, draw)
 
     def target(self, roles: Roles, sample: Noised, draw: Draw) -> Tensor:
         """Compute the mean velocity of two jumps t -> s -> r, (B, F, C, H, W); s is uniform in [r, t]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,23 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
         check_results(tmp_path, "index.json", OWNER, [])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        check_writable(tmp_path)
+@pytest.mark.parametrize("mode", [0o555, 0o444])
+def test_a_folder_without_permission_is_refused(mode: int) -> None:
+    """Also if one may not even look for `out` there. Root may write everywhere, so another user checks for it."""
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot reach pytest's own folders
+        Path(folder).chmod(mode)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                check_writable(Path(folder) / "out")
+            except UserError as error:
+                code = 0 if "cannot be written" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_every_command_finds_a_wrong_out_before_its_work(tmp_path: Path) -> None:
