@@ -45,7 +45,7 @@ COMMANDS = {
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
-    "sweep": Command("train every combination of values", "anyflow_train.commands.sweep:run", decoded=False),
+    "sweep": Command("train every combination of values", "anyflow_train.sweep.command:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
     "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),

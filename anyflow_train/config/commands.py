@@ -59,6 +59,24 @@ class PlanOptions(Model):
         return self.gpus * self.nodes
 
 
+class SweepOptions(Model):
+    """Keys of `anyflow sweep`, in addition to the keys of its runs.
+
+    train: arguments of `anyflow train` for all runs, before those of the command line; `key=a,b` runs each value.
+    arms: name of a variant -> its arguments of `anyflow train`. Every variant runs with every combination of values.
+    equal_operations: set the steps of every run, so that all take as many operations as the first one.
+    jobs: runs at a time.
+    evaluate: arguments of `anyflow evaluate` for all runs together, such as experiment=tiny_evaluate. The sweep then
+        ends with a table and a plot of all variants, over all seeds. Empty leaves it out.
+    """
+
+    train: tuple[str, ...] = ()
+    arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    equal_operations: bool = False
+    jobs: PositiveInt = 1
+    evaluate: tuple[str, ...] = ()
+
+
 class ClipsConfig(Model):
     """`anyflow clips`: render mp4 clips of moving shapes, with captions.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import CheckOptions, PlanOptions
+from anyflow_train.config.commands import CheckOptions, PlanOptions, SweepOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
@@ -19,7 +19,7 @@ from anyflow_train.config.stages import MODEL, RECIPE, STAGE
 WIDTH = 110
 # Commands that take the keys of a run.
 OF_A_RUN = ("check", "plan", "sweep")
-OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
+OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 
 
 def command_help(command: str, title: str, config_dir: Path | None, overrides: Sequence[str] = ()) -> str:
@@ -44,12 +44,15 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
     if base == "train":
         kinds = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
         model = run_model(kinds[-1] if kinds else None)
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_section(model, "", None)]
+    lines += ["", *_experiments(command, groups), *_groups(groups), "keys:", *_section(model, "", None)]
     return "\n".join(lines)
 
 
 def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
-    choices = choices_for(command, EXPERIMENT, groups.get(EXPERIMENT, {}))
+    """Yield the experiments of a command, for those that take a run's keys also the experiments of `train`."""
+    found = groups.get(EXPERIMENT, {})
+    choices = choices_for(command, EXPERIMENT, found)
+    choices |= choices_for("train", EXPERIMENT, found) if command in OF_A_RUN else {}
     if not choices:
         return
     yield f"{EXPERIMENT}=..."
