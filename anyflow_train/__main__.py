@@ -48,6 +48,9 @@ COMMANDS = {
     "sweep": Command("train every combination of values", "anyflow_train.sweep.command:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
+    "doctor": Command(
+        "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False
+    ),
     "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
 

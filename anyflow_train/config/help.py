@@ -32,7 +32,9 @@ def command_help(command: str, title: str, config_dir: Path | None, overrides: S
     """
     base = "train" if command in OF_A_RUN else command
     extension = None if base in MODELS else find_extension(base)
-    model = extension.model if extension else MODELS[base]
+    model = extension.model if extension else MODELS.get(base)
+    if model is None:
+        return f"anyflow {command}: {title}\n\nusage: anyflow {command}"
     groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
