@@ -106,6 +106,11 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(command_help(name, command.summary, config_dir, overrides))
         return 0
+    if not overrides and name in COMMANDS and name != "doctor":
+        from anyflow_train.config.help import short_help
+
+        print(short_help(name, command.summary, config_dir))
+        return USER_ERROR
     return _run(name, command, overrides, config_dir)
 
 
@@ -186,8 +191,8 @@ def _overview() -> str:
         "",
         *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
-        "`anyflow <command> --help` lists the experiments, groups and keys of a command.",
-        "Start with `anyflow check experiment=tiny`.",
+        "`anyflow <command>` shows examples and the experiments of a command, `anyflow <command> --help` all keys,",
+        "`anyflow <command> --help WORD` the keys that contain a word. Start with `anyflow check experiment=tiny`.",
     ]
     return "\n".join(lines)
 

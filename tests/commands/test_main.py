@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from anyflow_train import __main__ as cli
-from anyflow_train.config.compose import MODELS
+from anyflow_train.config.commands import PlanOptions
+from anyflow_train.config.compose import MODELS, compose
+from anyflow_train.config.options import compose_beside
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.sweep.combinations import combine, split_options
 
 TINY = "experiment=tiny"
 
@@ -49,6 +53,34 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
         assert "objective.kind=flow_map" in printed
     else:
         assert "wan1_3b_forward" not in printed
+
+
+def test_help_of_some_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "rebalance_floor", "out"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    keys = [line.split(":")[0].strip() for line in printed if line[:5].strip()]
+    assert {"out", "objective.rebalance_floor", "objective.text_dropout"} <= set(keys)
+    assert len(keys) == len(set(printed) & {line for line in printed if line[:5].strip()})
+    assert all("rebalance_floor" in key or "out" in key for key in keys)
+    assert cli.main(["train", "--help", "rebalnce"]) == 2
+    assert "no key contains 'rebalnce'; nearest is 'objective.rebalance'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "doctor"])
+def test_a_command_alone_shows_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    examples = [shlex.split(line) for line in lines if line.startswith("  anyflow ")]
+    assert examples
+    for program, name, *arguments in examples:
+        assert (program, name) == ("anyflow", command)
+        if command == "sweep":
+            options, rest = split_options(arguments, None)
+            assert combine(options, rest, None)
+        elif command == "plan":
+            compose_beside(PlanOptions, arguments, None, lambda options: options.world)
+        else:
+            compose("train" if command == "check" else command, arguments)
 
 
 def test_every_command_exists() -> None:
