@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,6 +19,8 @@ from anyflow_train.config.base import Model
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 HalfWidth = Annotated[float, Field(gt=0, le=0.1)]
+# A list, or one text, which becomes a list of one.
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -134,8 +138,8 @@ class SampleConfig(Model):
 
     model: run, checkpoint, exported folder or hub id.
     out: folder for the videos.
-    prompts: list of prompts.
-    prompt_file: text file with one prompt per line.
+    prompt: one prompt; commas belong to it.
+    prompts: list of prompts, or a `.txt` file with one prompt per line.
     image: image file that becomes the first frame of every clip.
     video: video file that every clip continues.
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
@@ -152,10 +156,12 @@ class SampleConfig(Model):
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts"}
+
     model: str
     out: str
-    prompts: tuple[str, ...] = ()
-    prompt_file: str | None = None
+    prompt: str = ""
+    prompts: Texts = ()
     image: str | None = None
     video: str | None = None
     context_frames: PositiveInt | None = None
