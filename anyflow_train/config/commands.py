@@ -20,7 +20,12 @@ GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 HalfWidth = Annotated[float, Field(gt=0, le=0.1)]
 # A list, or one text, which becomes a list of one.
-Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    ),
+]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
