@@ -21,10 +21,8 @@ from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts,
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
-from anyflow_train.training.differences import differences, mismatches
+from anyflow_train.training.differences import differences, mismatches, other_interface
 
-# Arguments that must be equal for networks that take the same latents and texts.
-INTERFACE = ("in_channels", "out_channels", "text_dim")
 BYTES_PER_PARAMETER = 16
 """A checkpoint holds a float32 master, an average and two moments of every trained parameter."""
 GIB = 2**30
@@ -112,10 +110,7 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         return
     if key == "student.init":
         raise_all(errors)
-    for name in INTERFACE:
-        ours = getattr(config.student.architecture, name)
-        if arguments.get(name, ours) != ours:
-            raise UserError(key, f"{source} has {name}={arguments[name]}, but the student has {ours}")
+    raise_all(other_interface(key, source, arguments, config.student.architecture))
 
 
 def _disk(config: RunConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from anyflow_train.config.derived import latent_shape
-from anyflow_train.config.network import Architecture, Student
+from anyflow_train.config.network import Architecture, Student, published
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
@@ -27,29 +27,21 @@ from anyflow_train.training.materials import Materials
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.weight_source import WeightSource
 
-# Published networks, whose shapes are known without a download.
-PUBLISHED = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Architecture(),
-}
 NEVER = 0.999
 """A uniform number that decides against what has a small probability."""
 
 
 def stored_architecture(source: str | None) -> Architecture | None:
     """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
-    if source is None or source in PUBLISHED:
-        return PUBLISHED.get(source or "")
-    for place in ("transformer", "."):
-        file = Path(source) / place / "config.json"
-        if not file.is_file():
-            continue
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
-        except (ValueError, AttributeError):  # a run that starts from this folder says what is wrong with it
-            return None
-    return None
+    places = [Path(source) / place / "config.json" for place in ("transformer", ".")] if source else []
+    file = next(filter(Path.is_file, places), None)
+    if file is None:
+        return published(source)
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
+    except (ValueError, AttributeError):  # a run that starts from this folder says what is wrong with it
+        return None
 
 
 def fake_source(arguments: Mapping[str, Any]) -> WeightSource:
