@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.derived import needs_teacher
-from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.pipelines import check_pipeline, folder_reader
 from anyflow_train.config.run import RunConfig
@@ -102,7 +102,7 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
             raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
         check_pipeline(source, arguments, folder_reader(folder))
         ours = config.student.architecture.model_dump(exclude={"causal"})
-        theirs = {name: _plain(arguments[name]) for name in ours if name in arguments}
+        theirs = {name: plain(arguments[name]) for name in ours if name in arguments}
         errors = mismatches([(f"student.architecture.{name}", ours[name], theirs[name]) for name in theirs], source)
     else:
         if path.is_absolute() or source.count("/") != 1:
@@ -159,7 +159,3 @@ def _json(path: Path) -> Mapping[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read ({error})") from None
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.network import Architecture, Student, published
+from anyflow_train.config.pipelines import read_object
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
@@ -33,15 +34,12 @@ NEVER = 0.999
 
 def stored_architecture(source: str | None) -> Architecture | None:
     """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
-    places = [Path(source) / place / "config.json" for place in ("transformer", ".")] if source else []
-    file = next(filter(Path.is_file, places), None)
-    if file is None:
-        return published(source)
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
-    except (ValueError, AttributeError):  # a run that starts from this folder says what is wrong with it
-        return None
+    for place in ("transformer", ".") if source else ():
+        stored = read_object(Path(source or "") / place / "config.json")
+        with suppress(ValueError):  # a run that starts from this folder says what is wrong with it
+            if stored:
+                return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
+    return published(source)
 
 
 def fake_source(arguments: Mapping[str, Any]) -> WeightSource:

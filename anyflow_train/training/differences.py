@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.network import Architecture, Causal, Student
+from anyflow_train.config.network import Architecture, Causal, Student, plain
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
@@ -27,7 +27,7 @@ def made_causal(arguments: Mapping[str, Any], network: NetworkFile) -> Mapping[s
 def differences(student: Student, arguments: Mapping[str, Any], source: str | Path) -> list[UserError]:
     """Compare the config's student with the constructor arguments of a source: one error for each key that differs."""
     wanted = NetworkFile.of_student(student)
-    found = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    found = {key: plain(value) for key, value in arguments.items()}
     found = {**DEFAULTS, **made_causal(found, wanted)}
     pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
     for name, value in student.architecture.arguments().items():

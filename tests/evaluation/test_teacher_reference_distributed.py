@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     write_latents(folder / "shards")
     write_networks(folder)
-    launch = Launch(fork, "ddp", [{"engine": engine, "config": config(folder, engine)} for engine in ENGINES], folder)
+    launch = Launch(fork, "zero3", [{"engine": engine, "config": config(folder, engine)} for engine in ENGINES], folder)
     assert launch.ended() == 0, launch.text()
     assert training.run(compose("train", words(config(folder, "one"))), build_validator) == 0
     return folder

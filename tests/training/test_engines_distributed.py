@@ -156,9 +156,9 @@ def test_weights_averages_and_moments_are_those_of_one_process(runs: Path, name:
     ours, one = final_tensors(runs / name, step), final_tensors(runs / f"one-{kind}", step)
     assert ours.keys() == one.keys()
     for key, tensor in ours.items():
-        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen. A
-        # wrong factor or a lost micro-batch is an error of tenths.
-        assert (tensor - one[key]).norm() <= 1e-4 * one[key].norm(), key
+        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen, and
+        # 1e-4 of the mix, as for its losses. A wrong factor or a lost micro-batch is an error of tenths.
+        assert (tensor - one[key]).norm() <= (1e-3 if name == "zero3-mixed" else 1e-4) * one[key].norm(), key
 
 
 def test_a_run_moves_between_engines_and_worlds(runs: Path) -> None:
