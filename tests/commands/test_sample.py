@@ -78,8 +78,8 @@ def test_a_wan_transformer_is_sampled_by_euler_steps(tmp_path: Path):
     [
         ({"prompts": ()}, "prompts: is empty"),
         ({"prompts": ("missing.txt",)}, r"prompts: 'missing\.txt' cannot be read"),
-        ({"frames": 6}, r"frames: 6 is not 4n \+ 1; use 5"),
-        ({"height": 40}, "height: 40 is not a multiple of 16"),
+        ({"frames": 6}, r"frames: 6 frames are not 4n \+ 1; nearest are 5 and 9"),
+        ({"height": 40}, "height: 40 pixels are not a multiple of 16"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, options: dict, message: str):
@@ -171,7 +171,7 @@ def test_a_student_that_has_seen_conditioning_frames_goes_on_from_an_image(tmp_p
     ("causal", "options", "message"),
     [
         (CHUNKS, {"video": "missing.mp4"}, r"video: 'missing\.mp4' does not exist"),
-        (CHUNKS, {"height": 48}, "height: 48 is not a multiple of 32"),
+        (CHUNKS, {"height": 48}, "height: 48 pixels are not a multiple of 32"),
         (CHUNKS, {"video": "clip.mp4", "context_frames": 9}, "context_frames: 9 pixel frames are 3 latent frames, but"),
         (CHUNKS, {"frames": 5}, r"chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"),
         (None, {"image": "frame.png"}, "image: 'frame.png', but run was trained without conditioning frames"),
