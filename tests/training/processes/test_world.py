@@ -46,7 +46,7 @@ def test_port_0_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torchrun --master-port 0` gives its processes this port, at which nothing answers."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="MASTER_PORT: is 0.*--standalone"):
+    with pytest.raises(UserError, match=r"MASTER_PORT: is 0.*--standalone"):
         start_world(EngineConfig(device="cpu"))
 
 
