@@ -6,6 +6,7 @@ Only local folders are read. Hub ids and remote shards are checked when the run 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.files import check_writable
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.differences import differences, mismatches
 
@@ -49,13 +51,15 @@ def check_files(config: RunConfig) -> Preflight:
     work = [(_shards, "data.shards", data.shards)]
     work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
     work += [(_network, key, source) for key, source in networks.items()]
+    work += [(_disk, "out", config.out)]
     for read, key, source in work:
         try:
             for warning in read(config, key, source) if source is not None else ():
                 warnings.append(UserError(key, warning))
         except UserError as error:
             errors += error.errors
-    warnings += [UserError("out", text) for text in _disk(config)]
+        except OSError as error:
+            errors.append(UserError(key, f"'{error.filename or source}' cannot be read ({error.strerror})"))
     return Preflight(tuple(errors), tuple(warnings))
 
 
@@ -118,10 +122,11 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
             raise UserError(key, f"{source} has {name}={arguments[name]}, but the student has {ours}")
 
 
-def _disk(config: RunConfig) -> Iterator[str]:
+def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
     """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
-    out = Path(config.out).expanduser().absolute()
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    out = Path(folder).expanduser().absolute()
+    check_writable(out)
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if os.path.exists(path))).free
     copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
         needed = f"{copies} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep})"

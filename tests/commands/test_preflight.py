@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -101,6 +102,22 @@ def test_a_full_disk_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 2**10}))
     (warning,) = check_files(config(folder)).warnings
     assert "4 checkpoints of 0.0 GiB (checkpoint.keep=2) need more" in str(warning)
+
+
+def test_an_output_that_cannot_be_written_is_an_error(folder: Path) -> None:
+    (folder / "file").write_text("")
+    (problem,) = errors(config(folder, out=str(folder / "file" / "runs")))
+    assert problem.startswith(f"out: '{folder}/file/runs' cannot be written")
+
+
+def test_a_folder_that_may_not_be_entered_is_named_with_its_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert errors(config(folder, student__init=None, student__time_frequency_limit=0.03)) == [
+        f"data.shards: '{folder}/shards/manifest.json' cannot be read (Permission denied)"
+    ]
 
 
 def test_train_and_check_find_wrong_data_without_torch(folder: Path) -> None:

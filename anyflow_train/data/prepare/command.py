@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -31,7 +32,7 @@ from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_s
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file
+from anyflow_train.files import atomic_file, check_writable
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import public_name
 
@@ -46,6 +47,7 @@ def run(config: PrepareConfig) -> None:
         KeyboardInterrupt: after a message on how to continue.
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
+    check_writable(Path(config.out))
     with join_workers() as workers:
         plan = make_plan(config)
         with lock_output(plan, workers) as remaining:
