@@ -104,6 +104,21 @@ def test_a_full_disk_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "4 checkpoints of 0.0 GiB (checkpoint.keep=2) need more" in str(warning)
 
 
+def test_the_config_of_a_hub_id_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds the snapshot of a small pipeline; the tests run without a network."""
+    small_wan(in_channels=8, out_channels=8, text_dim=8).save_pretrained(folder / "transformer")
+    cache = folder / "cache" / "models--lab--small"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "snapshots" / ("a" * 40) / "transformer").mkdir(parents=True)
+    shutil.copy(folder / "transformer" / "config.json", cache / "snapshots" / ("a" * 40) / "transformer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+    taught = {"objective__velocity": "teacher", "teacher__source": "lab/small"}
+    assert errors(config(folder, **taught)) == ["teacher.source: lab/small has in_channels=8, but the student has 4"]
+    (warning,) = check_files(config(folder, **taught | {"teacher__source": "lab/other"})).warnings
+    assert str(warning).startswith("teacher.source: 'lab/other' does not exist yet (as a hub id: ")
+
+
 def test_an_output_that_cannot_be_written_is_an_error(folder: Path) -> None:
     (folder / "file").write_text("")
     (problem,) = errors(config(folder, out=str(folder / "file" / "runs")))
