@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
+from anyflow_train.errors import OF_THE_DISK, ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # a bug: this process's output, with the traceback, may go to a log file only
+    except Exception as error:
+        # `Path.exists` and its relatives raise PermissionError too, for a path below a folder that may not be entered.
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            return _report([UserError.of_file(error, "a file")], everywhere=False)
+        # A bug: this process's output, with the traceback, may go to a log file only
         launched.print_to_terminal("error: a process failed; see its log in the run directory")
         raise
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
+from anyflow_train.config.paths import find_codec
 from anyflow_train.data.captions import read_lines
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import ConfigWarning, UserError
@@ -53,7 +54,7 @@ def run(config: SampleConfig) -> None:
     check_results(out, INDEX, owner, [*files, *GRIDS])
     model = load_model(config.model, config.weights)
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
-    source = model.codec_source
+    source = config.codec or find_codec(model.codec_source)
     codec = Codec.load(source, device, torch.float32)
     shape = clip_shape(ClipRequest(config.frames, config.height, config.width, config.chunk_partition), model, codec)
     start, size = _source(config, model), shape.size

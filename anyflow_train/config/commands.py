@@ -158,6 +158,7 @@ class SampleConfig(Model):
     guidance_scale: CFG scale w; 1 means no guidance.
     shift: timestep shift of the sampler.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    codec: pipeline folder or hub id of the VAE and text encoder; null uses the model's.
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
@@ -182,6 +183,7 @@ class SampleConfig(Model):
     negative_prompt: str = ""
     shift: PositiveFloat = 5.0
     text_length: PositiveInt = 512
+    codec: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: NonNegativeInt = 0

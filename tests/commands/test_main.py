@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,30 @@ def test_as_a_module_from_any_directory(tmp_path: Path) -> None:
     piped.stdout.close()
     _, errors = piped.communicate()
     assert errors == b""
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ENOSPC])
+def test_a_disk_that_refuses_is_one_sentence(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no code expects it: `Path.exists` raises PermissionError below a folder that may not be entered."""
+
+    def fail(_overrides: list[str], _folder: Path | None) -> None:
+        raise OSError(number, os.strerror(number), "/there")
+
+    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
+    assert cli.main(["check"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /there: ")
+    assert os.strerror(number) in line
+
+
+def test_a_file_that_the_code_should_have_made_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_overrides: list[str], _folder: Path | None) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/there")
+
+    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["check"])
