@@ -109,6 +109,7 @@ class PrepareConfig(Model):
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
     fps: frame rate to which clips are resampled.
+    hdr: clips in HDR (PQ or HLG) are tone mapped to SDR (tonemap), or skipped and counted (skip).
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
@@ -126,6 +127,7 @@ class PrepareConfig(Model):
     height: PositiveInt = 480
     width: PositiveInt = 832
     fps: PositiveFloat = 16.0
+    hdr: Literal["tonemap", "skip"] = "tonemap"
     max_text_length: PositiveInt = 512
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()
