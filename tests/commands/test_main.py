@@ -194,7 +194,7 @@ def test_a_disk_that_refuses_is_one_sentence(
 
     monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
     monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
-    assert cli.main(["check"]) == 2
+    assert cli.main(["check", "experiment=tiny"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: /there: ")
     assert os.strerror(number) in line
@@ -207,4 +207,4 @@ def test_a_file_that_the_code_should_have_made_is_a_bug(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
     monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
     with pytest.raises(FileNotFoundError):
-        cli.main(["check"])
+        cli.main(["check", "experiment=tiny"])
