@@ -99,8 +99,8 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         if not content:
             return  # of an older version, which the run itself can read
         before = NetworkFile.of_file(content, str(found[-1] / NAME))
-        arguments, shift = before.arguments, [("times.shift", config.times.shift, before.sampling.shift)]
-        errors = [*differences(config.student, arguments, source), *mismatches(shift, source)]
+        arguments = before.arguments
+        errors = differences(config.student, arguments, source)
     else:
         try:
             folder = _folder(path, source)

@@ -14,7 +14,7 @@ from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
-from anyflow_train.training.differences import differences, mismatches
+from anyflow_train.training.differences import differences
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.reporting.tracking import has_key
 from anyflow_train.training.weight_source import is_run
@@ -88,8 +88,8 @@ def check_tracker(tracker: Tracker) -> None:
 def check_start(config: RunConfig) -> None:
     """Compare a config with the run or exported folder that its student starts from.
 
-    The weights only make sense with the same gate, second time, shift and VAE. The number of frames and their size may
-    change.
+    The weights only make sense with the same gate, second time and VAE. The number of frames, their size and the
+    distribution of times may change.
 
     Raises:
         UserErrors: one line for every difference, with the config key and both values.
@@ -109,7 +109,6 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     except (DamagedCheckpoint, UserError) as error:
         return [UserError("student.init", f"cannot be read: {error}")]
     errors = differences(config.student, before.arguments, checkpoint)
-    errors += mismatches([("times.shift", config.times.shift, before.sampling.shift)], checkpoint)
     vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
     vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
@@ -119,14 +118,9 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
 
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
-    """Compare the shift and the VAE of a pipeline folder. A Wan2.1 pipeline has no shift: it works with any."""
-    scheduler, vae = (
-        read_object(folder / "scheduler" / "scheduler_config.json"),
-        read_object(folder / "vae" / "config.json"),
-    )
+    """Compare the VAE of a pipeline folder."""
+    vae = read_object(folder / "vae" / "config.json")
     errors = []
-    if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler":
-        errors += mismatches([("times.shift", config.times.shift, scheduler.get("shift"))], folder)
     codec = config.teacher.codec_source
     ours = {} if codec is None else read_object(Path(codec).expanduser() / VAE)
     for name in LATENT_SPACE if ours and vae else ():
