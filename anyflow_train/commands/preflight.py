@@ -105,7 +105,7 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         try:
             folder = _folder(path, source)
         except OSError as error:
-            yield f"'{source}' does not exist yet" + ("" if path.is_absolute() else f" ({error})")
+            yield f"'{source}' {error}"
             return
         arguments = _json(folder / "config.json")
         if not arguments:
@@ -128,18 +128,24 @@ def _folder(path: Path, source: str) -> Path:
     if path.is_dir():
         return path / "transformer" if (path / "transformer").is_dir() else path
     if path.is_absolute() or source.count("/") != 1:
-        raise FileNotFoundError("it is not a hub id")
+        raise FileNotFoundError("does not exist yet")
     # Imported here, because a run on local folders does not need it.
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         config = hf_hub_download(source, "transformer/config.json", etag_timeout=HUB_SECONDS)
         for name in (INDEX, VAE, SCHEDULER):
             with suppress(OSError):
                 hf_hub_download(source, name, etag_timeout=HUB_SECONDS)
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            "is not in the hub cache, and the hub cannot be reached; the run downloads it"
+        ) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(f"as a hub id: {str(error).strip().splitlines()[0]}") from None
+        raise FileNotFoundError(
+            f"does not exist yet, also not as a hub id: {str(error).strip().splitlines()[0]}"
+        ) from None
     return Path(config).parent
 
 

@@ -119,7 +119,7 @@ def test_the_config_of_a_hub_id_is_compared(folder: Path, monkeypatch: pytest.Mo
         f"teacher.source: lab/small has {name}=8, but the student has 4" for name in ("in_channels", "out_channels")
     ]
     (warning,) = check_files(config(folder, **taught | {"teacher__source": "lab/other"})).warnings
-    assert str(warning).startswith("teacher.source: 'lab/other' does not exist yet (as a hub id: ")
+    assert str(warning).startswith("teacher.source: 'lab/other' is not in the hub cache, ")
 
 
 def test_an_output_that_cannot_be_written_is_an_error(folder: Path) -> None:
