@@ -139,13 +139,11 @@ def _folder(path: Path, source: str) -> Path:
             with suppress(OSError):
                 hf_hub_download(source, name, etag_timeout=HUB_SECONDS)
     except LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            "is not in the hub cache, and the hub cannot be reached; the run downloads it"
-        ) from None
+        problem = "is not in the hub cache, and the hub cannot be reached; the run downloads it"
+        raise FileNotFoundError(problem) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"does not exist yet, also not as a hub id: {str(error).strip().splitlines()[0]}"
-        ) from None
+        problem = f"does not exist yet, also not as a hub id: {str(error).strip().splitlines()[0]}"
+        raise FileNotFoundError(problem) from None
     return Path(config).parent
 
 
