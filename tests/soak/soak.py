@@ -46,14 +46,17 @@ def main() -> int:
     dice, began = random.Random(options.seed), time.monotonic()
     mixed = len(options.worlds) > 1 or len(options.engine) > 1
     whole = (1, "single", 4) if mixed else (options.worlds[0], options.engine[0], 2)
-    start(options, folder, "whole", *whole).ended(options.patience)
+    undisturbed = start(options, folder, "whole", *whole)
+    assert undisturbed.ended(options.patience) == 0, undisturbed.text()
     done: Counter[str] = Counter()
     starts = 0
     while sum(done.values()) < options.kills:
         starts += 1
         setting = draw(options, dice) if mixed else whole
-        victims = [f"process {rank}" for rank in range(setting[0])]
-        whom, in_save = dice.choice([*victims, "launcher", "all"]), bool(starts % 2)
+        victims = [*(f"process {rank}" for rank in range(setting[0])), "all"]
+        if setting[1] != "single":  # the process of a plain launch outlives its launcher
+            victims.append("launcher")
+        whom, in_save = dice.choice(victims), bool(starts % 2)
         # So that all kills together about fill the run, and none is left over: a save may be some steps away.
         left = options.steps - last_step(folder / "killed")
         most = 2 * left // (options.kills - sum(done.values()) + 1) - SAVE_EVERY
