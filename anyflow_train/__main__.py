@@ -45,9 +45,12 @@ COMMANDS = {
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
-    "sweep": Command("train every combination of values", "anyflow_train.commands.sweep:run", decoded=False),
+    "sweep": Command("train every combination of values", "anyflow_train.sweep.command:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
+    "doctor": Command(
+        "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False
+    ),
     "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
 
@@ -107,6 +110,11 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(command_help(name, command.summary, config_dir, overrides))
         return 0
+    if not overrides and name in COMMANDS and name != "doctor":
+        from anyflow_train.config.help import short_help
+
+        print(short_help(name, command.summary, config_dir))
+        return USER_ERROR
     return _run(name, command, overrides, config_dir)
 
 
@@ -187,8 +195,8 @@ def _overview() -> str:
         "",
         *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
-        "`anyflow <command> --help` lists the experiments, groups and keys of a command.",
-        "Start with `anyflow check experiment=tiny`.",
+        "`anyflow <command>` shows examples and the experiments of a command, `anyflow <command> --help` all keys,",
+        "`anyflow <command> --help WORD` the keys that contain a word. Start with `anyflow check experiment=tiny`.",
     ]
     return "\n".join(lines)
 

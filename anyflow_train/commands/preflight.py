@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.derived import needs_teacher
-from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.pipelines import INDEX, SCHEDULER, VAE, check_pipeline, folder_reader
 from anyflow_train.config.run import RunConfig
@@ -24,10 +24,8 @@ from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import check_writable
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
-from anyflow_train.training.differences import differences, mismatches
+from anyflow_train.training.differences import differences, mismatches, other_interface
 
-# Arguments that must be equal for networks that take the same latents and texts.
-INTERFACE = ("in_channels", "out_channels", "text_dim")
 BYTES_PER_PARAMETER = 16
 """A checkpoint holds a float32 master, an average and two moments of every trained parameter."""
 GIB = 2**30
@@ -114,14 +112,11 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
             raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
         check_pipeline(source, arguments, folder_reader(folder))
         ours = config.student.architecture.model_dump(exclude={"causal"})
-        theirs = {name: _plain(arguments[name]) for name in ours if name in arguments}
+        theirs = {name: plain(arguments[name]) for name in ours if name in arguments}
         errors = mismatches([(f"student.architecture.{name}", ours[name], theirs[name]) for name in theirs], source)
     if key == "student.init":
         raise_all(errors)
-    for name in INTERFACE:
-        ours = getattr(config.student.architecture, name)
-        if arguments.get(name, ours) != ours:
-            raise UserError(key, f"{source} has {name}={arguments[name]}, but the student has {ours}")
+    raise_all(other_interface(key, source, arguments, config.student.architecture))
 
 
 def _folder(path: Path, source: str) -> Path:
@@ -195,7 +190,3 @@ def _json(path: Path) -> Mapping[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read ({error})") from None
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

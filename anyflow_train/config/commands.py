@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,6 +19,13 @@ from anyflow_train.config.base import Model
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 HalfWidth = Annotated[float, Field(gt=0, le=0.1)]
+# A list, or one text, which becomes a list of one.
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    ),
+]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -59,6 +68,24 @@ class PlanOptions(Model):
         return self.gpus * self.nodes
 
 
+class SweepOptions(Model):
+    """Keys of `anyflow sweep`, in addition to the keys of its runs.
+
+    train: arguments of `anyflow train` for all runs, before those of the command line; `key=a,b` runs each value.
+    arms: name of a variant -> its arguments of `anyflow train`. Every variant runs with every combination of values.
+    equal_operations: set the steps of every run, so that all take as many operations as the first one.
+    jobs: runs at a time.
+    evaluate: arguments of `anyflow evaluate` for all runs together, such as experiment=tiny_evaluate. The sweep then
+        ends with a table and a plot of all variants, over all seeds. Empty leaves it out.
+    """
+
+    train: tuple[str, ...] = ()
+    arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    equal_operations: bool = False
+    jobs: PositiveInt = 1
+    evaluate: tuple[str, ...] = ()
+
+
 class ClipsConfig(Model):
     """`anyflow clips`: render mp4 clips of moving shapes, with captions.
 
@@ -82,6 +109,7 @@ class PrepareConfig(Model):
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
     fps: frame rate to which clips are resampled.
+    hdr: clips in HDR (PQ or HLG) are tone mapped to SDR (tonemap), or skipped and counted (skip).
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
@@ -99,6 +127,7 @@ class PrepareConfig(Model):
     height: PositiveInt = 480
     width: PositiveInt = 832
     fps: PositiveFloat = 16.0
+    hdr: Literal["tonemap", "skip"] = "tonemap"
     max_text_length: PositiveInt = 512
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()
@@ -116,8 +145,8 @@ class SampleConfig(Model):
 
     model: run, checkpoint, exported folder or hub id.
     out: folder for the videos.
-    prompts: list of prompts.
-    prompt_file: text file with one prompt per line.
+    prompt: one prompt; commas belong to it.
+    prompts: list of prompts, or a `.txt` file with one prompt per line.
     image: image file that becomes the first frame of every clip.
     video: video file that every clip continues.
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
@@ -135,10 +164,12 @@ class SampleConfig(Model):
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts"}
+
     model: str
     out: str
-    prompts: tuple[str, ...] = ()
-    prompt_file: str | None = None
+    prompt: str = ""
+    prompts: Texts = ()
     image: str | None = None
     video: str | None = None
     context_frames: PositiveInt | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from anyflow_train.config.objective import Derivative
+from anyflow_train.config.pipelines import VAE, read_object
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
@@ -121,12 +120,15 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
     """Compare the shift and the VAE of a pipeline folder. A Wan2.1 pipeline has no shift: it works with any."""
-    scheduler, vae = _json(folder / "scheduler" / "scheduler_config.json"), _json(folder / "vae" / "config.json")
+    scheduler, vae = (
+        read_object(folder / "scheduler" / "scheduler_config.json"),
+        read_object(folder / "vae" / "config.json"),
+    )
     errors = []
     if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler":
         errors += mismatches([("times.shift", config.times.shift, scheduler.get("shift"))], folder)
     codec = config.teacher.codec_source
-    ours = {} if codec is None else _json(Path(codec).expanduser() / "vae" / "config.json")
+    ours = {} if codec is None else read_object(Path(codec).expanduser() / VAE)
     for name in LATENT_SPACE if ours and vae else ():
         if ours.get(name) != vae.get(name):
             errors.append(UserError("teacher.codec", f"is {codec}, whose VAE differs from {folder} in {name}"))
@@ -140,9 +142,3 @@ def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
         with suppress(UserError):
             found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.known_vae
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}

@@ -127,7 +127,8 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     if config.prompts is not None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
-        read = partial(read_clip, frames=config.frames, height=config.height, width=config.width, fps=config.fps)
+        shape = config.model_dump(include={"frames", "height", "width", "fps", "hdr"})
+        read = partial(read_clip, **shape)
         encode = job.codec(config.vae_precision).encode_video
         write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
 

@@ -15,6 +15,8 @@ from anyflow_train.text import public_name
 
 # These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
 FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
+# These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
+LATER_KEYS = {"hdr"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
     shards = tuple(ShardPlan(f"shard-{number:06d}.tar", run) for number, run in enumerate(runs))
     settings: dict[str, object] = {
-        key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS
+        key: value
+        for key, value in config.model_dump(mode="json").items()
+        if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
     }
     settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
     settings["source"] = _listing_digest(source)

@@ -1,8 +1,12 @@
 import io
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 
 from anyflow_train.data.prepare.video import ClipError, fit, read_clip
 from tests.data.prepare.videos import real_clip, write_video
@@ -57,6 +61,52 @@ def test_a_truncated_video_is_an_error_not_a_crash(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) // 3])
     with pytest.raises(ClipError):
         read_clip(path, 81, 64, 64, 16.0)
+
+
+def write_frames(path: Path, streams: list[dict[int, int]], marks: list[Disposition]) -> Path:
+    """Write one video stream per table of time (in 1/16 s) -> grey."""
+    with av.open(str(path), "w") as container:
+        added = []
+        for mark in marks:
+            codec, form = ("png", "rgb24") if mark == Disposition.attached_pic else ("libx264", "yuv420p")
+            added.append(container.add_stream(codec, rate=16))
+            added[-1].height, added[-1].width, added[-1].pix_fmt, added[-1].disposition = 64, 64, form, mark
+        for stream, table in zip(added, streams, strict=True):
+            for time, grey in table.items():
+                frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), grey, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = time, Fraction(1, 16)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
+def test_the_default_stream_is_read_and_no_cover(tmp_path: Path) -> None:
+    first, second = dict.fromkeys(range(5), 50), dict.fromkeys(range(5), 200)
+    marks = [Disposition(0), Disposition.default]
+    assert abs(greys(read_clip(write_frames(tmp_path / "a.mkv", [first, second], marks), 1, 64, 64, 16.0))[0] - 200) < 3
+    cover = write_frames(tmp_path / "a.mp4", [{0: 50}, second], [Disposition.attached_pic, Disposition(0)])
+    assert abs(greys(read_clip(cover, 1, 64, 64, 16.0))[0] - 200) < 3
+    with pytest.raises(ClipError, match="no video: the file holds cover art"):
+        read_clip(write_frames(tmp_path / "b.mp4", [{0: 50}], [Disposition.attached_pic]), 1, 64, 64, 16.0)
+
+
+def test_a_hole_ends_a_clip_and_a_slow_clip_has_none(tmp_path: Path) -> None:
+    times = [0, 1, 2, 80, 81]
+    path = write_frames(tmp_path / "a.mkv", [dict.fromkeys(times, 100)], [Disposition.default])
+    assert read_clip(path, 3, 64, 64, 16.0).shape[1] == 3
+    with pytest.raises(ClipError, match=r"hole: the picture after 0\.1.* s is of 5\.00 s"):
+        read_clip(path, 5, 64, 64, 16.0)
+    slow = write_video(tmp_path / "slow.mp4", [10, 20, 30], Fraction(1, 2))
+    assert all(abs(a - b) <= 2 for a, b in zip(greys(read_clip(slow, 33, 64, 64, 16.0))[::32], [10, 20], strict=True))
+
+
+def test_damaged_frames_are_not_used(tmp_path: Path) -> None:
+    data = bytearray(real_clip("carphone_pristine.mp4").read_bytes())
+    for place in range(len(data) // 3, len(data) // 2, 999):
+        data[place] ^= 16
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(ClipError, match=r"damaged: the picture at \d\.\d\d s"):
+        read_clip(tmp_path / "a.mp4", 49, 64, 64, 16.0)
 
 
 def test_fit_keeps_the_aspect_and_the_centre() -> None:
