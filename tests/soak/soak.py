@@ -9,7 +9,8 @@ for bit.
 
 With several values of `--worlds` or `--engine`, each start draws its number of processes, its engine and its
 micro-batch. The undisturbed run then has one process. Sums are rounded in another order, so weights and averages may
-differ by `CLOSE` of the largest value of a tensor.
+differ by `CLOSE` in the norm of a tensor. Another micro-batch alone makes 1e-5 of difference in 100 steps, and a
+repeated or missing step makes 1e-2 and more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.training.helpers import final_tensors, write_latents
 from tests.training.launched import Launch, accelerate, train_case
 
 SAVE_EVERY = 5
-CLOSE = 2e-6
+CLOSE = 1e-4
 GLOBAL_BATCH = 8
 
 
@@ -158,13 +159,13 @@ def compare(run: Path, other: Path, close: float) -> list[str]:
     """Differences between the last checkpoints of two runs.
 
     Args:
-        close: largest difference of weights and averages, as a share of the largest value of a tensor. 0 asks for equal
-            bits, of the moments too.
+        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, of the
+            moments too.
     """
     tensors, others = final_tensors(run), final_tensors(other)
     if close:
         shares = {
-            name: float((tensors[name] - others[name]).abs().max() / tensors[name].abs().max())
+            name: float((tensors[name] - others[name]).norm() / tensors[name].norm())
             for name in tensors
             if name.startswith(("weights", "ema"))
         }
