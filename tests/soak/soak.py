@@ -159,8 +159,8 @@ def compare(run: Path, other: Path, close: float) -> list[str]:
     """Differences between the last checkpoints of two runs.
 
     Args:
-        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, of the
-            moments too.
+        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, of
+            the moments too.
     """
     tensors, others = final_tensors(run), final_tensors(other)
     if close:
