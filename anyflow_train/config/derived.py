@@ -60,11 +60,14 @@ def world_size() -> int:
     """Return the number of processes that the launcher started (`WORLD_SIZE`); 1 without a launcher.
 
     Raises:
-        UserError: the variable is not a positive number.
+        UserError: the variable is not a positive number, or the launcher gave its processes no port to meet at.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise UserError("WORLD_SIZE", f"{text!r} in the environment is not a number of processes; unset it")
+    if "RANK" in os.environ and os.environ.get("MASTER_PORT") == "0":
+        problem = "is 0, so that the processes cannot find each other; use torchrun --standalone, or name a free port"
+        raise UserError("MASTER_PORT", problem)
     return int(text)
 
 

@@ -9,7 +9,8 @@ for bit.
 
 With several values of `--worlds` or `--engine`, each start draws its number of processes, its engine and its
 micro-batch. The undisturbed run then has one process. Sums are rounded in another order, so weights and averages may
-differ by `CLOSE` of the largest value of a tensor.
+differ by `CLOSE` in the norm of a tensor. Another micro-batch alone makes 1e-5 of difference in 100 steps, and a
+repeated or missing step makes 1e-2 and more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.training.helpers import final_tensors, write_latents
 from tests.training.launched import Launch, accelerate, train_case
 
 SAVE_EVERY = 5
-CLOSE = 2e-6
+CLOSE = 1e-4
 GLOBAL_BATCH = 8
 
 
@@ -46,14 +47,17 @@ def main() -> int:
     dice, began = random.Random(options.seed), time.monotonic()
     mixed = len(options.worlds) > 1 or len(options.engine) > 1
     whole = (1, "single", 4) if mixed else (options.worlds[0], options.engine[0], 2)
-    start(options, folder, "whole", *whole).ended(options.patience)
+    undisturbed = start(options, folder, "whole", *whole)
+    assert undisturbed.ended(options.patience) == 0, undisturbed.text()
     done: Counter[str] = Counter()
     starts = 0
     while sum(done.values()) < options.kills:
         starts += 1
         setting = draw(options, dice) if mixed else whole
-        victims = [f"process {rank}" for rank in range(setting[0])]
-        whom, in_save = dice.choice([*victims, "launcher", "all"]), bool(starts % 2)
+        victims = [*(f"process {rank}" for rank in range(setting[0])), "all"]
+        if setting[1] != "single":  # the process of a plain launch outlives its launcher
+            victims.append("launcher")
+        whom, in_save = dice.choice(victims), bool(starts % 2)
         # So that all kills together about fill the run, and none is left over: a save may be some steps away.
         left = options.steps - last_step(folder / "killed")
         most = 2 * left // (options.kills - sum(done.values()) + 1) - SAVE_EVERY
@@ -155,13 +159,13 @@ def compare(run: Path, other: Path, close: float) -> list[str]:
     """Differences between the last checkpoints of two runs.
 
     Args:
-        close: largest difference of weights and averages, as a share of the largest value of a tensor. 0 asks for equal
-            bits, of the moments too.
+        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, of
+            the moments too.
     """
     tensors, others = final_tensors(run), final_tensors(other)
     if close:
         shares = {
-            name: float((tensors[name] - others[name]).abs().max() / tensors[name].abs().max())
+            name: float((tensors[name] - others[name]).norm() / tensors[name].norm())
             for name in tensors
             if name.startswith(("weights", "ema"))
         }

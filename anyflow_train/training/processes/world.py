@@ -226,9 +226,6 @@ def _meet(size: int, seconds: float) -> Store:
         UserError: there is no store, or a process does not come within `seconds`.
     """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
-    if place.endswith(":0"):
-        problem = "is 0, so that the processes cannot find each other; use torchrun --standalone, or name a free port"
-        raise SharedErrors([UserError("MASTER_PORT", problem)])
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
         return PrefixStore(agree_on_start(store, rank, size, seconds), store)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,40 @@ def test_trackers_write_into_the_run_directory(tmp_path: Path, tracker: dict[str
     trackers.close()
     assert len(list(tmp_path.glob(pattern))) == 1
     assert steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def logged(data: bytes) -> Iterator[bytes]:
+    """Read the records of a .wandb file: blocks of 32 KiB with pieces of records (checksum, size, kind), as LevelDB."""
+    place, record = 7, b""  # after the file's header
+    while place + 7 <= len(data):
+        if 2**15 - place % 2**15 < 7:
+            place += 2**15 - place % 2**15
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield record
+            record = b""
+
+
+@pytest.mark.nightly
+def test_a_resumed_offline_run_of_wandb_itself_is_one_run(tmp_path: Path) -> None:
+    """Read from wandb's own files, which `wandb sync` uploads: one folder and id, and each step once."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    config = RunConfig.model_validate({**BASE, "tracker": {"kind": "wandb", "mode": "offline"}})
+    for resumed, last in ((0, 3), (2, 4)):
+        trackers = Trackers(config, RunDirectory(tmp_path), resumed)
+        for step in range(resumed + 1, last + 1):
+            trackers.log(step, {"loss": float(step + resumed)})
+        trackers.close()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    ids, rows = [], []
+    for record in map(Record.FromString, logged(path.read_bytes())):
+        if record.HasField("run"):
+            ids.append(record.run.run_id)
+        if record.HasField("history"):
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            rows.append((record.history.step.num, float(items["loss"])))
+    assert set(ids) == {(tmp_path / "wandb_id").read_text()}
+    assert rows == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
