@@ -22,7 +22,7 @@ from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
 from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
-from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
+from anyflow_train.data.prepare.output_lock import forget_settings, lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts, validation_prompts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
@@ -50,7 +50,12 @@ def run(config: PrepareConfig) -> None:
         plan = make_plan(config)
         with lock_output(plan, workers) as remaining:
             device = pick_device(config.device, config.threads, local_rank=workers.local_rank)
-            _prepare(PrepareJob(config, plan, workers, remaining, device))
+            try:
+                _prepare(PrepareJob(config, plan, workers, remaining, device))
+            except UserError:
+                if workers.is_main:
+                    forget_settings(plan)
+                raise
 
 
 @dataclass(frozen=True)

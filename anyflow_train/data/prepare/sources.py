@@ -27,7 +27,7 @@ from anyflow_train.text import printable
 VIDEOS = (
     *("mp4", "mov", "mkv", "webm", "avi", "m4v", "qt", "3gp", "3g2", "mj2", "ts", "m2ts", "mts", "mpg", "mpeg", "vob"),
     *("m1v", "m2v", "wmv", "asf", "flv", "f4v", "gif", "apng", "ogv", "mxf", "dv", "divx", "rm", "rmvb", "nut", "ivf"),
-    *("y4m", "mjpeg", "mjpg", "h264", "264", "hevc", "h265", "265", "obu", "wtv", "vc1", "webp"),
+    *("y4m", "mjpeg", "mjpg", "h264", "264", "hevc", "h265", "265", "obu", "wtv", "vc1"),
 )
 TARS = (".tar", ".tar.gz", ".tgz")
 # Lists with these names describe the videos of the folder in which they are.
