@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
-from anyflow_train.errors import ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
+from anyflow_train.errors import OF_THE_DISK, ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
 from anyflow_train.text import nearest_hint
 from anyflow_train.training.processes import launched
 
@@ -45,9 +45,12 @@ COMMANDS = {
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
-    "sweep": Command("train every combination of values", "anyflow_train.commands.sweep:run", decoded=False),
+    "sweep": Command("train every combination of values", "anyflow_train.sweep.command:run", decoded=False),
     "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
     "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
+    "doctor": Command(
+        "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False
+    ),
     "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),
 }
 
@@ -76,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # a bug: this process's output, with the traceback, may go to a log file only
+    except Exception as error:
+        # `Path.exists` and its relatives raise PermissionError too, for a path below a folder that may not be entered.
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            return _report([UserError.of_file(error, "a file")], everywhere=False)
+        # A bug: this process's output, with the traceback, may go to a log file only
         launched.print_to_terminal("error: a process failed; see its log in the run directory")
         raise
 
@@ -103,6 +110,11 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(command_help(name, command.summary, config_dir, overrides))
         return 0
+    if not overrides and name in COMMANDS and name != "doctor":
+        from anyflow_train.config.help import short_help
+
+        print(short_help(name, command.summary, config_dir))
+        return USER_ERROR
     return _run(name, command, overrides, config_dir)
 
 
@@ -183,8 +195,8 @@ def _overview() -> str:
         "",
         *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
-        "`anyflow <command> --help` lists the experiments, groups and keys of a command.",
-        "Start with `anyflow check experiment=tiny`.",
+        "`anyflow <command>` shows examples and the experiments of a command, `anyflow <command> --help` all keys,",
+        "`anyflow <command> --help WORD` the keys that contain a word. Start with `anyflow check experiment=tiny`.",
     ]
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from anyflow_train.text import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_THE_DISK = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG)
+"""Error numbers whose cause is a disk, a permission or a name, and never a bug of this package."""
 
 
 class UserError(ValueError):
@@ -35,7 +37,7 @@ class UserError(ValueError):
         where, reason = str(error.filename or folder), error.strerror or str(error)
         if error.errno in NO_ROOM:
             return cls(where, f"the disk is full ({reason}); checkpoints are intact, free some space and start again")
-        return cls(where, f"cannot be read or written ({reason}); mend that and start again to resume")
+        return cls(where, f"cannot be read or written ({reason}); mend that and start again")
 
 
 class UserErrors(UserError):

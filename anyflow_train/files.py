@@ -16,6 +16,8 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import StringConstraints
 
+from anyflow_train.errors import UserError
+
 TEMPORARY = ".tmp-"
 
 EXPORT_MARKER = "anyflow_export.json"
@@ -103,6 +105,17 @@ def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, fold
             raise
         print(f"warning: the file system of {folder} does not support locks; start this only once", file=sys.stderr)
     return True
+
+
+def check_writable(out: Path) -> None:
+    """Check that a folder can be written, or made. Nothing is made yet.
+
+    Raises:
+        UserError: it is not a folder, or cannot be written.
+    """
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
 
 
 def inside(folder: Path, name: str) -> Path:

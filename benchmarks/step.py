@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow_train.config.network import Architecture
-from anyflow_train.config.objective import FlowMap as FlowMapConfig
 from anyflow_train.config.objective import Times
+from anyflow_train.config.objectives import FlowMap as FlowMapConfig
 from anyflow_train.config.positions import branch_counts, local_positions
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer

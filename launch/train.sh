@@ -36,6 +36,7 @@ number NPROC "$processes"
 world=$((nodes * processes))
 if [ "$nodes" -gt 1 ]; then
   [ -n "${MASTER_ADDR:-}" ] && [ -n "${MASTER_PORT:-}" ] || fail "NNODES=$nodes needs MASTER_ADDR and MASTER_PORT"
+  [ "$MASTER_PORT" != 0 ] || fail "MASTER_PORT is 0, but the nodes need the same port: name one"
   place=(--machine_rank "$node" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 else
   place=(--main_process_port "${MASTER_PORT:-0}") # 0: any free port

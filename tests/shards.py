@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from anyflow_train.data.index import index_name
 from anyflow_train.data.manifest import (
     FORMAT,
+    MANIFEST,
     TEXT,
     CodecInfo,
     Manifest,
     PromptTexts,
     ShardInfo,
+    parse_manifest,
     write_manifest,
     write_prompt_texts,
 )
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
+from anyflow_train.files import file_sha256
 
 
 def describe(shape: tuple[int, int, int, int], text_dim: int, longest_text: int) -> Manifest:
@@ -46,5 +50,17 @@ def write_shards(folder: Path, parts: Iterable[Iterable[Sample]], manifest: Mani
         count = len(write_shard(folder, name, samples).entries)
         shards.append(ShardInfo(name=name, samples=count, bytes=(folder / name).stat().st_size))
     write_prompt_texts(folder / TEXT, texts)
+    write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
+    return folder
+
+
+def add_index_checksums(folder: Path) -> Path:
+    """Add the checksums of the index files to a manifest, as `anyflow prepare` writes them."""
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), "")
+    checksums = [file_sha256(folder / index_name(shard.name)) for shard in manifest.shards]
+    shards = [
+        shard.model_copy(update={"index_sha256": checksum})
+        for shard, checksum in zip(manifest.shards, checksums, strict=True)
+    ]
     write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
     return folder

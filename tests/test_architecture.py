@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "anyflow_train"
 ALLOWED = {
     "errors": {"text"},
     "text": set(),
-    "files": set(),
+    "files": {"errors"},
     "devices": {"errors"},
     "config": {"errors", "text"},
     "flow": {"errors", "config"},

@@ -13,7 +13,7 @@ import torch
 
 from anyflow_train.__main__ import main
 from anyflow_train.config.compose import compose
-from anyflow_train.config.objective import OURS, SavedObjective
+from anyflow_train.config.objectives import OURS, SavedObjective
 from anyflow_train.config.own import as_run, load_objective, objective_class, run_model
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyflow_train.config.commands import ClipsConfig
-from anyflow_train.evaluation.output_folder import check_writable
+from anyflow_train.files import check_writable
 from anyflow_train.tiny.clips import write_clips
 
 

@@ -1,33 +1,35 @@
 """Check the files that a run will open, without torch: manifests of shards, networks, and free disk space.
 
-Only local folders are read. Hub ids and remote shards are checked when the run opens them.
+Local folders are read, and the configs of hub ids. Remote shards are checked when the run opens them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.derived import needs_teacher
-from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.parameters import layers
-from anyflow_train.config.pipelines import check_pipeline, folder_reader
+from anyflow_train.config.pipelines import INDEX, SCHEDULER, VAE, check_pipeline, folder_reader
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.files import check_writable
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
-from anyflow_train.training.differences import differences, mismatches
+from anyflow_train.training.differences import differences, mismatches, other_interface
 
-# Arguments that must be equal for networks that take the same latents and texts.
-INTERFACE = ("in_channels", "out_channels", "text_dim")
 BYTES_PER_PARAMETER = 16
 """A checkpoint holds a float32 master, an average and two moments of every trained parameter."""
 GIB = 2**30
+HUB_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Preflight:
 
 
 def check_files(config: RunConfig) -> Preflight:
-    """Read the local files that a run will open. Returns their errors, and does not raise them."""
+    """Read the files that a run will open, except remote shards. Returns their errors, and does not raise them."""
     errors: list[UserError] = []
     warnings: list[UserError] = []
     data, matching = config.data, config.on_policy.matching
@@ -49,13 +51,15 @@ def check_files(config: RunConfig) -> Preflight:
     work = [(_shards, "data.shards", data.shards)]
     work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
     work += [(_network, key, source) for key, source in networks.items()]
+    work += [(_disk, "out", config.out)]
     for read, key, source in work:
         try:
             for warning in read(config, key, source) if source is not None else ():
                 warnings.append(UserError(key, warning))
         except UserError as error:
             errors += error.errors
-    warnings += [UserError("out", text) for text in _disk(config)]
+        except OSError as error:
+            errors.append(UserError(key, f"'{error.filename or source}' cannot be read ({error.strerror})"))
     return Preflight(tuple(errors), tuple(warnings))
 
 
@@ -95,33 +99,55 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         if not content:
             return  # of an older version, which the run itself can read
         before = NetworkFile.of_file(content, str(found[-1] / NAME))
-        arguments, shift = before.arguments, [("times.shift", config.times.shift, before.sampling.shift)]
-        errors = [*differences(config.student, arguments, source), *mismatches(shift, source)]
-    elif path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        arguments = before.arguments
+        errors = differences(config.student, arguments, source)
+    else:
+        try:
+            folder = _folder(path, source)
+        except OSError as error:
+            yield f"'{source}' does not exist yet" + ("" if path.is_absolute() else f" ({error})")
+            return
         arguments = _json(folder / "config.json")
         if not arguments:
             raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
         check_pipeline(source, arguments, folder_reader(folder))
         ours = config.student.architecture.model_dump(exclude={"causal"})
-        theirs = {name: _plain(arguments[name]) for name in ours if name in arguments}
+        theirs = {name: plain(arguments[name]) for name in ours if name in arguments}
         errors = mismatches([(f"student.architecture.{name}", ours[name], theirs[name]) for name in theirs], source)
-    else:
-        if path.is_absolute() or source.count("/") != 1:
-            yield f"'{source}' does not exist yet"
-        return
     if key == "student.init":
         raise_all(errors)
-    for name in INTERFACE:
-        ours = getattr(config.student.architecture, name)
-        if arguments.get(name, ours) != ours:
-            raise UserError(key, f"{source} has {name}={arguments[name]}, but the student has {ours}")
+    raise_all(other_interface(key, source, arguments, config.student.architecture))
 
 
-def _disk(config: RunConfig) -> Iterator[str]:
+def _folder(path: Path, source: str) -> Path:
+    """Find the folder of a pipeline's transformer, or download the configs of a hub id to the cache.
+
+    Raises:
+        FileNotFoundError: there is no folder, and the hub cannot be reached or does not provide the pipeline.
+    """
+    if path.is_dir():
+        return path / "transformer" if (path / "transformer").is_dir() else path
+    if path.is_absolute() or source.count("/") != 1:
+        raise FileNotFoundError("it is not a hub id")
+    # Imported here, because a run on local folders does not need it.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        config = hf_hub_download(source, "transformer/config.json", etag_timeout=HUB_SECONDS)
+        for name in (INDEX, VAE, SCHEDULER):
+            with suppress(OSError):
+                hf_hub_download(source, name, etag_timeout=HUB_SECONDS)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(f"as a hub id: {str(error).strip().splitlines()[0]}") from None
+    return Path(config).parent
+
+
+def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
     """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
-    out = Path(config.out).expanduser().absolute()
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
+    out = Path(folder).expanduser().absolute()
+    check_writable(out)
+    free = shutil.disk_usage(next(path for path in (out, *out.parents) if os.path.exists(path))).free
     copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
         needed = f"{copies} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep})"
@@ -164,7 +190,3 @@ def _json(path: Path) -> Mapping[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read ({error})") from None
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
+from anyflow_train.config.paths import find_codec
 from anyflow_train.data.captions import read_lines
 from anyflow_train.devices import autocast_dtype, pick_device
-from anyflow_train.errors import UserError
+from anyflow_train.errors import ConfigWarning, UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
@@ -31,6 +34,8 @@ from anyflow_train.text import calls
 from anyflow_train.training.checkpoints.inputs import known_fact, network_fact
 
 GRID_ROWS = 8
+# Words with which a part of a sentence goes on after a comma.
+_CONTINUES = re.compile(r"(and|at|by|for|from|in|of|on|or|over|under|while|with)\b", re.IGNORECASE)
 INDEX, GRIDS = "index.json", ("grid.mp4", "grid.gif")
 
 
@@ -49,7 +54,7 @@ def run(config: SampleConfig) -> None:
     check_results(out, INDEX, owner, [*files, *GRIDS])
     model = load_model(config.model, config.weights)
     device, dtype = pick_device(config.device, config.threads), autocast_dtype(config.precision)
-    source = model.codec_source
+    source = config.codec or find_codec(model.codec_source)
     codec = Codec.load(source, device, torch.float32)
     shape = clip_shape(ClipRequest(config.frames, config.height, config.width, config.chunk_partition), model, codec)
     start, size = _source(config, model), shape.size
@@ -85,15 +90,23 @@ def _file(number: int, prompt: str, seed: int, steps: int) -> str:
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """List the prompts of the arguments, then those of the file (one per line), without empty and repeated ones.
+    """List the prompt and the prompts, from a list or a file (one per line), without empty and repeated ones.
+
+    Warns:
+        ConfigWarning: parts of the list look like one sentence that was cut at its commas.
 
     Raises:
         UserError: the file cannot be read, or there is no prompt.
     """
-    given = [prompt.strip() for prompt in config.prompts]
-    prompts = distinct(given + ([] if config.prompt_file is None else read_lines(config.prompt_file, "prompt_file")))
+    listed = config.prompts
+    if len(listed) == 1 and listed[0].endswith(".txt"):
+        listed = read_lines(listed[0], "prompts")
+    elif any(_CONTINUES.match(part.strip()) for part in listed[1:]):
+        problem = f"{len(listed)} prompts that look like one sentence, cut at its commas; write prompt='...' for one"
+        warnings.warn(str(UserError("prompts", problem)), ConfigWarning, stacklevel=2)
+    prompts = distinct(part.strip() for part in [config.prompt, *listed])
     if not prompts:
-        raise UserError("prompts", "is empty; give prompts=['a prompt'] or prompt_file=FILE with one prompt per line")
+        raise UserError("prompts", "is empty; give prompt='a prompt', or prompts=FILE with one prompt per line")
     return prompts
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -10,6 +14,10 @@ class Model(BaseModel):
 
     `config.decode` passes `strict=True` for what users write. Saved configs hold decoded values as JSON and are read
     without it.
+
+    renamed: earlier names of keys, with their present ones, for the error of an unknown key.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,6 +19,13 @@ from anyflow_train.config.base import Model
 GpuName = Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-180", "l40s-48", "rtx4090-24", "rtx3090-24"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 HalfWidth = Annotated[float, Field(gt=0, le=0.1)]
+# A list, or one text, which becomes a list of one.
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    ),
+]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -57,6 +66,24 @@ class PlanOptions(Model):
     def world(self) -> int:
         """Number of processes: one for each GPU."""
         return self.gpus * self.nodes
+
+
+class SweepOptions(Model):
+    """Keys of `anyflow sweep`, in addition to the keys of its runs.
+
+    train: arguments of `anyflow train` for all runs, before those of the command line; `key=a,b` runs each value.
+    arms: name of a variant -> its arguments of `anyflow train`. Every variant runs with every combination of values.
+    equal_operations: set the steps of every run, so that all take as many operations as the first one.
+    jobs: runs at a time.
+    evaluate: arguments of `anyflow evaluate` for all runs together, such as experiment=tiny_evaluate. The sweep then
+        ends with a table and a plot of all variants, over all seeds. Empty leaves it out.
+    """
+
+    train: tuple[str, ...] = ()
+    arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    equal_operations: bool = False
+    jobs: PositiveInt = 1
+    evaluate: tuple[str, ...] = ()
 
 
 class ClipsConfig(Model):
@@ -123,8 +150,8 @@ class SampleConfig(Model):
 
     model: run, checkpoint, exported folder or hub id.
     out: folder for the videos.
-    prompts: list of prompts.
-    prompt_file: text file with one prompt per line.
+    prompt: one prompt; commas belong to it.
+    prompts: list of prompts, or a `.txt` file with one prompt per line.
     image: image file that becomes the first frame of every clip.
     video: video file that every clip continues.
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
@@ -138,13 +165,16 @@ class SampleConfig(Model):
     guidance_scale: CFG scale w; 1 means no guidance.
     shift: timestep shift of the sampler.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    codec: pipeline folder or hub id of the VAE and text encoder; null uses the model's.
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts"}
+
     model: str
     out: str
-    prompts: tuple[str, ...] = ()
-    prompt_file: str | None = None
+    prompt: str = ""
+    prompts: Texts = ()
     image: str | None = None
     video: str | None = None
     context_frames: PositiveInt | None = None
@@ -160,6 +190,7 @@ class SampleConfig(Model):
     negative_prompt: str = ""
     shift: PositiveFloat = 5.0
     text_length: PositiveInt = 512
+    codec: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: NonNegativeInt = 0

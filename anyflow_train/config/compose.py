@@ -22,6 +22,7 @@ from anyflow_train.config.commands import (
     ExportConfig,
     PrepareConfig,
     SampleConfig,
+    SweepOptions,
 )
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
@@ -45,6 +46,7 @@ MODELS: dict[str, type[Model]] = {
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
+    "sweep": SweepOptions,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"

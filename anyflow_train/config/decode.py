@@ -89,6 +89,9 @@ def field_errors(
         field, dotted = _dotted(detail, values)
         if detail["type"] == "extra_forbidden":
             for leaf in _leaves(dotted, detail["input"]):
+                if leaf in model.renamed:
+                    yield field, leaf, f"is now called {model.renamed[leaf]}"
+                    continue
                 near = nearest_key(leaf, keys)
                 yield field, leaf, f"unknown key{_kind_beside(field, values)}{f'; nearest is {near!r}' if near else ''}"
         elif detail["type"] == "missing":

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import CheckOptions, PlanOptions
+from anyflow_train.config.commands import CheckOptions, PlanOptions, SweepOptions
 from anyflow_train.config.compose import MODELS, config_folders
 from anyflow_train.config.extensions import find_extension
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_groups, groups_of
@@ -15,41 +15,104 @@ from anyflow_train.config.keys import field_texts, show, summary, type_name, var
 from anyflow_train.config.overrides import parse
 from anyflow_train.config.own import run_model
 from anyflow_train.config.stages import MODEL, RECIPE, STAGE
+from anyflow_train.errors import UserError
+from anyflow_train.text import nearest_hint
 
 WIDTH = 110
 # Commands that take the keys of a run.
 OF_A_RUN = ("check", "plan", "sweep")
-OPTIONS = {"check": CheckOptions, "plan": PlanOptions}
+EXAMPLES = {
+    "clips": ["out=clips count=64"],
+    "prepare": [
+        "source=my_clips out=shards codec=Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "experiment=tiny_prepare source=clips out=shards",
+    ],
+    "check": ["experiment=wan1_3b_forward data.shards=shards"],
+    "plan": ["experiment=wan14b_forward gpus=8 gpu=h100-80"],
+    "train": [
+        "experiment=tiny data.shards=shards",
+        "experiment=wan1_3b_forward data.shards=shards name=mine",
+    ],
+    "sweep": ["experiment=tiny optimizer.lr=1e-3,4e-3 seed=0,1 jobs=2", "experiment=board"],
+    "evaluate": ["experiment=tiny_evaluate models=[runs/tiny] held_out=held_out out=report"],
+    "sample": ["model=runs/tiny out=videos steps=[1,4] prompt='a red ball moving left'"],
+    "export": ["checkpoint=runs/tiny out=pipeline"],
+}
+OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 
 
-def command_help(command: str, title: str, config_dir: Path | None, overrides: Sequence[str] = ()) -> str:
+def short_help(command: str, title: str, config_dir: Path | None) -> str:
+    """Return usage, examples and experiments of one command, for a command line without arguments."""
+    base = "train" if command in OF_A_RUN else command
+    lines = _start(command, title) + list(
+        _experiments(command, groups_of(base, find_groups(config_folders(config_dir))))
+    )
+    return "\n".join([*lines, f"`anyflow {command} --help` lists all keys."])
+
+
+def command_help(command: str, title: str, config_dir: Path | None, arguments: Sequence[str] = ()) -> str:
     """Return the help of one command: current choices of the config folders, and all keys.
 
-    `objective.kind` among the overrides adds the keys of that objective.
+    Args:
+        command: name of the command.
+        title: its summary.
+        config_dir: the user's config folder.
+        arguments: `objective.kind=...` adds the keys of that objective; a word without `=` shows only the keys that
+            contain it.
 
     Raises:
-        UserError: `objective.kind` does not name an objective.
+        UserError: `objective.kind` does not name an objective, or no key contains a word.
     """
     base = "train" if command in OF_A_RUN else command
     extension = None if base in MODELS else find_extension(base)
-    model = extension.model if extension else MODELS[base]
+    model = extension.model if extension else MODELS.get(base)
+    if model is None:
+        return f"anyflow {command}: {title}\n\nusage: anyflow {command}"
+    overrides = [argument for argument in arguments if "=" in argument]
     groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
+    keys: list[str] = []
+    if command in OPTIONS:
+        keys += [*_section(OPTIONS[command], "", None), ""]
+    if base == "train":
+        kinds = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
+        model = run_model(kinds[-1] if kinds else None)
+    keys += ["keys:", *_section(model, "", None)]
+    if words := [argument for argument in arguments if "=" not in argument]:
+        return "\n".join(_containing(keys, words))
+    return "\n".join([*_start(command, title), *_experiments(command, groups), *_groups(groups), *keys])
+
+
+def _start(command: str, title: str) -> list[str]:
     lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
     if command == "sweep":
         lines += [
             "  key=a,b runs each value, in every combination with other keys of this form; write a list as 'key=[a,b]'"
         ]
-    if command in OPTIONS:
-        lines += ["", *_section(OPTIONS[command], "", None)]
-    if base == "train":
-        kinds = [setting.value for setting in parse(overrides)[0] if setting.key == "objective.kind"]
-        model = run_model(kinds[-1] if kinds else None)
-    lines += ["", *_experiments(base, groups), *_groups(groups), "keys:", *_section(model, "", None)]
-    return "\n".join(lines)
+    examples = [f"  anyflow {command} {arguments}" for arguments in EXAMPLES.get(command, ())]
+    return [*lines, "", *(["examples:", *examples, ""] if examples else [])]
+
+
+def _containing(lines: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Select the keys whose name contains one of the words, with their texts, each once."""
+    entries: list[tuple[str, ...]] = []
+    for line in lines:
+        if line.startswith("    ") and line[4] != " ":
+            entries.append((line,))
+        elif entries and line.startswith("        "):
+            entries[-1] += (line,)
+    names = {entry: entry[0].partition(":")[0].strip() for entry in entries}
+    found = [entry for entry in names if any(word in names[entry] for word in words)]
+    if not found:
+        hint = nearest_hint(words[0], names.values())
+        raise UserError("--help", f"no key contains {' or '.join(map(repr, words))}{hint}")
+    return [line for entry in found for line in entry]
 
 
 def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
-    choices = choices_for(command, EXPERIMENT, groups.get(EXPERIMENT, {}))
+    """Yield the experiments of a command, for those that take a run's keys also the experiments of `train`."""
+    found = groups.get(EXPERIMENT, {})
+    choices = choices_for(command, EXPERIMENT, found)
+    choices |= choices_for("train", EXPERIMENT, found) if command in OF_A_RUN else {}
     if not choices:
         return
     yield f"{EXPERIMENT}=..."

@@ -53,6 +53,26 @@ class Architecture(Model):
         return own if self.causal is None else {**own, **self.causal.model_dump()}
 
 
+def plain(value: Any) -> Any:
+    """Convert a list to a tuple: JSON stores the tuples of an architecture as lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Published networks, by the last part of their hub id.
+PUBLISHED = {
+    "Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "Wan2.1-T2V-14B-Diffusers": Architecture(),
+}
+
+
+def published(source: str | None) -> Architecture | None:
+    """Return the architecture of a published network by its hub id, or by its folder, which usually has that name too.
+
+    None for all other networks.
+    """
+    return PUBLISHED.get(source.rstrip("/").rpartition("/")[2]) if source else None
+
+
 class FullTraining(Model):
     """Every parameter is trained."""
 

@@ -38,6 +38,10 @@ class Setting:
         return list(self.parsed.sweep_string_iterator())
 
 
+# Keys whose value is one text. It needs no quotes of its own, whatever commas, colons or brackets it has.
+TEXTS = ("prompt", "negative_prompt")
+
+
 def parse(arguments: Sequence[str]) -> tuple[list[Setting], list[UserError]]:
     """Parse the arguments. Return the settings, and one error for each malformed argument."""
     settings: list[Setting] = []
@@ -58,6 +62,9 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
         raise UserError(argument, "a key cannot be removed; give it a different value, or null if it can be empty")
     if not equals or not key:
         raise UserError(argument, "is not of the form key=value or group=choice")
+    if key in TEXTS and text and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        escaped = text.replace("\\'", "\\\\'").replace("'", "\\'")
+        text = f"'{escaped}'"
     try:
         parsed = parser.parse_override(f"{key}={text}")
     except HydraException as error:

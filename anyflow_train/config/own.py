@@ -21,7 +21,8 @@ from typing import Annotated, Any, Union
 from pydantic import Discriminator, Tag, create_model
 
 from anyflow_train.config.keys import variants
-from anyflow_train.config.objective import OURS, ObjectiveConfig, OurObjective, SavedObjective
+from anyflow_train.config.objective import ObjectiveConfig
+from anyflow_train.config.objectives import OURS, OurObjective, SavedObjective
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint

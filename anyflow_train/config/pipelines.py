@@ -39,13 +39,14 @@ def check_pipeline(source: str | Path, transformer: Mapping[str, Any], read: Rea
 def folder_reader(transformer: Path) -> ReadJson:
     """Read the JSON files of the pipeline folder around a transformer's folder, if there is one."""
     root = transformer.resolve().parent
+    return lambda name: read_object(root / name) if (root / INDEX).is_file() else {}
 
-    def read(name: str) -> Mapping[str, Any]:
-        with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads((root / name).read_text())) if (root / INDEX).is_file() else {}
-        return {}
 
-    return read
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. It is empty if there is no such file, or the file holds anything else."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def _problems(

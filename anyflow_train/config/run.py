@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Student, Teacher
-from anyflow_train.config.objective import Objective, Share, Times
+from anyflow_train.config.objective import Share, Times
+from anyflow_train.config.objectives import Objective
 from anyflow_train.config.on_policy import NoOnPolicy, OnPolicy
 
 AttentionKernel = Literal["auto", "sdpa", "cudnn", "flash"]

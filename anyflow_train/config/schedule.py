@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -73,8 +74,10 @@ def _changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
     groups = {}
     for group in GROUPS:
         now = getattr(config, group)
-        own = {key for key in changes if key.startswith(f"{group}.") and key not in FIXED}
-        values = now.model_dump(mode="json") | {key.partition(".")[2]: changes[key] for key in own}
+        values = now.model_dump(mode="json")
+        for key, value in changes.items():
+            if key.startswith(f"{group}.") and key not in FIXED:
+                _set(values, key.partition(".")[2], value)
         try:
             groups[group] = type(now).model_validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
@@ -83,6 +86,17 @@ def _changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
     if errors:
         raise UserErrors(errors)
     return config.model_copy(update=groups)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. A mapping changes the keys that it names and keeps the others."""
+    first, _, rest = key.partition(".")
+    inner, parts = values.get(first), {rest: value} if rest else value
+    if not isinstance(inner, dict) or not isinstance(parts, dict):
+        values[first] = parts
+        return
+    for name, part in parts.items():
+        _set(inner, name, part)
 
 
 def _refusal(key: str) -> str:

@@ -26,11 +26,16 @@ FORMAT = "anyflow_train shards 1"
 
 
 class ShardInfo(Model):
-    """One tar of the folder. bytes: its size; None if unknown, then the size of remote copies is not checked."""
+    """One tar of the folder.
+
+    bytes: its size; None if unknown, then the size of remote copies is not checked.
+    index_sha256: checksum of its index file, which contains the checksum of every sample; None if unknown.
+    """
 
     name: FileName
     samples: Annotated[int, Field(ge=0, lt=1 << 40)]
     bytes: NonNegativeInt | None = None
+    index_sha256: str | None = None
 
 
 class CodecInfo(Model):

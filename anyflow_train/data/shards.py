@@ -173,12 +173,18 @@ class ShardSet:
     def _load_index(self, number: int) -> ShardIndex:
         shard = self.manifest.shards[number]
         try:
-            return parse_index(self.folder.read_bytes(index_name(shard.name)))
+            data = self.folder.read_bytes(index_name(shard.name))
+            index = parse_index(data)
         except (OSError, ValueError) as error:
             log.info("%s: no usable index (%s); making one from the tar headers", shard.name, error)
+        else:
+            if shard.index_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError("the index is not the one that the manifest was written with; copy the shards again")
+            return index
         with self._open(number) as file:
             index = build_index(file)
-        if isinstance(self.folder, LocalFolder) and len(index.entries) == shard.samples:
+        known = shard.index_sha256 is not None  # then a file without the samples' checksums must not take its place
+        if not known and isinstance(self.folder, LocalFolder) and len(index.entries) == shard.samples:
             with suppress(OSError):  # a read-only folder: the next process makes the index again
                 write_index(self.folder.root / index_name(shard.name), index)
         return index

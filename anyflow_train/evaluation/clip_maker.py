@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.rules.geometry import video_size
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.evaluation.load import LoadedNetwork
 from anyflow_train.evaluation.sampling import padded_condition
@@ -74,7 +75,7 @@ def clip_shape(requested: ClipRequest, model: LoadedNetwork, codec: Codec) -> Sh
     size = _size(requested, model)
     frames = (size.frames - 1) // codec.temporal_factor + 1
     chunks = _chunks(requested, model, size, frames)
-    _check_size(size, codec, model, chunks)
+    _check_size(size, model, chunks)
     sides = (size.height // codec.spatial_factor, size.width // codec.spatial_factor)
     return Shape(size, (frames, model.network.config["in_channels"], *sides), chunks)
 
@@ -154,20 +155,7 @@ def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: in
     return chunks
 
 
-def _check_size(size: Size, codec: Codec, model: LoadedNetwork, chunks: Chunks | None) -> None:
-    errors = []
-    factor = codec.temporal_factor
-    if size.frames % factor != 1:
-        nearest = max(0, round((size.frames - 1) / factor)) * factor + 1
-        errors.append(UserError("frames", f"{size.frames} is not {factor}n + 1; use {nearest}"))
+def _check_size(size: Size, model: LoadedNetwork, chunks: Chunks | None) -> None:
     compressed = chunks is not None and len(chunks.partition) > chunks.full_limit
-    patch = model.network.config["compressed_patch_size" if compressed else "patch_size"]
-    for name, side, tokens in (("height", size.height, patch[1]), ("width", size.width, patch[2])):
-        if side % (codec.spatial_factor * tokens):
-            multiple = codec.spatial_factor * tokens
-            errors.append(UserError(name, f"{side} is not a multiple of {multiple}; use {_nearest(side, multiple)}"))
-    raise_all(errors)
-
-
-def _nearest(value: int, multiple: int) -> int:
-    return max(1, round(value / multiple)) * multiple
+    patch = model.network.config["compressed_patch_size" if compressed else "patch_size"][1]
+    raise_all([finding.error() for finding in video_size(size.frames, size.height, size.width, patch)])

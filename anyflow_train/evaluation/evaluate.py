@@ -33,16 +33,14 @@ from anyflow_train.evaluation.oracle import Recognition, judge_clips
 from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.plot import COLOURS
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, owner, write_report
-from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
+from anyflow_train.evaluation.sampling import EULER, Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, Heading, to_frames, write_grid
-from anyflow_train.flow.causal import ClipSampler
-from anyflow_train.flow.sampler import guided, sample_euler
+from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls, timed_printer
 
 FILES = ("report.md", "grid.mp4", "grid.gif", "quality.png", "chunks.png")
-EULER = ClipSampler(sample_euler)
 GRID_COLUMNS = 3
 """Numbers of calls of each model in the grid, the smallest ones; the teacher's fine solution is added."""
 

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import write_json
-
-
-def check_writable(out: Path) -> None:
-    """Check that a folder can be written, or made. Nothing is made yet.
-
-    Raises:
-        UserError: it is not a folder, or cannot be written.
-    """
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
+from anyflow_train.files import check_writable, write_json
 
 
 def check_results(out: Path, index: str, owner: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 SLUG_LENGTH = 40
 
 
-def distinct(prompts: list[str]) -> list[str]:
+def distinct(prompts: Iterable[str]) -> list[str]:
     """Remove empty and repeated prompts."""
     return list(dict.fromkeys(prompt for prompt in prompts if prompt))
 

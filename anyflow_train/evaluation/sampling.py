@@ -14,6 +14,8 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import sample, sample_euler
 from anyflow_train.flow.types import Condition, FlowMap
 
+EULER = ClipSampler(sample_euler)
+
 
 def clip_sampler(chunks: Chunks | None, any_step: bool) -> ClipSampler:
     """Choose the sampler of a network.

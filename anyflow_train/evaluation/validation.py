@@ -26,7 +26,7 @@ from anyflow_train.evaluation.intervals import Estimate, percentile
 from anyflow_train.evaluation.low_memory import decode_in_parts, free_cache, sample_in_parts, warn
 from anyflow_train.evaluation.measure import SampleEvaluator
 from anyflow_train.evaluation.oracle import judge_clips
-from anyflow_train.evaluation.sampling import clip_sampler, draw_noise
+from anyflow_train.evaluation.sampling import EULER, clip_sampler, draw_noise
 from anyflow_train.evaluation.teacher_reference import (
     TeacherReference,
     measure_against,
@@ -34,8 +34,8 @@ from anyflow_train.evaluation.teacher_reference import (
     teacher_reference,
 )
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
-from anyflow_train.flow.causal import ClipSampler, Sampler
-from anyflow_train.flow.sampler import guided, sample_euler
+from anyflow_train.flow.causal import Sampler
+from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition, FlowMap, take
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
@@ -46,7 +46,6 @@ from anyflow_train.training.validation import Validation
 # With this many held-out clips, the samples are the main source of noise in the distances.
 MOST_HELD_OUT = 2048
 SMALLER = "the run goes on; evaluation.every=0 leaves out validation"
-EULER = ClipSampler(sample_euler)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from anyflow_train import __version__
 from anyflow_train.errors import UserError
-from anyflow_train.evaluation.output_folder import check_writable as check_parent
 from anyflow_train.files import EXPORT_MARKER as MARKER
+from anyflow_train.files import check_writable as check_parent
 from anyflow_train.files import write_json
 
 

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEuler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from anyflow_train.config.commands import ExportConfig
+from anyflow_train.config.paths import find_codec
 from anyflow_train.errors import UserError
 from anyflow_train.export import verify
 from anyflow_train.export.lora import reload_lora, write_lora
@@ -50,11 +51,7 @@ class Job:
 
     def codec_folder(self) -> Path:
         """Return a local pipeline folder with tokenizer, text encoder and VAE. Raises UserError if there is none."""
-        source = self.config.codec or self.trained.codec
-        if source is None:
-            problem = "is not set, and the run has no teacher.source or teacher.codec"
-            raise UserError("codec", f"{problem}; name the pipeline folder of its VAE and text encoder")
-        return resolve_folder(source)
+        return resolve_folder(self.config.codec or find_codec(self.trained.codec))
 
 
 def export_pipeline(job: Job) -> float:

@@ -33,7 +33,7 @@ def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift
         z: (B, F, C, H, W) standard normal noise, float32.
         condition: of the B samples.
         steps: number of jumps, each one network call.
-        shift: time shift of the grid (`student.sampling.shift` of a loaded student).
+        shift: time shift of the grid; larger values take more of the steps near noise.
 
     Returns:
         (B, F, C, H, W) normalised latents in the dtype of z. `Codec.decode_video` decodes them.

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from anyflow_train.config.network import Causal
+from anyflow_train.config.network import Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
 from anyflow_train.files import FileName, inside, parse_json, regular
@@ -140,7 +140,7 @@ def _arguments(source: str | Path, config: Given, times: Given | None, causal: G
     own, given = {**CAUSAL, **own}, dict(causal or {})
     partition = given.pop("chunk_partition", own["chunk_partition"])  # depends on the clips, not on the weights
     _check_same(source, given, own)
-    return {**own, "chunk_partition": _plain(partition)}
+    return {**own, "chunk_partition": plain(partition)}
 
 
 def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
@@ -182,15 +182,10 @@ def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:
 def _check_same(source: str | Path, given: Given, own: Given) -> None:
     """Check required arguments. Raises UserError if the config of the source has other values."""
     for name, wanted in given.items():
-        if _plain(own[name]) != _plain(wanted):
+        if plain(own[name]) != plain(wanted):
             raise UserError(
-                str(source), f"was trained with {name} = {_plain(own[name])!r}, so it cannot use {_plain(wanted)!r}"
+                str(source), f"was trained with {name} = {plain(own[name])!r}, so it cannot use {plain(wanted)!r}"
             )
-
-
-def _plain(value: Any) -> Any:
-    """Convert a list to a tuple: JSON stores tuples as lists."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_text_to_video(source: str | Path, config: Given) -> None:

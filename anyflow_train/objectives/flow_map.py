@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyflow_train.config import objective as options
+from anyflow_train.config import objectives as options
+from anyflow_train.config.objective import Times
 from anyflow_train.config.positions import BranchCounts, rows_with_second_term
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.derivative import central_difference, exact_derivative
@@ -34,7 +35,7 @@ class FlowMapObjective:
         loss = objective(Roles(student=student, derivative=student), batch, draw)
 
     Attributes:
-        config: keys of the objective, see `config.objective.FlowMap`.
+        config: keys of the objective, see `config.objectives.FlowMap`.
         times: how t and r are drawn; `times.distribution` must be `uniform`.
         counts: number of samples of each branch in the global batch.
         world: number of data-parallel processes.
@@ -47,7 +48,7 @@ class FlowMapObjective:
     Config = options.FlowMap
 
     config: options.FlowMap
-    times: options.Times
+    times: Times
     counts: BranchCounts
     world: int = 1
     latent: Latent | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from anyflow_train.config import objective as options
+from anyflow_train.config import objectives as options
 from anyflow_train.flow.derivative import exact_target_derivative, target_difference
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
@@ -33,7 +33,7 @@ class LagrangianObjective(OneTarget):
         loss = objective(Roles(student, derivative=student, teacher=teacher), batch, draw)
 
     Attributes:
-        config: keys of the objective, see `config.objective.Lagrangian`.
+        config: keys of the objective, see `config.objectives.Lagrangian`.
     """
 
     Config = options.Lagrangian

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from anyflow_train.config.objective import AverageVelocity
+from anyflow_train.config.objectives import AverageVelocity
 from anyflow_train.config.positions import rows_of
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw

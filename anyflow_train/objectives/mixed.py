@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from anyflow_train.config import objective as options
+from anyflow_train.config import objectives as options
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.objectives.flow_map import FlowMapObjective
@@ -37,7 +37,7 @@ class MixedObjective:
         loss = objective(Roles(student, derivative=student, teacher=teacher), batch, draw)
 
     Attributes:
-        config: keys of the objective, see `config.objective.Mixed`.
+        config: keys of the objective, see `config.objectives.Mixed`.
         setting: properties of the run.
         parts: the objectives' targets and positions.
     """

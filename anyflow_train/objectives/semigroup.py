@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyflow_train.config import objective as options
+from anyflow_train.config import objectives as options
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
 from anyflow_train.objectives.guidance import Noised
@@ -29,7 +29,7 @@ class SemigroupObjective(OneTarget):
         loss = objective(Roles(student, derivative=student, teacher=teacher), batch, draw)
 
     Attributes:
-        config: keys of the objective, see `config.objective.Semigroup`.
+        config: keys of the objective, see `config.objectives.Semigroup`.
     """
 
     Config = options.Semigroup

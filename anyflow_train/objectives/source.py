@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anyflow_train.config.objective import AverageVelocity
+from anyflow_train.config.objectives import AverageVelocity
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import at_least_float32, expand_time

@@ -30,20 +30,51 @@ DIRECT = frozenset(
         ATEN.view.default,
     }
 )
+# The result looks like the largest operand, if all operands have its dtype and it has the shape of the result. The meta
+# kernels of these calls are in Python.
+ELEMENTWISE = frozenset(
+    {
+        ATEN.add.Tensor,
+        ATEN.cos.default,
+        ATEN.div.Tensor,
+        ATEN.gelu.default,
+        ATEN.gelu_backward.default,
+        ATEN.mul.Tensor,
+        ATEN.silu.default,
+        ATEN.silu_backward.default,
+        ATEN.sin.default,
+        ATEN.sub.Tensor,
+    }
+)
 
 
 def call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`func(*args, **kwargs)`, without the cache if it is a frequent call on fake tensors of one device."""
     if func is ASKS_DEVICE:  # more than half of all calls
         return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-    if func not in DIRECT or "device" in kwargs:
-        return func(*args, **kwargs)
     tensors = [value for value in args if isinstance(value, Tensor)]
-    first = tensors[0]
-    if not isinstance(first, FakeTensor):
-        return func(*args, **kwargs)
-    if any(not isinstance(tensor, FakeTensor) or tensor.fake_device != first.fake_device for tensor in tensors):
+    direct, given = func, args
+    if func is ATEN.addmm.default and args[0].ndim == 1:
+        direct, given = ATEN.mm.default, args[1:]  # a linear layer with a bias
+    elif func in ELEMENTWISE and (largest := _looks_like(tensors)) is not None:
+        direct, given = ATEN.clone.default, (largest,)
+    first = tensors[0] if tensors and direct in DIRECT and "device" not in kwargs else None
+    if not isinstance(first, FakeTensor) or any(
+        not isinstance(tensor, FakeTensor) or tensor.fake_device != first.fake_device for tensor in tensors
+    ):
         return func(*args, **kwargs)
     with in_kernel_invocation_manager(first.fake_mode):
-        out = func(*args, **kwargs)
+        out = direct(*given, **({} if direct is not func else kwargs))
     return FakeTensor(first.fake_mode, out, first.fake_device)
+
+
+def _looks_like(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Find the operand that the result of an elementwise call looks like; None if that is not certain."""
+    largest = max(tensors, key=Tensor.numel)
+    shape = largest.shape
+    for tensor in tensors:
+        sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+        fits = tensor.ndim <= len(shape) and all(size in (1, whole) for size, whole in sizes)
+        if not fits or tensor.dtype != largest.dtype or not largest.is_floating_point():
+            return None
+    return largest

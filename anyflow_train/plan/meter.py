@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from anyflow_train.plan import fake
@@ -166,8 +165,8 @@ class Meter(TorchDispatchMode):
             work = Work(self._part, args[0].dtype, repeated)
             self.operations[work] += count(*args, **kwargs, out_val=out)
         kind = COPIES if packet is ATEN._to_copy and self.is_state(args[0]) else ACTIVATIONS
-        tensors = [value for value in tree_iter(out) if isinstance(value, Tensor)]
-        grown = [self._see(tensor, kind) for tensor in tensors]
+        results = (out,) if isinstance(out, Tensor) else out
+        grown = [self._see(tensor, kind) for tensor in results if isinstance(tensor, Tensor)]
         # Autograd adds up the gradients of one tensor in place where it can, which it cannot with fake ones. What it
         # adds is freed at once, so this sum is never beside it.
         summed = packet is ATEN.add and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()

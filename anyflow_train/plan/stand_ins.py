@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from anyflow_train.config.derived import latent_shape
-from anyflow_train.config.network import Architecture, Student
+from anyflow_train.config.network import Architecture, Student, published
+from anyflow_train.config.pipelines import read_object
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
@@ -27,29 +28,18 @@ from anyflow_train.training.materials import Materials
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.weight_source import WeightSource
 
-# Published networks, whose shapes are known without a download.
-PUBLISHED = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Architecture(),
-}
 NEVER = 0.999
 """A uniform number that decides against what has a small probability."""
 
 
 def stored_architecture(source: str | None) -> Architecture | None:
     """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
-    if source is None or source in PUBLISHED:
-        return PUBLISHED.get(source or "")
-    for place in ("transformer", "."):
-        file = Path(source) / place / "config.json"
-        if not file.is_file():
-            continue
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
-        except (ValueError, AttributeError):  # a run that starts from this folder says what is wrong with it
-            return None
-    return None
+    for place in ("transformer", ".") if source else ():
+        stored = read_object(Path(source or "") / place / "config.json")
+        with suppress(ValueError):  # a run that starts from this folder says what is wrong with it
+            if stored:
+                return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})
+    return published(source)
 
 
 def fake_source(arguments: Mapping[str, Any]) -> WeightSource:

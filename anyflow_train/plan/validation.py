@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.pipelines import VAE, read_object
 from anyflow_train.config.run import RunConfig
-from anyflow_train.evaluation.sampling import clip_sampler
+from anyflow_train.evaluation.sampling import EULER, clip_sampler
 from anyflow_train.evaluation.teacher_reference import reference_scale
-from anyflow_train.evaluation.validation import EULER
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.codec import Codec
@@ -85,7 +83,8 @@ def decoder_memory(config: RunConfig) -> Moment:
 def _decoded(source: str | None, shape: tuple[int, ...]) -> tuple[int, int]:
     """Bytes of the weights, and of what else there is when a decoder of latents of this shape is at its fullest."""
     with FakeTensorMode(), Meter() as meter:
-        vae: Any = AutoencoderKLWan.from_config(_config(source))
+        stored = read_object(Path(source).expanduser() / VAE) if source else {}
+        vae: Any = AutoencoderKLWan.from_config(stored)  # of Wan2.1 if the source is not here
         vae.eval().requires_grad_(False)
         codec = Codec("dry run", vae, torch.device("cpu"), torch.float32)
         weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
@@ -93,10 +92,3 @@ def _decoded(source: str | None, shape: tuple[int, ...]) -> tuple[int, int]:
         with meter.part(DECODING):
             codec.decode_video(torch.empty(shape))
     return weights, max(moment.activations for moment in meter.moments.values())
-
-
-def _config(source: str | None) -> dict[str, object]:
-    """Of the source's VAE; of Wan2.1's where it is not here."""
-    with suppress(OSError, ValueError):
-        return json.loads((Path(str(source)).expanduser() / "vae" / "config.json").read_text())
-    return {}

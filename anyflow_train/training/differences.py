@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.network import Architecture, Causal, Student
+from anyflow_train.config.network import Architecture, Causal, Student, plain
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
+# Arguments that must be equal for networks that take the same latents and texts.
+INTERFACE = ("in_channels", "out_channels", "text_dim")
 # Defaults of the networks' constructors.
 DEFAULTS = {name: field.default for kind in (Architecture, Causal) for name, field in kind.model_fields.items()}
 
@@ -25,7 +27,7 @@ def made_causal(arguments: Mapping[str, Any], network: NetworkFile) -> Mapping[s
 def differences(student: Student, arguments: Mapping[str, Any], source: str | Path) -> list[UserError]:
     """Compare the config's student with the constructor arguments of a source: one error for each key that differs."""
     wanted = NetworkFile.of_student(student)
-    found = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    found = {key: plain(value) for key, value in arguments.items()}
     found = {**DEFAULTS, **made_causal(found, wanted)}
     pairs = [(f"student.{name}", value, found[name]) for name, value in wanted.times.items()]
     for name, value in student.architecture.arguments().items():
@@ -44,4 +46,15 @@ def mismatches(pairs: Iterable[tuple[str, Any, Any]], source: str | Path) -> lis
         UserError(key, f"is {value!r}, but {source} was trained with {found!r}; set {key}={found}, or start elsewhere")
         for key, value, found in pairs
         if value != found
+    ]
+
+
+def other_interface(key: str, source: str, arguments: Mapping[str, Any], student: Architecture) -> list[UserError]:
+    """Make one error for each argument in which the network of `key` takes other latents or texts than the student."""
+    ours = {name: getattr(student, name) for name in INTERFACE}
+    theirs = {name: arguments.get(name, value) for name, value in ours.items()}
+    return [
+        UserError(key, f"{source} has {name}={theirs[name]}, but the student has {value}")
+        for name, value in ours.items()
+        if theirs[name] != value
     ]

@@ -16,6 +16,7 @@ from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read, assemble, build_network, network_class
 from anyflow_train.models.devices import on_device
 from anyflow_train.models.shared_base import SharedBase
+from anyflow_train.training.differences import other_interface
 from anyflow_train.training.engine import build_sharded, shard_frozen
 from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import ALONE, World
@@ -23,9 +24,6 @@ from anyflow_train.training.weight_source import (
     TrainedWeights,
     open_source,
 )
-
-# Arguments that must be equal for networks that take the same latents and texts.
-INTERFACE = ("in_channels", "out_channels", "text_dim")
 
 
 def start_student(config: Student, seed: int, world: World = ALONE, materials: Materials = REAL) -> Backbone:
@@ -116,15 +114,7 @@ def start_role(key: str, source: str, student: Architecture, world: World, mater
         start = materials.open_role(key, source)
         if "chunk_partition" in start.arguments:
             raise UserError(key, f"{source} is a causal student; choose a network that generates whole clips")
-        ours = student.model_dump()
-        theirs = {name: start.arguments.get(name, ours[name]) for name in INTERFACE}
-        raise_all(
-            [
-                UserError(key, f"{source} has {name}={value}, but the student has {ours[name]}")
-                for name, value in theirs.items()
-                if value != ours[name]
-            ]
-        )
+        raise_all(other_interface(key, source, start.arguments, student))
     return _on_device(start.arguments, start.read, world, materials)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from anyflow_train.config.objective import Derivative
+from anyflow_train.config.pipelines import VAE, read_object
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
-from anyflow_train.training.differences import differences, mismatches
+from anyflow_train.training.differences import differences
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.reporting.tracking import has_key
 from anyflow_train.training.weight_source import is_run
@@ -89,8 +88,8 @@ def check_tracker(tracker: Tracker) -> None:
 def check_start(config: RunConfig) -> None:
     """Compare a config with the run or exported folder that its student starts from.
 
-    The weights only make sense with the same gate, second time, shift and VAE. The number of frames and their size may
-    change.
+    The weights only make sense with the same gate, second time and VAE. The number of frames, their size and the
+    distribution of times may change.
 
     Raises:
         UserErrors: one line for every difference, with the config key and both values.
@@ -110,7 +109,6 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     except (DamagedCheckpoint, UserError) as error:
         return [UserError("student.init", f"cannot be read: {error}")]
     errors = differences(config.student, before.arguments, checkpoint)
-    errors += mismatches([("times.shift", config.times.shift, before.sampling.shift)], checkpoint)
     vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
     vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
@@ -120,13 +118,11 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
 
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
-    """Compare the shift and the VAE of a pipeline folder. A Wan2.1 pipeline has no shift: it works with any."""
-    scheduler, vae = _json(folder / "scheduler" / "scheduler_config.json"), _json(folder / "vae" / "config.json")
+    """Compare the VAE of a pipeline folder."""
+    vae = read_object(folder / "vae" / "config.json")
     errors = []
-    if scheduler.get("_class_name") == "FlowMapEulerDiscreteScheduler":
-        errors += mismatches([("times.shift", config.times.shift, scheduler.get("shift"))], folder)
     codec = config.teacher.codec_source
-    ours = {} if codec is None else _json(Path(codec).expanduser() / "vae" / "config.json")
+    ours = {} if codec is None else read_object(Path(codec).expanduser() / VAE)
     for name in LATENT_SPACE if ours and vae else ():
         if ours.get(name) != vae.get(name):
             errors.append(UserError("teacher.codec", f"is {codec}, whose VAE differs from {folder} in {name}"))
@@ -140,9 +136,3 @@ def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
         with suppress(UserError):
             found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.known_vae
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return {}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from anyflow_train import __main__ as cli
-from anyflow_train.config.compose import MODELS
+from anyflow_train.config.commands import PlanOptions
+from anyflow_train.config.compose import MODELS, compose
+from anyflow_train.config.options import compose_beside
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.sweep.combinations import combine, split_options
 
 TINY = "experiment=tiny"
 
@@ -36,10 +42,12 @@ def test_help_and_version_need_nothing_heavy() -> None:
 def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     printed = capsys.readouterr().out
-    model = MODELS.get(command, MODELS["train"])
-    for field in model.model_fields:
+    run = MODELS["train"]
+    models = {"doctor": [], "check": [run], "plan": [run], "sweep": [run, MODELS["sweep"]]}.get(command)
+    models = [MODELS[command]] if models is None else models
+    for field in (name for model in models for name in model.model_fields):
         assert f"    {field}: " in printed or f"\n{field}" in printed
-    if model is MODELS["train"]:
+    if run in models:
         assert "experiment=..." in printed
         assert "wan1_3b_forward_reference" in printed
         assert "student/adapter=..." in printed
@@ -47,6 +55,34 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
         assert "objective.kind=flow_map" in printed
     else:
         assert "wan1_3b_forward" not in printed
+
+
+def test_help_of_some_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "rebalance_floor", "out"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    keys = [line.split(":")[0].strip() for line in printed if line[:5].strip()]
+    assert {"out", "objective.rebalance_floor", "objective.text_dropout"} <= set(keys)
+    assert len(keys) == len(set(printed) & {line for line in printed if line[:5].strip()})
+    assert all("rebalance_floor" in key or "out" in key for key in keys)
+    assert cli.main(["train", "--help", "rebalnce"]) == 2
+    assert "no key contains 'rebalnce'; nearest is 'objective.rebalance'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "doctor"])
+def test_a_command_alone_shows_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    examples = [shlex.split(line) for line in lines if line.startswith("  anyflow ")]
+    assert examples
+    for program, name, *arguments in examples:
+        assert (program, name) == ("anyflow", command)
+        if command == "sweep":
+            options, rest = split_options(arguments, None)
+            assert combine(options, rest, None)
+        elif command == "plan":
+            compose_beside(PlanOptions, arguments, None, lambda options: options.world)
+        else:
+            compose("train" if command == "check" else command, arguments)
 
 
 def test_every_command_exists() -> None:
@@ -145,3 +181,30 @@ def test_as_a_module_from_any_directory(tmp_path: Path) -> None:
     piped.stdout.close()
     _, errors = piped.communicate()
     assert errors == b""
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ENOSPC])
+def test_a_disk_that_refuses_is_one_sentence(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no code expects it: `Path.exists` raises PermissionError below a folder that may not be entered."""
+
+    def fail(_overrides: list[str], _folder: Path | None) -> None:
+        raise OSError(number, os.strerror(number), "/there")
+
+    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
+    assert cli.main(["check", "experiment=tiny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /there: ")
+    assert os.strerror(number) in line
+
+
+def test_a_file_that_the_code_should_have_made_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_overrides: list[str], _folder: Path | None) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/there")
+
+    monkeypatch.setitem(sys.modules, "failing", types.SimpleNamespace(fail=fail))
+    monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["check", "experiment=tiny"])

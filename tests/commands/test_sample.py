@@ -1,6 +1,7 @@
 """Videos from the command line: what is written, from what noise, and what is refused."""
 
 import json
+import warnings
 from pathlib import Path
 
 import av
@@ -13,8 +14,9 @@ from PIL import Image
 from anyflow_train import export
 from anyflow_train.commands import sample
 from anyflow_train.config.commands import ExportConfig, SampleConfig
+from anyflow_train.config.compose import compose
 from anyflow_train.data.prepare.video import read_clip
-from anyflow_train.errors import UserError
+from anyflow_train.errors import ConfigWarning, UserError
 from anyflow_train.evaluation.load import load_model
 from anyflow_train.evaluation.video import to_frames, write_mp4
 from anyflow_train.models.codec import Codec
@@ -35,7 +37,7 @@ def test_a_run_gives_a_video_for_every_prompt_seed_and_number_of_calls(tmp_path:
     trained, prompts = make_run(tmp_path, LORA), tmp_path / "prompts.txt"
     prompts.write_text("a blue square, moving UP!\n\na red ball\n")
     out = tmp_path / "out"
-    sample.run(config(trained, out, prompt_file=str(prompts), steps=(1, 2), seeds=(3, 4)))
+    sample.run(config(trained, out, prompt="a red ball", prompts=(str(prompts),), steps=(1, 2), seeds=(3, 4)))
     files = [video["file"] for video in json.loads((out / "index.json").read_text())["videos"]]
     assert len(files) == 2 * 2 * 2
     assert files[0] == "000_a-red-ball_seed3_calls1.mp4"
@@ -75,15 +77,49 @@ def test_a_wan_transformer_is_sampled_by_euler_steps(tmp_path: Path):
     ("options", "message"),
     [
         ({"prompts": ()}, "prompts: is empty"),
-        ({"prompt_file": "missing.txt"}, r"prompt_file: 'missing\.txt' cannot be read"),
-        ({"frames": 6}, r"frames: 6 is not 4n \+ 1; use 5"),
-        ({"height": 40}, "height: 40 is not a multiple of 16"),
+        ({"prompts": ("missing.txt",)}, r"prompts: 'missing\.txt' cannot be read"),
+        ({"frames": 6}, r"frames: 6 frames are not 4n \+ 1; nearest are 5 and 9"),
+        ({"height": 40}, "height: 40 pixels are not a multiple of 16"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, options: dict, message: str):
     with pytest.raises(UserError, match=message):
         sample.run(config(make_run(tmp_path, FULL), tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "prompts"),
+    [
+        (["prompt=a red panda, on a branch"], ["a red panda, on a branch"]),
+        (['prompt=it\'s "one": [a], {b}'], ['it\'s "one": [a], {b}']),
+        (["prompt='quoted, already'"], ["quoted, already"]),
+        (["prompts=[a ball,a cube]", "prompt=first, of three"], ["first, of three", "a ball", "a cube"]),
+        (["prompts=[a ball,a ball]"], ["a ball"]),
+    ],
+)
+def test_prompts_of_the_command_line(written: list[str], prompts: list[str]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sample.read_prompts(compose("sample", ["model=m", "out=o", *written])) == prompts
+
+
+def test_a_sentence_that_was_cut_is_noticed():
+    with pytest.warns(ConfigWarning, match="2 prompts that look like one sentence"):
+        sample.read_prompts(compose("sample", ["model=m", "out=o", "prompts=[a red panda, on a branch]"]))
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("prompt_file=x.txt", "prompt_file: is now called prompts"),
+        ("prompts=3", "prompts: 3 is wrong: it should be a valid array"),
+        ("prompt=", "prompt: is empty"),
+    ],
+)
+def test_mistakes_in_prompts(written: str, problem: str):
+    with pytest.raises(UserError, match=problem):
+        compose("sample", ["model=m", "out=o", written])
 
 
 def write_clip(path: Path, frames: int) -> Path:
@@ -135,7 +171,7 @@ def test_a_student_that_has_seen_conditioning_frames_goes_on_from_an_image(tmp_p
     ("causal", "options", "message"),
     [
         (CHUNKS, {"video": "missing.mp4"}, r"video: 'missing\.mp4' does not exist"),
-        (CHUNKS, {"height": 48}, "height: 48 is not a multiple of 32"),
+        (CHUNKS, {"height": 48}, "height: 48 pixels are not a multiple of 32"),
         (CHUNKS, {"video": "clip.mp4", "context_frames": 9}, "context_frames: 9 pixel frames are 3 latent frames, but"),
         (CHUNKS, {"frames": 5}, r"chunk_partition: \[1, 1, 1\] sums to 3, but frames=5 gives 2"),
         (None, {"image": "frame.png"}, "image: 'frame.png', but run was trained without conditioning frames"),

@@ -15,7 +15,8 @@ from anyflow_train.config.derived import shares_base, table
 from anyflow_train.config.groups import EXPERIMENT, find_groups
 from anyflow_train.config.keys import chosen, variants
 from anyflow_train.config.network import LORA_TARGETS, Lora
-from anyflow_train.config.objective import FlowMap, FlowMatching
+from anyflow_train.config.objective import FlowMatching
+from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserErrors

@@ -10,7 +10,7 @@ import pytest
 from anyflow_train.config.compose import compose
 from anyflow_train.config.decode import decode
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.objective import FlowMap
+from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.on_policy import DistributionMatching
 from anyflow_train.config.rules.run import run_errors, run_warnings
 from anyflow_train.config.run import RunConfig

@@ -288,7 +288,7 @@ COMMAND_CASES: list[tuple[type[Model], Callable[[Any], Iterable[Finding]], dict[
     ),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "frames": 80}, "frames", "77 and 81"),
     (PrepareConfig, commands.prepare, {"out": "x", "codec": "c", "source": "s", "height": 100}, "height", "96 and 112"),
-    (SampleConfig, commands.sample, {"out": "x", "model": "m"}, "prompts", "prompt_file=FILE"),
+    (SampleConfig, commands.sample, {"out": "x", "model": "m"}, "prompt", "prompts=FILE"),
     (SampleConfig, commands.sample, {"out": "x", "model": "m", "prompts": ["a"], "width": 100}, "width", "96 and 112"),
     (SampleConfig, commands.sample, {"out": "x", "model": "m", "prompts": ["a"], "frames": 2}, "frames", "1 and 5"),
     (

@@ -1,4 +1,5 @@
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from anyflow_train.data.held_out import load_samples
 from anyflow_train.data.shards import BadSampleError, ShardSet
 from anyflow_train.errors import UserError
 from tests.data.helpers import make_sample, make_shards
+from tests.shards import add_index_checksums
 
 
 def test_every_sample_comes_back(tmp_path: Path) -> None:
@@ -78,6 +80,30 @@ def test_a_truncated_tar_loses_only_its_end(tmp_path: Path, indexed: bool) -> No
     for index in (2, 3):
         with pytest.raises(BadSampleError, match="ends before it"):
             shards.read(index)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_shard_of_another_folder_is_a_bad_sample(tmp_path: Path, checked: bool) -> None:
+    """A manifest with the checksums of the indices notices it; that of an older version cannot."""
+    folder, other = make_shards(tmp_path / "a", [2, 2]), make_shards(tmp_path / "b", [1, 2, 1])
+    if checked:
+        add_index_checksums(folder)
+    for name in ("shard-000001.tar", "shard-000001.index.json"):  # clips 1 and 2 instead of 2 and 3
+        shutil.copy(other / name, folder / name)
+    shards = ShardSet.open(str(folder))
+    assert shards.read(1).key == "clip-001"
+    if checked:
+        with pytest.raises(BadSampleError, match=r"shard-000001\.tar: .* not the one that the manifest"):
+            shards.read(2)
+    else:
+        assert shards.read(2).key == "clip-001"
+
+
+def test_an_index_without_checksums_does_not_take_the_place_of_one_with_them(tmp_path: Path) -> None:
+    folder = add_index_checksums(make_shards(tmp_path, [2]))
+    (folder / "shard-000000.index.json").unlink()
+    assert ShardSet.open(str(folder)).read(1).key == "clip-001"
+    assert not (folder / "shard-000000.index.json").exists()
 
 
 def test_a_missing_shard_is_a_bad_sample(tmp_path: Path) -> None:

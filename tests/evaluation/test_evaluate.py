@@ -29,9 +29,8 @@ SHAPE = (2, 16, 4, 4)
 CAPTIONS = [world.CAPTIONS[label] for label in (0, 5, 13)]
 
 
-def write_held_out(folder: Path, count: int, frames: int = SHAPE[0]) -> Path:
+def write_held_out(folder: Path, count: int, shape: tuple[int, ...] = SHAPE) -> Path:
     """Shards of random latents with captions of the moving shapes."""
-    shape = (frames, *SHAPE[1:])
     generator = torch.Generator().manual_seed(0)
     captions = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
 
@@ -163,7 +162,7 @@ def test_results_do_not_depend_on_the_batch(folder: Path):
 
 def test_a_causal_model_is_measured_chunk_by_chunk_and_goes_on_from_conditioning_frames(tmp_path: Path):
     make_run(tmp_path, FULL, causal=CHUNKS)
-    held_out = ShardSet.open(str(write_held_out(tmp_path / "held_out", 24, frames=3)))
+    held_out = ShardSet.open(str(write_held_out(tmp_path / "held_out", 24, (3, *SHAPE[1:]))))
     report = run(tmp_path, "free", videos=0)
     cells = {(cell.model, cell.steps, cell.chunk): cell.energy_distance for cell in report.chunks}
     assert set(cells) == {
@@ -200,14 +199,14 @@ def test_frames_that_leave_none_to_generate_are_refused(folder: Path):
 
 def test_a_causal_teacher_is_refused(tmp_path: Path):
     make_run(tmp_path, FULL, causal=CHUNKS)
-    write_held_out(tmp_path / "held_out", 24, frames=3)
+    write_held_out(tmp_path / "held_out", 24, (3, *SHAPE[1:]))
     with pytest.raises(UserError, match=r"teacher: .* is a causal student"):
         run(tmp_path, "taught", teacher=str(tmp_path / "run"))
 
 
 def test_conditioning_frames_that_end_inside_of_a_chunk_are_refused_before_anything_is_sampled(tmp_path: Path):
     make_run(tmp_path, FULL, causal={"chunk_partition": [1, 2], "full_chunk_limit": 2})
-    write_held_out(tmp_path / "held_out", 24, frames=3)
+    write_held_out(tmp_path / "held_out", 24, (3, *SHAPE[1:]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "sample_all", None)
         with pytest.raises(
@@ -218,6 +217,6 @@ def test_conditioning_frames_that_end_inside_of_a_chunk_are_refused_before_anyth
 
 def test_chunks_of_other_clips_are_refused(tmp_path: Path):
     make_run(tmp_path, FULL, causal={"chunk_partition": [1, 2, 2], "full_chunk_limit": 2})
-    write_held_out(tmp_path / "held_out", 24, frames=3)
+    write_held_out(tmp_path / "held_out", 24, (3, *SHAPE[1:]))
     with pytest.raises(UserError, match=r"models: run makes clips of the chunks \[1, 2, 2\], .* 3 latent frames"):
         run(tmp_path, "other")

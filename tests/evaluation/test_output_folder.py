@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from anyflow_train.commands import clips, sample
-from anyflow_train.config.commands import ClipsConfig, EvaluateConfig, ExportConfig, SampleConfig
+from anyflow_train.config.commands import ClipsConfig, EvaluateConfig, ExportConfig, PrepareConfig, SampleConfig
+from anyflow_train.data.prepare.command import run as prepare
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
-from anyflow_train.evaluation.output_folder import begin_results, check_results, check_writable
+from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.export import run as export
+from anyflow_train.files import check_writable
 from tests.export.runs import FULL, make_run
 
 OWNER = {"checkpoint": "step_00000007 of run a"}
@@ -72,6 +74,8 @@ def test_every_command_finds_a_wrong_out_before_its_work(tmp_path: Path) -> None
         export(ExportConfig(checkpoint="/nowhere", out=out))
     with pytest.raises(UserError, match=r"^out: .* cannot be written"):
         clips.run(ClipsConfig(out=out))
+    with pytest.raises(UserError, match=r"^out: .* cannot be written"):
+        prepare(PrepareConfig(out=out, source="/nowhere", codec="/nowhere"))
 
 
 def test_clips_of_two_models_with_one_name_do_not_mix(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tests.training.words import words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
+ENGINES = ("ddp", "zero3")
+
 
 def config(folder: Path, name: str) -> dict[str, Any]:
     """Four steps in two stages; five samples in batches of two: one process solves one batch more than it needs."""
@@ -35,17 +37,24 @@ def metrics(run: Path) -> dict[tuple[int, str], float]:
     return {(row["step"], name): row[name] for row in rows for name in row if name.startswith(("validation/", "loss"))}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_two_processes_validate_as_one(tmp_path: Path, engine: str) -> None:
-    write_latents(tmp_path / "shards")
-    write_networks(tmp_path)
-    launch = Launch(fork, engine, [{"config": config(tmp_path, "two")}], tmp_path)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run of one process, and one of two processes for each engine, named after it."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_latents(folder / "shards")
+    write_networks(folder)
+    launch = Launch(fork, "zero3", [{"engine": engine, "config": config(folder, engine)} for engine in ENGINES], folder)
     assert launch.ended() == 0, launch.text()
-    assert training.run(compose("train", words(config(tmp_path, "one"))), build_validator) == 0
+    assert training.run(compose("train", words(config(folder, "one"))), build_validator) == 0
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_validate_as_one(runs: Path, engine: str) -> None:
     for row in range(5):
         name = f"teacher_reference/{row:05d}.safetensors"
-        one, two = (load_file(tmp_path / run / name)["latents"] for run in ("one", "two"))
+        one, two = (load_file(runs / run / name)["latents"] for run in ("one", engine))
         assert (one - two).abs().max() < 1e-5
-    expected = metrics(tmp_path / "one")
+    expected = metrics(runs / "one")
     assert {step for step, name in expected if name == "validation/rms_2"} == {2, 4}
-    assert metrics(tmp_path / "two") == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert metrics(runs / engine) == pytest.approx(expected, rel=1e-4, abs=1e-6)

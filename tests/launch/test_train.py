@@ -87,6 +87,7 @@ def test_several_nodes(tmp_path: Path) -> None:
         (("single",), {"NPROC": "2"}, "'single' is one process, not 2"),
         (("ddp",), {"NPROC": "two"}, "NPROC is 'two'"),
         (("ddp",), {"NNODES": "2"}, "needs MASTER_ADDR and MASTER_PORT"),
+        (("ddp",), {"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is 0"),
         (("ddp",), {"NNODES": "2", "NODE_RANK": "2"}, "nodes count from 0"),
     ],
 )

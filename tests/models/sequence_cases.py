@@ -1,14 +1,10 @@
-"""Cases of the sequence-parallel tests. The test runs them with one process, this file with two.
-
-`python -m tests.models.sequence_cases FOLDER` starts the two; each writes `FOLDER/RANK.safetensors`, everything that
-`run` returns under "case/name", and `FOLDER/RANK.json`, the messages of the calls that must be refused.
-"""
+"""Cases of the sequence-parallel tests. The test runs them with one process, and `main` with two."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +15,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from anyflow_train.config.network import Lora
 from anyflow_train.models.adapters import add_lora
@@ -104,7 +99,13 @@ def _message(call: Callable[[], Any]) -> str:
 
 
 def main(rank: int, folder: Path) -> None:
+    """Be one of two processes that run all cases.
+
+    Each writes everything that `run` returns to `folder/RANK.safetensors`, under "case/name", and the messages of the
+    calls that must be refused to `folder/RANK.json`.
+    """
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     group, only_first = dist.new_group([0, 1]), dist.new_group([0])
@@ -112,8 +113,3 @@ def main(rank: int, folder: Path) -> None:
     save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(refusals(group, only_first)))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Fork, because imports take nearly all of the time. No thread of torch has started that a fork could lose.
-    start_processes(main, args=(Path(sys.argv[1]),), nprocs=2, start_method="fork")

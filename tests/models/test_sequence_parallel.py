@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.models.sequence_cases import CASES, run
+from tests.models.sequence_cases import CASES, main, run
+from tests.training.helpers import in_process
 
-ROOT = Path(__file__).parents[2]
 EXACT = sorted(set(CASES) - {"bf16 autocast"})
 
 
@@ -24,10 +21,10 @@ EXACT = sorted(set(CASES) - {"bf16 autocast"})
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the results of two processes for all cases, from one launch for this file."""
     folder = tmp_path_factory.mktemp("sequence")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.models.sequence_cases", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    processes = [in_process(main, rank, folder) for rank in range(2)]
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0, 0]
     return folder
 
 

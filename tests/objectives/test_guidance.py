@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.config.objective import FlowMap, Times
+from anyflow_train.config.objective import Times
+from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.positions import BranchCounts
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.path import expand_time

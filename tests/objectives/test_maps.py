@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.config.objective import AverageVelocity, FlowMap, Lagrangian, Mixed, MixShares, MixWeights, Semigroup
+from anyflow_train.config.objectives import (
+    AverageVelocity,
+    FlowMap,
+    Lagrangian,
+    Mixed,
+    MixShares,
+    MixWeights,
+    Semigroup,
+)
 from anyflow_train.config.own import objective_class
 from anyflow_train.config.positions import branch_counts, local_positions
 from anyflow_train.data.batch import Batch

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.config.objective import FlowMap, FlowMatching, Times
+from anyflow_train.config.objective import FlowMatching, Times
+from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.positions import branch_counts
 from anyflow_train.flow.times import TimePrecision
 from anyflow_train.flow.types import Condition

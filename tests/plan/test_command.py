@@ -9,9 +9,8 @@ import pytest
 from anyflow_train.config.commands import GpuName, StrategyName
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
-from anyflow_train.plan import fit
+from anyflow_train.plan import command, fit
 from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
-from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.fit import STRATEGIES, nearest_fit
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.training.gpus import GPUS
@@ -72,7 +71,7 @@ def test_what_does_not_fit_gets_the_nearest_that_does(capsys: pytest.CaptureFixt
 def test_the_smallest_change_comes_first() -> None:
     """A micro-batch that is enough is not passed over for ZeRO; the less there is, the more changes."""
     config = compose("train", PLAIN, None, 8)
-    planned = dry_run(config, 8)
+    planned = command.dry_run(config, 8)
     asked = plan_memory(config, planned, "ddp", 8).total
     changes = []
     for limit in (asked, asked - 1, asked // 2, asked // 4):

@@ -11,9 +11,10 @@ import torch
 from anyflow_train.config.compose import compose
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.plan import shortage
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.memory import GIB, Memory, plan_memory
-from anyflow_train.plan.shortage import dry_run, foresee, memory_warning
+from anyflow_train.plan.shortage import foresee, memory_warning
 from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 
@@ -31,7 +32,7 @@ PLAIN = [
 @cache
 def plain(world: int = WORLD) -> tuple[RunConfig, DryRun]:
     config = compose("train", PLAIN, None, world)
-    return config, dry_run(config, world)
+    return config, shortage.dry_run(config, world)  # the one that tests/plan/conftest.py shares
 
 
 def planned() -> Memory:

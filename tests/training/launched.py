@@ -87,10 +87,10 @@ class Launch:
         return self.process.exitcode
 
 
-def accelerate(engine: str, words: list[str], log: Path, variables: dict[str, str]) -> None:
+def accelerate(engine: str, words: list[str], log: Path, variables: dict[str, str], processes: int = 2) -> None:
     """Become `accelerate launch`, which is what users start. Its three processes import for 10 s of a core's time."""
     begin(log, variables)
-    options = ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
+    options = ["--config_file", str(ROOT / "launch" / f"{engine}.yaml"), "--num_processes", str(processes)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
     os.execv(sys.executable, [*command, str(WORKER), *words])
 

@@ -89,12 +89,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     folder = tmp_path_factory.mktemp("waves")
     waves.write(folder / "shards", 2048, seed=1)
     teacher = settings(
-        folder, "teacher", steps=1500, objective={"kind": "flow_matching"}, optimizer=optimizer(3e-3, 0.995)
+        folder, "teacher", steps=1000, objective={"kind": "flow_matching"}, optimizer=optimizer(3e-3, 0.995)
     )
     teacher["student"] |= {"gate_value": 0.0, "time_frequency_limit": 0.03}
     teacher["times"] = {"diffusion_share": 1.0, "consistency_share": 0.0}
     source = trained(teacher)
-    first = settings(folder, "first", steps=600, objective=FLOW_MAP, optimizer=optimizer(1e-3, 0.99))
+    first = settings(folder, "first", steps=450, objective=FLOW_MAP, optimizer=optimizer(1e-3, 0.99))
     first["student"] = first["student"] | {"init": str(source)}
     return Stages(folder, source, trained(first))
 

@@ -43,7 +43,7 @@ def settles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # By then a run has met both text lengths and every mix of branches in a micro-batch.
-@pytest.mark.parametrize("settles", [(4, "aot_eager")], indirect=True)
+@pytest.mark.parametrize("settles", both_backends(4), indirect=True)
 def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -> None:
     """Accumulate gradients: the number of difference forwards depends on a micro-batch's branches, and the number of
     forwards for the negative prompt on its texts."""

@@ -23,7 +23,7 @@ from tests.training.words import LAYERS, ROOT, words
 LONGEST = 1500
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(LONGEST)]
 
-STEPS, HALF, END = 12, 4, 6
+STEPS, HALF, END = 8, 2, 4
 # Under ZeRO the averages are swapped into the shards for the derivative: the hardest of the choices.
 AVERAGE = {"kind": "flow_map", "derivative_network": "ema"}
 TEACHER = {**AVERAGE, "velocity": "teacher"}
@@ -144,7 +144,7 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
         losses = [key for key in wanted if key.startswith("loss")]
         assert {key for key in row if key.startswith("loss")} == set(losses)  # so the branches hold samples alike
         for key in [*losses, "gradient_norm"]:
-            # float32 sums in another order, some of them over 12 steps of training. The mix also learns at points that
+            # float32 sums in another order, some of them over 8 steps of training. The mix also learns at points that
             # the student makes: 1.3e-5 is the most seen.
             assert row[key] == pytest.approx(wanted[key], rel=1e-4 if name == "zero3-mixed" else 1e-5), key
 
@@ -156,9 +156,9 @@ def test_weights_averages_and_moments_are_those_of_one_process(runs: Path, name:
     ours, one = final_tensors(runs / name, step), final_tensors(runs / f"one-{kind}", step)
     assert ours.keys() == one.keys()
     for key, tensor in ours.items():
-        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen. A
-        # wrong factor or a lost micro-batch is an error of tenths.
-        assert (tensor - one[key]).norm() <= 1e-4 * one[key].norm(), key
+        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen, and
+        # 1e-4 of the mix, as for its losses. A wrong factor or a lost micro-batch is an error of tenths.
+        assert (tensor - one[key]).norm() <= (1e-3 if name == "zero3-mixed" else 1e-4) * one[key].norm(), key
 
 
 def test_a_run_moves_between_engines_and_worlds(runs: Path) -> None:

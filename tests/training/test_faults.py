@@ -20,7 +20,7 @@ from tests.training.words import ROOT, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_full_disk_ends_the_run_with_its_reason_and_costs_the_steps_since_the_
 
 def test_a_scheduler_s_signal_to_one_process_stops_all_after_the_same_step(launch: Launch) -> None:
     assert sorted(launch.codes("preempted")) == [0, 0, 75, 75]
-    assert "stopped after step 4 of 12" in launch.text()
+    assert f"stopped after step 4 of {STEPS}" in launch.text()
     assert_equal_runs(launch.folder / "preempted", launch.folder / "whole")
 
 
@@ -145,7 +145,7 @@ def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch,
     assert refused.codes("stopped") == [0, 0, 0, 0]
     text, run = refused.text(), refused.folder / "stopped"
     assert "SIGTERM: finishing this step" in text
-    assert "stopped after step 5 of 12" in text
+    assert f"stopped after step 5 of {STEPS}" in text
     assert "step_00000005/exp_avg-00001.safetensors does not match its checksum" in text
     assert f"resuming from {run / 'checkpoints' / 'step_00000004'}" in text
     assert_equal_runs(run, launch.folder / "whole")
@@ -180,14 +180,24 @@ def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch
 def test_a_killed_launch_ends_bit_equal(folder: Path, launch: Launch) -> None:
     place = folder / "all killed"
     place.mkdir()
+    killed(fork, "ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
+    killed(fork, "ddp", folder, place, 1, "signal", 6, "all", signal.SIGKILL)
+    assert "resuming from" in killed(fork, "ddp", folder, place).text()
+    assert_equal_runs(place / "killed", launch.folder / "whole")
+
+
+@pytest.mark.nightly  # faster: the case before it, and the launch script, which starts this launcher
+@pytest.mark.parametrize("launch", ["ddp"], indirect=True)
+def test_accelerate_s_launcher_is_killed_and_terminated(folder: Path, launch: Launch) -> None:
+    place = folder / "accelerate"
+    place.mkdir()
     killed(accelerate, "ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
-    killed(fork, "ddp", folder, place, 1, "signal", 8, "all", signal.SIGKILL)
     stopped = killed(
-        accelerate, "ddp", folder, place, 0, "signal", 9, "launcher", signal.SIGTERM
+        accelerate, "ddp", folder, place, 0, "signal", 5, "launcher", signal.SIGTERM
     )  # it makes every code a 1
     assert "resuming from" in stopped.text()
-    assert "stopped after step 10 of 12" in stopped.text()
-    assert_equal_runs(place / "killed", launch.folder / "whole", step=10)
+    assert f"stopped after step 6 of {STEPS}" in stopped.text()
+    assert_equal_runs(place / "killed", launch.folder / "whole", step=6)
 
 
 def test_the_launch_script_passes_the_signal_on_and_asks_for_another_start(folder: Path) -> None:

@@ -50,6 +50,30 @@ def test_the_log_shows_the_branches_of_each_stage(undisturbed: Path) -> None:
     assert all("loss_diffusion" in row for row in rows)
 
 
+def test_a_stage_changes_the_shares_of_a_mix(tmp_path: Path) -> None:
+    """Keys below a key, dotted or as a mapping; what is not named keeps the run's value."""
+    write_latents(tmp_path / "shards")
+    mix = {"kind": "mixed", "shares": {"flow_map": 0.5, "lagrangian": 0.0, "semigroup": 0.5}, "velocity": "data"}
+    only = {"objective.shares.flow_map": 1.0, "objective.shares.semigroup": 0.0}
+    schedule = [{"steps": 2, "changes": only}, {"steps": 1, "changes": {"objective.shares": {"semigroup": 0.5}}}]
+    given = settings(tmp_path, objective={**mix, "schedule": schedule}, steps=4)
+    found = [getattr(stage.config.objective, "shares", None) for stage in stages(RunConfig.model_validate(given))]
+    assert [(shares.flow_map, shares.lagrangian, shares.semigroup) for shares in found if shares] == [
+        (1.0, 0.0, 0.0),
+        (0.5, 0.0, 0.5),
+        (0.5, 0.0, 0.5),
+    ]
+    rows = [json.loads(line) for line in (train(given) / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss_semigroup" in row for row in rows] == [False, False, True, True]
+    wrong = {**mix, "schedule": [{"steps": 2, "changes": {"objective.shares.semi": 0.5, "objective.epsilon.a": 1}}]}
+    with pytest.raises(UserErrors) as caught:
+        stages(RunConfig.model_validate(settings(tmp_path, objective=wrong)))
+    assert [error.problem.split(":")[0] for error in caught.value.errors] == [
+        "objective.epsilon",
+        "objective.shares.semi",
+    ]
+
+
 @pytest.mark.parametrize("after", [1, 3, 4, 5, 6])
 def test_a_resume_in_any_stage_is_bit_equal(undisturbed: Path, tmp_path: Path, after: int) -> None:
     write_latents(tmp_path / "shards")

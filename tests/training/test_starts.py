@@ -111,17 +111,15 @@ def test_other_roles_start_from_runs_too(tmp_path: Path) -> None:
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     run = trained(tmp_path, "first", network(tmp_path), FULL)
-    changes = {"student__gate_value": 0.5, "student__deltatime_type": "t-r", "times__shift": 3.0}
+    changes = {"student__gate_value": 0.5, "student__deltatime_type": "t-r"}
     wrong = config(tmp_path, "new", run, FULL, student__architecture__in_channels=8, **changes)
     with pytest.raises(UserErrors) as caught:
         check_start(wrong)
-    keys = ["student.gate_value", "student.deltatime_type", "student.architecture.in_channels", "times.shift"]
+    keys = ["student.gate_value", "student.deltatime_type", "student.architecture.in_channels"]
     assert [error.where for error in caught.value.errors] == keys
-    assert "is 3.0, but" in caught.value.errors[3].problem
-    assert "trained with 5.0; set times.shift=5.0" in caught.value.errors[3].problem
     with pytest.raises(UserErrors, match=r"student\.gate_value: is 0\.5, but .* trained with 0\.25"):
         start_student(wrong.student, 0)
-    check_start(config(tmp_path, "new", run, FULL, data__frames=9, data__width=64))
+    check_start(config(tmp_path, "new", run, FULL, data__frames=9, data__width=64, times__shift=3.0))
 
 
 def test_another_vae_is_refused(tmp_path: Path) -> None:
@@ -138,12 +136,9 @@ def test_another_vae_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserErrors, match=r"teacher\.codec: has the VAE"):
         check_start(config(tmp_path, "new", run, FULL, teacher__codec=others))
     exported = Path(codec("exported", 1.0))
-    (exported / "scheduler").mkdir()
-    scheduler = '{"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 3.0}'
-    (exported / "scheduler" / "scheduler_config.json").write_text(scheduler)
     with pytest.raises(UserErrors) as caught:
         check_start(config(tmp_path, "new", exported, FULL, teacher__codec=others))
-    assert [error.where for error in caught.value.errors] == ["times.shift", "teacher.codec"]
+    assert [error.where for error in caught.value.errors] == ["teacher.codec"]
 
 
 def test_a_missing_base_and_a_circle_are_named(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -313,13 +312,34 @@ def test_a_bf16_run_sees_float32_times(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(seen) == {torch.float32}
 
 
-def test_accelerate_launch_runs_it_unchanged(undisturbed: Path, tmp_path: Path) -> None:
+def train_launched(environment: dict[str, str], config: dict[str, Any]) -> None:
+    """Train with the variables of a launcher."""
+    os.environ.update(environment)
+    train(config)
+
+
+def test_accelerate_launch_runs_it_unchanged(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher runs in this process, and what it starts is forked, so nothing is imported anew."""
+    from accelerate.commands import launch
+
     write_latents(tmp_path / "shards")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            assert command == [sys.executable, "program.py"]
+            self.process = in_process(train_launched, env, settings(tmp_path))
+
+        def wait(self) -> None:
+            self.process.join(200)
+
+        @property
+        def returncode(self) -> int | None:
+            return self.process.exitcode
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Started)
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    program = tmp_path / "program.py"
-    program.write_text("import json, sys; from tests.training.helpers import train; train(json.loads(sys.argv[1]))")
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    command = [*launcher, *options, str(program), json.dumps(settings(tmp_path))]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    arguments = ["--cpu", "--num_processes", "1", *options, "program.py"]
+    launch.launch_command(launch.launch_command_parser().parse_args(arguments))
     assert_equal_runs(tmp_path / "run", undisturbed)

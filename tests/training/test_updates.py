@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anyflow_train.config.objective import FlowMap, Times
+from anyflow_train.config.objective import Times
+from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.positions import Branch, BranchCounts, local_positions
 from anyflow_train.config.run import Ema as EmaConfig
 from anyflow_train.config.run import Optimizer

@@ -27,8 +27,8 @@ def prepare(config: PrepareConfig) -> Iterator[Finding]:
 
 def sample(config: SampleConfig) -> Iterator[Finding]:
     """Check that there is a prompt, and that sizes and conditioning are possible."""
-    if not config.prompts and config.prompt_file is None:
-        yield Finding(("prompts", "prompt_file"), "is empty; give prompts='[\"a red car\"]' or prompt_file=FILE")
+    if not config.prompts and not config.prompt:
+        yield Finding(("prompt", "prompts"), "is empty; give prompt='a red car, at night' or prompts=FILE")
     yield from video_size(config.frames, config.height, config.width)
     if config.image is not None and config.video is not None:
         yield Finding(("image", "video"), f"{config.image!r}, but video={config.video} is also set; give only one")

@@ -8,18 +8,13 @@ from itertools import accumulate
 
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import Architecture, Lora, is_in, is_target
+from anyflow_train.config.network import PUBLISHED, Lora, is_in, is_target, published
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
 # Wan2.1's patch size in height and width, for commands that do not know the network.
 WAN_PATCH = 2
-# Published networks, by the last part of their hub id. A local copy usually has that name too.
-PUBLISHED = {
-    "Wan2.1-T2V-1.3B-Diffusers": Architecture(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    "Wan2.1-T2V-14B-Diffusers": Architecture(),
-}
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "in_channels")
 
 
@@ -111,7 +106,7 @@ def _difference(config: RunConfig, source: str | None) -> str | None:
 
     Returns None if no size differs or the network is not a published one.
     """
-    shape = PUBLISHED.get(source.rstrip("/").rpartition("/")[2]) if source else None
+    shape = published(source)
     ours = config.student.architecture
     for name in SIZES if shape is not None else ():
         if getattr(shape, name) != getattr(ours, name):

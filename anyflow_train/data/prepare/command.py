@@ -14,12 +14,13 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.index import Skipped
+from anyflow_train.data.index import Skipped, index_name
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
 from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
 from anyflow_train.data.prepare.output_lock import forget_settings, lock_output, wait_until_all_are_there
@@ -31,7 +32,7 @@ from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_s
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file
+from anyflow_train.files import atomic_file, check_writable, file_sha256
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import public_name
 
@@ -46,6 +47,7 @@ def run(config: PrepareConfig) -> None:
         KeyboardInterrupt: after a message on how to continue.
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
+    check_writable(Path(config.out))
     with join_workers() as workers:
         plan = make_plan(config)
         with lock_output(plan, workers) as remaining:
@@ -157,7 +159,12 @@ def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
     """Make the manifest of shards without video."""
     indices = [plan.index(shard) for shard in plan.shards]
     shards = tuple(
-        ShardInfo(name=shard.name, samples=len(index.entries), bytes=(plan.folder / shard.name).stat().st_size)
+        ShardInfo(
+            name=shard.name,
+            samples=len(index.entries),
+            bytes=(plan.folder / shard.name).stat().st_size,
+            index_sha256=file_sha256(plan.folder / index_name(shard.name)),
+        )
         for shard, index in zip(plan.shards, indices, strict=True)
     )
     with safe_open(plan.folder / TEXT, "pt") as texts:

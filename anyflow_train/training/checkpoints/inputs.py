@@ -24,7 +24,7 @@ from anyflow_train.training.checkpoints.reading import (
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 INDICES = 32
-"""Number of index files, with checksums of their samples, that are read to tell data apart."""
+"""Number of index files, with checksums of their samples, that tell data apart if the manifest does not."""
 CHANGE = {
     "data.shards": "to start from this run on other data, set name=NEW student.init={run}; to resume, set it back",
     "student.init": "set it back or choose another name",
@@ -93,7 +93,9 @@ def shards_fact(location: str, cache: str | None, cache_gib: float) -> str:
     content = shards.manifest.model_dump(mode="json")
     del content["codec"]["source"]  # a path; the fingerprints next to it identify the codec
     digest, names = hashlib.sha256(json.dumps(content, sort_keys=True).encode()), shards.manifest.shards
-    for number in sorted({position * len(names) // INDICES for position in range(INDICES)}):
+    # The manifest of an older version has no checksums of the indices.
+    sampled = range(INDICES) if any(shard.index_sha256 is None for shard in names) else ()
+    for number in sorted({position * len(names) // INDICES for position in sampled}):
         with suppress(OSError):
             index = json.loads(shards.folder.read_bytes(index_name(names[number].name)))
             # An index that the loader has built has no checksums. It is left out, because it may not exist yet.

@@ -192,13 +192,20 @@ def restore_tensors(checkpoint: Path, group: str, entries: Mapping[str, Entry], 
     """Copy a group's tensors into the entries. Names and shapes must be equal. Only rank 0 reads the files.
 
     Raises:
-        UserError: a tensor is missing, unexpected, or of another shape; names the checkpoint and the tensor.
+        UserError: a tensor is missing, unexpected, of another shape, or not finite; names checkpoint and tensor.
     """
     world.on_main(lambda: check_shapes(checkpoint, group, {name: entry.shape for name, entry in entries.items()}))
     stored = open_tensors(checkpoint, group) if world.is_main else {}
+    nonfinite: list[str] = []
     for name, entry in entries.items():
         whole = stored[name].get_tensor(name) if world.is_main else torch.empty(entry.shape, dtype=entry.dtype)
+        if world.is_main and not whole.isfinite().all():
+            nonfinite.append(name)  # raised after the last broadcast, which the other processes wait for
         entry.write(world.broadcast_tensor(whole.to(world.device)))
+    with world.together():
+        if nonfinite:
+            problem = f"'{nonfinite[0]}' ({group}) contains numbers that are not finite; remove this checkpoint"
+            raise UserError(str(checkpoint), f"{problem} to resume from the one before it")
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import deque
@@ -65,7 +66,7 @@ class Saver:
             return
         size, found = _size(groups), list_checkpoints(self._folder)
         count = self._config.checkpoint.keep + 1 + bool(self._config.evaluation.every)  # one is being written
-        place = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        place = next(path for path in (self._folder, *self._folder.parents) if os.path.exists(path))
         free, needed = shutil.disk_usage(place).free, size * max(count - len(found), 1)
         if free < needed:
             problem = f"{place} has {_gib(free)} of free space, but a checkpoint takes {_gib(size)}"

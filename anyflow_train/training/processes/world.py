@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] (documented)
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from anyflow_train.config.derived import world_size
 from anyflow_train.config.run import Engine as EngineConfig
@@ -164,7 +171,9 @@ def start_world(config: EngineConfig) -> World:
         return World(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=WAIT * timedelta(seconds=config.timeout_seconds) + WAIT_MORE)
+        store, rank = _meet(size, config.timeout_seconds), int(os.environ["RANK"])
+        patience = WAIT * timedelta(seconds=config.timeout_seconds) + WAIT_MORE
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         atexit.register(dist.destroy_process_group)
     rank = dist.get_rank()
     if dist.get_world_size() != size:  # some environments silently fall back to one process
@@ -206,6 +215,55 @@ def check_agreement(world: World, facts: dict[str, str]) -> None:
                 errors.append(UserError(name, problem))
                 break
     raise_all(errors, SharedErrors)
+
+
+def _meet(size: int, seconds: float) -> Store:
+    """Connect to the launcher's store. Returns a part of it that only the processes of this start use.
+
+    A launcher that restarts its processes may keep its store. Addresses of the ended processes are still in there.
+
+    Raises:
+        UserError: there is no store, or a process does not come within `seconds`.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+    if place.endswith(":0"):
+        problem = "is 0, so that the processes cannot find each other; use torchrun --standalone, or name a free port"
+        raise SharedErrors([UserError("MASTER_PORT", problem)])
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        return PrefixStore(agree_on_start(store, rank, size, seconds), store)
+    except dist.DistError as error:
+        problem = f"the processes did not find each other at {place} within {seconds:.0f} s"
+        raise UserError(
+            "MASTER_ADDR", f"{problem}; start all of them with the same address and port ({error})"
+        ) from None
+
+
+def agree_on_start(store: Store, rank: int, size: int, seconds: float) -> str:
+    """Return a name for this start of all processes, which no earlier start on the same store had.
+
+    Each process writes a random word, and process 0 answers it. Words of earlier starts get an answer that is not read.
+
+    Raises:
+        UserError: a process does not come within `seconds`.
+        DistError: process 0 does not answer, or the store has ended.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"here/{rank}", own)
+        start = store.get(f"answer/{own}").decode()
+        store.set(f"{start}/{rank}", "")
+        return start
+    deadline, missing = time.monotonic() + seconds, set(range(1, size))
+    while missing:
+        for other in [other for other in missing if store.check([f"here/{other}"])]:
+            store.set(f"answer/{store.get(f'here/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"{own}/{other}"])}
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, sorted(missing)))
+            raise UserError("WORLD_SIZE", f"is {size}, but process {names} did not start within {seconds:.0f} s")
+        time.sleep(0.02)
+    return own
 
 
 def _groups(rank: int, size: int, width: int) -> tuple[Any, Any]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -82,6 +83,8 @@ def test_the_manifest_says_what_the_shards_are(prepared: Path, codec: str) -> No
     assert manifest.latent_shape == (2, 16, 4, 4)
     assert (manifest.frames, manifest.height, manifest.width, manifest.fps) == (5, 32, 32, 16.0)
     assert (manifest.clips, manifest.skipped, manifest.samples) == (8, 0, 8)
+    indices = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(prepared.glob("*.index.json"))]
+    assert [shard.index_sha256 for shard in manifest.shards] == indices
     assert manifest.codec.latents_mean == reference.latents_mean
     assert manifest.longest_text == max(len(text) for text in load_samples(shards, 8).texts)
     expected = reference.encode_text(["red ball", "wide", "blue square"])

@@ -69,6 +69,21 @@ def wait_for(file: Path, crew: list[BaseProcess]) -> None:
         time.sleep(0.01)
 
 
+def check_two_processes(out: Path, alone: dict[str, bytes], printed: str, progress: str) -> None:
+    assert contents(out) == alone
+    assert printed.count("7 samples in 5 shards from 9 clips; 2 skipped") == 1
+    # the clips of both, shown by one
+    assert progress.count("clips: 9/9 clips") == 1
+    assert ShardSet.open(str(out)).manifest.skipped == 2
+
+
+def test_two_processes_make_the_same_folder(clips: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert finish(start([make_config(clips, tmp_path / "out")] * 2, log)) == [0, 0]
+    check_two_processes(tmp_path / "out", alone, log.read_text(), log.read_text())
+
+
+@pytest.mark.nightly  # faster: the case before it
 def test_two_processes_of_a_launch_make_the_same_folder(clips: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
     options = ["--num_processes", "2", "--main_process_port", "0", "-m", "anyflow_train", "prepare"]
@@ -78,11 +93,7 @@ def test_two_processes_of_a_launch_make_the_same_folder(clips: Path, alone: dict
         [*launcher, *options, *words], capture_output=True, text=True, env=environment, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == alone
-    assert done.stdout.count("7 samples in 5 shards from 9 clips; 2 skipped") == 1
-    # the clips of both, shown by one
-    assert done.stderr.count("clips: 9/9 clips") == 1
-    assert ShardSet.open(str(tmp_path / "out")).manifest.skipped == 2
+    check_two_processes(tmp_path / "out", alone, done.stdout, done.stderr)
 
 
 def test_a_killed_job_is_continued_by_another_number_of_processes(

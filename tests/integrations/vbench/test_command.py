@@ -229,7 +229,7 @@ def test_mistakes_are_told_before_anything_is_made(root: Path, run: Run):
     mistakes: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"gpus": 2}, {}, r"gpus: 2, but torch of .* finds 1, and VBench scores only on GPUs"),
         ({"info": str(root / "absent.json")}, {}, r"info: .* cannot be read"),
-        ({"height": 40}, {}, r"height: 40 is not a multiple of 16"),
+        ({"height": 40}, {}, r"height: 40 pixels are not a multiple of 16"),
         ({}, {"models": (str(root / "absent"),)}, "absent"),
     ]
     for vbench, options, message in mistakes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +150,17 @@ def test_other_tensors_than_the_students_are_refused(tmp_path: Path) -> None:
     del targets["layer.4"]
     with pytest.raises(UserError, match=r"contains 'layer.4'"):
         restore_tensors(path, "weights", entries(targets))
+
+
+@pytest.mark.parametrize("group", ["weights", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, group: str, value: float) -> None:
+    poisoned = tensors()
+    poisoned["layer.3"][1, 2] = value
+    groups = {group: poisoned.items()}
+    path = save_checkpoint(tmp_path, CONFIG, TrainState(step=3), {"student": 3}, groups)
+    with pytest.raises(UserError, match=rf"{path}: 'layer\.3' \({group}\) contains numbers that are not finite"):
+        restore_tensors(path, group, entries(tensors()))
 
 
 def test_a_format_of_the_future_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,10 +13,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.errors import UserError
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.inputs import Inputs, network_fact, shards_fact
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from tests.data.helpers import make_sample, make_shards
+from tests.shards import add_index_checksums
 from tests.training.helpers import settings, write_latents, write_networks
 from tests.training.started import trained
 
@@ -119,3 +123,16 @@ def test_a_copied_run_is_the_same_start_and_another_step_is_not(begun: Path) -> 
     training.run(config(begun, name="second", student__init=str(begun / "copy"), steps=1))
     shutil.move(begun / "first", begun / "moved")
     assert training.run(config(begun, name="second", student__init=str(begun / "moved"), steps=2)) == 0
+
+
+def test_every_shard_counts_for_the_content_of_data(tmp_path: Path) -> None:
+    """Shard 4 of 40 is not among the indices that are read for a manifest without checksums of them."""
+    facts = {}
+    for place, changed in (("a", 4), ("b", 104)):
+        folder = make_shards(tmp_path / place, [1] * 40)
+        sample = dataclasses.replace(make_sample(4), key="clip-004", latents=make_sample(changed).latents)
+        write_shard(folder, "shard-000004.tar", [sample])
+        without = shards_fact(str(folder), None, 1.0)
+        facts[place] = without, shards_fact(str(add_index_checksums(folder)), None, 1.0)
+    assert facts["a"][0] == facts["b"][0]
+    assert facts["a"][1] != facts["b"][1]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from anyflow_train.config.run import RunConfig
+from anyflow_train.plan.dry_run import dry_run
+from anyflow_train.plan.meter import REST
 from anyflow_train.training.gpus import GPUS, known_gpu, utilisation
 from anyflow_train.training.reporting import profile
 from tests.training.helpers import assert_equal_runs, on_policy, settings, train, write_latents
@@ -37,6 +40,10 @@ def test_parts_and_trace_of_the_same_training(tmp_path: Path, capsys: pytest.Cap
         "student, optimizer": 1,
         "student, averages": 1,
     }
+    # `anyflow plan` has the same names, so that both tables can be read side by side.
+    planned = dry_run(RunConfig.model_validate(settings(tmp_path)), 1)
+    names = {work.part for work in planned.operations} | {part for part, _ in planned.moments}
+    assert names - {REST} == calls.keys() - {"loading data", "student, averages"}
     *parts, whole = (float(cells[-2]) for cells in found.values())
     assert sum(parts) == pytest.approx(whole, abs=1e-3)  # each is rounded to .0001
     trace = json.loads(gzip.decompress((run / "profile" / "process_0.json.gz").read_bytes()))

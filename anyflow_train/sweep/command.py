@@ -1,0 +1,146 @@
+"""`anyflow sweep`: train every combination, and write one table; with an evaluation, one table and one plot."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from anyflow_train.config.commands import EvaluateConfig, SweepOptions
+from anyflow_train.config.compose import compose
+from anyflow_train.config.derived import world_size
+from anyflow_train.errors import UserError, raise_all
+from anyflow_train.files import parse_json
+from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
+from anyflow_train.sweep.runner import Runner
+from anyflow_train.text import markdown_table
+
+SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
+
+
+def run(arguments: Sequence[str], config_dir: Path | None) -> int:
+    """Train all combinations that are not finished, and evaluate them. An interrupted run resumes from its checkpoint.
+
+    Returns:
+        0 if all combinations are finished, 1 if some failed, 130 if a signal stopped the sweep.
+
+    Raises:
+        UserErrors: errors of all combinations and of the evaluation, before the first run starts.
+    """
+    if world_size() > 1:
+        raise UserError("WORLD_SIZE", f"{world_size()}, but a sweep starts its own runs; start it without a launcher")
+    options, rest = split_options(arguments, config_dir)
+    combinations = combine(options, rest, config_dir)
+    _evaluation(options, combinations, config_dir)
+    _check_files(combinations)
+    if options.equal_operations:
+        equalise(combinations)
+    check_directories(combinations)
+    _read_costs(combinations)
+    for combination in combinations:
+        combination.update("waiting")
+    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], options.jobs)
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
+        runner.finish_all(combinations, lambda: _report(combinations))
+        finished = all(combination.state == "finished" for combination in combinations)
+        code = SUCCESS
+        if options.evaluate and finished:
+            code = _evaluate(options, combinations, config_dir, runner)
+    print(_report(combinations), end="")
+    if runner.stopped:
+        return INTERRUPTED
+    return SUCCESS if finished and code == SUCCESS else FAILURE
+
+
+def table(combinations: Sequence[Combination]) -> str:
+    """Format one row per combination, with the best metric at every step count that a run measured."""
+    stem = combinations[0].config.evaluation.best_metric.rpartition("_")[0]
+    measured = {name for combination in combinations for name in combination.summary.get("metrics", {})}
+    family = [name for name in measured if name.rpartition("_")[0] == stem]
+    family.sort(key=lambda name: int(name.rpartition("_")[2]))
+    rows = [[*combinations[0].values, "state", "steps", "last loss", *family, "time", "CPU time"]]
+    for combination in combinations:
+        done = combination.summary
+        numbers = [done.get("last_loss"), *(done.get("metrics", {}).get(name) for name in family)]
+        shown = ["" if number is None else f"{number:.4g}" for number in numbers]
+        times = [f"{done['seconds']:.0f} s", f"{combination.cpu_seconds:.0f} s"] if done else ["", ""]
+        steps = str(combination.config.steps)
+        rows.append([*combination.values.values(), combination.state, steps, *shown, *times])
+    return "\n".join(markdown_table(rows)) + "\n"
+
+
+def _evaluation(
+    options: SweepOptions, combinations: Sequence[Combination], config_dir: Path | None
+) -> tuple[list[str], EvaluateConfig | None]:
+    """Return the arguments of the evaluation, and its config; nothing without an evaluation.
+
+    Raises:
+        UserErrors: errors of the key `evaluate`, or its held-out shards do not exist.
+    """
+    if not options.evaluate:
+        return [], None
+    folder = combinations[0].folder.parent
+    models = ",".join(f"'{one.folder}'" for one in combinations)
+    arguments = [*options.evaluate, f"models=[{models}]", f"out='{folder / 'evaluation'}'"]
+    try:
+        config = compose("evaluate", arguments, config_dir)
+    except UserError as error:
+        raise_all([UserError(f"evaluate: {one.where}", one.problem) for one in error.errors])
+        raise
+    return arguments, config
+
+
+def _check_files(combinations: Sequence[Combination]) -> None:
+    from anyflow_train.commands.preflight import check_files
+
+    found = {str(error): error for one in combinations for error in check_files(one.config).errors}
+    raise_all([*found.values()])
+
+
+def _evaluate(
+    options: SweepOptions, combinations: Sequence[Combination], config_dir: Path | None, runner: Runner
+) -> int:
+    """Evaluate all runs, unless the report is newer than they are; then write the comparison."""
+    from anyflow_train.sweep.board import read_cells, write_board
+
+    arguments, config = _evaluation(options, combinations, config_dir)
+    assert config is not None
+    path = Path(config.out) / "report.json"
+    wanted = config.model_dump(mode="json")
+    newest = max((one.folder / "done.json").stat().st_mtime for one in combinations)
+    if not (path.is_file() and path.stat().st_mtime > newest and parse_json(path.read_bytes())["config"] == wanted):
+        code, _ = runner.call(["evaluate", *arguments])
+        if code:
+            return code
+    print(write_board(combinations[0].folder.parent, combinations, read_cells(path)))
+    return SUCCESS
+
+
+def _read_costs(combinations: Sequence[Combination]) -> None:
+    """Take over the CPU times of earlier starts."""
+    path = combinations[0].folder.parent / "sweep.json"
+    if path.is_file():
+        spent = {row["label"]: row.get("cpu_seconds", 0.0) for row in parse_json(path.read_bytes())}
+        for one in combinations:
+            one.cpu_seconds = spent.get(one.label, 0.0)
+
+
+def _report(combinations: Sequence[Combination]) -> str:
+    """Write `sweep.md` and `sweep.json`, so that they exist even if the sweep is killed. Return the text to print."""
+    folder, text = combinations[0].folder.parent, table(combinations)
+    keys = ("step", "last_loss", "seconds", "metrics")
+    facts = [
+        {"label": one.label, "values": one.values, "state": one.state, "folder": str(one.folder)}
+        | {"cpu_seconds": one.cpu_seconds, "operations": one.operations}
+        | {key: one.summary.get(key) for key in keys}
+        for one in combinations
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.md").write_text(text, encoding="utf-8")
+    (folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    failed = "".join(f"failed: {one.label}\n" for one in combinations if one.state == "failed")
+    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}\n"

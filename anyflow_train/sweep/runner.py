@@ -1,0 +1,80 @@
+"""Start the runs of a sweep, several at a time, and pass signals on to them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from types import FrameType
+
+from anyflow_train.sweep.combinations import Combination
+
+
+class Runner:
+    """Starts runs. A signal stops the current runs cleanly and ends the sweep.
+
+    Args:
+        options: options of every command, such as `--config-dir`.
+        jobs: runs at a time. With more than one, the output of each goes to `<run directory>.log`.
+    """
+
+    def __init__(self, options: Sequence[str], jobs: int) -> None:
+        self._options = options
+        self._jobs = jobs
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+
+    def finish_all(self, combinations: Sequence[Combination], report: Callable[[], object]) -> None:
+        """Run combinations to their end; those that are finished already are skipped.
+
+        Args:
+            report: called after each run.
+        """
+        with ThreadPoolExecutor(self._jobs) as pool:
+            tasks = [
+                pool.submit(self._finish, one, f"{n}/{len(combinations)}") for n, one in enumerate(combinations, 1)
+            ]
+            for task in as_completed(tasks):
+                task.result()
+                report()
+
+    def forward(self, number: int, _frame: FrameType | None) -> None:
+        """Forward a signal to the current runs, which finish their step and save."""
+        self.stopped = True
+        for process in tuple(self._processes):
+            process.send_signal(number)  # does nothing if the run has ended
+
+    def _finish(self, combination: Combination, place: str) -> None:
+        if self.stopped:
+            return
+        if combination.state == "finished":
+            print(f"== {place} {combination.label}: already finished", flush=True)
+            return
+        print(f"== {place} {combination.label}", flush=True)
+        code, seconds = self.call(["train", *combination.overrides], combination)
+        combination.cpu_seconds += seconds
+        combination.update("stopped" if code == 0 or self.stopped else "failed")
+        if combination.state == "failed":
+            print(f"{combination.label} failed with exit code {code}", file=sys.stderr, flush=True)
+        self.stopped |= combination.state == "stopped"
+
+    def call(self, arguments: Sequence[str], logged: Combination | None = None) -> tuple[int, float]:
+        """Run one command. Returns its exit code and the CPU seconds of its processes."""
+        with ExitStack() as stack:
+            output = None
+            if logged is not None and self._jobs > 1:
+                logged.folder.parent.mkdir(parents=True, exist_ok=True)
+                output = stack.enter_context(logged.folder.with_name(f"{logged.label}.log").open("ab"))
+            command = [sys.executable, "-m", "anyflow_train", *arguments, *self._options]
+            # In its own session, so that Ctrl-C reaches the run only once, through this process.
+            process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output)
+            self._processes.add(process)
+            if self.stopped:  # a signal arrived while the run was being started
+                process.terminate()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self._processes.discard(process)
+            return process.returncode, usage.ru_utime + usage.ru_stime
