@@ -102,9 +102,12 @@ class PrepareConfig(Model):
     """`anyflow prepare`: video and captions -> shards of latents and text embeddings.
 
     out: folder for the shards and their manifest.
-    source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a JSONL/CSV manifest; null for
-        prompts only.
-    prompts: text file with one prompt per line, for shards of prompts only.
+    source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a list of clips (CSV, TSV, JSON,
+        JSONL, Parquet, or TXT with one video per line); null for prompts only.
+    prompts: text file with one prompt per line, or a list with captions, for shards of prompts only.
+    caption_key: name of the caption in JSON, or of its column; null tries caption, text, prompt and cap.
+    encoding: encoding of captions and lists that are not Unicode, such as cp1252 or shift_jis; null reads them as
+        cp1252 with a warning.
     codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
@@ -122,6 +125,8 @@ class PrepareConfig(Model):
     out: str
     source: str | None = None
     prompts: str | None = None
+    caption_key: str | None = None
+    encoding: str | None = None
     codec: str
     frames: PositiveInt = 81
     height: PositiveInt = 480

@@ -11,16 +11,23 @@ NAMES = ("caption", "text", "prompt")
 
 
 def parse_caption(data: bytes) -> str:
-    """Return the caption in a `.txt` or `.json` file: the JSON's `caption`, `text` or `prompt`, or the whole text."""
+    """Return the first caption of a shard's sample (see `parse_captions`)."""
+    return parse_captions(data)[0]
+
+
+def parse_captions(data: bytes) -> list[str]:
+    """Return the captions of a shard's sample: those in JSON, under one of the usual names, or the whole text."""
     text = data.decode("utf-8", "replace").strip()
     try:
         content = parse_json(text)
     except ValueError:
-        return text
+        return [text]
     if not isinstance(content, dict):
-        return text
-    found = next((content[name] for name in NAMES if content.get(name)), "")
-    return str(found).encode("utf-8", "ignore").decode().strip()  # without halves of characters, which JSON can hold
+        return [text]
+    found = next((content[name] for name in ("captions", *NAMES) if content.get(name)), "")
+    # Without halves of characters, which JSON can hold.
+    texts = found if isinstance(found, list) else [found]
+    return [str(text).encode("utf-8", "ignore").decode().strip() for text in texts]
 
 
 def read_lines(path: str, key: str) -> list[str]:
@@ -34,6 +41,6 @@ def read_lines(path: str, key: str) -> list[str]:
         UserError: the file cannot be read.
     """
     try:
-        return [line.strip() for line in regular(Path(path).expanduser()).read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in regular(Path(path).expanduser()).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(key, f"'{path}' cannot be read: {error}") from None

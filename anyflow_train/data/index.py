@@ -46,11 +46,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Contents of one shard, the clips that were skipped, and the number of tokens of the longest text."""
+    """Contents of one shard, the clips that were skipped, and the number of tokens of the longest text.
+
+    cut: keys of the samples with a caption that was too long and lost its end.
+    """
 
     entries: tuple[SampleEntry, ...]
     skipped: tuple[Skipped, ...] = ()
     longest_text: int | None = None
+    cut: tuple[str, ...] = ()
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -61,6 +65,7 @@ class _Content(BaseModel):
     longest_text: _Count | None
     entries: list[tuple[str, _Count, _Count, _Count | None, _Count, _Count]]
     skipped: list[tuple[str, str]]
+    cut: list[str] = []
 
 
 def index_name(shard: str) -> str:
@@ -73,6 +78,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
     entries = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.entries)
     skipped = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.skipped)
     head = f'"version": {VERSION},\n"longest_text": {json.dumps(index.longest_text)}'
+    head += f',\n"cut": {json.dumps(index.cut, ensure_ascii=False)}' if index.cut else ""
     text = f'{{{head},\n"entries": [\n{entries}\n],\n"skipped": [\n{skipped}\n]}}\n'
     with atomic_file(path) as file:
         file.write(text.encode())
@@ -86,7 +92,8 @@ def parse_index(data: bytes) -> ShardIndex:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"not a shard index of version {VERSION}: {first['loc']}: {first['msg']}") from None
     entries = tuple(SampleEntry(*entry) for entry in content.entries)
-    return ShardIndex(entries, tuple(Skipped(*entry) for entry in content.skipped), content.longest_text)
+    skipped = tuple(Skipped(*entry) for entry in content.skipped)
+    return ShardIndex(entries, skipped, content.longest_text, tuple(content.cut))
 
 
 def build_index(file: BinaryIO) -> ShardIndex:

@@ -17,6 +17,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.data.order import SampleOrder, step_text_length
 from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.errors import UserError
+from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.types import Condition
 
 # The share of bad reads is computed over at least this many reads: one bad file at the start must not stop a run.
@@ -116,7 +117,9 @@ class Loader:
         index = self._order.index(position)
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return self.shards.read(index)
+                sample = self.shards.read(index)
+                number = draw_key(self.seed, position // len(self.shards), "caption", index) if sample.others else 0
+                return sample.with_caption(number)
             except BadSampleError as error:
                 bad.append(error)
                 index = self._order.replacement(position, attempt)

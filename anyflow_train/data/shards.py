@@ -8,7 +8,7 @@ import os
 import zlib
 from bisect import bisect_right
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from anyflow_train.data.captions import parse_caption
+from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
 from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
 from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote, public_location
@@ -40,12 +40,19 @@ class Sample:
         latents: (F, C, H, W), normalised, in the dtype of the shards; None for prompts without video.
         text: (L, D) embedding, valid tokens only, in the dtype of the shards.
         caption: the text itself; empty if the shard does not contain it.
+        others: further texts for the same latents, and their captions.
     """
 
     key: str
     latents: Tensor | None
     text: Tensor
     caption: str
+    others: tuple[tuple[Tensor, str], ...] = ()
+
+    def with_caption(self, number: int) -> Sample:
+        """Return the sample with one of its n captions, the one of `number` modulo n, as its only one."""
+        text, caption = [(self.text, self.caption), *self.others][number % (1 + len(self.others))]
+        return replace(self, text=text, caption=caption, others=())
 
 
 class BadSampleError(Exception):
@@ -145,12 +152,18 @@ class ShardSet:
         latents = tensors.get("latents")
         if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) != self.manifest.latent_shape):
             raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {self.manifest.latent_shape}")
-        for tensor in (latents, text):
+        more = [tensors[name] for name in map("text.{}".format, range(1, len(tensors))) if name in tensors]
+        for other in more:
+            if other.ndim != 2 or other.shape[1] != text.shape[1]:
+                raise ValueError(f"a text is {_shape(other)}, but the manifest says (L, {self.manifest.text_dim})")
+        for tensor in (latents, text, *more):
             if tensor is not None and tensor.dtype not in DTYPES:
                 raise ValueError(f"it contains numbers of type {tensor.dtype}")
             if tensor is not None and not _finite(tensor):
                 raise ValueError("it contains non-finite numbers")
-        return Sample(entry.key, latents, text, parse_caption(caption))
+        first, *captions = parse_captions(caption)
+        captions += [""] * (len(more) - len(captions))
+        return Sample(entry.key, latents, text, first, tuple(zip(more, captions, strict=False)))
 
     def _index(self, number: int) -> ShardIndex:
         if number not in self._indices:

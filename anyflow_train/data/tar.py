@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -26,12 +27,12 @@ def key_and_extension(name: str) -> tuple[str, str]:
     """Split a file's name as WebDataset does.
 
     Returns:
-        Key, which the files of one sample share: the path up to the first dot of the file name. And the part of the
-        file name after that dot, in lower case.
+        Key, which the files of one sample share: the path up to the first dot of the file name; that of hidden files
+        ends with a slash. And the part of the file name after that dot, in lower case.
     """
     path = PurePosixPath(name)
     stem, _, extension = path.name.partition(".")
-    return str(path.parent / stem), extension.lower()
+    return str(path.parent / stem) if stem else f"{path.parent}/", extension.lower()
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Bounded:
 
 
 def scan(file: BinaryIO) -> tuple[Samples, str | None]:
-    """List the complete files of a tar by its headers.
+    """List the complete files of a tar by its headers. A link to another file of the tar counts as that file.
 
     Returns:
         Files of each sample, of a damaged tar those before the damage; and the damage, or None if the tar is intact.
@@ -60,6 +61,8 @@ def scan(file: BinaryIO) -> tuple[Samples, str | None]:
     size = file.seek(0, 2)
     file.seek(0)
     samples: Samples = {}
+    places: dict[str, Member] = {}
+    links: list[tuple[str, str]] = []
     bounded: Any = _Bounded(file, size)
     try:
         with tarfile.open(fileobj=bounded, mode="r:") as archive:
@@ -69,8 +72,13 @@ def scan(file: BinaryIO) -> tuple[Samples, str | None]:
                     raise ValueError("a header leads back to an earlier one")
                 last = archive.offset
                 if info.isfile() and 0 <= info.size <= size - info.offset_data:
-                    key, extension = key_and_extension(info.name)
-                    samples.setdefault(key, {})[extension] = Member(info.offset_data, info.size)
+                    places[info.name] = _add(samples, info.name, Member(info.offset_data, info.size))
+                elif info.islnk() or info.issym():
+                    folder = "" if info.islnk() else posixpath.dirname(info.name)
+                    links.append((info.name, posixpath.normpath(posixpath.join(folder, info.linkname))))
+            for name, target in links:
+                if target in places:
+                    _add(samples, name, places[target])
             # A tar that was cut between two files reads like a complete one. Only the end mark shows the difference.
             file.seek(archive.offset)
             intact = file.read(BLOCK) == bytes(BLOCK)
@@ -78,6 +86,12 @@ def scan(file: BinaryIO) -> tuple[Samples, str | None]:
     # The standard library lets the last three through: huge numbers, cut headers, and long chains of headers.
     except (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, RecursionError) as error:
         return samples, str(error)
+
+
+def _add(samples: Samples, name: str, member: Member) -> Member:
+    key, extension = key_and_extension(name)
+    samples.setdefault(key, {})[extension] = member
+    return member
 
 
 class TarWriter:

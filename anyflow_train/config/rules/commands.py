@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 
 from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
@@ -12,6 +13,10 @@ from anyflow_train.config.rules.geometry import frame_count, video_size
 def prepare(config: PrepareConfig) -> Iterator[Finding]:
     """Check that there is something to encode, at sizes that Wan's VAE and patches divide."""
     yield from video_size(config.frames, config.height, config.width)
+    try:
+        codecs.lookup(config.encoding or "utf-8")
+    except (LookupError, ValueError):
+        yield Finding(("encoding",), f"{config.encoding!r} is unknown; give a name of Python, such as cp1252 or gbk")
     if config.source is None and config.prompts is None:
         problem = "null; give a folder or manifest of clips, or prompts=FILE to encode only prompts"
         yield Finding(("source", "prompts"), problem)

@@ -23,9 +23,9 @@ from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.index import Skipped, index_name
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
 from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
-from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
+from anyflow_train.data.prepare.output_lock import forget_settings, lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
-from anyflow_train.data.prepare.sources import validation_prompts
+from anyflow_train.data.prepare.sources import format_counts, validation_prompts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_shards
@@ -52,7 +52,12 @@ def run(config: PrepareConfig) -> None:
         plan = make_plan(config)
         with lock_output(plan, workers) as remaining:
             device = pick_device(config.device, config.threads, local_rank=workers.local_rank)
-            _prepare(PrepareJob(config, plan, workers, remaining, device))
+            try:
+                _prepare(PrepareJob(config, plan, workers, remaining, device))
+            except UserError:
+                if workers.is_main:
+                    forget_settings(plan)
+                raise
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,12 @@ def _prepare(job: PrepareJob) -> None:
     if not job.workers.is_main:
         return
     if complete:
-        print(f"{plan.folder} is complete: {_summary(plan)}")
+        print(f"{plan.folder} is complete: {_summary(plan, job.config.max_text_length)}")
         return
     wait_until_all_are_there(plan)
     _finish(job)
     rate = clips / (time.monotonic() - start)
-    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
+    print(f"{plan.folder}: {_summary(plan, job.config.max_text_length)}; {rate:.1f} clips/s including start-up")
 
 
 def _clips(shards: list[ShardPlan]) -> int:
@@ -176,7 +181,7 @@ def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
         ),
         negative_prompt=config.negative_prompt,
         validation_prompts=validation_prompts(config.validation_prompts),
-        clips=len(plan.source.clips),
+        clips=len(plan.source.clips) + len(plan.source.problems),
         skipped=sum(len(index.skipped) for index in indices) + len(plan.source.problems),
     )
 
@@ -195,12 +200,19 @@ def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Mani
     return manifest.model_copy(update=facts)
 
 
-def _summary(plan: PreparePlan) -> str:
-    skipped = read_all_skipped(plan)
-    samples = sum(len(plan.index(shard).entries) for shard in plan.shards)
-    text = f"{samples} samples in {len(plan.shards)} shards from {len(plan.source.clips)} clips"
+def _summary(plan: PreparePlan, max_text_length: int) -> str:
+    skipped, indices = read_all_skipped(plan), [plan.index(shard) for shard in plan.shards]
+    samples = sum(len(index.entries) for index in indices)
+    text = f"{samples} samples in {len(plan.shards)} shards from {samples + len(skipped)} clips"
     if skipped:
         text += f"; {len(skipped)} skipped ({_reasons(skipped)}), listed in {plan.folder / SKIPPED}"
+    if unused := sum(plan.source.unused.values()):
+        text += f"; {unused} not used ({format_counts(plan.source.unused)})"
+    if skipped or unused:
+        found = samples + len(skipped) + unused
+        text += f"; found {found} = {samples} encoded + {len(skipped)} skipped + {unused} not used"
+    if cut := [key for index in indices for key in index.cut]:
+        text += f"; {len(cut)} with a caption of more than {max_text_length} tokens, cut there (for example {cut[0]})"
     return text
 
 

@@ -45,7 +45,8 @@ def open_video(source: Path | BinaryIO) -> Iterator[tuple[InputContainer, VideoS
             kinds = {"cover art" if stream.type == "video" else stream.type for stream in container.streams}
             raise ClipError(f"no video: the file holds {' and '.join(sorted(kinds)) or 'nothing'}")
         stream = next((stream for stream in moving if stream.disposition & Disposition.default), moving[0])
-        stream.thread_type = "AUTO"
+        # Theora repeats a picture by an empty packet, which has to find the picture before it decoded.
+        stream.thread_type = "SLICE" if stream.codec_context.name == "theora" else "AUTO"
         yield container, stream
 
 
@@ -59,7 +60,7 @@ def shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[tup
     step = 1 / (float(stream.average_rate or 0) or 25.0)
     previous: VideoFrame | None = None
     first = time = 0.0
-    for number, frame in enumerate(_deinterlaced(container.decode(stream))):
+    for number, frame in enumerate(_deinterlaced(_decoded(container, stream))):
         now = number * step if frame.time is None else frame.time
         if previous is None:
             first = time = now
@@ -74,6 +75,17 @@ def shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[tup
     if previous is not None:
         last = float(previous.duration * previous.time_base) if previous.duration and previous.time_base else 0
         yield previous, time - first + (last or step)
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    frame = None
+    for packet in container.demux(stream):
+        if packet.size or packet.dts is None:  # the last packet is empty and has no time: it ends the decoder's delay
+            for frame in packet.decode():
+                yield frame
+        elif frame is not None:
+            frame.pts = packet.pts
+            yield frame
 
 
 def _deinterlaced(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:

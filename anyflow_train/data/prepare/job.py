@@ -10,13 +10,14 @@ from pathlib import Path
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
+from anyflow_train.data.prepare.captions import CaptionReader
 from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts, validation_prompts
 from anyflow_train.text import public_name
 
 # These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
 FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
-LATER_KEYS = {"hdr"}
+LATER_KEYS = {"hdr", "caption_key", "encoding"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class PreparePlan:
 
 def make_plan(config: PrepareConfig) -> PreparePlan:
     """List the clips and divide them into shards. Raises UserError if there are none."""
-    source = list_prompts(config.prompts) if config.prompts is not None else list_clips(config.source or "")
+    reader = CaptionReader(config.caption_key, config.encoding)
+    prompts = config.prompts
+    source = list_clips(config.source or "", reader) if prompts is None else list_prompts(prompts, reader)
     size = config.samples_per_shard
     runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
     shards = tuple(ShardPlan(f"shard-{number:06d}.tar", run) for number, run in enumerate(runs))
@@ -84,7 +87,8 @@ def public_fingerprint(source: str, part: str) -> str:
 def _listing_digest(source: Source) -> str:
     digest = hashlib.sha256()
     for clip in source.clips:
-        caption = clip.caption if isinstance(clip.caption, str) else ""
+        caption = list(clip.caption) if isinstance(clip.caption, tuple) else []
+        caption = caption if len(caption) > 1 else "".join(caption)
         digest.update(json.dumps([clip.key, clip.video is not None, caption]).encode())
     digest.update(json.dumps([[problem.key, problem.reason] for problem in source.problems]).encode())
     return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"

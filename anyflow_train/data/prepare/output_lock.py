@@ -72,6 +72,13 @@ def check_settings(plan: PreparePlan) -> None:
         raise UserError(key, f"{change} since {plan.folder} was started; change it back, or name another `out`")
 
 
+def forget_settings(plan: PreparePlan) -> None:
+    """Remove the settings of a folder without results, so that a start with a mistake does not refuse the next one."""
+    results = (entry for entry in plan.folder.iterdir() if entry.name not in (SETTINGS, LOCK))
+    if next(results, None) is None:
+        (plan.folder / SETTINGS).unlink(missing_ok=True)
+
+
 def wait_until_all_are_there(plan: PreparePlan) -> None:
     """Wait until process 0 sees the shards of all processes. Raises UserError after `VISIBLE_SECONDS`."""
     if not _appears(lambda: not plan.unfinished()):

@@ -18,7 +18,7 @@ from anyflow_train.data.loader import map_ahead
 from anyflow_train.data.prepare.job import ShardPlan
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import Clip
-from anyflow_train.data.prepare.texts import read_shard_texts
+from anyflow_train.data.prepare.texts import read_cut, read_shard_texts
 from anyflow_train.data.prepare.video import ClipError
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
@@ -67,7 +67,7 @@ def write_video_shards(
 
 
 def _write(folder: Path, shard: ShardPlan, outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> None:
-    write_shard(folder, shard.name, _counted(outcomes, progress))
+    write_shard(folder, shard.name, _counted(outcomes, progress), read_cut(folder, shard))
     (folder / shard.text_name).unlink()
 
 

@@ -15,10 +15,18 @@ from anyflow_train.data.tar import TarWriter
 from anyflow_train.files import atomic_file
 
 
-def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -> ShardIndex:
+def write_shard(
+    folder: Path, name: str, outcomes: Iterable[Sample | Skipped], cut: frozenset[str] = frozenset()
+) -> ShardIndex:
     """Write the samples in their order. A skipped clip appears in the index only.
 
     The tar appears when it is complete, and the index after it. A shard is complete if and only if it has an index.
+
+    Args:
+        folder: folder of the shards.
+        name: name of the tar.
+        outcomes: samples, and clips that were skipped.
+        cut: keys of clips with a caption that was cut.
     """
     entries: list[SampleEntry] = []
     skipped: list[Skipped] = []
@@ -30,9 +38,11 @@ def write_shard(folder: Path, name: str, outcomes: Iterable[Sample | Skipped]) -
                 skipped.append(outcome)
             else:
                 entries.append(_add(tar, outcome))
-                longest = max(longest, len(outcome.text))
+                longest = max(longest, len(outcome.text), *(len(text) for text, _ in outcome.others))
         tar.finish()
-    index = ShardIndex(tuple(entries), tuple(skipped), longest)
+    index = ShardIndex(
+        tuple(entries), tuple(skipped), longest, tuple(entry.key for entry in entries if entry.key in cut)
+    )
     write_index(folder / index_name(name), index)
     return index
 
@@ -41,8 +51,12 @@ def _add(tar: TarWriter, sample: Sample) -> SampleEntry:
     tensors = {"text": sample.text.contiguous()}
     if sample.latents is not None:
         tensors["latents"] = sample.latents.contiguous()
+    tensors |= {f"text.{number}": text.contiguous() for number, (text, _) in enumerate(sample.others, start=1)}
     data = save(tensors)
-    caption = json.dumps({"key": sample.key, "caption": sample.caption}, ensure_ascii=False).encode()
+    facts: dict[str, object] = {"key": sample.key, "caption": sample.caption}
+    if sample.others:
+        facts["captions"] = [sample.caption, *(caption for _, caption in sample.others)]
+    caption = json.dumps(facts, ensure_ascii=False).encode()
     tensor_file = tar.add(f"{sample.key}.safetensors", data)
     caption_file = tar.add(f"{sample.key}.json", caption)
     return SampleEntry(

@@ -132,6 +132,12 @@ def test_a_changed_source_or_a_foreign_folder_is_refused(codec: str, clips: Path
         run(make_config(codec, clips, source))
 
 
+def test_a_failed_first_start_refuses_nothing(codec: str, clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load the vae"):
+        run(make_config(str(tmp_path / "typo"), clips, tmp_path / "out"))
+    run(make_config(codec, clips, tmp_path / "out"))
+
+
 def test_unusable_clips_are_skipped_named_and_counted(codec: str, tmp_path: Path, capsys) -> None:
     source = tmp_path / "clips"
     source.mkdir()

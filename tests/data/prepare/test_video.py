@@ -1,6 +1,8 @@
 import io
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from av.stream import Disposition
 
+from anyflow_train.data.prepare.frames import shown_frames
 from anyflow_train.data.prepare.video import ClipError, fit, read_clip
 from tests.data.prepare.videos import real_clip, write_video
 
@@ -98,6 +101,20 @@ def test_a_hole_ends_a_clip_and_a_slow_clip_has_none(tmp_path: Path) -> None:
         read_clip(path, 5, 64, 64, 16.0)
     slow = write_video(tmp_path / "slow.mp4", [10, 20, 30], Fraction(1, 2))
     assert all(abs(a - b) <= 2 for a, b in zip(greys(read_clip(slow, 33, 64, 64, 16.0))[::32], [10, 20], strict=True))
+
+
+def test_an_empty_packet_repeats_the_picture(tmp_path: Path) -> None:
+    """Theora writes one for a picture that does not change, and decoders refuse it."""
+    with av.open(str(write_video(tmp_path / "a.mp4", [10]))) as container:
+        stream = container.streams.video[0]
+        first, end = container.demux(stream)
+        stream.thread_type = "NONE"
+        empty = av.Packet()
+        empty.pts = empty.dts = 5 * (first.duration or 0)
+        empty.time_base = first.time_base
+        frames = SimpleNamespace(demux=lambda stream: iter([first, empty, end]))
+        times = [time for _, time in shown_frames(cast(Any, frames), stream)]
+    assert times == [5 / 16, 6 / 16]
 
 
 def test_damaged_frames_are_not_used(tmp_path: Path) -> None:
