@@ -9,8 +9,8 @@ for bit.
 
 With several values of `--worlds` or `--engine`, each start draws its number of processes, its engine and its
 micro-batch. The undisturbed run then has one process. Sums are rounded in another order, so weights and averages may
-differ by `CLOSE` in the norm of a tensor. Another micro-batch alone makes 1e-5 of difference in 100 steps, and a
-repeated or missing step makes 1e-2 and more.
+differ by `CLOSE` in the norm of a tensor. Another micro-batch alone makes 1e-5 of difference in 100 steps, and 25
+missing steps make 1e-1.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def compare(run: Path, other: Path, close: float) -> list[str]:
     """Differences between the last checkpoints of two runs.
 
     Args:
-        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, of
-            the moments too.
+        close: largest relative difference of weights and averages, in the norm of a tensor. 0 asks for equal bits, also
+            of the moments.
     """
     tensors, others = final_tensors(run), final_tensors(other)
     if close:

@@ -8,7 +8,9 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.loader import Loader
@@ -112,11 +114,8 @@ def test_a_wrong_key_is_said_with_the_columns(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports] (an extra)
-
     rows = [row | {"bytes": b"video"} for row in ({"video": "a.mp4", "caption": ["red"]}, ROWS[1])]
-    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "l.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
     assert {clip.key: clip.read_captions() for clip in list_clips(str(tmp_path / "l.parquet")).clips} == BOTH
 
 
