@@ -9,21 +9,15 @@ from typing import Any
 
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
-from anyflow_train.files import atomic_file, parse_json
+from anyflow_train.files import atomic_file
 from anyflow_train.sweep.combinations import Combination
 from anyflow_train.text import markdown_table
 
 TEACHER = "teacher"
-Cells = Mapping[tuple[str, int], Mapping[str, Estimate]]
 DISTANCE, ERROR, ACCURACY = "energy distance", "error to fine ODE", "accuracy"
 NOTE = """Mean over {seeds}. An interval reaches from the lowest to the highest end of the seeds' 95 % intervals.
 Energy distance to {reference}; 95 % of sets of as many real ones are below {floor:.3f}. The error to the fine ODE is
 the root mean square distance from the teacher's fine solution from the same noise."""
-
-
-def read_cells(report: Path) -> dict[str, Any]:
-    """Read the report of `anyflow evaluate`."""
-    return parse_json(report.read_bytes())
 
 
 def write_board(folder: Path, combinations: Sequence[Combination], report: Mapping[str, Any]) -> str:

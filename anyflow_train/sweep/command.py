@@ -11,7 +11,7 @@ from pathlib import Path
 from anyflow_train.config.commands import EvaluateConfig, SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
-from anyflow_train.errors import UserError, raise_all
+from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import parse_json
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
@@ -87,11 +87,9 @@ def _evaluation(
     models = ",".join(f"'{one.folder}'" for one in combinations)
     arguments = [*options.evaluate, f"models=[{models}]", f"out='{folder / 'evaluation'}'"]
     try:
-        config = compose("evaluate", arguments, config_dir)
-    except UserError as error:
-        raise_all([UserError(f"evaluate: {one.where}", one.problem) for one in error.errors])
-        raise
-    return arguments, config
+        return arguments, compose("evaluate", arguments, config_dir)
+    except UserErrors as several:
+        raise UserErrors([UserError(f"evaluate: {one.where}", one.problem) for one in several.errors]) from None
 
 
 def _check_files(combinations: Sequence[Combination]) -> None:
@@ -105,7 +103,7 @@ def _evaluate(
     options: SweepOptions, combinations: Sequence[Combination], config_dir: Path | None, runner: Runner
 ) -> int:
     """Evaluate all runs, unless the report is newer than they are; then write the comparison."""
-    from anyflow_train.sweep.board import read_cells, write_board
+    from anyflow_train.sweep.board import write_board
 
     arguments, config = _evaluation(options, combinations, config_dir)
     assert config is not None
@@ -116,7 +114,7 @@ def _evaluate(
         code, _ = runner.call(["evaluate", *arguments])
         if code:
             return code
-    print(write_board(combinations[0].folder.parent, combinations, read_cells(path)))
+    print(write_board(combinations[0].folder.parent, combinations, parse_json(path.read_bytes())))
     return SUCCESS
 
 

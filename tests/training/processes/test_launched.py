@@ -147,7 +147,7 @@ def fail(overrides, folder):
     raise {failure}
 sys.modules["fake"] = types.SimpleNamespace(fail=fail)
 command_line.COMMANDS["check"] = command_line.Command("", "fake:fail", decoded=False)
-sys.exit(command_line.main(["check"]))
+sys.exit(command_line.main(["check", "experiment=tiny"]))
 """
     result = run(code, RANK="3", LOCAL_RANK="3")
     assert (result.stdout, result.stderr) == ("", told)
