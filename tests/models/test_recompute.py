@@ -63,7 +63,9 @@ def test_selective_does_no_attention_again(name: str) -> None:
     assert calls["selective"] == calls["none"]
 
 
-@pytest.mark.parametrize(("name", "policy"), [("bidirectional", "none"), ("causal", "selective")])
+@pytest.mark.parametrize(
+    ("name", "policy"), [pytest.param("bidirectional", "none", marks=pytest.mark.nightly), ("causal", "selective")]
+)
 def test_compiled_blocks_have_the_same_gradient(name: str, policy: str) -> None:
     plain, found = gradients(name, "none"), gradients(name, policy, compiled=True)
     for a, b in zip(plain, found, strict=True):

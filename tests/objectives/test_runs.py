@@ -122,7 +122,7 @@ def test_guidance_of_predictions_is_refused_by_key(kind: str, tmp_path: Path) ->
         run_model(kind).model_validate(config)
 
 
-@pytest.mark.parametrize("kind", ["flow_map", "mixed"])
+@pytest.mark.parametrize("kind", [pytest.param("flow_map", marks=pytest.mark.nightly), "mixed"])
 def test_the_exact_derivative_trains_and_is_planned(kind: str, tmp_path: Path) -> None:
     write_latents(tmp_path / "shards")
     write_networks(tmp_path)
