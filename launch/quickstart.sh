@@ -6,8 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 prepare_environment
 run=${RUN:-runs/quickstart}
-# Let waiting threads sleep instead of spinning; spinning slows down shared machines.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+# OpenMP's default wait policy: with PASSIVE, the second thread of a quiet machine brings nothing. On a busy machine,
+# set OMP_WAIT_POLICY=PASSIVE.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 started=$SECONDS
 
 step() { printf '\n== %s (at %d s)\n' "$1" $((SECONDS - started)); }
