@@ -107,13 +107,19 @@ def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, fold
     return True
 
 
+def existing_part(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    # Unlike `Path.exists`, this does not raise below a folder that may not be entered.
+    return next(part for part in (path.absolute(), *path.absolute().parents) if os.path.exists(part))
+
+
 def check_writable(out: Path) -> None:
     """Check that a folder can be written, or made. Nothing is made yet.
 
     Raises:
         UserError: it is not a folder, or cannot be written.
     """
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    existing = existing_part(out)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
 

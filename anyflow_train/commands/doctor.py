@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import existing_part
 
 GIB = 2**30
 READY, NOT_READY = 0, 1
@@ -152,7 +153,7 @@ def _memory_and_disk() -> Iterator[Line]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name, folder in (("this folder", Path.cwd()), ("the hub cache", Path(HF_HUB_CACHE))):
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        existing = existing_part(folder)
         free = shutil.disk_usage(existing).free / GIB
         writable = os.access(existing, os.W_OK)
         state = "ok" if writable and free >= LEAST_DISK else "note"

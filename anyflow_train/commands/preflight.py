@@ -6,7 +6,6 @@ Local folders are read, and the configs of hub ids. Remote shards are checked wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,7 +21,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
-from anyflow_train.files import check_writable
+from anyflow_train.files import check_writable, existing_part
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.differences import differences, mismatches, other_interface
 
@@ -149,9 +148,9 @@ def _folder(path: Path, source: str) -> Path:
 
 def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
     """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
-    out = Path(folder).expanduser().absolute()
+    out = Path(folder).expanduser()
     check_writable(out)
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if os.path.exists(path))).free
+    free = shutil.disk_usage(existing_part(out)).free
     copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
         needed = f"{copies} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep})"

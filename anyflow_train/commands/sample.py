@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyflow_train.config.commands import SampleConfig
 from anyflow_train.config.paths import find_codec
-from anyflow_train.data.captions import read_lines
+from anyflow_train.data import captions
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import ConfigWarning, UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, clip_shape, encode_texts
@@ -98,13 +98,11 @@ def read_prompts(config: SampleConfig) -> list[str]:
     Raises:
         UserError: the file cannot be read, or there is no prompt.
     """
-    listed = config.prompts
-    if len(listed) == 1 and listed[0].endswith(".txt"):
-        listed = read_lines(listed[0], "prompts")
-    elif any(_CONTINUES.match(part.strip()) for part in listed[1:]):
-        problem = f"{len(listed)} prompts that look like one sentence, cut at its commas; write prompt='...' for one"
+    if any(_CONTINUES.match(part.strip()) for part in config.prompts[1:]):
+        problem = f"{len(config.prompts)} prompts that look like one sentence, cut at its commas"
+        problem += "; write prompt='...' for one"
         warnings.warn(str(UserError("prompts", problem)), ConfigWarning, stacklevel=2)
-    prompts = distinct(part.strip() for part in [config.prompt, *listed])
+    prompts = distinct(part.strip() for part in [config.prompt, *captions.read_prompts(config.prompts, "prompts")])
     if not prompts:
         raise UserError("prompts", "is empty; give prompt='a prompt', or prompts=FILE with one prompt per line")
     return prompts

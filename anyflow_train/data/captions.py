@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from anyflow_train.errors import UserError
@@ -28,6 +29,21 @@ def parse_captions(data: bytes) -> list[str]:
     # Without halves of characters, which JSON can hold.
     texts = found if isinstance(found, list) else [found]
     return [str(text).encode("utf-8", "ignore").decode().strip() for text in texts]
+
+
+def read_prompts(prompts: Sequence[str], key: str) -> tuple[str, ...]:
+    """Return the prompts, or the lines of a single `.txt` file that are not empty.
+
+    Args:
+        prompts: prompts, or one name of a file.
+        key: config key of the prompts, for errors.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if len(prompts) != 1 or not prompts[0].endswith(".txt"):
+        return tuple(prompts)
+    return tuple(line for line in read_lines(prompts[0], key) if line)
 
 
 def read_lines(path: str, key: str) -> list[str]:

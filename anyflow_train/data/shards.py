@@ -162,6 +162,7 @@ class ShardSet:
             if tensor is not None and not _finite(tensor):
                 raise ValueError("it contains non-finite numbers")
         first, *captions = parse_captions(caption)
+        # A text without its caption gets an empty one; a caption without its text cannot be used.
         captions += [""] * (len(more) - len(captions))
         return Sample(entry.key, latents, text, first, tuple(zip(more, captions, strict=False)))
 

@@ -73,6 +73,7 @@ def _looks_like(tensors: Sequence[Tensor]) -> Tensor | None:
     largest = max(tensors, key=Tensor.numel)
     shape = largest.shape
     for tensor in tensors:
+        # Shapes are compared from the last dimension on, as in broadcasting.
         sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
         fits = tensor.ndim <= len(shape) and all(size in (1, whole) for size, whole in sizes)
         if not fits or tensor.dtype != largest.dtype or not largest.is_floating_point():

@@ -9,11 +9,11 @@ from typing import Any
 
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
+from anyflow_train.evaluation.report import TEACHER
 from anyflow_train.files import atomic_file
 from anyflow_train.sweep.combinations import Combination
 from anyflow_train.text import markdown_table
 
-TEACHER = "teacher"
 DISTANCE, ERROR, ACCURACY = "energy distance", "error to fine ODE", "accuracy"
 NOTE = """Mean over {seeds}. An interval reaches from the lowest to the highest end of the seeds' 95 % intervals.
 Energy distance to {reference}; 95 % of sets of as many real ones are below {floor:.3f}. The error to the fine ODE is

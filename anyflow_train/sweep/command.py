@@ -11,6 +11,8 @@ from pathlib import Path
 from anyflow_train.config.commands import EvaluateConfig, SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
+from anyflow_train.data.manifest import MANIFEST
+from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import parse_json
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
@@ -33,7 +35,7 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         raise UserError("WORLD_SIZE", f"{world_size()}, but a sweep starts its own runs; start it without a launcher")
     options, rest = split_options(arguments, config_dir)
     combinations = combine(options, rest, config_dir)
-    _evaluation(options, combinations, config_dir)
+    evaluation = _evaluation(options, combinations, config_dir)
     _check_files(combinations)
     if options.equal_operations:
         equalise(combinations)
@@ -48,8 +50,8 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         runner.finish_all(combinations, lambda: _report(combinations))
         finished = all(combination.state == "finished" for combination in combinations)
         code = SUCCESS
-        if options.evaluate and finished:
-            code = _evaluate(options, combinations, config_dir, runner)
+        if evaluation and finished:
+            code = _evaluate(*evaluation, combinations, runner)
     print(_report(combinations), end="")
     if runner.stopped:
         return INTERRUPTED
@@ -75,21 +77,24 @@ def table(combinations: Sequence[Combination]) -> str:
 
 def _evaluation(
     options: SweepOptions, combinations: Sequence[Combination], config_dir: Path | None
-) -> tuple[list[str], EvaluateConfig | None]:
-    """Return the arguments of the evaluation, and its config; nothing without an evaluation.
+) -> tuple[list[str], EvaluateConfig] | None:
+    """Return the arguments of the evaluation, and its config; None without an evaluation.
 
     Raises:
         UserErrors: errors of the key `evaluate`, or its held-out shards do not exist.
     """
     if not options.evaluate:
-        return [], None
+        return None
     folder = combinations[0].folder.parent
     models = ",".join(f"'{one.folder}'" for one in combinations)
     arguments = [*options.evaluate, f"models=[{models}]", f"out='{folder / 'evaluation'}'"]
     try:
-        return arguments, compose("evaluate", arguments, config_dir)
+        config = compose("evaluate", arguments, config_dir)
     except UserErrors as several:
         raise UserErrors([UserError(f"evaluate: {one.where}", one.problem) for one in several.errors]) from None
+    if not is_remote(config.held_out) and not (Path(config.held_out).expanduser() / MANIFEST).is_file():
+        raise UserError("evaluate: held_out", f"'{config.held_out}' has no {MANIFEST}; write it with `anyflow prepare`")
+    return arguments, config
 
 
 def _check_files(combinations: Sequence[Combination]) -> None:
@@ -100,13 +105,11 @@ def _check_files(combinations: Sequence[Combination]) -> None:
 
 
 def _evaluate(
-    options: SweepOptions, combinations: Sequence[Combination], config_dir: Path | None, runner: Runner
+    arguments: Sequence[str], config: EvaluateConfig, combinations: Sequence[Combination], runner: Runner
 ) -> int:
     """Evaluate all runs, unless the report is newer than they are; then write the comparison."""
     from anyflow_train.sweep.board import write_board
 
-    arguments, config = _evaluation(options, combinations, config_dir)
-    assert config is not None
     path = Path(config.out) / "report.json"
     wanted = config.model_dump(mode="json")
     newest = max((one.folder / "done.json").stat().st_mtime for one in combinations)

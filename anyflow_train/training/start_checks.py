@@ -119,7 +119,7 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
     """Compare the VAE of a pipeline folder."""
-    vae = read_object(folder / "vae" / "config.json")
+    vae = read_object(folder / VAE)
     errors = []
     codec = config.teacher.codec_source
     ours = {} if codec is None else read_object(Path(codec).expanduser() / VAE)

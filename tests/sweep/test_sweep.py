@@ -254,6 +254,14 @@ print("side by side")
     assert json.loads((tmp_path / "tiny" / "sweep.json").read_text())[0]["cpu_seconds"] == first > 0
 
 
+def test_missing_held_out_clips_are_named_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, "")
+    evaluate = ["experiment=tiny_evaluate", f"held_out={tmp_path}/none"]
+    with pytest.raises(UserError, match=r"evaluate: held_out: '.*none' has no manifest\.json"):
+        sweep.run([TINY, f"out={tmp_path}", "seed=1,2", f"evaluate={evaluate}"], None)
+    assert not (tmp_path / "starts").exists()
+
+
 def test_the_shipped_board_composes() -> None:
     found = plan(["experiment=board"], None)
     assert len(found) == 3 * len({one.group for one in found}) >= 15

@@ -178,7 +178,7 @@ def train_without_data(config: dict[str, Any], log: Path) -> None:
         asked += 1
         return original(self, index) if asked <= 3 * 8 else threading.Event().wait()
 
-    ShardSet.read = read  # type: ignore[method-assign]
+    ShardSet.read = read  # type: ignore[method-assign]  # in a process of its own
     train_with_log(config, log)
 
 

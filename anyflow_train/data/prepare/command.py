@@ -20,12 +20,13 @@ import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.index import Skipped, index_name
 from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
 from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
 from anyflow_train.data.prepare.output_lock import forget_settings, lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
-from anyflow_train.data.prepare.sources import format_counts, validation_prompts
+from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_shards
@@ -120,7 +121,7 @@ def _encode_texts(job: PrepareJob, clips: int) -> None:
         return
     codec = job.codec(config.precision)
     if prompts_missing:
-        prompts = validation_prompts(config.validation_prompts)
+        prompts = read_prompts(config.validation_prompts, "validation_prompts")
         encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
     with ClipProgress("texts", clips, job.workers) as progress:
         progress.advance(_clips(job.shards) - _clips(without_texts))
@@ -180,7 +181,7 @@ def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
             source=public_name(config.codec), text_encoder=public_fingerprint(config.codec, "text_encoder")
         ),
         negative_prompt=config.negative_prompt,
-        validation_prompts=validation_prompts(config.validation_prompts),
+        validation_prompts=read_prompts(config.validation_prompts, "validation_prompts"),
         clips=len(plan.source.clips) + len(plan.source.problems),
         skipped=sum(len(index.skipped) for index in indices) + len(plan.source.problems),
     )

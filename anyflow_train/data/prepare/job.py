@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
 from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
 from anyflow_train.data.prepare.captions import CaptionReader
-from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts, validation_prompts
+from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts
 from anyflow_train.text import public_name
 
 # These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
@@ -72,7 +73,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         for key, value in config.model_dump(mode="json").items()
         if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
     }
-    settings["validation_prompts"] = list(validation_prompts(config.validation_prompts))
+    settings["validation_prompts"] = list(read_prompts(config.validation_prompts, "validation_prompts"))
     settings["source"] = _listing_digest(source)
     settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
     return PreparePlan(Path(config.out), source, shards, settings)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anyflow_train.data.captions import read_lines
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.prepare.captions import FILES, CaptionError, CaptionReader
 from anyflow_train.data.prepare.tables import SUFFIXES, read_rows, video_name
@@ -161,13 +160,6 @@ def format_counts(counts: Mapping[str, int], most: int = 8) -> str:
     """Format counts as `3 .pdf, 1 .docx`, the largest first, and at most `most` of them."""
     parts = [f"{count} {name}" for name, count in Counter(counts).most_common(most)]
     return ", ".join([*parts, *(["others"] if len(counts) > most else [])])
-
-
-def validation_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the prompts, or the lines of a single `.txt` file. Raises UserError if the file cannot be read."""
-    if len(prompts) != 1 or not prompts[0].endswith(".txt"):
-        return prompts
-    return tuple(line for line in read_lines(prompts[0], "validation_prompts") if line)
 
 
 def _from_folder(root: Path, reader: CaptionReader) -> Source:

@@ -74,7 +74,7 @@ def _csv(text: str) -> Iterator[Row]:
             elif len(row) > len(columns):
                 problem = f"line {line} has {len(row)} fields, but the first line has {len(columns)}"
                 raise CaptionError(f"{problem}; put captions with {mark!r} in quotes")
-            elif row:
+            elif row:  # a short row has no value for the last columns
                 yield Row(f"line {line}", dict(zip(columns, row, strict=False)))
     except csv.Error as error:
         raise CaptionError(f"line {line + 1}: the row has a stray quote or a broken field ({error})") from None

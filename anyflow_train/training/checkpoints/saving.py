@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import NO_ROOM, UserError
+from anyflow_train.files import existing_part
 from anyflow_train.training.checkpoints.reading import list_checkpoints
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
@@ -66,7 +66,7 @@ class Saver:
             return
         size, found = _size(groups), list_checkpoints(self._folder)
         count = self._config.checkpoint.keep + 1 + bool(self._config.evaluation.every)  # one is being written
-        place = next(path for path in (self._folder, *self._folder.parents) if os.path.exists(path))
+        place = existing_part(self._folder)
         free, needed = shutil.disk_usage(place).free, size * max(count - len(found), 1)
         if free < needed:
             problem = f"{place} has {_gib(free)} of free space, but a checkpoint takes {_gib(size)}"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from anyflow_train.data.prepare.sources import list_clips, list_prompts, validation_prompts
+from anyflow_train.data.captions import read_prompts
+from anyflow_train.data.prepare.sources import list_clips, list_prompts
 from anyflow_train.errors import UserError
 
 
@@ -100,9 +101,9 @@ def test_nothing_to_prepare_is_said(tmp_path: Path) -> None:
 def test_prompts_are_lines(tmp_path: Path) -> None:
     path = touch(tmp_path / "prompts.txt", "one\n\n  two \n")
     assert [clip.read_caption() for clip in list_prompts(str(path)).clips] == ["one", "two"]
-    assert validation_prompts((str(path),)) == ("one", "two")
-    assert validation_prompts(("one", "b.txt")) == ("one", "b.txt")
+    assert read_prompts((str(path),), "validation_prompts") == ("one", "two")
+    assert read_prompts(("one", "b.txt"), "validation_prompts") == ("one", "b.txt")
     with pytest.raises(UserError, match="holds no prompt"):
         list_prompts(str(touch(tmp_path / "empty.txt", "\n")))
     with pytest.raises(UserError, match="validation_prompts"):
-        validation_prompts((str(tmp_path / "none.txt"),))
+        read_prompts((str(tmp_path / "none.txt"),), "validation_prompts")
