@@ -173,7 +173,7 @@ class Codec:
 
 
 class _ChannelNorm(WanRMS_norm):
-    """diffusers' norm over the channels as a sum of squares: torch's own norm takes a third of the VAE's time on a CPU."""
+    """diffusers' norm over the channels by a sum of squares. torch's own takes a third of the VAE's time on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.float()
