@@ -159,7 +159,7 @@ def prepare(
     evaluator = SampleEvaluator(reference, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     judge = None
     if config.oracle != "none":
-        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=32)
+        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=8)
     sampled = evaluator.sampled(fine, config.shift)
     return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, say)
 

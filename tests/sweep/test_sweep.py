@@ -202,7 +202,7 @@ def test_arms_are_combined_with_all_values(tmp_path: Path) -> None:
     assert [one.label for one in combinations] == ["plain_seed-1", "plain_seed-2", "short_seed-1", "short_seed-2"]
     assert [one.group for one in combinations] == ["plain", "plain", "short", "short"]
     assert [(one.config.steps, one.config.objective.kind) for one in combinations[1:3]] == [
-        (9, "mixed"),
+        (9, "lagrangian"),
         (7, "semigroup"),
     ]
     for one in combinations:
