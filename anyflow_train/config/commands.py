@@ -26,7 +26,7 @@ Texts = Annotated[
         lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
     ),
 ]
-Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Calls = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class CheckOptions(Model):
@@ -157,7 +157,7 @@ class SampleConfig(Model):
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
         frame for a student that is not causal).
     chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
-    steps: numbers of network calls; each makes its own video.
+    calls: numbers of network calls; each makes its own video.
     seeds: seeds of the noise; each makes its own video.
     weights: ema (moving average) or raw (last weights of the run).
     frames: frames per video, 4n + 1; null uses the size of the training clips.
@@ -169,7 +169,7 @@ class SampleConfig(Model):
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts"}
+    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts", "steps": "calls"}
 
     model: str
     out: str
@@ -179,7 +179,7 @@ class SampleConfig(Model):
     video: str | None = None
     context_frames: PositiveInt | None = None
     chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    steps: Steps = (4,)
+    calls: Calls = (4,)
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     weights: Literal["ema", "raw"] = "ema"
     frames: PositiveInt | None = None
@@ -203,7 +203,7 @@ class ExportConfig(Model):
         transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0),
         comfyui (one file with Wan's original names, and a custom node), comfyui_lora (a LoRA file for ComfyUI, and the
         node).
-    checkpoint: run or checkpoint folder.
+    model: run or checkpoint folder; `checkpoint` is another name of this key.
     out: folder to write.
     weights: ema (moving average) or raw (last weights of the run).
     precision: type of the exported weights.
@@ -219,7 +219,9 @@ class ExportConfig(Model):
     datasets: hub ids of the training data, for the model card.
     """
 
-    checkpoint: str
+    aliases: ClassVar[Mapping[str, str]] = {"checkpoint": "model"}
+
+    model: str
     out: str
     format: Literal["pipeline", "transformer", "lora", "wan_pipeline", "comfyui", "comfyui_lora"] = "pipeline"
     weights: Literal["ema", "raw"] = "ema"
@@ -244,7 +246,7 @@ class EvaluateConfig(Model):
     held_out: shards that samples are compared with.
     teacher: Wan2.1 pipeline folder or hub id.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance.
-    steps: numbers of network calls to compare.
+    calls: numbers of network calls to compare.
     samples: samples per model and number of calls.
     held_out_samples: number of held-out samples to compare with.
     reference: data (held-out shards) or guided_teacher (the teacher's guided samples at fine_steps).
@@ -259,6 +261,8 @@ class EvaluateConfig(Model):
     videos: number of sample videos to write.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"steps": "calls"}
+
     out: str
     models: tuple[str, ...]
     held_out: str
@@ -268,7 +272,7 @@ class EvaluateConfig(Model):
     reference: Literal["data", "guided_teacher"] = "data"
     guidance_scale: PositiveFloat = 1.0
     weights: Literal["ema", "raw"] = "ema"
-    steps: Steps = (1, 2, 4, 8, 16)
+    calls: Calls = (1, 2, 4, 8, 16)
     samples: PositiveInt = 512
     held_out_samples: PositiveInt = 2048
     fine_steps: PositiveInt = 128

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.export.card import model_card, validated
-from anyflow_train.export.folder import new_folder, write_marker
+from anyflow_train.export.folder import check_writable, new_folder, write_marker
 from anyflow_train.export.formats import FORMATS, Job
 from anyflow_train.export.provenance import Provenance, public_config, public_name
 from anyflow_train.export.push import is_same_export, push
@@ -23,7 +23,8 @@ def run(config: ExportConfig) -> None:
         WrongExport: the written files do not have the outputs of the trained model.
     """
     out = Path(config.out).expanduser()
-    checkpoint = resolve_checkpoint(config.checkpoint)
+    check_writable(out, config.overwrite or config.push is not None)
+    checkpoint = resolve_checkpoint(config.model)
     if config.push is None or not is_same_export(out, config, checkpoint):
         _write(config, checkpoint, out)
     if config.push is not None:

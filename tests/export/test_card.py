@@ -68,7 +68,7 @@ def play(*outs: Path) -> str:
 
 
 def export(trained: Path, out: Path, **options) -> Path:
-    run(ExportConfig(checkpoint=str(trained), out=str(out), **options))
+    run(ExportConfig(model=str(trained), out=str(out), **options))
     return out
 
 

@@ -30,7 +30,7 @@ EVERYWHERE = {**WITH_DELTA, "targets": [*WITH_DELTA["targets"], "time_embedder.l
 def export(folder: Path, adapter: dict, form: str, precision: str = "fp32", **options: Any) -> tuple[Path, Path]:
     trained = make_run(folder, adapter, architecture=ONE_HEAD)
     out = folder / "out"
-    run(ExportConfig(checkpoint=str(trained), out=str(out), format=form, precision=precision, **options))
+    run(ExportConfig(model=str(trained), out=str(out), format=form, precision=precision, **options))
     return trained, out
 
 
@@ -129,7 +129,7 @@ def test_the_scheduler_simple_gives_our_times(steps: int) -> None:
 def test_what_comfyui_cannot_play_is_refused(tmp_path: Path, options: dict, problem: str) -> None:
     trained = make_run(tmp_path, FULL, **options)
     with pytest.raises(UserError, match=f"format: ComfyUI cannot play .*{problem}"):
-        run(ExportConfig(checkpoint=str(trained), out=str(tmp_path / "out"), format="comfyui"))
+        run(ExportConfig(model=str(trained), out=str(tmp_path / "out"), format="comfyui"))
     assert not (tmp_path / "out").exists()
 
 

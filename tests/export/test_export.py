@@ -20,7 +20,7 @@ from tests.export.runs import CHUNKS, FULL, LORA, TINY_WAN, WITH_DELTA, make_run
 
 
 def export(trained: Path, out: Path, **options) -> Path:
-    run(ExportConfig(checkpoint=str(trained), out=str(out), **options))
+    run(ExportConfig(model=str(trained), out=str(out), **options))
     return out
 
 

@@ -89,7 +89,7 @@ def config(folder: Path, **options: object) -> ExportConfig:
     trained = folder / "run"
     if not trained.exists():
         make_run(folder, FULL)
-    own = {"checkpoint": str(trained), "out": str(folder / "out"), "format": "transformer", "push": "owner/name"}
+    own = {"model": str(trained), "out": str(folder / "out"), "format": "transformer", "push": "owner/name"}
     return ExportConfig.model_validate({**own, **options})
 
 
