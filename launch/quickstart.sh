@@ -42,7 +42,7 @@ else
 fi
 
 step "4/5 export"
-anyflow export checkpoint="$run/student" out="$run/pipeline" format=pipeline precision=fp32 overwrite=true
+anyflow export model="$run/student" out="$run/pipeline" format=pipeline precision=fp32 overwrite=true
 
 step "5/5 playback by stock diffusers, in a process of its own"
 python launch/play.py "$run/pipeline" "$run/playback.gif" "a red ball moving left"

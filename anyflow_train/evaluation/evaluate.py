@@ -114,7 +114,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
 
     say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
     comparison = prepare(config, shards, teacher, codec, device, say)
-    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.steps}}
+    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.calls}}
     cells = comparison.rows(TEACHER, sets[TEACHER])
     for name, model in zip(_student_names(models), models, strict=True):
         sets[name] = sample_student(comparison, model, device, dtype)
@@ -185,7 +185,7 @@ def sample_student(
     """Sample a student at each number of calls, without guidance: guidance is part of the student's weights."""
     flow_map = on_device(model.network, device, dtype)
     inputs, sets = replace(comparison.inputs, conditioning=comparison.conditioning), {}
-    for steps in comparison.config.steps:
+    for steps in comparison.config.calls:
         latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
         sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
         distance = percentile(sets[steps].energy).as_distance()
