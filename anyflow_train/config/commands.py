@@ -116,6 +116,8 @@ class PrepareConfig(Model):
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
+    prune: remove samples of clips that are gone from the source, and old samples of clips that have changed. Runs that
+        began on them cannot be resumed.
     batch: clips that the VAE encodes at a time.
     precision: precision of the text encoder; embeddings are stored in the same precision.
     vae_precision: precision of the VAE; Wan's own code runs it in float32.
@@ -137,6 +139,7 @@ class PrepareConfig(Model):
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()
     samples_per_shard: PositiveInt = 256
+    prune: bool = False
     batch: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
