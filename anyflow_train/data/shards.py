@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from anyflow_train.config.run import Data
 from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
 from anyflow_train.data.manifest import MANIFEST, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
@@ -72,12 +73,14 @@ class ShardSet:
         folder: reads the files.
         manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
+        generations: number of states that the folder has had.
     """
 
     location: str
     folder: LocalFolder | RemoteFolder
     manifest: Manifest
     texts: PromptTexts
+    generations: int = 1
 
     def __post_init__(self) -> None:
         self._starts = (0, *accumulate(self.shard_sizes))
@@ -103,13 +106,14 @@ class ShardSet:
         folder = remote or LocalFolder(Path(location))
         version, location = location.encode(), public_location(location)
         data = _read(folder, location, MANIFEST)
-        manifest = parse_manifest(data, f"{location}/{MANIFEST}").at(generation)
+        grown = parse_manifest(data, f"{location}/{MANIFEST}")
+        manifest = grown.at(generation)
         if remote:
             remote.version = hashlib.sha256(version + data).hexdigest()[:16]
         texts = parse_prompt_texts(_read(folder, location, manifest.text), manifest, f"{location}/{manifest.text}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
-        return cls(location, folder, manifest, texts)
+        return cls(location, folder, manifest, texts, grown.generations)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -194,6 +198,11 @@ class ShardSet:
             with suppress(OSError):  # a read-only folder: the next process makes the index again
                 write_index(self.folder.root / index_name(shard.name), index)
         return index
+
+
+def open_shards(data: Data, location: str) -> ShardSet:
+    """Open shards of a run, in the state that its config says. Raises UserError, as `ShardSet.open` does."""
+    return ShardSet.open(location, data.cache, data.cache_gib, data.generations.get(location))
 
 
 def _load(data: bytes) -> dict[str, Tensor]:
