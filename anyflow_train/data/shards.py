@@ -126,22 +126,39 @@ class ShardSet:
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
         number = bisect_right(self._starts, index) - 1
-        shard, place = self.manifest.shards[number], index - self._starts[number]
-        for start, end in self.manifest.dropped.get(shard.name, ()):
-            place += end - start if place >= start else 0
-        key = f"sample {place}"
+        name, key = self.manifest.shards[number].name, f"sample {self._place(index)}"
         try:
-            entries = self._index(number).entries
-            if place >= len(entries):
-                raise ValueError("the shard ends before it")
-            entry = entries[place]
+            entry = self.entry(index)
             key = entry.key
             with self._open(number) as file:
                 data = _read_part(file, entry.offset, entry.size)
                 caption = _read_part(file, entry.caption_offset, entry.caption_size)
             return self._decode(entry, data, caption)
         except (OSError, ValueError, SafetensorError) as error:
-            raise BadSampleError(shard.name, key, str(error)) from error
+            raise BadSampleError(name, key, str(error)) from error
+
+    def entry(self, index: int) -> SampleEntry:
+        """Return the index entry of the sample with an index in [0, len). Raises BadSampleError if there is none."""
+        number, place = bisect_right(self._starts, index) - 1, self._place(index)
+        try:
+            return self._index(number).entries[place]
+        except (OSError, ValueError) as error:
+            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", str(error)) from error
+        except IndexError:
+            problem = "the shard ends before it"
+            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", problem) from None
+
+    def key(self, index: int) -> str:
+        """Return the name of a sample, printable. Raises BadSampleError, as `entry` does."""
+        return printable(self.entry(index).key)
+
+    def _place(self, index: int) -> int:
+        """Return the place of a sample in its shard, past those that are dropped."""
+        number = bisect_right(self._starts, index) - 1
+        place = index - self._starts[number]
+        for start, end in self.manifest.dropped.get(self.manifest.shards[number].name, ()):
+            place += end - start if place >= start else 0
+        return place
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
