@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -170,6 +170,19 @@ def parse_json(data: str | bytes) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Iterate over the objects of a file with one JSON object per line. Damaged lines are left out.
+
+    A killed process may leave half a line. A file that does not exist has no lines.
+    """
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError):
+                    if isinstance(row := parse_json(line), dict):
+                        yield row
 
 
 def file_sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from anyflow_train.config.derived import needs_teacher
 from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
+from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.pipelines import INDEX, SCHEDULER, VAE, check_pipeline, folder_reader
 from anyflow_train.config.run import RunConfig
@@ -102,20 +103,31 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         errors = differences(config.student, arguments, source)
     else:
         try:
-            folder = _folder(path, source)
+            arguments = _arguments(key, path, source)
         except OSError as error:
             yield f"'{source}' {error}"
             return
-        arguments = _json(folder / "config.json")
-        if not arguments:
-            raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
-        check_pipeline(source, arguments, folder_reader(folder))
         ours = config.student.architecture.model_dump(exclude={"causal"})
         theirs = {name: plain(arguments[name]) for name in ours if name in arguments}
         errors = mismatches([(f"student.architecture.{name}", ours[name], theirs[name]) for name in theirs], source)
     if key == "student.init":
         raise_all(errors)
     raise_all(other_interface(key, source, arguments, config.student.architecture))
+
+
+def _arguments(key: str, path: Path, source: str) -> Mapping[str, Any]:
+    """Read the config of a network. Raises FileNotFoundError like `_folder`, and UserError if it does not fit."""
+    if is_weights_file(path):
+        return architecture(read_shapes(path), source)
+    folder = _folder(path, source)
+    arguments = _json(folder / "config.json")
+    if not arguments:
+        raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
+    if arguments.get("_class_name") == KIND:
+        shapes = [read_shapes(file) for file in sorted(folder.glob("*.safetensors"))]
+        arguments = architecture({name: shape for file in shapes for name, shape in file.items()}, source)
+    check_pipeline(source, arguments, folder_reader(folder))
+    return arguments
 
 
 def _folder(path: Path, source: str) -> Path:

@@ -47,7 +47,7 @@ def run(config: SampleConfig) -> None:
             cannot be loaded, or the size does not fit the model.
     """
     prompts, out = read_prompts(config), Path(config.out).expanduser()
-    wanted = product(enumerate(prompts), config.seeds, config.steps)
+    wanted = product(enumerate(prompts), config.seeds, config.calls)
     files = [_file(number, prompt, seed, steps) for (number, prompt), seed, steps in wanted]
     content = known_fact(network_fact, config.model) or Path(config.model).name
     owner = {"checkpoint": content, "weights": config.weights}
@@ -71,14 +71,14 @@ def run(config: SampleConfig) -> None:
     rows: dict[str, list[Frames]] = {}
     for number, prompt in enumerate(prompts):
         for seed in config.seeds:
-            row = _one_row(maker, texts[number], shape.noise(seed), config.steps)
-            for steps, frames in zip(config.steps, row, strict=True):
+            row = _one_row(maker, texts[number], shape.noise(seed), config.calls)
+            for steps, frames in zip(config.calls, row, strict=True):
                 file = _file(number, prompt, seed, steps)
                 write_mp4(out / file, frames, config.fps)
                 videos.append({"file": file, "prompt": prompt, "steps": steps, "seed": seed})
             if len(rows) < GRID_ROWS:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
-    columns = [calls(steps) for steps in config.steps]
+    columns = [calls(steps) for steps in config.calls]
     write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), *(out / name for name in GRIDS))
     made = owner | {"model": model.name, "step": model.step, **asdict(size), "videos": videos}
     write_json(out / INDEX, config.model_dump(mode="json", exclude={"out"}) | made)

@@ -16,8 +16,10 @@ class Model(BaseModel):
     without it.
 
     renamed: earlier names of keys, with their present ones, for the error of an unknown key.
+    aliases: other names of keys on the command line, with their own ones.
     """
 
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

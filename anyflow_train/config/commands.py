@@ -26,7 +26,7 @@ Texts = Annotated[
         lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
     ),
 ]
-Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Calls = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 class CheckOptions(Model):
@@ -116,6 +116,8 @@ class PrepareConfig(Model):
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
+    prune: remove samples of clips that are gone from the source, and old samples of clips that have changed. Runs that
+        began on them cannot be resumed.
     batch: clips that the VAE encodes at a time.
     precision: precision of the text encoder; embeddings are stored in the same precision.
     vae_precision: precision of the VAE; Wan's own code runs it in float32.
@@ -137,6 +139,7 @@ class PrepareConfig(Model):
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()
     samples_per_shard: PositiveInt = 256
+    prune: bool = False
     batch: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -157,7 +160,7 @@ class SampleConfig(Model):
     context_frames: number of frames to use from the video, 4n + 1; null uses as many whole chunks as it has (one
         frame for a student that is not causal).
     chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
-    steps: numbers of network calls; each makes its own video.
+    calls: numbers of network calls; each makes its own video.
     seeds: seeds of the noise; each makes its own video.
     weights: ema (moving average) or raw (last weights of the run).
     frames: frames per video, 4n + 1; null uses the size of the training clips.
@@ -169,7 +172,7 @@ class SampleConfig(Model):
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts"}
+    renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts", "steps": "calls"}
 
     model: str
     out: str
@@ -179,7 +182,7 @@ class SampleConfig(Model):
     video: str | None = None
     context_frames: PositiveInt | None = None
     chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    steps: Steps = (4,)
+    calls: Calls = (4,)
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     weights: Literal["ema", "raw"] = "ema"
     frames: PositiveInt | None = None
@@ -197,29 +200,45 @@ class SampleConfig(Model):
 
 
 class ExportConfig(Model):
-    """`anyflow export`: a checkpoint -> a folder that stock diffusers loads.
+    """`anyflow export`: a checkpoint -> a folder that stock diffusers or ComfyUI loads.
 
     format: pipeline (AnyFlowPipeline, or AnyFlowFARPipeline for a causal student), transformer (only the pipeline's
-        transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0).
-    checkpoint: run or checkpoint folder.
+        transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0),
+        comfyui (one file with Wan's original names, and a custom node), comfyui_lora (a LoRA file for ComfyUI, and the
+        node).
+    model: run or checkpoint folder; `checkpoint` is another name of this key.
     out: folder to write.
     weights: ema (moving average) or raw (last weights of the run).
     precision: type of the exported weights.
+    rank: largest rank of the adapters if a LoRA file is made from a run that trained the whole network.
     codec: pipeline folder or hub id of the VAE and text encoder; null uses the run's.
     shift: timestep shift of the exported scheduler.
     max_shard_gib: largest size of one weights file, in GiB.
     overwrite: replace an earlier export in `out`.
+    push: repository on the Hugging Face Hub, owner/name, to upload the folder to; null uploads nothing.
+    private: whether a new repository is private.
+    prompt: prompt of the example in the model card.
+    license: license in the model card; null names Wan2.1's if the run started from its published weights.
+    datasets: hub ids of the training data, for the model card.
     """
 
-    checkpoint: str
+    aliases: ClassVar[Mapping[str, str]] = {"checkpoint": "model"}
+
+    model: str
     out: str
-    format: Literal["pipeline", "transformer", "lora", "wan_pipeline"] = "pipeline"
+    format: Literal["pipeline", "transformer", "lora", "wan_pipeline", "comfyui", "comfyui_lora"] = "pipeline"
     weights: Literal["ema", "raw"] = "ema"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    rank: PositiveInt = 64
     codec: str | None = None
     shift: PositiveFloat = 5.0
     max_shard_gib: PositiveFloat = 5.0
     overwrite: bool = False
+    push: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = None
+    private: bool = True
+    prompt: str = "A red panda walks along a snowy branch."
+    license: str | None = None
+    datasets: Texts = ()
 
 
 class EvaluateConfig(Model):
@@ -230,7 +249,7 @@ class EvaluateConfig(Model):
     held_out: shards that samples are compared with.
     teacher: Wan2.1 pipeline folder or hub id.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance.
-    steps: numbers of network calls to compare.
+    calls: numbers of network calls to compare.
     samples: samples per model and number of calls.
     held_out_samples: number of held-out samples to compare with.
     reference: data (held-out shards) or guided_teacher (the teacher's guided samples at fine_steps).
@@ -245,6 +264,8 @@ class EvaluateConfig(Model):
     videos: number of sample videos to write.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {"steps": "calls"}
+
     out: str
     models: tuple[str, ...]
     held_out: str
@@ -254,7 +275,7 @@ class EvaluateConfig(Model):
     reference: Literal["data", "guided_teacher"] = "data"
     guidance_scale: PositiveFloat = 1.0
     weights: Literal["ema", "raw"] = "ema"
-    steps: Steps = (1, 2, 4, 8, 16)
+    calls: Calls = (1, 2, 4, 8, 16)
     samples: PositiveInt = 512
     held_out_samples: PositiveInt = 2048
     fine_steps: PositiveInt = 128

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     model = extension.model if extension else MODELS[command]
     folders = config_folders(config_dir, extension)
     settings, syntax_errors = parse(overrides)
+    settings = [replace(setting, key=model.aliases.get(setting.key, setting.key)) for setting in settings]
     every_group = find_groups(folders)
     groups = groups_of(command, every_group)
     settings, stage_errors = name_experiment(settings, groups)

@@ -35,8 +35,8 @@ EXAMPLES = {
     ],
     "sweep": ["experiment=tiny optimizer.lr=1e-3,4e-3 seed=0,1 jobs=2", "experiment=board"],
     "evaluate": ["experiment=tiny_evaluate models=[runs/tiny] held_out=held_out out=report"],
-    "sample": ["model=runs/tiny out=videos steps=[1,4] prompt='a red ball moving left'"],
-    "export": ["checkpoint=runs/tiny out=pipeline"],
+    "sample": ["model=runs/tiny out=videos calls=[1,4] prompt='a red ball moving left'"],
+    "export": ["model=runs/tiny out=pipeline"],
 }
 OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 

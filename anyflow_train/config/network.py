@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
+from anyflow_train.config.original import is_weights_file
 
 Checkpointing = Literal["none", "block", "selective"]
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -109,8 +110,9 @@ def is_target(path: str, targets: tuple[str, ...]) -> bool:
 class Student(Model):
     """The network that is trained.
 
-    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), or a run directory (its averaged weights, or its
-        adapter if this run has the same one); null starts from random weights.
+    init: Wan2.1 transformer or AnyFlow checkpoint (folder or hub id), one `.safetensors` file with the names of Wan's
+        own repository or ComfyUI, or a run directory (its averaged weights, or its adapter if this run has the same
+        one); null starts from random weights.
     gradient_checkpointing: what the backward pass recomputes: none; block (every transformer block); or selective (the
         blocks except attention, whose results are stored).
     gate_value: fixed weight of the second time's embedding, in [0, 1]; 0 hides the target time r.
@@ -131,8 +133,9 @@ class Student(Model):
 class Teacher(Model):
     """The frozen teacher network, and the pipeline folder with its VAE, text encoder and tokenizer.
 
-    source: Wan2.1 pipeline folder or hub id; null for a run without a teacher.
-    codec: pipeline folder of the VAE and text encoder; null uses `source`.
+    source: Wan2.1 pipeline folder or hub id, or one `.safetensors` file with the names of Wan's own repository or
+        ComfyUI; null for a run without a teacher.
+    codec: pipeline folder of the VAE and text encoder; null uses `source`. A file of weights has none.
     """
 
     source: str | None = None
@@ -141,4 +144,5 @@ class Teacher(Model):
     @property
     def codec_source(self) -> str | None:
         """Pipeline folder or hub id of the VAE, text encoder and tokenizer."""
-        return self.codec or self.source
+        alone = self.source is not None and is_weights_file(self.source)
+        return self.codec or (None if alone else self.source)

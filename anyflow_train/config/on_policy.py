@@ -57,7 +57,7 @@ class FakeScore(Model):
 class DistributionMatching(Model):
     """Stage 2: move rollouts towards samples that the teacher prefers to the fake score (DMD).
 
-    steps: step counts to draw from; a rollout uses a sampler with that many steps.
+    calls: numbers of network calls to draw from; a rollout uses a sampler with that many.
     shift: timestep shift of that sampler.
     first_jump: whether the gradient also flows through the jump from noise to the middle of the rollout.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance. The published k = 3 is w = 4.
@@ -67,7 +67,7 @@ class DistributionMatching(Model):
     """
 
     kind: Literal["distribution_matching"]
-    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 50)
+    calls: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 50)
     shift: PositiveFloat = 5.0
     first_jump: Literal["gradient", "detached"] = "gradient"
     guidance_scale: PositiveFloat = 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -159,8 +160,8 @@ class Evaluation(Model):
     reference_videos: number of samples that are decoded to compare contrast, saturation and motion with the teacher's.
     held_out: shards of real samples that are not used for training; null leaves out the distances to clips. With
         reference=teacher only their prompts are used; null then takes prompts of the training data.
-    steps: step counts of the samplers to measure.
-    best_metric: metric `<metric>_<steps>` that selects the best checkpoint, which is kept; lower is better.
+    calls: numbers of network calls of the samplers to measure.
+    best_metric: metric `<metric>_<calls>` that selects the best checkpoint, which is kept; lower is better.
     oracle: closed-form class accuracy on decoded video, for the embedded moving shapes.
     videos: number of the manifest's validation prompts that are decoded and saved.
     """
@@ -170,7 +171,7 @@ class Evaluation(Model):
     reference_calls: PositiveInt = 32
     reference_videos: NonNegativeInt = 4
     held_out: str | None = None
-    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    calls: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
     samples: PositiveInt = 64
     batch: PositiveInt = 8
     seed: NonNegativeInt = 0
@@ -195,6 +196,11 @@ class RunConfig(Model):
     max_nonfinite_steps: number of consecutive steps with a non-finite loss or gradient after which the run stops.
     profile: print the time of each part of a step, and write a trace to the run directory.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "evaluation.steps": "evaluation.calls",
+        "on_policy.steps": "on_policy.calls",
+    }
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")]
     out: str = "runs"

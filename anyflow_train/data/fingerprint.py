@@ -47,6 +47,14 @@ def component_fingerprint(source: str, component: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_fingerprint(path: Path) -> str:
+    """Hash one file of weights. Raises OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        _update(digest, file)
+    return digest.hexdigest()[:16]
+
+
 def _folder(source: str, component: str) -> Path | None:
     root = Path(source)
     if not root.is_dir():

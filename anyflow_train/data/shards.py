@@ -20,7 +20,7 @@ from torch import Tensor
 
 from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
-from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
+from anyflow_train.data.manifest import MANIFEST, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
 from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote, public_location
 from anyflow_train.errors import UserError
 from anyflow_train.text import printable
@@ -84,13 +84,16 @@ class ShardSet:
         self._indices: dict[int, ShardIndex] = {}
 
     @classmethod
-    def open(cls, location: str, cache: str | None = None, cache_gib: float = 100.0) -> ShardSet:
+    def open(
+        cls, location: str, cache: str | None = None, cache_gib: float = 100.0, generation: int | None = None
+    ) -> ShardSet:
         """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
 
         Args:
             location: folder or URL.
             cache: folder for copies of remote shards; None uses a folder in the user's cache.
             cache_gib: largest size of the copies in GiB.
+            generation: state of a folder that has grown, counted from 0; None takes the newest one.
 
         Raises:
             UserError: the manifest or the prompts' embeddings cannot be read, or there are no samples.
@@ -100,10 +103,10 @@ class ShardSet:
         folder = remote or LocalFolder(Path(location))
         version, location = location.encode(), public_location(location)
         data = _read(folder, location, MANIFEST)
-        manifest = parse_manifest(data, f"{location}/{MANIFEST}")
+        manifest = parse_manifest(data, f"{location}/{MANIFEST}").at(generation)
         if remote:
             remote.version = hashlib.sha256(version + data).hexdigest()[:16]
-        texts = parse_prompt_texts(_read(folder, location, TEXT), manifest, f"{location}/{TEXT}")
+        texts = parse_prompt_texts(_read(folder, location, manifest.text), manifest, f"{location}/{manifest.text}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
         return cls(location, folder, manifest, texts)
@@ -114,12 +117,14 @@ class ShardSet:
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples per shard, in the order of their indices."""
-        return tuple(shard.samples for shard in self.manifest.shards)
+        return self.manifest.sizes
 
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
         number = bisect_right(self._starts, index) - 1
         shard, place = self.manifest.shards[number], index - self._starts[number]
+        for start, end in self.manifest.dropped.get(shard.name, ()):
+            place += end - start if place >= start else 0
         key = f"sample {place}"
         try:
             entries = self._index(number).entries

@@ -114,7 +114,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
 
     say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
     comparison = prepare(config, shards, teacher, codec, device, say)
-    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.steps}}
+    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.calls}}
     cells = comparison.rows(TEACHER, sets[TEACHER])
     for name, model in zip(_student_names(models), models, strict=True):
         sets[name] = sample_student(comparison, model, device, dtype)
@@ -159,7 +159,7 @@ def prepare(
     evaluator = SampleEvaluator(reference, *strata(captions, held_out.captions), config.bootstrap, config.seed)
     judge = None
     if config.oracle != "none":
-        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=32)
+        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=8)
     sampled = evaluator.sampled(fine, config.shift)
     return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, say)
 
@@ -185,7 +185,7 @@ def sample_student(
     """Sample a student at each number of calls, without guidance: guidance is part of the student's weights."""
     flow_map = on_device(model.network, device, dtype)
     inputs, sets = replace(comparison.inputs, conditioning=comparison.conditioning), {}
-    for steps in comparison.config.steps:
+    for steps in comparison.config.calls:
         latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
         sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
         distance = percentile(sets[steps].energy).as_distance()

@@ -85,7 +85,7 @@ def summary_lines(report: EvaluationReport) -> list[str]:
     models = list(dict.fromkeys(cell.model for cell in report.cells))
     rows = [["calls", *(f"{measure}: {model}" for measure in measures for model in models)]]
     cells = {(cell.model, cell.steps): cell for cell in reversed(report.cells)}
-    for steps in sorted(report.config.steps)[:3]:
+    for steps in sorted(report.config.calls)[:3]:
         rows.append([str(steps), *(text(cells[model, steps]) for text in measures.values() for model in models)])
     return markdown_table(rows)
 
@@ -122,7 +122,7 @@ def panels(report: EvaluationReport) -> list[Panel]:
     drawn = Panel(f"energy distance to {_reference(report)}", "log", distances, real=floor)
     seen = report.real.recognition
     if seen is None:
-        coarse = [cell for cell in report.cells if cell.steps in report.config.steps]
+        coarse = [cell for cell in report.cells if cell.steps in report.config.calls]
         errors = _curves(coarse, lambda cell: cell.trajectory_error)
         return [drawn, Panel("error to the teacher's fine solution (rms)", "log", errors)]
     rows = [cell.recognition.measures() for cell in report.cells if cell.recognition]

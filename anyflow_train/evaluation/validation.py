@@ -170,7 +170,7 @@ class InRunValidator:
         if prompts is None:
             return {}
         flow_map = guided(student, self.negative, self.config.guidance_scale)
-        return {steps: self._sample(self.sampler, flow_map, prompts, steps, interrupted) for steps in self.config.steps}
+        return {steps: self._sample(self.sampler, flow_map, prompts, steps, interrupted) for steps in self.config.calls}
 
     def _complete_reference(self, interrupted: Callable[[], bool]) -> None:
         """Make the teacher's solutions that the run directory lacks."""

@@ -29,7 +29,6 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `out` must not be written.
     """
     check_writable(out, overwrite)
-    check_parent(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.with_name(f".{out.name}.building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
@@ -47,8 +46,10 @@ def check_writable(out: Path, overwrite: bool) -> None:
     """Check that an export may write to a folder.
 
     Raises:
-        UserError: `out` is a file, holds files that no export wrote, or holds an export and `overwrite` is not set.
+        UserError: `out` cannot be written, is a file, holds files that no export wrote, or holds an export and
+            `overwrite` is not set.
     """
+    check_parent(out.parent)
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():

@@ -33,6 +33,8 @@ class Provenance:
         step: step of the checkpoint.
         base: name of the weights that the student started from; None for random weights.
         difference: relative root mean square difference between stock diffusers' outputs and the trained model's.
+        source: folder, hub id or checkpoint of `base`, which may be a path on the training machine.
+        lost: share of the trained change that truncated adapters lose, in [0, 1]; None for all other exports.
     """
 
     options: ExportConfig
@@ -42,10 +44,12 @@ class Provenance:
     step: int
     base: str | None
     difference: float
+    source: str | None = None
+    lost: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts for the marker file, without paths on the training machine."""
-        facts = {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "config")}
+        facts = {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "lost", "config")}
         network = self.network.model_dump(mode="json", include={"run", "sampling"})
         options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
         return network | options | facts

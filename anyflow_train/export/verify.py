@@ -39,6 +39,8 @@ TOLERANCES: dict[Precision, float] = {"fp32": MERGE_TOLERANCE, "bf16": 5e-2, "fp
 TIMES = ((1.0, 0.0), (1.0, 0.6), (0.8, 0.8), (0.5, 0.0), (0.2, 0.1))
 """Pairs (t, r) in [0, 1]: full and partial jumps, r = t, and a jump near the data."""
 SAMPLING_STEPS = 2
+FOLDED_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
+"""Arguments of a network whose file contains the second time at r = 0 in its only time embedding."""
 
 
 class WrongExport(RuntimeError):
@@ -89,6 +91,12 @@ def flow_map_outputs(network: Backbone | StockTransformer, probe: Probe) -> Tens
 def velocity_outputs(network: Backbone, probe: Probe) -> Tensor:
     """Compute instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
     return _call(network, probe, torch.tensor([(t, t) for t, _ in TIMES]))
+
+
+@torch.inference_mode()
+def outputs_at_zero(network: Backbone, probe: Probe) -> Tensor:
+    """Compute average velocities of whole jumps (r = 0) at all of `TIMES`, (B, F, C, H, W) float32."""
+    return _call(network, probe, torch.tensor([(t, 0.0) for t, _ in TIMES]))
 
 
 @torch.inference_mode()

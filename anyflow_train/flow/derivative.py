@@ -70,14 +70,16 @@ def _quotient(change: Tensor, span: Tensor, epsilon: float) -> Tensor:
 
 
 @torch.no_grad()
-def target_difference(
+def target_secant(
     flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition, epsilon: float
-) -> Tensor:
-    """Divide the difference of two calls around r by its span, without gradient: du/dr.
+) -> tuple[Tensor, Tensor]:
+    """Compute u and du/dr at r from two calls around r, without gradient.
 
-    Both times stay in [0, t], so the difference is of second order inside and of first order at the ends, also at
-    r = 0. A formula of three points to one side, of second order at r = 0, was tried and not kept: it amplifies noise
-    of the network, and its training diverged without full rebalancing (docs/objectives.md).
+    The derivative is the difference of the calls divided by its span, and u lies on the line between them. Both times
+    stay in [0, t]: u is exact at the ends, where one of the calls is at r, and of second order inside; the derivative
+    is of second order inside and of first order at the ends. A formula of three points to one side, of second order at
+    r = 0, was tried and not kept: it amplifies noise of the network, and its training diverged without full
+    rebalancing (docs/objectives.md).
 
     Args:
         flow_map: the average velocity u(x, t, r, c).
@@ -87,20 +89,24 @@ def target_difference(
         epsilon: half the span in time.
 
     Returns:
-        (B, F, C, H, W) derivative, float32 (float64 for float64 inputs); 0 if the span is below 1e-4.
+        u and du/dr, both (B, F, C, H, W) float32 (float64 for float64 inputs); du/dr is 0 if the span is below 1e-4.
     """
     x, t, r = (at_least_float32(a) for a in (x, t, r))
     after, before = torch.minimum(r + epsilon, t), (r - epsilon).clamp_min(0)
-    return _quotient(flow_map(x, t, after, condition) - flow_map(x, t, before, condition), after - before, epsilon)
+    later, earlier = flow_map(x, t, after, condition), flow_map(x, t, before, condition)
+    slope = _quotient(later - earlier, after - before, epsilon)
+    return earlier + expand_time(r - before, x) * slope, slope
 
 
 @torch.no_grad()
-def exact_target_derivative(flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-    """Compute du/dr exactly, like `exact_derivative`. Arguments and result are those of `target_difference`."""
+def exact_target_derivative(
+    flow_map: FlowMap, x: Tensor, t: Tensor, r: Tensor, condition: Condition
+) -> tuple[Tensor, Tensor]:
+    """Compute u and du/dr exactly, like `exact_derivative`. Arguments and result are those of `target_secant`."""
     x, t, r = (at_least_float32(a) for a in (x, t, r))
     with sdpa_kernel(SDPBackend.MATH):
-        derivative = torch.func.jvp(lambda time: flow_map(x, t, time, condition), (r,), (torch.ones_like(r),))[1]
-    return derivative.detach()
+        found = torch.func.jvp(lambda time: flow_map(x, t, time, condition), (r,), (torch.ones_like(r),))
+    return found[0].detach(), found[1].detach()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import ftfy
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanRMS_norm
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -64,6 +64,9 @@ class Codec:
             UserError: the source has no VAE of Wan2.1.
         """
         vae = _load_weights(AutoencoderKLWan, source, "vae", dtype)
+        for module in vae.modules():
+            if isinstance(module, WanRMS_norm):
+                module.__class__ = _ChannelNorm
         return cls(str(source), vae.to(device).eval().requires_grad_(False), torch.device(device), dtype)
 
     @torch.no_grad()
@@ -167,6 +170,15 @@ class Codec:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor([self.latents_mean, self.latents_std], device=self.device).view(2, -1, 1, 1, 1)
         return mean, std
+
+
+class _ChannelNorm(WanRMS_norm):
+    """diffusers' norm over the channels by a sum of squares. torch's own takes a third of the VAE's time on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.float()
+        scale = values.square().sum(1, keepdim=True).clamp_min_(1e-24).rsqrt_().mul_(self.scale)
+        return (values * scale).to(x.dtype) * self.gamma + self.bias
 
 
 def clean_prompt(text: str) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from anyflow_train.config import original
 from anyflow_train.config.network import Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
@@ -85,10 +86,11 @@ def open_pretrained(
     causal: Given | None = None,
     wan_times: Given = STUDENT_TIMES,
 ) -> PretrainedWeights:
-    """Open a Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id.
+    """Open a Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id, or weights of Wan's own repository.
 
     Args:
-        source: folder or hub id; its config determines the kind.
+        source: folder or hub id, whose config determines the kind; or one `.safetensors` file with the names of Wan's
+            own repository, as ComfyUI uses it.
         times: required `gate_value` and `deltatime_type`; None accepts those of the source.
         causal: makes the network causal, with any of the arguments in `CAUSAL`. For a causal checkpoint they must equal
             its own, except for the partition, which is a property of the clips. None keeps the kind of the source.
@@ -99,15 +101,24 @@ def open_pretrained(
             weights, or has other times or chunks than required.
     """
     place, config = _locate(source)
+    files, stored_name = None, str
+    if config.get("_class_name") == original.KIND:
+        files = _open_files(source, place)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+        config, prefix = (
+            original.architecture(shapes, source),
+            original.PREFIX * min(shapes).startswith(original.PREFIX),
+        )
+        stored_name = lambda name: prefix + original.original_name(name)  # noqa: E731
     check_pipeline(source, config, _pipeline_reader(source, place))
     kind, arguments = config.get("_class_name"), _arguments(source, config, times, causal, wan_times)
-    files, network = _open_files(source, place), build_empty(arguments)
+    files, network = files or _open_files(source, place), build_empty(arguments)
     is_wan = kind == WanTransformer3DModel.__name__
     tensors, left = {}, set(files)
     for name, parameter in network.named_parameters():
         if name.startswith(FAR) and kind != type(network).__name__:
             continue  # computed from the other patch embedding
-        stored = name.replace(DELTA, TIME) if is_wan else name
+        stored = stored_name(name.replace(DELTA, TIME) if is_wan else name)
         if stored not in files:
             raise UserError(str(source), f"has no weight {stored}, which its config requires")
         shape = tuple(files[stored].get_slice(stored).get_shape())
@@ -150,6 +161,8 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
         UserError: no transformer is found, or its config cannot be read.
     """
     path = Path(source)
+    if original.is_weights_file(path):
+        return None, {"_class_name": original.KIND}
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in [(".",), ("..",)]):
         raise UserError(str(source), "is neither a folder nor a hub id (owner/name)")
     for place in ("transformer", None):
@@ -168,6 +181,8 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:
+    if original.is_weights_file(source):
+        return lambda _name: {}
     if Path(source).is_dir():
         return folder_reader(Path(source) / (place or ""))
 
@@ -201,6 +216,8 @@ def _check_text_to_video(source: str | Path, config: Given) -> None:
 def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     """Open the weight files. Returns weight name -> open file."""
     folder = Path(source)
+    if original.is_weights_file(folder):
+        return {key: file for file in [open_weights(folder)] for key in file.keys()}  # noqa: SIM118 (safe_open)
     if not folder.is_dir():
         prefix = f"{place}/" if place else ""
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from anyflow_train.config import objectives as options
-from anyflow_train.flow.derivative import exact_target_derivative, target_difference
+from anyflow_train.flow.derivative import exact_target_derivative, target_secant
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time
-from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.guidance import Noised
 from anyflow_train.objectives.map_loss import OneTarget, velocity
 from anyflow_train.objectives.types import Roles
@@ -23,7 +22,7 @@ from anyflow_train.objectives.types import Roles
 
 @dataclass(frozen=True)
 class LagrangianObjective(OneTarget):
-    """The Lagrangian objective. For r < t it takes three calls of `derivative` and one of the (guided) teacher.
+    """The Lagrangian objective. For r < t it takes two calls of `derivative` and one of the (guided) teacher.
 
     With `objective.velocity=data` the velocity at the end of a jump is the student's own, `u(X, r, r)`, which
     learns from data at r = t (self-distillation, Boffi et al. 2025).
@@ -44,15 +43,10 @@ class LagrangianObjective(OneTarget):
         """Compute `v(X, r) + (t - r) d_r u`, (B, F, C, H, W)."""
         x, t, r, condition = sample.x, sample.t, sample.r, sample.condition
         length = expand_time(t - r, x)
-        u = roles.derivative(x, t, r, condition)
-        slope = self._slope(roles.derivative, sample)
+        at = (roles.derivative, x, t, r, condition)
+        exact = self.config.derivative == "jvp"
+        u, slope = exact_target_derivative(*at) if exact else target_secant(*at, self.config.epsilon)
         end = replace(sample, x=x - length * u, t=r)
         own = self.config.velocity == "data"
         found = roles.derivative(end.x, r, r, condition) if own else velocity(self.config, roles, end)
         return found + length * slope
-
-    def _slope(self, flow_map: FlowMap, sample: Noised) -> Tensor:
-        """Compute du/dr."""
-        at = (flow_map, sample.x, sample.t, sample.r, sample.condition)
-        jvp = self.config.derivative == "jvp"
-        return exact_target_derivative(*at) if jvp else target_difference(*at, self.config.epsilon)

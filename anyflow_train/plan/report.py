@@ -136,7 +136,7 @@ def _validation(config: RunConfig, options: PlanOptions, found: DryRun) -> Itera
 
     if STUDENT in found.calls:
         made = samples(compared_samples(config)) + samples(evaluation.videos)
-        yield "a validation", made * sum(evaluation.steps) * found.calls[STUDENT] / speed
+        yield "a validation", made * sum(evaluation.calls) * found.calls[STUDENT] / speed
     if TEACHER in found.calls:
         made = samples(evaluation.samples) * evaluation.reference_calls
         yield "teacher's reference, once", made * found.calls[TEACHER] / speed

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.network import Architecture, Student, published
+from anyflow_train.config.original import architecture, is_weights_file, read_shapes
 from anyflow_train.config.pipelines import read_object
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
@@ -35,7 +36,9 @@ NEVER = 0.999
 def stored_architecture(source: str | None) -> Architecture | None:
     """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
     for place in ("transformer", ".") if source else ():
-        stored = read_object(Path(source or "") / place / "config.json")
+        path = Path(source or "")
+        alone = is_weights_file(path)
+        stored = architecture(read_shapes(path), path) if alone else read_object(path / place / "config.json")
         with suppress(ValueError):  # a run that starts from this folder says what is wrong with it
             if stored:
                 return Architecture.model_validate({k: v for k, v in stored.items() if k in Architecture.model_fields})

@@ -28,7 +28,7 @@ def write_board(folder: Path, combinations: Sequence[Combination], report: Mappi
         report: content of `report.json`.
     """
     cells = {(cell["model"], cell["steps"]): _measures(cell) for cell in report["cells"]}
-    calls = sorted(report["config"]["steps"])
+    calls = sorted(report["config"]["calls"])
     groups: dict[str, list[Combination]] = {}
     for one in combinations:
         groups.setdefault(one.group, []).append(one)

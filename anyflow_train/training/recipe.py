@@ -137,7 +137,7 @@ def _on_policy_updates(
     """Add distribution matching before the terms of the student's updates, and the update of the fake score."""
     latent = latent_shape(config.data, config.student.architecture.in_channels)
     chunks = Chunks.of(config.student.architecture)
-    rollouts = Rollouts(latent, on_policy.steps, on_policy.shift, on_policy.first_jump, chunks)
+    rollouts = Rollouts(latent, on_policy.calls, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
     weight, every = on_policy.objective_weight, on_policy.fake_score.updates

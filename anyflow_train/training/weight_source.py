@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import Size, Tensor, device
 
 from anyflow_train.config.network import Lora, Student
+from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
@@ -129,8 +130,8 @@ def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str
     """Open the network of any source. The adapter of a run is not merged (see `WeightSource.merged`).
 
     Args:
-        source: Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id; run directory (its best checkpoint,
-            else its latest) or checkpoint folder.
+        source: Wan2.1 or AnyFlow pipeline folder, transformer folder or hub id; file of original Wan2.1 weights; run
+            directory (its best checkpoint, else its latest) or checkpoint folder.
         weights: `ema` or `raw` weights of a run. The base of its adapter always has averaged weights.
         wan_times: `gate_value` and `deltatime_type` of a network that is built from a Wan2.1 transformer.
 
@@ -154,6 +155,15 @@ def open_role(key: str, source: str) -> WeightSource:
         UserError: it cannot be loaded.
     """
     return _explained(key, lambda: open_source(source).merged())
+
+
+def open_base(network: NetworkFile) -> WeightSource:
+    """Open the network that a run started from, also if the run trained all of it. Its adapters are merged.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return _base_of_adapter(network, ()).merged()
 
 
 def base_of(network: NetworkFile) -> str | None:
@@ -190,8 +200,8 @@ def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
 
 
 def _name(source: str) -> str:
-    """Name of a folder or hub id in diffusers' layout, equal for all spellings of a folder."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+    """Name of a folder, a file of weights or a hub id, equal for all spellings of a path."""
+    return str(Path(source).resolve()) if Path(source).is_dir() or is_weights_file(source) else source
 
 
 def _of_run(trained: TrainedWeights, seen: tuple[Path, ...]) -> WeightSource:

@@ -37,7 +37,7 @@ def test_a_run_gives_a_video_for_every_prompt_seed_and_number_of_calls(tmp_path:
     trained, prompts = make_run(tmp_path, LORA), tmp_path / "prompts.txt"
     prompts.write_text("a blue square, moving UP!\n\na red ball\n")
     out = tmp_path / "out"
-    sample.run(config(trained, out, prompt="a red ball", prompts=(str(prompts),), steps=(1, 2), seeds=(3, 4)))
+    sample.run(config(trained, out, prompt="a red ball", prompts=(str(prompts),), calls=(1, 2), seeds=(3, 4)))
     files = [video["file"] for video in json.loads((out / "index.json").read_text())["videos"]]
     assert len(files) == 2 * 2 * 2
     assert files[0] == "000_a-red-ball_seed3_calls1.mp4"
@@ -52,11 +52,11 @@ def test_a_run_gives_a_video_for_every_prompt_seed_and_number_of_calls(tmp_path:
 def test_an_exported_folder_gives_what_stock_diffusers_gives(tmp_path: Path):
     exported = tmp_path / "exported"
     trained = make_run(tmp_path, FULL)
-    export.run(ExportConfig(checkpoint=str(trained), out=str(exported), precision="fp32"))
+    export.run(ExportConfig(model=str(trained), out=str(exported), precision="fp32"))
     written: list[np.ndarray] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "write_mp4", lambda path, frames, fps: written.append(frames))
-        sample.run(config(exported, tmp_path / "out", steps=(2,), seeds=(5,)))
+        sample.run(config(exported, tmp_path / "out", calls=(2,), seeds=(5,)))
     pipeline = diffusers.AnyFlowPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
     video = pipeline(
@@ -153,7 +153,7 @@ def test_a_causal_model_goes_on_from_what_it_is_given(tmp_path: Path, key: str, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "Codec", Watched)
-        sample.run(config(trained, tmp_path / "out", steps=(2,), **{key: str(clip)}, **options))
+        sample.run(config(trained, tmp_path / "out", calls=(2,), **{key: str(clip)}, **options))
     expected = codec.encode_video(wanted[None])
     assert expected.shape[1] == (given - 1) // 4 + 1
     assert torch.equal(seen[0][:, : expected.shape[1]], expected)
@@ -163,7 +163,7 @@ def test_a_causal_model_goes_on_from_what_it_is_given(tmp_path: Path, key: str, 
 def test_a_student_that_has_seen_conditioning_frames_goes_on_from_an_image(tmp_path: Path):
     trained = make_run(tmp_path, FULL, i2v_probability=0.2)
     clip = write_clip(tmp_path / "clip.mp4", 5)
-    sample.run(config(trained, tmp_path / "out", steps=(1,), video=str(clip)))
+    sample.run(config(trained, tmp_path / "out", calls=(1,), video=str(clip)))
     assert len(json.loads((tmp_path / "out" / "index.json").read_text())["videos"]) == 1
 
 

@@ -241,3 +241,22 @@ def test_another_policy_of_checkpointing_is_refused() -> None:
         "valid are none, block, selective"
         in errors(TINY, "student.gradient_checkpointing=all")["student.gradient_checkpointing"]
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "now"),
+    [
+        ("train", "evaluation.steps", "evaluation.calls"),
+        ("train", "on_policy.steps", "on_policy.calls"),
+        ("sample", "steps", "calls"),
+        ("evaluate", "steps", "calls"),
+    ],
+)
+def test_an_old_name_of_a_key_says_the_new_one(command: str, key: str, now: str) -> None:
+    with pytest.raises(UserError) as raised:
+        compose(command, [f"{key}=[1,2]"])
+    assert f"{key}: is now called {now}" in str(raised.value).splitlines()
+
+
+def test_the_model_of_an_export_has_an_alias() -> None:
+    assert compose("export", ["checkpoint=runs/a", "out=b"]).model == "runs/a"

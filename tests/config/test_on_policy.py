@@ -44,7 +44,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         ({"teacher.source": None, "teacher.codec": "x"}, "teacher.source", "choose on_policy=none"),
         ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "must be below"),
         ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "must be below"),
-        ({"on_policy.steps": [1]}, "on_policy.steps", "above 1"),
+        ({"on_policy.calls": [1]}, "on_policy.calls", "above 1"),
         ({"on_policy.fake_score.adapter": LORA}, "on_policy.fake_score.adapter", "student/adapter=lora"),
         (
             {"on_policy.fake_score.adapter": LORA, "student.adapter": LORA, "on_policy.fake_score.init": "another"},
@@ -84,7 +84,7 @@ def test_published_hyperparameters(size: str, twin: str) -> None:
     config: RunConfig = compose("train", [f"experiment=wan{size}_on_policy{twin}"])
     on_policy, optimizer = config.on_policy, config.optimizer
     assert isinstance(on_policy, DistributionMatching)
-    assert on_policy.steps == (2, 4, 8, 16, 50)
+    assert on_policy.calls == (2, 4, 8, 16, 50)
     assert (on_policy.guidance_scale, on_policy.weight, on_policy.objective_weight) == (4.0, 1.0, 1.0)
     assert (on_policy.fake_score.updates, on_policy.fake_score.lr) == (1, 2e-6)
     assert (on_policy.score_times.distribution, on_policy.fake_score.times.distribution) == ("uniform", "logit_normal")

@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {
     "optimizer.warmup_steps": 50,
     "optimizer.ema.start_step": 0,
     "evaluation.every": 200,
-    "evaluation.steps": [1, 2, 4, 8],
+    "evaluation.calls": [1, 2, 4, 8],
     "evaluation.best_metric": "energy_distance_4",
     "evaluation.shift": 5.0,
     "evaluation.oracle": "shapes",

@@ -56,7 +56,7 @@ def run(folder: Path, out: str, **options) -> EvaluationReport:
         "models": (str(folder / "run"),),
         "teacher": str(folder / "base"),
         "held_out": str(folder / "held_out"),
-        "steps": (1, 2),
+        "calls": (1, 2),
         "samples": 10,
         "held_out_samples": 24,
         "fine_steps": 4,
@@ -100,14 +100,14 @@ def test_the_teacher_as_its_own_student_is_as_good_as_itself(folder: Path):
 
 
 def test_fine_guided_samples_are_near_the_guided_reference(folder: Path):
-    report = run(folder, "guided", reference="guided_teacher", guidance_scale=3.0, videos=0, steps=(2,))
+    report = run(folder, "guided", reference="guided_teacher", guidance_scale=3.0, videos=0, calls=(2,))
     fine = report.cells[-1].energy_distance
     # Equal distributions, drawn from other noise: zero is within the interval.
     assert fine.low <= 0 <= fine.high
 
 
 def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder: Path):
-    run(folder, "near", training_shards=str(folder / "training"), models=(), videos=0, steps=(1,))
+    run(folder, "near", training_shards=str(folder / "training"), models=(), videos=0, calls=(1,))
     report = json.loads((folder / "near" / "report.json").read_text())
     assert [(cell["model"], cell["steps"]) for cell in report["cells"]] == [("teacher", 1), ("teacher", 4)]
     # Every held-out clip is in the training shards. No sample of a random network is.
@@ -123,7 +123,7 @@ def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder
 
 def test_a_student_called_teacher_is_told_from_the_teacher(folder: Path):
     (folder / "teacher").symlink_to(folder / "base")
-    report = run(folder, "named", models=(str(folder / "teacher"),), videos=0, steps=(1,))
+    report = run(folder, "named", models=(str(folder / "teacher"),), videos=0, calls=(1,))
     assert [cell.model for cell in report.cells] == ["teacher", "teacher (student)", "teacher"]
 
 
@@ -135,7 +135,7 @@ def test_validation_during_a_run_gives_the_numbers_of_the_report(folder: Path):
     settings["data"] |= {"shards": str(folder / "held_out"), "text_lengths": [8]}
     settings["evaluation"] = {
         "held_out": str(folder / "held_out"),
-        "steps": [1, 2],
+        "calls": [1, 2],
         "samples": 10,
         "batch": 3,
         "videos": 0,
@@ -155,7 +155,7 @@ def test_validation_during_a_run_gives_the_numbers_of_the_report(folder: Path):
 
 
 def test_results_do_not_depend_on_the_batch(folder: Path):
-    cells = [run(folder, f"batch{batch}", batch=batch, videos=0, steps=(2,)).cells for batch in (3, 10)]
+    cells = [run(folder, f"batch{batch}", batch=batch, videos=0, calls=(2,)).cells for batch in (3, 10)]
     for left, right in zip(*cells, strict=True):
         assert left.energy_distance.value == pytest.approx(right.energy_distance.value, abs=1e-4)
 

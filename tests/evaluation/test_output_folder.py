@@ -71,7 +71,7 @@ def test_every_command_finds_a_wrong_out_before_its_work(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"^out: .* cannot be written"):
         evaluate.run(EvaluateConfig(out=out, models=(), held_out="/nowhere", teacher="/nowhere"))
     with pytest.raises(UserError, match=r"^out: .* cannot be written"):
-        export(ExportConfig(checkpoint="/nowhere", out=out))
+        export(ExportConfig(model="/nowhere", out=out))
     with pytest.raises(UserError, match=r"^out: .* cannot be written"):
         clips.run(ClipsConfig(out=out))
     with pytest.raises(UserError, match=r"^out: .* cannot be written"):
@@ -81,7 +81,7 @@ def test_every_command_finds_a_wrong_out_before_its_work(tmp_path: Path) -> None
 def test_clips_of_two_models_with_one_name_do_not_mix(tmp_path: Path) -> None:
     run = make_run(tmp_path, FULL)
     shutil.copytree(run, tmp_path / "copy")
-    options = {"precision": "fp32", "text_length": 16, "device": "cpu", "steps": (1,), "out": str(tmp_path / "out")}
+    options = {"precision": "fp32", "text_length": 16, "device": "cpu", "calls": (1,), "out": str(tmp_path / "out")}
     for same in (run, tmp_path / "copy"):
         sample.run(SampleConfig(model=str(same), prompts=("a",), **options))
     (tmp_path / "other").mkdir()

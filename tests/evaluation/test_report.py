@@ -22,7 +22,7 @@ def recognition(accuracy: float, sharpness: float) -> Recognition:
 
 def make_report(*seen: Recognition, real: Recognition | None = None, **options: Any) -> EvaluationReport:
     """A report on a teacher and one student; `seen` are the oracle's results of its five rows."""
-    settings: dict[str, Any] = {"out": "out", "models": ("runs/a",), "teacher": "t", "held_out": "h", "steps": (1, 2)}
+    settings: dict[str, Any] = {"out": "out", "models": ("runs/a",), "teacher": "t", "held_out": "h", "calls": (1, 2)}
     config = EvaluateConfig(**settings | {"samples": 8} | options)
     cells = [
         ResultRow("teacher", 1, 1.0, estimate(5), estimate(1), estimate(0.9)),
@@ -77,7 +77,7 @@ def test_the_summary_compares_the_models_at_few_calls():
     ]
     assert len(lines) == 2 + 2
     assert "| 0.100 [0.000, 0.200] | 0.600 [0.500, 0.700] |" in lines[2]
-    assert len(summary_lines(make_report(steps=(1, 2), models=()))) == 4
+    assert len(summary_lines(make_report(calls=(1, 2), models=()))) == 4
 
 
 def test_the_panels_have_the_fine_solution_where_it_is_a_result():

@@ -29,7 +29,7 @@ EVALUATION = {
     "reference": "teacher",
     "reference_calls": 8,
     "reference_videos": 0,
-    "steps": [2, 8],
+    "calls": [2, 8],
     "samples": 6,
     "batch": 2,
     "videos": 0,
@@ -225,7 +225,7 @@ def test_images_have_no_motion_and_without_a_codec_nothing_is_decoded(clips: Ten
 def run_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """A stage-1 run on data, whose teacher is only the reference."""
     write_networks(folder)
-    evaluation = {**EVALUATION, "every": 2, "reference_calls": 4, "steps": [1, 2], "best_metric": "rms_2"}
+    evaluation = {**EVALUATION, "every": 2, "reference_calls": 4, "calls": [1, 2], "best_metric": "rms_2"}
     teacher = {"source": str(folder / "teacher"), "codec": "none"}
     return settings(folder, evaluation=evaluation, teacher=teacher, **changes)
 

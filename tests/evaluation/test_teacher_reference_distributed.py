@@ -28,7 +28,7 @@ def config(folder: Path, name: str) -> dict[str, Any]:
     run["teacher"] = {"source": str(folder / "teacher"), "codec": "none"}
     run["objective"]["schedule"] = [{"changes": {"objective.epsilon": 0.05}, "steps": 2}]
     run["evaluation"] = {"every": 2, "reference": "teacher", "reference_calls": 4, "reference_videos": 0}
-    run["evaluation"] |= {"steps": [1, 2], "samples": 5, "batch": 2, "videos": 0, "best_metric": "rms_2"}
+    run["evaluation"] |= {"calls": [1, 2], "samples": 5, "batch": 2, "videos": 0, "best_metric": "rms_2"}
     return run
 
 

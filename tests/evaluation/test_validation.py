@@ -26,7 +26,7 @@ from anyflow_train.training.validation import Validation
 from tests.evaluation.distances import energy_distance
 from tests.training.helpers import SHAPE, settings, write_latents
 
-EVALUATION = {"every": 1, "steps": [1, 2], "samples": 6, "batch": 4, "videos": 0}
+EVALUATION = {"every": 1, "calls": [1, 2], "samples": 6, "batch": 4, "videos": 0}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ class Full:
 
 
 def test_a_batch_that_does_not_fit_is_sampled_in_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    validator, full = validator_of(folder, steps=[1], samples=7, batch=4), Full(1)
+    validator, full = validator_of(folder, calls=[1], samples=7, batch=4), Full(1)
     whole, parts = validator(stay, folder, go()), validator(full, folder, go())
     assert whole is not None
     assert parts == whole
@@ -149,7 +149,7 @@ def test_a_batch_that_does_not_fit_is_sampled_in_parts(folder: Path, capsys: pyt
 
 
 def test_a_validation_that_does_not_fit_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validator_of(folder, steps=[1])(Full(0), folder, go()) is None
+    assert validator_of(folder, calls=[1])(Full(0), folder, go()) is None
     warning = capsys.readouterr().err
     assert "warning: validation: one sample does not fit into memory, left out; the run goes on" in warning
     assert "micro_batch" not in warning
@@ -190,7 +190,7 @@ def test_a_decoder_that_does_not_fit_leaves_the_validation_out(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    codec, validator = small_codec(), validator_of(folder, steps=[1])
+    codec, validator = small_codec(), validator_of(folder, calls=[1])
     monkeypatch.setattr(codec.vae, "decode", full)
     assert dataclasses.replace(validator, shown=validator.compared, codec=codec)(stay, folder, go()) is None
     assert "decoding does not fit into memory, left out; the run goes on" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.export.parts import write_index
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.writing import save_checkpoint
@@ -32,12 +33,13 @@ ARCHITECTURE = {
 }
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, architecture: dict[str, Any] = ARCHITECTURE) -> Path:
     """Make a whole Wan2.1 pipeline folder with the embedded codec and a random transformer."""
     torch.manual_seed(0)
     for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
         shutil.copytree(TINY_WAN / part, folder / part)
-    WanTransformer3DModel(**ARCHITECTURE).save_pretrained(folder / "transformer")
+    WanTransformer3DModel(**architecture).save_pretrained(folder / "transformer")
+    write_index(folder, "WanPipeline", boundary_ratio=None, expand_timesteps=False, transformer_2=[None, None])
     return folder
 
 
@@ -50,27 +52,32 @@ def make_run(
     gate: float = 0.25,
     deltatime: str = "r",
     causal: dict[str, Any] | None = None,
+    init: str | None = "base",
+    architecture: dict[str, Any] | None = None,
+    kind: str = "flow_map",
     **context: float,
 ) -> Path:
     """Make a run directory with one checkpoint at step 7, with different EMA and raw weights.
 
     Clips have 5 frames, those of causal students 9.
     """
-    base = folder / "base"
+    base, shape = folder / (init or "base"), {**ARCHITECTURE, **(architecture or {})}
+    if not base.exists():
+        make_base(base, shape)
     config = RunConfig.model_validate(
         {
             "name": "run",
             "out": str(folder),
             "steps": 10,
             "student": {
-                "init": str(base if base.exists() else make_base(base)),
-                "architecture": {**ARCHITECTURE, "causal": causal},
+                "init": init and str(base),
+                "architecture": {**shape, "causal": causal},
                 "gate_value": gate,
                 "deltatime_type": deltatime,
                 "adapter": adapter,
             },
             "teacher": {"source": str(base)},
-            "objective": {"kind": "flow_map"},
+            "objective": {"kind": kind},
             "context": context,
             "data": {"shards": "shards", "frames": 9 if causal else 5, "height": 32, "width": 32},
         }

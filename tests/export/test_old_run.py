@@ -47,7 +47,7 @@ def test_it_is_loaded_for_sampling(old_run: Path, run: str, weights: str) -> Non
 
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_it_is_exported(old_run: Path, run: str) -> None:
-    export(ExportConfig(checkpoint=f"trained/{run}", out="out", precision="fp32"))
+    export(ExportConfig(model=f"trained/{run}", out="out", precision="fp32"))
     pipeline = diffusers.AnyFlowPipeline.from_pretrained("out")
     assert_as_before(pipeline.transformer, f"{run}.ema")
     pipeline.set_progress_bar_config(disable=True)

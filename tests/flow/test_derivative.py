@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_train.flow.derivative import Ends, central_difference, exact_derivative
+from anyflow_train.flow.derivative import (
+    Ends,
+    central_difference,
+    exact_derivative,
+    exact_target_derivative,
+    target_secant,
+)
 from anyflow_train.flow.path import expand_time
 from anyflow_train.flow.types import Condition
 from tests.flow.oracles import NO_TEXT, GaussianData
@@ -113,6 +119,24 @@ def test_free_ends_leave_the_interval_as_published() -> None:
     total = central_difference(recorded, x, t, r, NO_TEXT, x, 0.005, "free")
     assert seen == pytest.approx([1.004, 0.994], abs=1e-15)
     torch.testing.assert_close(total, torch.full_like(x, 2 * 0.999), rtol=0, atol=1e-12)
+
+
+def test_a_secant_in_the_target_time_is_exact_at_the_ends_and_of_second_order_inside() -> None:
+    """Of x + 2 r + 3 r^2, a line through r - e and r + e is 3 e^2 above u at r, and has the slope of u at r."""
+
+    def parabola(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        return x + expand_time(2 * r + 3 * r**2, x)
+
+    x = torch.randn(4, 1, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.9, 0.9, 0.5, 0.0], dtype=torch.float64)
+    r = torch.tensor([0.4, 0.0, 0.5, 0.0], dtype=torch.float64)  # inside, r = 0, r = t, no span
+    u, slope = target_secant(parabola, x, t, r, NO_TEXT, epsilon=0.1)
+    exact, exact_slope = exact_target_derivative(parabola, x, t, r, NO_TEXT)
+    torch.testing.assert_close(exact, parabola(x, t, r, NO_TEXT), rtol=0, atol=0)
+    errors = [(u - exact).flatten().tolist(), (slope - exact_slope).flatten().tolist()]
+    # At an end the difference belongs to the middle of its span, where the slope differs by 6 e / 2.
+    assert errors[0] == pytest.approx([0.03, 0, 0, 0], abs=1e-12)
+    assert errors[1] == pytest.approx([0, 0.3, -0.3, -2], abs=1e-12)
 
 
 def test_published_rounding_divides_a_span_of_8_by_10() -> None:

@@ -84,8 +84,8 @@ CASES: dict[str, list[str]] = {
     "lora": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=none"],
     "lora, block": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=block"],
     "lora, selective": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=selective"],
-    "stage 2, full": ["wan1_3b_on_policy", *FULL, "on_policy.steps=[2]", "engine.micro_batch=2"],
-    "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.steps=[2]", "engine.micro_batch=2"],
+    "stage 2, full": ["wan1_3b_on_policy", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
     "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
 }
 # Every call of a rollout chunk by chunk is computed once for its kind.

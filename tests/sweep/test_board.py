@@ -26,7 +26,7 @@ def test_seeds_of_a_variant_are_averaged(tmp_path: Path) -> None:
     values = {"teacher": 4.0, "a_seed-1": 1.0, "a_seed-2": 2.0, "b_seed-1": 0.5, "b_seed-2": 0.7}
     report = {
         "cells": [cell(name, calls, value / calls) for name, value in values.items() for calls in (1, 2)],
-        "config": {"steps": [2, 1], "reference": "data"},
+        "config": {"calls": [2, 1], "reference": "data"},
         "real": {"energy_floor": 0.3},
     }
     text = write_board(tmp_path, runs, report)

@@ -202,7 +202,7 @@ def test_arms_are_combined_with_all_values(tmp_path: Path) -> None:
     assert [one.label for one in combinations] == ["plain_seed-1", "plain_seed-2", "short_seed-1", "short_seed-2"]
     assert [one.group for one in combinations] == ["plain", "plain", "short", "short"]
     assert [(one.config.steps, one.config.objective.kind) for one in combinations[1:3]] == [
-        (9, "mixed"),
+        (9, "lagrangian"),
         (7, "semigroup"),
     ]
     for one in combinations:
@@ -275,7 +275,7 @@ def test_a_real_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     manifest = (shards / "manifest.json").read_text()
     own_vae = component_fingerprint(asset("tiny-wan"), "vae")
     (shards / "manifest.json").write_text(manifest.replace('"abc"', f'"{own_vae}"'))
-    small = ["samples=4", "held_out_samples=8", "steps=[1]", "fine_steps=1", "bootstrap=9", "videos=0", "oracle=none"]
+    small = ["samples=4", "held_out_samples=8", "calls=[1]", "fine_steps=1", "bootstrap=9", "videos=0", "oracle=none"]
     evaluate = ["experiment=tiny_evaluate", f"held_out={shards}", *small]
     given = [TINY, f"out={tmp_path}", f"data.shards={shards}", "evaluation=none", "log_every=1,2", "steps=2"]
     given += ["engine.global_batch=8", "engine.micro_batch=8", "data.text_lengths=[16]"]

@@ -99,7 +99,7 @@ def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
     """A stage-2 run: the same, and the fake score's update after the student's; writes the networks that it needs."""
     write_networks(folder)
     options = {
-        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": {"init": str(folder / "teacher")}},
+        "on_policy": {"kind": "distribution_matching", "calls": [2], "fake_score": {"init": str(folder / "teacher")}},
         "student__init": str(folder / "network"),
         "student__time_frequency_limit": None,
         "teacher": {"source": str(folder / "teacher"), "codec": "none"},

@@ -114,7 +114,7 @@ def second_stage(stages: Stages, name: str, objective_weight: float, steps: int 
     second["optimizer"] = optimizer(2e-4, 0.97, betas=(0.0, 0.999), warmup_steps=0)
     second["on_policy"] = {
         "kind": "distribution_matching",
-        "steps": [2, 4, 8],
+        "calls": [2, 4, 8],
         "objective_weight": objective_weight,
         "fake_score": {"init": str(stages.teacher), "lr": 5e-4},
     }

@@ -36,7 +36,7 @@ def stage_2(folder: Path, name: str, start: str, **changes: Any) -> dict[str, An
     config["student"] |= {"init": str(folder / start), "time_frequency_limit": None}
     config["teacher"] = {"source": str(folder / "teacher")}
     fake = {"init": str(folder / "teacher"), "lr": 2e-3, "updates": 2}
-    return {**config, "on_policy": {"kind": "distribution_matching", "steps": [1, 4], "fake_score": fake}}
+    return {**config, "on_policy": {"kind": "distribution_matching", "calls": [1, 4], "fake_score": fake}}
 
 
 def logged(run: Path) -> list[dict[str, float]]:

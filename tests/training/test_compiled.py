@@ -83,7 +83,7 @@ def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None)
         "student__gradient_checkpointing": "selective",
         "student__time_frequency_limit": None,
         "teacher": {"source": source, "codec": "none"},
-        "on_policy": {"kind": "distribution_matching", "steps": [2], "fake_score": fake_score},
+        "on_policy": {"kind": "distribution_matching", "calls": [2], "fake_score": fake_score},
     }
     assert_same_training(settings(tmp_path, data__text_lengths=[4], **options), lr=rate)
 

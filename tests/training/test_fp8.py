@@ -47,7 +47,7 @@ def in_stage_2(folder: Path, adapter: dict[str, Any], **changes: Any) -> dict[st
     """The fake score is the teacher's network, or an adapter on it as the student is."""
     config = adapted(folder, teacher__source=str(folder / "network"), student__adapter=adapter, **changes)
     fake = {"init": str(folder / "network"), "adapter": adapter}
-    config["on_policy"] = {"kind": "distribution_matching", "steps": [2], "fake_score": fake}
+    config["on_policy"] = {"kind": "distribution_matching", "calls": [2], "fake_score": fake}
     return config
 
 

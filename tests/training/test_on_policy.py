@@ -53,7 +53,7 @@ def on_policy(folder: Path, **changes: Any) -> dict[str, Any]:
     config = settings(folder, **{"log_every": 1, "optimizer__lr": 1e-3, **changes})
     config["student"] |= {"init": str(folder / "network"), "time_frequency_limit": None}
     config["teacher"] = {"source": str(folder / "teacher")}
-    matching = {"kind": "distribution_matching", "steps": [2, 4], **config.get("on_policy", {})}
+    matching = {"kind": "distribution_matching", "calls": [2, 4], **config.get("on_policy", {})}
     fake = {"init": str(folder / "teacher"), "lr": 5e-3, "updates": 2}
     config["on_policy"] = {**matching, "fake_score": {**fake, **matching.get("fake_score", {})}}
     return config

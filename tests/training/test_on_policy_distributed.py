@@ -41,7 +41,7 @@ def config(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[st
     run["teacher"] = {"source": str(folder / "teacher")}
     run["on_policy"] = {
         "kind": "distribution_matching",
-        "steps": [2, 4],
+        "calls": [2, 4],
         "guidance_scale": 2.0,
         "fake_score": {"init": str(folder / "teacher"), "lr": 2e-3, "updates": 2, "rollout": "student"},
     }

@@ -30,9 +30,9 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
         low, high = f"on_policy.{name}.low", f"on_policy.{name}.high"
         if times.low >= times.high:
             yield Finding((low, high), f"{times.low:g} must be below {high}={times.high:g}; lower it")
-    if max(settings.steps) == 1:
-        problem = f"{list(settings.steps)} trains only the jump from noise to data; add a number above 1"
-        yield Finding(("on_policy.steps",), problem)
+    if max(settings.calls) == 1:
+        problem = f"{list(settings.calls)} trains only the jump from noise to data; add a number above 1"
+        yield Finding(("on_policy.calls",), problem)
 
 
 def _one_base(config: RunConfig, settings: DistributionMatching) -> Iterator[Finding]:

@@ -83,10 +83,10 @@ def _teacher_reference(config: RunConfig) -> Iterator[Finding]:
 
 def _best_metric(evaluation: Evaluation) -> Iterator[Finding]:
     metrics = DISTANCES[evaluation.reference] + (ORACLE_METRICS if evaluation.oracle != "none" else ())
-    valid = [f"{metric}_{steps}" for metric in metrics for steps in evaluation.steps]
+    valid = [f"{metric}_{calls}" for metric in metrics for calls in evaluation.calls]
     if evaluation.best_metric in valid:
         return
     problem = f"{evaluation.best_metric!r} is not measured; nearest is {nearest(evaluation.best_metric, valid, 0.0)!r}"
-    possible = f"metrics {', '.join(metrics)}, each at evaluation.steps={list(evaluation.steps)}"
-    keys = ("evaluation.best_metric", "evaluation.steps", "evaluation.oracle")
+    possible = f"metrics {', '.join(metrics)}, each at evaluation.calls={list(evaluation.calls)}"
+    keys = ("evaluation.best_metric", "evaluation.calls", "evaluation.oracle")
     yield Finding(keys, f"{problem} ({possible})")

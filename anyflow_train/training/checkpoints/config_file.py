@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 
-FORMAT = 1
-RENAMES: Mapping[int, Mapping[str, str]] = {}
+FORMAT = 2
+RENAMES: Mapping[int, Mapping[str, str]] = {2: RunConfig.renamed}
 """Format -> {old dotted key: new dotted key}, for the keys that this format renamed. A key may name a whole group.
 
 To rename a key, add an entry under `FORMAT + 1` and increase `FORMAT`.

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
-from anyflow_train.data.fingerprint import component_fingerprint, known
+from anyflow_train.data.fingerprint import component_fingerprint, file_fingerprint, known
 from anyflow_train.data.index import index_name
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
@@ -77,6 +78,8 @@ def network_fact(source: str) -> str | None:
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         checkpoint = resolve_checkpoint(path)
         return f"{checkpoint.name} of run {read_network(checkpoint).run} ({read_checksum(checkpoint)[:12]})"
+    if is_weights_file(path):
+        return f"a network ({file_fingerprint(path)[:12]})"
     alone = path.is_dir() and not (path / "transformer").is_dir()
     where, part = (str(path.resolve().parent), path.resolve().name) if alone else (str(path), "transformer")
     found = known(component_fingerprint(where if path.is_dir() else source, part))

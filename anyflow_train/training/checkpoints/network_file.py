@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from anyflow_train.config.network import Lora, Student
+from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.config_file import first_key
@@ -137,13 +138,13 @@ class NetworkFile(_Stored):
         shape = dict(_part(student, "architecture"))
         causal = shape.pop("causal", None) or {}
         times = {name: student[name] for name in TIMES if name in student}
-        objective = _part(config, "objective")
+        objective, source = _part(config, "objective"), teacher.get("source") or ""
         content = {
             "run": config.get("name", ""),
             "arguments": {**shape, **causal, "gate_value": 0.25, "deltatime_type": "r", **times},
             "adapter": student.get("adapter"),
             "init": student.get("init"),
-            "codec": teacher.get("codec") or teacher.get("source"),
+            "codec": teacher.get("codec") or (None if is_weights_file(source) else source or None),
             "shards": _part(config, "data").get("shards"),
             "sampling": Sampling.of(config),
             "training": {

@@ -94,7 +94,7 @@ def _candidates(config: VBenchConfig, prompts: list[Prompt], device: torch.devic
                 config.seed,
                 closed=config.prompts is not None,
             )
-            for calls in dict.fromkeys(config.steps)
+            for calls in dict.fromkeys(config.calls)
         ]
         found.append(Candidate(model, source, codec, shape, folders))
     return found

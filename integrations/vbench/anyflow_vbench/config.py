@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import Steps
+from anyflow_train.config.commands import Calls
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import video_size
 
@@ -57,7 +57,7 @@ class VBenchConfig(Model):
 
     models: runs, checkpoints, exported folders or hub ids.
     codec: pipeline folder or hub id with VAE and text encoder; null uses the codec of each model.
-    steps: numbers of network calls per video.
+    calls: numbers of network calls per video.
     text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
     python: Python interpreter with VBench installed; null uses the current one.
     score: false writes the videos, and prints the commands that score them.
@@ -76,7 +76,7 @@ class VBenchConfig(Model):
     models: tuple[str, ...]
     codec: str | None = None
     weights: Literal["ema", "raw"] = "ema"
-    steps: Steps = (1, 2, 4, 8, 16)
+    calls: Calls = (1, 2, 4, 8, 16)
     shift: PositiveFloat = 5.0
     guidance_scale: PositiveFloat = 1.0
     negative_prompt: str = ""

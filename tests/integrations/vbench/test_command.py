@@ -98,7 +98,7 @@ def run(root: Path) -> Run:
     def evaluated(vbench: dict[str, Any], **options: Any) -> list[Column]:
         settings = {
             "models": (str(root / "run"),),
-            "steps": (1, 2),
+            "calls": (1, 2),
             "text_length": 16,
             "device": "cpu",
             "precision": "fp32",
@@ -117,7 +117,7 @@ def written(root: Path) -> dict[str, bytes]:
 
 def sampled(root: Path, model: Path, video: dict[str, Any], steps: int) -> bytes:
     """What `anyflow sample` makes of a video's text and seed."""
-    made = {"prompts": (video["prompt"],), "seeds": (video["seed"],), "steps": (steps,), "text_length": 16}
+    made = {"prompts": (video["prompt"],), "seeds": (video["seed"],), "calls": (steps,), "text_length": 16}
     config = SampleConfig(model=str(model), out=str(root / "again"), **made, device="cpu", precision="fp32")
     sample.run(config)
     (made,) = json.loads((root / "again" / "index.json").read_text())["videos"]
@@ -147,7 +147,7 @@ def test_videos_lie_where_vbench_looks_and_their_scores_become_one_table(
 def test_a_video_is_what_sample_makes_of_its_noted_text_and_seed(root: Path, run: Run):
     texts = root / "texts.txt"
     texts.write_text("a longer text about red\na longer text about blue\n")
-    run({"score": False, "texts": str(texts), "info": str(root / "info.json")}, steps=(2,))
+    run({"score": False, "texts": str(texts), "info": str(root / "info.json")}, calls=(2,))
     made = json.loads((root / "out" / "run" / "2" / "videos.json").read_text())
     video = made["videos"][f"{BLUE}-1.mp4"]
     assert video["prompt"] == "a longer text about blue"
@@ -177,7 +177,7 @@ def test_without_scoring_the_commands_are_printed_and_fill_the_table_later(
     root: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ):
     options = {"score": False, "info": str(root / "info.json"), "dimensions": ("color",)}
-    columns = run(options, steps=(1,))
+    columns = run(options, calls=(1,))
     assert columns[0].results == {}
     assert set(written(root)) == {f"1/videos/{RED}-{index}.mp4" for index in (0, 1)}  # color is of one prompt
     assert not (root / "called.txt").exists()
@@ -188,27 +188,27 @@ def test_without_scoring_the_commands_are_printed_and_fill_the_table_later(
     folder.mkdir(parents=True)
     result = {"color": [0.75, [{"video_path": f"/elsewhere/{RED}-{index}.mp4"} for index in (0, 1)]]}
     (folder / "results_now_eval_results.json").write_text(json.dumps(result))
-    assert run(options, steps=(1,))[0].results["color"].score == 0.75
+    assert run(options, calls=(1,))[0].results["color"].score == 0.75
 
 
 def test_own_prompts_go_with_a_list_of_what_each_video_shows(root: Path, run: Run):
     prompts = root / "prompts.txt"
     prompts.write_text("a cat/dog\n")
-    columns = run({"prompts": str(prompts), "dimensions": ("overall_consistency",)}, steps=(1,))
+    columns = run({"prompts": str(prompts), "dimensions": ("overall_consistency",)}, calls=(1,))
     assert columns[0].results["overall_consistency"].files == {"000_a-cat-dog-0.mp4", "000_a-cat-dog-1.mp4"}
     (listed,) = calls(root)
     assert listed.endswith(f"--mode custom_input --prompt_file {root}/out/run/1/prompts.json")
     # VBench would score every video of the folder, so it must hold no others.
     prompts.write_text("a bird\n")
     with pytest.raises(UserError, match=r"out: .*videos contains a different video, 000_a-cat-dog-0\.mp4"):
-        run({"prompts": str(prompts), "dimensions": ("overall_consistency",)}, steps=(1,))
+        run({"prompts": str(prompts), "dimensions": ("overall_consistency",)}, calls=(1,))
 
 
 def test_what_failed_is_named_and_the_rest_is_kept(root: Path, run: Run):
-    run({"dimensions": ("temporal_flickering",)}, steps=(1,))
+    run({"dimensions": ("temporal_flickering",)}, calls=(1,))
     (root / "broken").touch()
     with pytest.raises(UserErrors, match=r"VBench failed for color: ModuleNotFoundError: No module named 'detectron2'"):
-        run({}, steps=(1,))
+        run({}, calls=(1,))
     assert "| temporal_flickering | 0.2500      |" in (root / "out" / "vbench.md").read_text()
 
 
@@ -216,7 +216,7 @@ def test_a_causal_student_makes_its_clips_chunk_by_chunk(root: Path, run: Run):
     causal = root / "causal"
     causal.mkdir()
     make_run(causal, FULL, causal=CHUNKS)
-    run({"dimensions": ("color",), "videos": 1}, models=(str(causal / "run"),), steps=(1,))
+    run({"dimensions": ("color",), "videos": 1}, models=(str(causal / "run"),), calls=(1,))
     made = json.loads((root / "out" / "run" / "1" / "videos.json").read_text())
     assert (made["settings"]["chunk_partition"], made["settings"]["frames"]) == ([1, 1, 1], 9)
     name = f"{RED}-0.mp4"
@@ -240,7 +240,7 @@ def test_mistakes_are_told_before_anything_is_made(root: Path, run: Run):
 
 
 def test_videos_that_were_made_otherwise_are_not_mixed_in(root: Path, run: Run):
-    run({"videos": 1, "dimensions": ("color",)}, steps=(1,))
+    run({"videos": 1, "dimensions": ("color",)}, calls=(1,))
     before = written(root)
     with pytest.raises(UserError, match=r"out: .*/run/1 contains videos with shift=5\.0, not 3\.0; give another out"):
         run({}, shift=3.0)

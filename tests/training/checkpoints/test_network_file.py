@@ -139,13 +139,21 @@ def test_renamed_keys_are_read_under_their_new_names(tmp_path: Path, monkeypatch
         assert NetworkFile.of_saved(config_file.under_new_names(old, "here"), "here").run == "run"
 
 
+def test_the_numbers_of_calls_of_an_old_config_are_read(tmp_path: Path) -> None:
+    now = config(tmp_path, "run", "x", LORA)
+    old = json.loads(json.dumps({**saved_config(now), "format": 1}))
+    old["evaluation"]["steps"] = [1, 3]
+    del old["evaluation"]["calls"]
+    assert decode_saved(old, "here").evaluation.calls == (1, 3)
+
+
 def test_keys_of_another_version_are_named_in_one_sentence(tmp_path: Path) -> None:
     saved = saved_config(config(tmp_path, "run", "x", LORA))
     for change, message in (
         ({"colour": "red"}, "here: its config says colour, which this version cannot read"),
         ({"steps": "many"}, "here: its config says steps, which this version cannot read"),
         ({"objective": {"kind": "flow_map", "strength": 2}}, "here: its config says objective"),
-        ({"format": 2}, "here: has a config of format 2; this version of anyflow_train reads up to 1"),
+        ({"format": 3}, "here: has a config of format 3; this version of anyflow_train reads up to 2"),
     ):
         with pytest.raises(UserError, match=message):
             decode_saved({**saved, **change}, "here")
