@@ -32,16 +32,19 @@ class Command:
     summary: one line for `anyflow --help`.
     target: `module:function`, imported only when the command runs.
     decoded: if True, the function takes the decoded config; else the overrides as written and the config folder.
+    subject: key of the first argument if it is written without a key; None requires keys.
     """
 
     summary: str
     target: str
     decoded: bool = True
+    subject: str | None = None
 
 
 COMMANDS = {
     "clips": Command("render clips and captions of an embedded world", "anyflow_train.commands.clips:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
+    "shards": Command("show what shards hold", "anyflow_train.commands.shards:run", subject="folder"),
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
@@ -115,6 +118,8 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(short_help(name, command.summary, config_dir))
         return USER_ERROR
+    if command.subject is not None and "=" not in overrides[0]:
+        overrides[0] = f"{command.subject}={overrides[0]}"
     return _run(name, command, overrides, config_dir)
 
 

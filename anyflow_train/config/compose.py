@@ -23,6 +23,7 @@ from anyflow_train.config.commands import (
     ExportConfig,
     PrepareConfig,
     SampleConfig,
+    ShardsConfig,
     SweepOptions,
 )
 from anyflow_train.config.decode import decode
@@ -44,6 +45,7 @@ MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
     "prepare": PrepareConfig,
     "clips": ClipsConfig,
+    "shards": ShardsConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,

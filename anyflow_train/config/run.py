@@ -58,6 +58,8 @@ class Data(Model):
     cache: folder for copies of remote shards; cache_gib limits its size.
     shuffle_shards: samples are shuffled within groups of this many shuffled shards; null shuffles all of them together.
         Set it if remote shards are larger than the cache, which must hold two groups.
+    generations: location of shards that have grown -> state to use, counted from 0. A location that is not named uses
+        the newest state; a run that resumes uses the one that it began with.
     """
 
     shards: str
@@ -70,6 +72,7 @@ class Data(Model):
     cache: str | None = None
     cache_gib: PositiveFloat = 100.0
     shuffle_shards: PositiveInt | None = None
+    generations: dict[str, NonNegativeInt] = Field(default_factory=dict)
 
 
 class Engine(Model):

@@ -123,6 +123,11 @@ class Manifest(Model):
         return tuple(shard.samples - lost.get(shard.name, 0) for shard in self.shards)
 
     @property
+    def unused(self) -> set[str]:
+        """Keys that older versions do not have, if their values say nothing: the folder has not grown."""
+        return {key for key in ("dropped", "text", "earlier") if getattr(self, key) in ({}, TEXT, ())}
+
+    @property
     def generations(self) -> int:
         """Number of states that the folder has had."""
         return len(self.earlier) + 1
@@ -160,9 +165,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` atomically. That of a folder that has not grown can be read by older versions."""
-    content = json.loads(manifest.model_dump_json(exclude_none=True))
-    grown = {"dropped": {}, "text": TEXT, "earlier": []}
-    write_json(folder / MANIFEST, {key: value for key, value in content.items() if grown.get(key) != value})
+    write_json(folder / MANIFEST, json.loads(manifest.model_dump_json(exclude_none=True, exclude=manifest.unused)))
 
 
 def write_prompt_texts(path: Path, texts: PromptTexts) -> None:

@@ -80,6 +80,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         world.on_main(lambda: check_start(config))
         if point is None:  # a resumed run continues offline instead
             world.on_main(lambda: check_tracker(config.tracker))
+        else:
+            config = inputs.resumed(config)
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         with world.together():
@@ -94,6 +96,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         if point is not None:
             progress.say(f"resuming from {point.path}")
+            for line in inputs.grown(str(directory.path)):
+                progress.say(line)
         progress.say(f"attention: {kernel}")
         stream: Iterable[Sequence[Batch]] = loader
         if config.profile:

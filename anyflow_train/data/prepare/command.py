@@ -181,8 +181,7 @@ def _finish(job: PrepareJob) -> None:
     if manifest.samples == 0:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
     write_manifest(plan.folder, manifest)
-    for name in ledger.removed:
-        _remove(plan.folder, index_name(name), name)
+    ledger.delete_removed()
 
 
 def _remove(folder: Path, *names: str) -> None:

@@ -76,13 +76,14 @@ def next_generation(ledger: Ledger, wanted: Wanted, retry: bool) -> Generation |
     outcomes = ledger.outcomes()
     changes = find_changes(outcomes, wanted.records)
     others = {*changes.new, *changes.changed}
-    pending = others | ({*changes.skipped} if others or retry else set())
     number = len(ledger.generations)
     before = ledger.generations[-1].prompts if ledger.generations else None
     prompts = FolderPrompts(wanted.negative, wanted.validation)
     if before is not None:
         same = (before.negative, before.validation) == (prompts.negative, prompts.validation)
         prompts = before if same else replace(prompts, text=f"text-{number:06d}.safetensors")
+    retries = {*changes.skipped} if others or (retry and prompts == before) else set[str]()
+    pending = others | retries
     clips = [record for key, record in wanted.records.items() if key in pending]
     runs: list[tuple[Sequence[ClipRecord], str | None]] = [
         (clips[start : start + wanted.samples_per_shard], None)

@@ -170,6 +170,7 @@ def _planned(plan: PreparePlan) -> Iterator[dict[str, Any]]:
     if interrupted:
         yield _share(plan, ledger)
         ledger = plan.ledger()
+    ledger.delete_removed()  # a job may have been killed before this
     generation = next_generation(ledger, plan.wanted, retry=not interrupted)
     if generation is not None:
         generation.write(folder)

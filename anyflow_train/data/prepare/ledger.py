@@ -164,6 +164,12 @@ class Ledger:
             self._indices[shard] = parse_index((self.folder / index_name(shard)).read_bytes())
         return self._indices[shard]
 
+    def delete_removed(self) -> None:
+        """Delete the shards that later ones replace; only after the manifest has been written without them."""
+        for name in self.removed:
+            for file in (index_name(name), name):
+                (self.folder / file).unlink(missing_ok=True)
+
     def outcomes(self) -> dict[str, Outcome]:
         """Return the latest outcome of each clip by its key, in the order of the shards."""
         found: dict[str, Outcome] = {}

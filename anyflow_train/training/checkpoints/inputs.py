@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from anyflow_train.config.original import is_weights_file
-from anyflow_train.config.run import RunConfig
+from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.data.fingerprint import component_fingerprint, file_fingerprint, known
 from anyflow_train.data.index import index_name
-from anyflow_train.data.shards import ShardSet
+from anyflow_train.data.shards import open_shards
 from anyflow_train.errors import UserError
 from anyflow_train.training.checkpoints.reading import (
     DamagedCheckpoint,
@@ -41,10 +41,12 @@ class Inputs:
     Attributes:
         begun: facts when the run began.
         now: facts of this start.
+        earlier: for shards that have grown since the run began, the state that it began with.
     """
 
     begun: Mapping[str, str] = field(default_factory=dict)
     now: Mapping[str, str] = field(default_factory=dict)
+    earlier: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RunConfig, directory: RunDirectory) -> Inputs:
@@ -53,14 +55,35 @@ class Inputs:
         shards = {"data.shards": data.shards, "evaluation.held_out": config.evaluation.held_out}
         networks = {"student.init": config.student.init, "teacher.source": teacher.source}
         networks |= {"on_policy.fake_score.init": matching and matching.fake_score.init}
-        read_shards = partial(shards_fact, cache=data.cache, cache_gib=data.cache_gib)
-        facts = {key: known_fact(read_shards, path) for key, path in shards.items()}
+        facts = {key: known_fact(partial(shards_fact, data), path) for key, path in shards.items()}
         facts |= {key: known_fact(network_fact, path) for key, path in networks.items()}
-        return cls(directory.read_inputs(), {key: fact for key, fact in facts.items() if fact is not None})
+        begun, now = directory.read_inputs(), {key: fact for key, fact in facts.items() if fact is not None}
+        others = [(key, path) for key, path in shards.items() if path and key in now and begun.get(key, "") != now[key]]
+        earlier = {key: find_state(data, path, begun[key]) for key, path in others if key in begun}
+        return cls(begun, now, {key: state for key, state in earlier.items() if state is not None})
 
     def compared(self) -> dict[str, bool]:
         """Keys whose content is known now and then, and whether it is equal. Their paths do not matter."""
-        return {key: self.begun[key] == self.now[key] for key in sorted(self.begun.keys() & self.now.keys())}
+        same = {key: self.begun[key] == self.now[key] for key in sorted(self.begun.keys() & self.now.keys())}
+        return {**same, **dict.fromkeys(self.earlier, True)}
+
+    def resumed(self, config: RunConfig) -> RunConfig:
+        """Return the config of a run that resumes: shards that have grown are used as they were when it began."""
+        locations = {"data.shards": config.data.shards, "evaluation.held_out": config.evaluation.held_out}
+        states = {
+            location: self.earlier[key] for key, location in locations.items() if key in self.earlier and location
+        }
+        data = config.data.model_copy(update={"generations": {**config.data.generations, **states}})
+        return config.model_copy(update={"data": data})
+
+    def grown(self, run: str) -> list[str]:
+        """Describe the shards that have grown since the run began, and how to train on all of them."""
+        advice = CHANGE["data.shards"].format(run=run).partition(";")[0].replace("other data", "all of them")
+        return [
+            f"{key} has grown from {self.begun[key]} to {self.now[key]}; this run continues on those that it began with"
+            + (f"; {advice}" if key == "data.shards" else "")
+            for key in self.earlier
+        ]
 
     def problem(self, key: str, before: object, now: object, run: str) -> str:
         """Describe other content: both paths, both facts, and what to do."""
@@ -86,14 +109,24 @@ def network_fact(source: str) -> str | None:
     return found and f"a network ({found[:12]})"
 
 
-def shards_fact(location: str, cache: str | None, cache_gib: float) -> str:
-    """Describe the samples of shards, from their manifest and index files.
+def find_state(data: Data, location: str, fact: str) -> int | None:
+    """Find the earlier state of shards that a fact describes. Returns None without one, or if the config names one."""
+    known = range(0) if location in data.generations else range(open_shards(data, location).generations - 1)
+    for state in reversed(known):
+        if shards_fact(data.model_copy(update={"generations": {location: state}}), location) == fact:
+            return state
+    return None
+
+
+def shards_fact(data: Data, location: str) -> str:
+    """Describe the samples of shards, from their manifest and index files, in the state that the config says.
 
     Raises:
         UserError, OSError, ValueError: they cannot be read.
     """
-    shards = ShardSet.open(location, cache, cache_gib)
-    content = shards.manifest.model_dump(mode="json")
+    shards = open_shards(data, location)
+    # What a manifest lacks that has not grown is left out, so that the fact is that of earlier versions.
+    content = shards.manifest.model_dump(mode="json", exclude=shards.manifest.unused)
     del content["codec"]["source"]  # a path; the fingerprints next to it identify the codec
     digest, names = hashlib.sha256(json.dumps(content, sort_keys=True).encode()), shards.manifest.shards
     # The manifest of an older version has no checksums of the indices.
