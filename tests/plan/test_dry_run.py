@@ -88,9 +88,14 @@ CASES: dict[str, list[str]] = {
     "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
     "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
 }
+# Every call of a rollout chunk by chunk is computed once for its kind.
+CASES["stage 2, causal"] = [
+    *("wan1_3b_causal_on_policy", *LORA, *CASES["causal"][2:], "on_policy.steps=[2]", "engine.micro_batch=2"),
+    *("data.height=64", "data.width=96"),
+]
 
 
-@pytest.mark.parametrize("case", with_nightly(CASES, ("stage 2, full",)))
+@pytest.mark.parametrize("case", with_nightly(CASES, ("stage 2, full", "stage 2, lora")))
 def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig]) -> None:
     """Within 2 %, of all tensors together: state, gradients, activations, batches. The rest is what single operations
     allocate for themselves, which only the allocator sees."""

@@ -142,9 +142,8 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
         losses = [key for key in wanted if key.startswith("loss")]
         assert {key for key in row if key.startswith("loss")} == set(losses)  # so the branches hold samples alike
         for key in [*losses, "gradient_norm"]:
-            # float32 sums in another order, some of them over 8 steps of training. The mix also learns at points that
-            # the student makes: 1.3e-5 is the most seen.
-            assert row[key] == pytest.approx(wanted[key], rel=1e-4 if name == "zero3-mixed" else 1e-5), key
+            # float32 sums in another order, over some steps of training; 1.3e-5 is the most seen of the mix, see below
+            assert row[key] == pytest.approx(wanted[key], rel=3e-5 if name == "zero3-mixed" else 1e-5), key
 
 
 @pytest.mark.parametrize("name", with_nightly([*EQUAL, "moved"], NIGHTLY))
@@ -153,9 +152,12 @@ def test_weights_averages_and_moments_are_those_of_one_process(runs: Path, name:
     ours, one = final_tensors(runs / name), final_tensors(runs / f"one-{kind}")
     assert ours.keys() == one.keys()
     for key, tensor in ours.items():
-        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen, and
-        # 1e-4 of the mix, as for its losses. A wrong factor or a lost micro-batch is an error of tenths.
-        assert (tensor - one[key]).norm() <= (1e-3 if name == "zero3-mixed" else 1e-4) * one[key].norm(), key
+        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen. A
+        # wrong factor or a lost micro-batch is an error of tenths. The mix divides differences of velocities, each of
+        # them guided at a scale of 3, by 0.01: float32's 6e-8 become 6e-8 x (3 + 2) / 0.01 = 3e-5 of a gradient, and
+        # twice that of its square. Seen: 8e-5 and 1e-4 in the moments, 1.5e-6 in weights and averages.
+        moments_of_mix = name == "zero3-mixed" and key.startswith("exp_avg")
+        assert (tensor - one[key]).norm() <= (3e-4 if moments_of_mix else 1e-4) * one[key].norm(), key
 
 
 def test_a_run_moves_between_engines_and_worlds(runs: Path) -> None:
