@@ -105,6 +105,8 @@ class PrepareConfig(Model):
     source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a list of clips (CSV, TSV, JSON,
         JSONL, Parquet, or TXT with one video per line); null for prompts only.
     prompts: text file with one prompt per line, or a list with captions, for shards of prompts only.
+    latents: latents and texts of Wan2.1 that FastVideo (`.parquet`) or rcm (`.tar`) have cached: a file or folder. They
+        become shards in one process, without growth.
     caption_key: name of the caption in JSON, or of its column; null tries caption, text, prompt and cap.
     encoding: encoding of captions and lists that are not Unicode, such as cp1252 or shift_jis; null reads them as
         cp1252 with a warning.
@@ -127,6 +129,7 @@ class PrepareConfig(Model):
     out: str
     source: str | None = None
     prompts: str | None = None
+    latents: str | None = None
     caption_key: str | None = None
     encoding: str | None = None
     codec: str

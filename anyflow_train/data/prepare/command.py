@@ -32,6 +32,7 @@ from anyflow_train.data.manifest import (
     parse_manifest,
     write_manifest,
 )
+from anyflow_train.data.prepare import own
 from anyflow_train.data.prepare.job import (
     PreparePlan,
     Round,
@@ -60,7 +61,7 @@ MOST_NAMED = 5
 
 
 def run(config: PrepareConfig) -> None:
-    """Write the missing shards, and then the manifest.
+    """Write the missing shards, and then the manifest. Or convert latents that others have cached.
 
     Raises:
         UserError: there are no clips, the folder was started with other settings, or no clip could be used.
@@ -68,6 +69,8 @@ def run(config: PrepareConfig) -> None:
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
     check_writable(Path(config.out))
+    if config.latents is not None:
+        return own.convert(config, partial(_codec_info, config))
     with join_workers() as workers:
         plan, device = make_plan(config), None
         with lock_output(plan, workers):
@@ -225,14 +228,22 @@ def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Mani
     """Add the facts about videos to the manifest of their texts."""
     frames = (config.frames - 1) // codec.temporal_factor + 1
     height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
-    vae = {"vae": public_fingerprint(config.codec, "vae")}
-    normalisation = {"latents_mean": codec.latents_mean, "latents_std": codec.latents_std}
     facts = config.model_dump(include={"latent_dtype", "frames", "height", "width", "fps"}) | {
         "kind": "video",
         "latent_shape": (frames, len(codec.latents_mean), height, width),
-        "codec": manifest.codec.model_copy(update=vae | normalisation),
+        "codec": _codec_info(config, codec),
     }
     return manifest.model_copy(update=facts)
+
+
+def _codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
+    return CodecInfo(
+        source=public_name(config.codec),
+        vae=public_fingerprint(config.codec, "vae"),
+        text_encoder=public_fingerprint(config.codec, "text_encoder"),
+        latents_mean=codec.latents_mean,
+        latents_std=codec.latents_std,
+    )
 
 
 def _summary(plan: PreparePlan) -> str:

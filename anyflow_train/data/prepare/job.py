@@ -29,7 +29,7 @@ from anyflow_train.text import public_name
 # These keys may change while a folder grows.
 MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
 # These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
-FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune"}
+FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune", "latents"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
 LATER_KEYS = {"hdr", "caption_key", "encoding"}
 
