@@ -105,6 +105,11 @@ class PrepareConfig(Model):
     source: folder or WebDataset of clips (with a `.txt` or `.json` file per clip), or a list of clips (CSV, TSV, JSON,
         JSONL, Parquet, or TXT with one video per line); null for prompts only.
     prompts: text file with one prompt per line, or a list with captions, for shards of prompts only.
+    teacher: pipeline folder, hub id or run whose network makes the latents for `prompts`; null writes prompts only.
+    steps: Euler steps of the teacher.
+    guidance_scale: CFG scale w of the teacher; 1 means no guidance.
+    shift: timestep shift of the teacher's steps.
+    seed: seed of the teacher's noise.
     latents: latents and texts of Wan2.1 that FastVideo (`.parquet`) or rcm (`.tar`) have cached: a file or folder. They
         become shards in one process, without growth.
     caption_key: name of the caption in JSON, or of its column; null tries caption, text, prompt and cap.
@@ -120,8 +125,8 @@ class PrepareConfig(Model):
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
     prune: remove samples of clips that are gone from the source, and old samples of clips that have changed. Runs that
         began on them cannot be resumed.
-    batch: clips that the VAE encodes at a time.
-    precision: precision of the text encoder; embeddings are stored in the same precision.
+    batch: clips that the VAE encodes, or the teacher makes, at a time.
+    precision: precision of the text encoder and of the teacher's matrix products; embeddings are stored in it.
     vae_precision: precision of the VAE; Wan's own code runs it in float32.
     latent_dtype: type of the stored latents; bf16 halves the disk space and rounds values by up to 0.4 %.
     """
@@ -129,6 +134,11 @@ class PrepareConfig(Model):
     out: str
     source: str | None = None
     prompts: str | None = None
+    teacher: str | None = None
+    steps: PositiveInt = 50
+    guidance_scale: PositiveFloat = 1.0
+    shift: PositiveFloat = 5.0
+    seed: NonNegativeInt = 0
     latents: str | None = None
     caption_key: str | None = None
     encoding: str | None = None

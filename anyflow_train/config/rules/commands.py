@@ -24,6 +24,9 @@ def prepare(config: PrepareConfig) -> Iterator[Finding]:
     if len(given) > 1:
         (first, value), (second, other), *_ = given.items()
         yield Finding((second, first), f"{other!r}, but {first}={value} is also set; give only one")
+    if config.teacher is not None and config.prompts is None:
+        problem = f"{config.teacher!r} makes clips from prompts, but prompts is null; give prompts=FILE"
+        yield Finding(("teacher", "prompts"), problem)
 
 
 def sample(config: SampleConfig) -> Iterator[Finding]:
