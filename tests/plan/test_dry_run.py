@@ -90,7 +90,7 @@ CASES: dict[str, list[str]] = {
 }
 # Every call of a rollout chunk by chunk is computed once for its kind.
 CASES["stage 2, causal"] = [
-    *("wan1_3b_causal_on_policy", *LORA, *CASES["causal"][2:], "on_policy.steps=[2]", "engine.micro_batch=2"),
+    *("wan1_3b_causal_on_policy", *LORA, *CASES["causal"][2:], "on_policy.calls=[2]", "engine.micro_batch=2"),
     *("data.height=64", "data.width=96"),
 ]
 
