@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def quoted(text: str) -> str:
+    """Quote a text as the value of an override, with all of its characters."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def public_name(source: str) -> str:
     """Remove local folders from a source: hub ids stay, and paths keep their last part."""
     path = Path(source).expanduser()

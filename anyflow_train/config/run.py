@@ -195,6 +195,8 @@ class RunConfig(Model):
     log_every: steps between two lines of the log.
     max_nonfinite_steps: number of consecutive steps with a non-finite loss or gradient after which the run stops.
     profile: print the time of each part of a step, and write a trace to the run directory.
+    notify: web address that gets a JSON message when the run ends, fails or skips a step. It is not saved with the
+        run, because it may contain a secret.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -209,6 +211,7 @@ class RunConfig(Model):
     log_every: PositiveInt = 10
     max_nonfinite_steps: PositiveInt = 3
     profile: bool = False
+    notify: Annotated[str | None, Field(exclude=True, pattern=r"^https?://")] = None
     student: Student
     teacher: Teacher = Teacher()
     objective: Objective
