@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted the run: start it again); 130 (Ctrl-C).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.platform == "win32":
+        print("error: native Windows is not supported; use WSL 2, where one process trains", file=sys.stderr)
+        return USER_ERROR
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

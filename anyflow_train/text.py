@@ -49,6 +49,15 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
+def duration(seconds: float) -> str:
+    """Format a time: `1:05`, `2:03:04`, `3d 02:00:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
+    return f"{days}d {clock.zfill(8)}" if days else clock
+
+
 def calls(count: int) -> str:
     """Format a number of calls: `1 call`, `4 calls`."""
     return f"{count} call{'s' * (count != 1)}"

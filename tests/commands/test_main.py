@@ -212,3 +212,11 @@ def test_a_file_that_the_code_should_have_made_is_a_bug(monkeypatch: pytest.Monk
     monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
     with pytest.raises(FileNotFoundError):
         cli.main(["check", "experiment=tiny"])
+
+
+def test_native_windows_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert cli.main(["train", "experiment=tiny"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: native Windows is not supported; use WSL 2, where one process trains"
+    ]
