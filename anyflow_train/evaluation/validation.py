@@ -232,7 +232,7 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
         UserError: held-out shards or the codec cannot be read or do not fit the run.
     """
     evaluation, length = config.evaluation, max(config.data.text_lengths)
-    shards = open_shards(config.data, config.data.shards)
+    shards = open_shards(config.data, config.data.locations[0])
     negative = Condition(pad_text(shards.texts.negative, length)[None].to(world.device))
     held_out, reference, compared = _load_held_out(config), None, None
     if held_out is not None:

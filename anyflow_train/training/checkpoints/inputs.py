@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,8 @@ from anyflow_train.training.checkpoints.reading import (
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
+AND = " + "
+"""Between the facts of several shards."""
 INDICES = 32
 """Number of index files, with checksums of their samples, that tell data apart if the manifest does not."""
 CHANGE = {
@@ -41,26 +43,27 @@ class Inputs:
     Attributes:
         begun: facts when the run began.
         now: facts of this start.
-        earlier: for shards that have grown since the run began, the state that it began with.
+        earlier: for shards that have grown since the run began, the states that it began with, by location.
     """
 
     begun: Mapping[str, str] = field(default_factory=dict)
     now: Mapping[str, str] = field(default_factory=dict)
-    earlier: Mapping[str, int] = field(default_factory=dict)
+    earlier: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: RunConfig, directory: RunDirectory) -> Inputs:
         """Read the facts of the run's first start, and those of its inputs now."""
         data, teacher, matching = config.data, config.teacher, config.on_policy.matching
-        shards = {"data.shards": data.shards, "evaluation.held_out": config.evaluation.held_out}
+        shards = {"data.shards": data.locations}
+        shards |= {"evaluation.held_out": (config.evaluation.held_out,)} if config.evaluation.held_out else {}
         networks = {"student.init": config.student.init, "teacher.source": teacher.source}
         networks |= {"on_policy.fake_score.init": matching and matching.fake_score.init}
-        facts = {key: known_fact(partial(shards_fact, data), path) for key, path in shards.items()}
-        facts |= {key: known_fact(network_fact, path) for key, path in networks.items()}
+        facts = {key: known_fact(partial(shards_facts, data, places)) for key, places in shards.items()}
+        facts |= {key: known_fact(partial(network_fact, path)) for key, path in networks.items() if path}
         begun, now = directory.read_inputs(), {key: fact for key, fact in facts.items() if fact is not None}
-        others = [(key, path) for key, path in shards.items() if path and key in now and begun.get(key, "") != now[key]]
-        earlier = {key: find_state(data, path, begun[key]) for key, path in others if key in begun}
-        return cls(begun, now, {key: state for key, state in earlier.items() if state is not None})
+        others = [key for key in shards if key in begun and key in now and begun[key] != now[key]]
+        earlier = {key: find_states(data, shards[key], begun[key]) for key in others}
+        return cls(begun, now, {key: states for key, states in earlier.items() if states})
 
     def compared(self) -> dict[str, bool]:
         """Keys whose content is known now and then, and whether it is equal. Their paths do not matter."""
@@ -69,10 +72,7 @@ class Inputs:
 
     def resumed(self, config: RunConfig) -> RunConfig:
         """Return the config of a run that resumes: shards that have grown are used as they were when it began."""
-        locations = {"data.shards": config.data.shards, "evaluation.held_out": config.evaluation.held_out}
-        states = {
-            location: self.earlier[key] for key, location in locations.items() if key in self.earlier and location
-        }
+        states = {location: state for found in self.earlier.values() for location, state in found.items()}
         data = config.data.model_copy(update={"generations": {**config.data.generations, **states}})
         return config.model_copy(update={"data": data})
 
@@ -109,13 +109,23 @@ def network_fact(source: str) -> str | None:
     return found and f"a network ({found[:12]})"
 
 
-def find_state(data: Data, location: str, fact: str) -> int | None:
-    """Find the earlier state of shards that a fact describes. Returns None without one, or if the config names one."""
-    known = range(0) if location in data.generations else range(open_shards(data, location).generations - 1)
-    for state in reversed(known):
-        if shards_fact(data.model_copy(update={"generations": {location: state}}), location) == fact:
-            return state
-    return None
+def find_states(data: Data, locations: Sequence[str], facts: str) -> dict[str, int]:
+    """Find the states of grown shards that facts describe. Returns nothing if there is none for a location."""
+    states: dict[str, int] = {}
+    for location, fact in zip(locations, facts.split(AND), strict=False):
+        if shards_fact(data, location) != fact:
+            known = range(0) if location in data.generations else range(open_shards(data, location).generations - 1)
+            trial = ((state, data.model_copy(update={"generations": {location: state}})) for state in reversed(known))
+            found = next((state for state, one in trial if shards_fact(one, location) == fact), None)
+            if found is None:
+                return {}
+            states[location] = found
+    return states if len(locations) == len(facts.split(AND)) else {}
+
+
+def shards_facts(data: Data, locations: Sequence[str]) -> str:
+    """Describe the samples of several shards, each as `shards_fact` does. Raises UserError, OSError or ValueError."""
+    return AND.join(shards_fact(data, location) for location in locations)
 
 
 def shards_fact(data: Data, location: str) -> str:
@@ -140,8 +150,8 @@ def shards_fact(data: Data, location: str) -> str:
     return f"{shards.manifest.samples} samples ({digest.hexdigest()[:12]})"
 
 
-def known_fact(read: Callable[[str], str | None], source: str | None) -> str | None:
-    """Read a fact; None if there is no source or it cannot be read, which whoever uses it reports."""
+def known_fact(read: Callable[[], str | None]) -> str | None:
+    """Read a fact; None if it cannot be read, which whoever uses the source reports."""
     with suppress(UserError, DamagedCheckpoint, OSError, ValueError, KeyError, TypeError):
-        return None if source is None else read(source)
+        return read()
     return None
