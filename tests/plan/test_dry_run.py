@@ -104,7 +104,7 @@ def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig])
     assert planned == pytest.approx(measured(config, 0), rel=0.02)
 
 
-# Whole steps without checkpointing are counted for a new objective below. A causal stage 2 has what the last three have.
+# Whole steps without checkpointing are counted for a new objective below. A causal stage 2 covers the last three.
 @pytest.mark.parametrize(
     "case", with_nightly(CASES, ("full", "lora", "lora, block", "stage 2, full", "stage 2, lora", "causal"))
 )
