@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from anyflow_train import __version__
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.errors import OF_THE_DISK, ConfigWarning, LostProcess, SharedErrors, UserError, raise_all
-from anyflow_train.text import nearest_hint
+from anyflow_train.text import nearest_hint, quoted
 from anyflow_train.training.processes import launched
 
 LOST_PROCESS = 1
@@ -32,16 +32,19 @@ class Command:
     summary: one line for `anyflow --help`.
     target: `module:function`, imported only when the command runs.
     decoded: if True, the function takes the decoded config; else the overrides as written and the config folder.
-    subject: key of the first argument if it is written without a key; None requires keys.
+    subject: key that an argument without `=` stands for, in first place; None if the command has no single subject.
+    alone: whether the command does something without arguments.
     """
 
     summary: str
     target: str
     decoded: bool = True
     subject: str | None = None
+    alone: bool = False
 
 
 COMMANDS = {
+    "distil": Command("the whole way: shards, both stages, export", "anyflow_train.distil.command:run", decoded=False),
     "clips": Command("render clips and captions of an embedded world", "anyflow_train.commands.clips:run"),
     "prepare": Command("encode clips and captions into shards", "anyflow_train.commands.prepare:run"),
     "shards": Command("show what shards hold", "anyflow_train.commands.shards:run", subject="folder"),
@@ -49,12 +52,16 @@ COMMANDS = {
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),
     "train": Command("train a teacher or a student", "anyflow_train.commands.train:run"),
     "sweep": Command("train every combination of values", "anyflow_train.sweep.command:run", decoded=False),
-    "evaluate": Command("compare teacher and students at several step counts", "anyflow_train.evaluation.evaluate:run"),
-    "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run"),
-    "doctor": Command(
-        "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False
+    "evaluate": Command(
+        "compare teacher and students at several numbers of calls", "anyflow_train.evaluation.evaluate:run"
     ),
-    "export": Command("export a checkpoint for stock diffusers", "anyflow_train.export:run"),
+    "sample": Command("make videos from prompts", "anyflow_train.commands.sample:run", subject="model"),
+    "doctor": Command(
+        "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False, alone=True
+    ),
+    "export": Command("export a checkpoint for diffusers or ComfyUI", "anyflow_train.export:run", subject="model"),
+    "runs": Command("list runs, and delete what they do not need", "anyflow_train.commands.runs:run", subject="folder"),
+    "launch": Command("train on several GPUs or nodes", "anyflow_train.commands.launch:run", decoded=False),
 }
 
 
@@ -65,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted the run: start it again); 130 (Ctrl-C).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.platform == "win32":
+        print("error: native Windows is not supported; use WSL 2, where one process trains", file=sys.stderr)
+        return USER_ERROR
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -113,14 +123,19 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(command_help(name, command.summary, config_dir, overrides))
         return 0
-    if not overrides and name in COMMANDS and name != "doctor":
+    if not overrides and name in COMMANDS and not command.alone:
         from anyflow_train.config.help import short_help
 
         print(short_help(name, command.summary, config_dir))
         return USER_ERROR
-    if command.subject is not None and "=" not in overrides[0]:
-        overrides[0] = f"{command.subject}={overrides[0]}"
-    return _run(name, command, overrides, config_dir)
+    return _run(name, command, with_subject(command, overrides), config_dir)
+
+
+def with_subject(command: Command, arguments: list[str]) -> list[str]:
+    """Give a first argument without `=` the key that it stands for."""
+    if command.subject and arguments and "=" not in arguments[0]:
+        return [f"{command.subject}={quoted(arguments[0])}", *arguments[1:]]
+    return arguments
 
 
 def _extensions() -> dict[str, Command]:

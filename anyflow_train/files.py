@@ -172,6 +172,14 @@ def parse_json(data: str | bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing or damaged, or holds anything else."""
+    with suppress(OSError, ValueError):
+        content = parse_json(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Iterate over the objects of a file with one JSON object per line. Damaged lines are left out.
 

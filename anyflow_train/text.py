@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def quoted(text: str) -> str:
+    """Quote a text as the value of an override, with all of its characters."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def public_name(source: str) -> str:
     """Remove local folders from a source: hub ids stay, and paths keep their last part."""
     path = Path(source).expanduser()
@@ -42,6 +47,15 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def duration(seconds: float) -> str:
+    """Format a time: `1:05`, `2:03:04`, `3d 02:00:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
+    return f"{days}d {clock.zfill(8)}" if days else clock
 
 
 def calls(count: int) -> str:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this node, or of several nodes: launch/train.sh <strategy> experiment=... key=value
+# `anyflow launch <strategy> ...` runs this script from an installed package.
 #   strategy: a file of this folder without .yaml, for example zero2. It only decides how tensors are distributed.
 #   NPROC: number of processes on this node (default: its GPUs, or 1 if it has none).
 #   Several nodes: start the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT.
@@ -49,6 +50,7 @@ fi
 [ "$strategy" = ddp ] && [ "$world" -eq 1 ] && strategy=single
 
 if ! python -c 'import anyflow_train' 2>/dev/null; then
+  [ -z "${SLURM_JOB_ID:-}" ] || fail "python on $(hostname) has no anyflow_train; nothing is installed on nodes: install it on a disk that all nodes see, and load that environment"
   here=$PWD
   cd "$root" || exit 1
   prepare_environment

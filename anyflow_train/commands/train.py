@@ -15,6 +15,8 @@ from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.memory_check import GpuMemory
+from anyflow_train.training.processes import launched
+from anyflow_train.training.reporting.notify import Notifier
 
 
 def train(config: RunConfig) -> Path:
@@ -32,12 +34,26 @@ def train(config: RunConfig) -> Path:
 
 
 def run(config: RunConfig) -> int:
-    """Train or resume the run of `config`, and return the exit code.
+    """Train or resume the run of `config`, and return the exit code. Tells `notify` how it ended.
 
     Raises:
         UserError: the run cannot start, resume or continue, for example because a disk or GPU is full.
         LostProcess: another process of the run has died.
     """
+    notifier = Notifier(config if launched.rank() == 0 else config.model_copy(update={"notify": None}))
+    try:
+        code = _run(config)
+    except BaseException as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        notifier.send("failed", f"failed: {reason}")
+        raise
+    done = RunDirectory.of(config).read_done()
+    state = "stopped" if done is None else "finished"
+    notifier.send(state, state, None if done is None else done.get("step"))
+    return code
+
+
+def _run(config: RunConfig) -> int:
     try:
         return training.run(config, build_validator, _foresee)
     except torch.OutOfMemoryError as error:

@@ -74,7 +74,8 @@ class SweepOptions(Model):
     train: arguments of `anyflow train` for all runs, before those of the command line; `key=a,b` runs each value.
     arms: name of a variant -> its arguments of `anyflow train`. Every variant runs with every combination of values.
     equal_operations: set the steps of every run, so that all take as many operations as the first one.
-    jobs: runs at a time.
+    jobs: runs at a time; null starts one per GPU, or one if there is no GPU. Up to the number of GPUs, each run has one
+        for itself.
     evaluate: arguments of `anyflow evaluate` for all runs together, such as experiment=tiny_evaluate. The sweep then
         ends with a table and a plot of all variants, over all seeds. Empty leaves it out.
     """
@@ -82,8 +83,43 @@ class SweepOptions(Model):
     train: tuple[str, ...] = ()
     arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     equal_operations: bool = False
-    jobs: PositiveInt = 1
+    jobs: PositiveInt | None = None
     evaluate: tuple[str, ...] = ()
+
+
+class DistilOptions(Model):
+    """`anyflow distil`: the whole way from clips to an exported student. The same line resumes it.
+
+    source: folder or list of clips with captions, as for `anyflow prepare`.
+    prompts: file of prompts instead of clips; stage 1 then takes its points from noise (objective.source=student).
+    held_out: clips that the student is compared with; null leaves out the evaluation.
+    out: folder of shards, runs, the exported pipeline, the report, and the page `summary.md`.
+    strategy: strategy of `anyflow launch` for the training; null trains in one process.
+    prepare, stage1, stage2, export, evaluate: arguments of `anyflow prepare`, of `anyflow train` for both stages, of
+        `anyflow export` and of `anyflow evaluate`. An empty stage2 is left out.
+    """
+
+    source: str | None = None
+    prompts: str | None = None
+    held_out: str | None = None
+    out: str = "runs/distil"
+    strategy: str | None = None
+    prepare: Texts = ()
+    stage1: Texts = ()
+    stage2: Texts = ()
+    export: Texts = ()
+    evaluate: Texts = ()
+
+
+class RunsConfig(Model):
+    """`anyflow runs`: a table of the runs in a folder.
+
+    folder: folder of run directories and sweeps, or one run directory.
+    prune: delete what is needed neither to resume nor to export. Running runs are left alone.
+    """
+
+    folder: str
+    prune: bool = False
 
 
 class ClipsConfig(Model):
@@ -242,7 +278,7 @@ class ExportConfig(Model):
         transformer), lora (diffusers LoRA file), wan_pipeline (WanPipeline of a stage-0 teacher with gate_value=0),
         comfyui (one file with Wan's original names, and a custom node), comfyui_lora (a LoRA file for ComfyUI, and the
         node).
-    model: run or checkpoint folder; `checkpoint` is another name of this key.
+    model: run, checkpoint or sweep folder; `checkpoint` is another name of this key.
     out: folder to write.
     weights: ema (moving average) or raw (last weights of the run).
     precision: type of the exported weights.
@@ -281,7 +317,7 @@ class EvaluateConfig(Model):
     """`anyflow evaluate`: compare teacher and students at several step counts, from the same noise.
 
     out: folder for the report, plots and videos.
-    models: runs, checkpoints or exported folders of students; an empty list measures only the teacher.
+    models: runs, checkpoints, sweeps or exported folders of students; an empty list measures only the teacher.
     held_out: shards that samples are compared with.
     teacher: Wan2.1 pipeline folder or hub id.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance.

@@ -19,9 +19,11 @@ from yaml import YAMLError
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
     ClipsConfig,
+    DistilOptions,
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
+    RunsConfig,
     SampleConfig,
     ShardsConfig,
     SweepOptions,
@@ -50,6 +52,8 @@ MODELS: dict[str, type[Model]] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepOptions,
+    "runs": RunsConfig,
+    "distil": DistilOptions,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"
@@ -160,6 +164,7 @@ def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]
         "prepare": command_rules.prepare,
         "sample": command_rules.sample,
         "evaluate": command_rules.evaluate,
+        "distil": command_rules.distil,
     }.get(command, lambda _config: ())
 
 

@@ -20,7 +20,7 @@ from anyflow_train.text import nearest_hint
 
 WIDTH = 110
 # Commands that take the keys of a run.
-OF_A_RUN = ("check", "plan", "sweep")
+OF_A_RUN = ("check", "plan", "sweep", "launch")
 EXAMPLES = {
     "clips": ["out=clips count=64"],
     "prepare": [
@@ -39,6 +39,12 @@ EXAMPLES = {
     "evaluate": ["experiment=tiny_evaluate models=[runs/tiny] held_out=held_out out=report"],
     "sample": ["model=runs/tiny out=videos calls=[1,4] prompt='a red ball moving left'"],
     "export": ["model=runs/tiny out=pipeline"],
+    "runs": ["runs", "runs prune=true"],
+    "launch": ["zero2 experiment=wan1_3b_forward data.shards=shards"],
+    "distil": [
+        "experiment=tiny_distil source=clips held_out=held_out_clips out=runs/mine",
+        "experiment=wan1_3b source=clips strategy=zero2",
+    ],
 }
 OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 

@@ -210,8 +210,11 @@ class RunConfig(Model):
     seed: seed of all random numbers.
     steps: number of training steps.
     log_every: steps between two lines of the log.
+    log: auto (a bar on a terminal, plain lines elsewhere), plain, or json (one JSON object per line).
     max_nonfinite_steps: number of consecutive steps with a non-finite loss or gradient after which the run stops.
     profile: print the time of each part of a step, and write a trace to the run directory.
+    notify: web address that gets a JSON message when the run ends, fails or skips a step. It is not saved with the
+        run, because it may contain a secret.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -224,8 +227,10 @@ class RunConfig(Model):
     seed: NonNegativeInt = 0
     steps: PositiveInt
     log_every: PositiveInt = 10
+    log: Literal["auto", "plain", "json"] = "auto"
     max_nonfinite_steps: PositiveInt = 3
     profile: bool = False
+    notify: Annotated[str | None, Field(exclude=True, pattern=r"^https?://")] = None
     student: Student
     teacher: Teacher = Teacher()
     objective: Objective

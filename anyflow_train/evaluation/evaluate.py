@@ -39,6 +39,7 @@ from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls, timed_printer
+from anyflow_train.training.checkpoints.run_directory import runs_of_sweep
 
 FILES = ("report.md", "grid.mp4", "grid.gif", "quality.png", "chunks.png")
 GRID_COLUMNS = 3
@@ -102,7 +103,8 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     check_results(out, "report.json", owner(config), FILES)
     shards = ShardSet.open(config.held_out)
     training = None if config.training_shards is None else open_training(config.training_shards, shards)
-    models = [load_model(source, config.weights) for source in config.models]
+    sources = [str(run) for source in config.models for run in runs_of_sweep(source) or [source]]
+    models = [load_model(source, config.weights) for source in sources]
     check_frames(config, shards, models)
     taught = load_model(config.teacher, config.weights)
     if taught.chunks is not None:

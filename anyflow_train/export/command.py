@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyflow_train.config.commands import ExportConfig
+from anyflow_train.errors import UserError
 from anyflow_train.export.card import model_card, validated
 from anyflow_train.export.folder import check_writable, new_folder, write_marker
 from anyflow_train.export.formats import FORMATS, Job
 from anyflow_train.export.provenance import Provenance, public_config, public_name
 from anyflow_train.export.push import is_same_export, push
 from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
+from anyflow_train.training.checkpoints.run_directory import runs_of_sweep
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.weight_source import base_of
 
@@ -18,11 +20,19 @@ from anyflow_train.training.weight_source import base_of
 def run(config: ExportConfig) -> None:
     """Write the folder, reload it, and compare. The folder appears only if the outputs agree. Upload it if asked to.
 
+    The folder of a sweep is exported as one folder per finished run.
+
     Raises:
         UserError: there is no such checkpoint, it does not fit the format, or the folder must not be written.
         WrongExport: the written files do not have the outputs of the trained model.
     """
     out = Path(config.out).expanduser()
+    if runs := runs_of_sweep(config.model):
+        if config.push is not None:
+            raise UserError("push", f"uploads one model, but '{config.model}' is a sweep of {len(runs)} runs; name one")
+        for one in runs:
+            run(config.model_copy(update={"model": str(one), "out": str(out / one.name)}))
+        return
     check_writable(out, config.overwrite or config.push is not None)
     checkpoint = resolve_checkpoint(config.model)
     if config.push is None or not is_same_export(out, config, checkpoint):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +45,9 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     _read_costs(combinations)
     for combination in combinations:
         combination.update("waiting")
-    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], options.jobs)
+    gpus = visible_gpus()
+    jobs = options.jobs or max(len(gpus), 1)
+    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs, gpus if jobs <= len(gpus) else ())
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, runner.forward))
@@ -73,6 +77,18 @@ def table(combinations: Sequence[Combination]) -> str:
         steps = str(combination.config.steps)
         rows.append([*combination.values.values(), combination.state, steps, *shown, *times])
     return "\n".join(markdown_table(rows)) + "\n"
+
+
+def visible_gpus() -> list[str]:
+    """List the GPUs that runs can use, by the names that CUDA_VISIBLE_DEVICES takes. Does not import torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return []
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 
 def _evaluation(

@@ -19,11 +19,13 @@ class Runner:
     Args:
         options: options of every command, such as `--config-dir`.
         jobs: runs at a time. With more than one, the output of each goes to `<run directory>.log`.
+        gpus: names of GPUs, each of which one run has for itself; empty leaves them to the runs.
     """
 
-    def __init__(self, options: Sequence[str], jobs: int) -> None:
+    def __init__(self, options: Sequence[str], jobs: int, gpus: Sequence[str] = ()) -> None:
         self._options = options
         self._jobs = jobs
+        self._free = list(gpus)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
@@ -54,15 +56,19 @@ class Runner:
             print(f"== {place} {combination.label}: already finished", flush=True)
             return
         print(f"== {place} {combination.label}", flush=True)
-        code, seconds = self.call(["train", *combination.overrides], combination)
+        gpu = self._free.pop() if self._free else None
+        code, seconds = self.call(["train", *combination.overrides], combination, gpu)
+        self._free += [] if gpu is None else [gpu]
         combination.cpu_seconds += seconds
         combination.update("stopped" if code == 0 or self.stopped else "failed")
         if combination.state == "failed":
             print(f"{combination.label} failed with exit code {code}", file=sys.stderr, flush=True)
         self.stopped |= combination.state == "stopped"
 
-    def call(self, arguments: Sequence[str], logged: Combination | None = None) -> tuple[int, float]:
-        """Run one command. Returns its exit code and the CPU seconds of its processes."""
+    def call(
+        self, arguments: Sequence[str], logged: Combination | None = None, gpu: str | None = None
+    ) -> tuple[int, float]:
+        """Run one command, on one GPU if it is named. Returns its exit code and the CPU seconds of its processes."""
         with ExitStack() as stack:
             output = None
             if logged is not None and self._jobs > 1:
@@ -70,7 +76,8 @@ class Runner:
                 output = stack.enter_context(logged.folder.with_name(f"{logged.label}.log").open("ab"))
             command = [sys.executable, "-m", "anyflow_train", *arguments, *self._options]
             # In its own session, so that Ctrl-C reaches the run only once, through this process.
-            process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output)
+            environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+            process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output, env=environment)
             self._processes.add(process)
             if self.stopped:  # a signal arrived while the run was being started
                 process.terminate()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 import torch
 
 from anyflow_train import __version__
+from anyflow_train.config.derived import table
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest
@@ -92,8 +93,9 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             stack.callback(stop.end_soon)  # before the loader closes, which waits for its threads
         check_agreement(world, data_facts(loader.shards.manifests))
         world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
-        progress = stack.enter_context(closing(StepProgress(config.steps, state.step)))
+        progress = stack.enter_context(closing(StepProgress(config.steps, state.step, config.log)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
+        progress.start(banner(config, world, point))
         if point is not None:
             progress.say(f"resuming from {point.path}")
             for line in inputs.grown(str(directory.path)):
@@ -108,6 +110,18 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             trainer.train(stream)
         preempted = signal.SIGUSR1 in world.gather(stop.signal)
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
+
+
+def banner(config: RunConfig, world: World, point: CheckpointInfo | None) -> list[tuple[str, str]]:
+    """List what a run shows when it starts: names and values."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    return [
+        ("run", str(RunDirectory.of(config).path)),
+        ("student", f"{config.student.init or 'random weights'}, {config.student.adapter.kind}"),
+        *table(config, world.size),
+        ("processes", f"{world.size} on {device}, {engine_name()}, {config.engine.precision}"),
+        ("start", "from the beginning" if point is None else f"step {point.state.step} of {config.steps}"),
+    ]
 
 
 def restore(recipe: Recipe, point: CheckpointInfo | None) -> TrainState:

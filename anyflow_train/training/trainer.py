@@ -169,13 +169,13 @@ class Trainer:
         if self.validator is None or done or not self._due(self.config.evaluation.every):
             return
         folder = self.directory.validation(self.state.step)
-        with self._activity.untimed("validating"):
+        with self._activity.untimed("validating"), self.progress.phase("validating"):
             validation = self.validator(self.recipe.averaged, folder, self._should_stop)
         if validation is None:
             return
         metrics = validation.metrics
         self.state = dataclasses.replace(self.state, validated=self.state.step, metrics=metrics)
-        self.progress.say(f"step {self.state.step}  {validation.summary()}")
+        self.progress.validated(self.state.step, validation)
         tracked = {f"validation/{name}": value for name, value in (metrics | validation.intervals).items()}
         self.trackers.log(self.state.step, tracked, validation.videos)
         best, metric = self.state.best, self.config.evaluation.best_metric
@@ -195,7 +195,8 @@ class Trainer:
         self.state = dataclasses.replace(self.state, seconds=self._seconds(), last_loss=self._loss)
         roles = self.recipe.trainables
         counts = {role: adam_steps(trainable.engine.optimizer) for role, trainable in roles.items()}
-        self._saver.save(self.state, counts, self._groups())
+        with self.progress.phase("saving"):
+            self._saver.save(self.state, counts, self._groups())
         self._saved = self.state.step
 
     def _groups(self) -> dict[str, dict[str, Entry]]:

@@ -26,11 +26,13 @@ class Validation:
 
     def summary(self) -> str:
         """Format all numbers in one line, with their intervals: `energy_distance_1 0.51 [0.43, 0.6]`."""
-        return "  ".join(f"{name} {value:.3g}{self._interval(name)}" for name, value in self.metrics.items())
+        return "  ".join(f"{name} {self.text(name)}" for name in self.metrics)
 
-    def _interval(self, name: str) -> str:
+    def text(self, name: str) -> str:
+        """Format one number with its interval: `0.51 [0.43, 0.6]`; empty if it was not measured."""
         low, high = (self.intervals.get(f"{name}_{end}") for end in ("low", "high"))
-        return "" if low is None or high is None else f" [{low:.2g}, {high:.2g}]"
+        interval = "" if low is None or high is None else f" [{low:.2g}, {high:.2g}]"
+        return f"{self.metrics[name]:.3g}{interval}" if name in self.metrics else ""
 
 
 class Validator(Protocol):

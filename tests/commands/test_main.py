@@ -43,7 +43,8 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
     assert cli.main([command, "--help"]) == 0
     printed = capsys.readouterr().out
     run = MODELS["train"]
-    models = {"doctor": [], "check": [run], "plan": [run], "sweep": [run, MODELS["sweep"]]}.get(command)
+    models = {"doctor": [], "sweep": [run, MODELS["sweep"]], **{key: [run] for key in ("check", "plan", "launch")}}
+    models = models.get(command)
     models = [MODELS[command]] if models is None else models
     for field in (name for model in models for name in model.model_fields):
         assert f"    {field}: " in printed or f"\n{field}" in printed
@@ -83,7 +84,10 @@ def test_a_command_alone_shows_examples_that_parse(command: str, capsys: pytest.
             assert combine(options, rest, None)
         elif command == "plan":
             compose_beside(PlanOptions, arguments, None, lambda options: options.world)
+        elif command == "launch":
+            compose("train", arguments[1:])
         else:
+            arguments = cli.with_subject(cli.COMMANDS[command], arguments)
             compose("train" if command == "check" else command, arguments)
 
 
@@ -210,3 +214,11 @@ def test_a_file_that_the_code_should_have_made_is_a_bug(monkeypatch: pytest.Monk
     monkeypatch.setitem(cli.COMMANDS, "check", cli.Command("", "failing:fail", decoded=False))
     with pytest.raises(FileNotFoundError):
         cli.main(["check", "experiment=tiny"])
+
+
+def test_native_windows_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    assert cli.main(["train", "experiment=tiny"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: native Windows is not supported; use WSL 2, where one process trains"
+    ]

@@ -26,6 +26,7 @@ EXPERIMENTS = GROUPS[EXPERIMENT]
 RUNS = [name for name, choice in EXPERIMENTS.items() if choice.command == "train"]
 # What a person has to give beside the experiment, by command.
 NEEDED = {
+    "distil": ["source=clips"],
     "prepare": ["source=clips", "out=shards"],
     "evaluate": ["models=[runs/a]", "held_out=shards", "out=report"],
 }

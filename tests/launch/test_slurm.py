@@ -92,7 +92,16 @@ def test_a_failure_is_not_repeated(tmp_path: Path, code: str) -> None:
     assert not any("requeue" in call for call in job.calls())
 
 
-def test_a_job_submitted_from_elsewhere_says_so(tmp_path: Path) -> None:
+def test_a_job_submitted_from_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
     job = Job(tmp_path, root=tmp_path)
     assert job.process.wait(30) == 2
     assert "ANYFLOW_ROOT" in (job.process.stderr.read() if job.process.stderr else "")
+
+
+def test_a_job_submitted_from_elsewhere_uses_the_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "anyflow").write_text("#!/bin/sh\n")
+    (tmp_path / "anyflow").chmod(0o755)
+    job = Job(tmp_path, code="0", root=tmp_path)
+    assert job.process.wait(30) == 0
+    assert job.calls()[1].endswith("anyflow launch zero2 experiment=tiny")

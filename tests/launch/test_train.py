@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from anyflow_train.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 # Stand-in for `python`: records the call of the launcher, and behaves like the processes of a run.
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 echo "world ${WORLD_SIZE:-} threads $OMP_NUM_THREADS" >>"$CALLS"
-[ "$1" = -c ] && exit 0
+[ "$1" = -c ] && { [ "$MODE" != absent ] || exit 1; exit 0; }
 if [ "$3" = check ]; then
   [ "$MODE" != mistake ] || { echo "error: steps: is wrong" >&2; exit 2; }
   exit 0
@@ -128,3 +131,21 @@ def test_exit_codes(tmp_path: Path, mode: str, code: int) -> None:
 @pytest.mark.parametrize("script", ["train.sh", "slurm.sbatch", "environment.sh"])
 def test_scripts_are_bash(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], check=True)
+
+
+def test_the_installed_package_has_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """`anyflow launch` becomes the script, with this Python first on PATH, whatever the environment is."""
+    seen: list = []
+    monkeypatch.setattr(os, "execve", lambda *call: seen.append(call))
+    main(["launch", "zero2", "experiment=tiny", "--config-dir", "mine"])
+    (_, words, environment) = seen[0]
+    assert words[1:] == [str(ROOT / "launch" / "train.sh"), "zero2", "experiment=tiny", "--config-dir", "mine"]
+    assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert main(["launch", "slurm"]) == 0
+    assert "#SBATCH --mem=0" in capsys.readouterr().out
+
+
+def test_nothing_is_installed_on_a_node(tmp_path: Path) -> None:
+    process = start(tmp_path, "ddp", mode="absent", SLURM_JOB_ID="7")
+    assert "nothing is installed on nodes" in process.communicate(timeout=30)[1]
+    assert process.returncode == 2

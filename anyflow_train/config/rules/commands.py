@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 
-from anyflow_train.config.commands import EvaluateConfig, PrepareConfig, SampleConfig
+from anyflow_train.config.commands import DistilOptions, EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import frame_count, video_size
 
@@ -56,3 +56,11 @@ def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
         problem = f"'data' requires unguided samples, but guidance_scale={config.guidance_scale:g}"
         advice = "set reference=guided_teacher, or guidance_scale=1"
         yield Finding(("reference", "guidance_scale"), f"{problem}; {advice}")
+
+
+def distil(config: DistilOptions) -> Iterator[Finding]:
+    """Check that there are clips or prompts, and a first stage."""
+    if (config.source is None) == (config.prompts is None):
+        yield Finding(("source", "prompts"), "give either source=CLIPS or prompts=FILE")
+    if not config.stage1:
+        yield Finding(("stage1", "experiment"), "is empty; give experiment=wan1_3b, or arguments of `anyflow train`")

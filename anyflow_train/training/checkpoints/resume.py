@@ -27,6 +27,7 @@ FREE_KEYS = (
     "out",
     "steps",
     "log_every",
+    "log",
     "max_nonfinite_steps",
     "profile",
     "checkpoint.",

@@ -124,6 +124,19 @@ class RunDirectory:
         return "another process"
 
 
+def runs_of_sweep(source: str) -> list[Path]:
+    """List the run directories of a sweep's folder that are finished; empty if the source is not a sweep.
+
+    The folder may have been moved since.
+    """
+    folder, runs = Path(source).expanduser(), []
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        for row in json.loads((folder / "sweep.json").read_text()):
+            place = folder / Path(row["label"]).name
+            runs += [place] if _read_json(place / "done.json") else []
+    return runs
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     with suppress(FileNotFoundError, ValueError):
         content = json.loads(path.read_text())

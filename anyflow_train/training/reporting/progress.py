@@ -1,15 +1,25 @@
-"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a bar and tables for people, plain lines without a terminal, JSON lines for programs."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal, Protocol
 
 import torch
-from tqdm import tqdm
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from anyflow_train.text import duration
+from anyflow_train.training.validation import Validation
 
 SHORT = {
     "gradient_norm": "grad",
@@ -19,6 +29,11 @@ SHORT = {
 }
 # Values with this in their name go to the trackers only; a line has no room for them.
 HIDDEN = "/rollout_"
+TRAINING = "training"
+BAR_WIDTH = 24
+"""Columns of the bar. With the numbers of steps and the time left it fits into 80 columns."""
+
+Log = Literal["auto", "plain", "json"]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -29,44 +44,210 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # Linux counts KiB, macOS bytes
 
 
+class Screen(Protocol):
+    """A way to show progress."""
+
+    def start(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Show facts about the run that begins."""
+        ...
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
+        ...
+
+    def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
+        """Show the numbers after `step` steps. `left`: seconds of training that are left."""
+        ...
+
+    def validated(self, step: int, validation: Validation) -> None:
+        """Show the result of a validation."""
+        ...
+
+    def phase(self, name: str) -> None:
+        """Show what the run is doing now."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        ...
+
+    def close(self) -> None:
+        """Leave everything as it is."""
+        ...
+
+
 class StepProgress:
-    """Shows the numbers of logged steps.
+    """Shows the progress of a run. The time left is that of training steps alone.
 
     Args:
         steps: steps of the whole run.
         done: steps done before this start.
+        log: `auto` (a bar on a terminal, plain lines elsewhere), `plain`, or `json` (one object per line).
+        console: where a bar is shown; None is stderr.
     """
 
-    def __init__(self, steps: int, done: int) -> None:
-        self._steps = steps
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    def __init__(self, steps: int, done: int, log: Log = "auto", console: Console | None = None) -> None:
+        self._steps, self._step, self._seconds = steps, done, 0.0
+        console = console or Console(stderr=True)
+        people = log == "auto" and console.is_terminal
+        self._screen: Screen = Json() if log == "json" else Bar(console, steps, done) if people else Lines(steps)
+
+    def start(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Show facts about the run that begins: names and values."""
+        with _surviving():
+            self._screen.start(rows)
 
     def advance(self) -> None:
-        """Count one step on the bar."""
+        """Count one step."""
+        self._step += 1
         with _surviving():
-            self._bar.update()
+            self._screen.advance(self._step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
-        shown = {name: value for name, value in values.items() if HIDDEN not in name}
-        text = "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
-        if not self._bar.disable:
-            with _surviving():
-                self._bar.set_postfix_str(text)
-            return
-        remaining = (self._steps - step) * values.get("seconds_per_step", 0.0)
+        left = (self._steps - step) * values.get("seconds_per_step", 0.0)
         with _surviving():
-            print(f"step {step}/{self._steps}  {text}  eta {tqdm.format_interval(remaining)}", flush=True)
+            self._screen.numbers(step, values, left)
+
+    def validated(self, step: int, validation: Validation) -> None:
+        """Show the result of a validation after `step` steps."""
+        with _surviving():
+            self._screen.validated(step, validation)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show what the run does inside the block instead of training."""
+        with _surviving():
+            self._screen.phase(name)
+        yield
+        with _surviving():
+            self._screen.phase(TRAINING)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Show a line above the bar. It is never wrapped."""
         with _surviving():
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self._screen.say(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        with _surviving():
+            self._screen.close()
+
+
+class Lines:
+    """Plain lines on stdout."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def start(self, rows: Sequence[tuple[str, str]]) -> None:
+        self.say("\n".join(f"{name:<14} {value}" for name, value in rows))
+
+    def advance(self, step: int) -> None: ...
+
+    def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
+        self.say(f"step {step}/{self._steps}  {number_line(values)}  eta {duration(left)}")
+
+    def validated(self, step: int, validation: Validation) -> None:
+        self.say(f"step {step}  {validation.summary()}")
+
+    def phase(self, name: str) -> None: ...
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None: ...
+
+
+class Json:
+    """One JSON object per line on stdout. Each has `event` and, where it applies, `step`."""
+
+    def start(self, rows: Sequence[tuple[str, str]]) -> None:
+        self._write("start", **dict(rows))
+
+    def advance(self, step: int) -> None: ...
+
+    def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
+        self._write("step", step=step, seconds_left=left, **values)
+
+    def validated(self, step: int, validation: Validation) -> None:
+        self._write("validation", step=step, **validation.metrics, **validation.intervals)
+
+    def phase(self, name: str) -> None:
+        self._write("phase", name=name)
+
+    def say(self, text: str) -> None:
+        self._write("message", text=text)
+
+    def close(self) -> None: ...
+
+    def _write(self, event: str, **values: object) -> None:
+        print(json.dumps({"event": event, "time": time.time(), **values}), flush=True)
+
+
+class Bar:
+    """A bar with the present numbers on a line below it, and tables above it."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console, self._numbers = console, Text(no_wrap=True, overflow="ellipsis")
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(BAR_WIDTH),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[left]}"),
+        ]
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(TRAINING, total=steps, completed=done, left="")
+        # Other output is left alone: it may come from a thread, or from a library that counts columns.
+        options = {"redirect_stdout": False, "redirect_stderr": False, "refresh_per_second": 4}
+        self._live = Live(Group(self._bar, self._numbers), console=console, **options)
+        self._live.start()
+
+    def start(self, rows: Sequence[tuple[str, str]]) -> None:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, Text(value))
+        self._console.print(table)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
+        self._bar.update(self._task, left=f"{duration(left)} left")
+        self._numbers.plain = number_line(values)
+
+    def validated(self, step: int, validation: Validation) -> None:
+        self._console.print(validation_table(step, validation))
+
+    def phase(self, name: str) -> None:
+        self._bar.update(self._task, description=name)
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def validation_table(step: int, validation: Validation) -> Table:
+    """Make a table with one row per number of calls, and one column per metric with its 95 % interval."""
+    names = list(dict.fromkeys(name.rpartition("_")[0] for name in validation.metrics))
+    calls = list(dict.fromkeys(name.rpartition("_")[2] for name in validation.metrics))
+    table = Table(title=f"validation at step {step}", title_justify="left", title_style="bold")
+    for heading in ("calls", *(name.replace("_", " ") for name in names)):
+        table.add_column(heading, justify="right")
+    for count in calls:
+        table.add_row(count, *(validation.text(f"{name}_{count}") for name in names))
+    return table
+
+
+def number_line(values: Mapping[str, float]) -> str:
+    """Format the numbers of a step in one line, with short names."""
+    shown = {name: value for name, value in values.items() if HIDDEN not in name}
+    return "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
 from anyflow_train.files import replace_file
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.reporting.notify import Notifier
 
 FINISH_SECONDS = 300.0
 """Longest time that a finished run waits for wandb's uploads."""
@@ -156,6 +157,8 @@ class Trackers:
             begin.append(lambda: Wandb(tracker, config, directory))
         if isinstance(tracker, TensorboardTracker):
             begin.append(lambda: Tensorboard(directory, step))
+        if config.notify:
+            begin.append(lambda: Notifier(config))
         for one in begin:
             try:
                 self._sinks.append(one())

@@ -78,7 +78,9 @@ with stop_requests() as request:
         if child == 0:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
             os.execv(sys.executable, [sys.executable, "-c", code, str(saved)])
-        assert b"ready" in os.read(terminal, 1000)
+        shown = b""
+        while b"ready" not in shown:  # the bar hides the cursor first
+            shown += os.read(terminal, 1000)
         os.close(terminal)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert saved.read_text() == "SIGHUP"

@@ -1,0 +1,1 @@
+"""`anyflow distil`: the whole way from clips to an exported student."""

@@ -1,0 +1,139 @@
+"""`anyflow distil`: its parts in order, what is repeated and what is not, and what it says before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from anyflow_train.__main__ import main
+from anyflow_train.config.paths import resource
+from anyflow_train.distil import command
+
+
+class Commands:
+    """Stand-in for the commands that `distil` starts: each makes its result."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.fails: dict[str, int] = {}
+
+    def __call__(self, _runner: object, arguments: Sequence[str], _logged: object = None) -> tuple[int, float]:
+        self.calls.append(list(arguments))
+        given = {key: value.strip("'") for key, _, value in (part.partition("=") for part in arguments[1:])}
+        name = given.get("name", arguments[0])
+        if name in self.fails:
+            return self.fails.pop(name), 0.0
+        out = Path(given["out"])
+        if "name" in given:
+            out = out / given["name"]
+        out.mkdir(parents=True, exist_ok=True)
+        results = {"prepare": "manifest.json", "export": "anyflow_export.json", "evaluate": "report.json"}
+        (out / "config.json").write_text('{"steps": 5}')
+        (out / results.get(arguments[0], "done.json")).write_text('{"step": 5}')
+        if arguments[0] == "evaluate":
+            (out / "report.md").write_text("# report\n\n![Videos](grid.gif)\n\n| calls |\n|---|\n")
+        return 0, 0.0
+
+    def names(self) -> list[str]:
+        return [next((part for part in call if part.startswith("name=")), call[0]) for call in self.calls]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    found = Commands()
+    monkeypatch.setattr(command.Runner, "call", lambda *given: found(*given))
+    return found
+
+
+def line(out: Path, *more: str) -> list[str]:
+    return ["distil", "experiment=tiny_distil", "source=clips", "held_out=others", f"out={out}", *more]
+
+
+def test_the_whole_way_in_order(tmp_path: Path, commands: Commands) -> None:
+    assert main(line(tmp_path / "a")) == 0
+    assert commands.names() == ["prepare", "prepare", "name=stage1", "name=stage2", "export", "evaluate"]
+    stage2, export, evaluate = commands.calls[3:]
+    assert f"student.init='{tmp_path / 'a' / 'stage1'}'" in stage2
+    assert f"evaluation.held_out='{tmp_path / 'a' / 'held_out'}'" in stage2
+    assert f"model='{tmp_path / 'a' / 'stage2'}'" in export
+    assert any("stage1','" in part and "stage2'" in part for part in evaluate)
+    page = (tmp_path / "a" / "summary.md").read_text()
+    assert page.count("| finished ") == 6 + 1  # and the column's heading
+    assert "![Videos](report/grid.gif)" in page
+
+
+def test_the_same_line_goes_on_where_it_stopped(tmp_path: Path, commands: Commands, capsys) -> None:
+    commands.fails = {"stage2": 75}
+    assert main(line(tmp_path)) == 75
+    assert "stage 2 is not finished; start the same line again" in capsys.readouterr().out
+    assert "not finished" in (tmp_path / "summary.md").read_text()
+    commands.calls.clear()
+    assert main(line(tmp_path)) == 0
+    assert commands.names() == ["name=stage2", "export", "evaluate"]
+    commands.calls.clear()
+    assert main(line(tmp_path)) == 0
+    assert commands.names() == []
+
+
+def test_a_part_is_repeated_if_what_it_was_made_from_is_newer(tmp_path: Path, commands: Commands) -> None:
+    assert main(line(tmp_path)) == 0
+    commands.calls.clear()
+    done = tmp_path / "stage2" / "done.json"
+    later = done.stat().st_mtime + 100
+    os.utime(done, (later, later))
+    assert main(line(tmp_path)) == 0
+    assert commands.names() == ["export", "evaluate"]
+
+
+def test_a_training_that_a_signal_stopped_is_not_finished(tmp_path: Path, commands: Commands) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "config.json").write_text(json.dumps({"steps": 10}))
+    commands.fails = {"stage1": 0}
+    assert main(line(tmp_path)) == 130
+    assert commands.names()[-1] == "name=stage1"
+
+
+def test_several_gpus_are_a_strategy(tmp_path: Path, commands: Commands) -> None:
+    assert main(line(tmp_path, "strategy=zero2")) == 0
+    assert [call[:2] for call in commands.calls if call[0] == "launch"] == [["launch", "zero2"]] * 2
+
+
+@pytest.mark.parametrize("model", ["wan1_3b", "wan14b"])
+def test_prompts_alone_leave_out_the_evaluation(tmp_path: Path, commands: Commands, model: str) -> None:
+    assert main(["distil", f"experiment={model}", "prompts=a.txt", f"out={tmp_path}"]) == 0
+    assert commands.names() == ["prepare", "name=stage1", "name=stage2", "export"]
+    assert "prompts='a.txt'" in commands.calls[0]
+    assert "objective.source=student" in commands.calls[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["experiment=tiny_distil"], "error: source: give either source=CLIPS or prompts=FILE"),
+        (["source=a"], "error: stage1: is empty; give experiment=wan1_3b"),
+        (
+            ["experiment=tiny_distil", "source=a", "stage1=['experiment=tiny','stepz=1']"],
+            "error: stage 1: stepz: unknown key",
+        ),
+        (["experiment=tiny_distil", "source=a", "export=['format=zip']"], "error: export: format: 'zip' is wrong"),
+    ],
+)
+def test_mistakes_of_all_parts_are_said_before_the_start(
+    commands: Commands, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+) -> None:
+    assert main(["distil", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not commands.calls
+
+
+def test_every_experiment_of_distil_is_shipped() -> None:
+    found = {
+        path.stem
+        for path in (resource("configs") / "experiment").glob("*.yaml")
+        if "# anyflow distil:" in path.read_text()
+    }
+    assert found == {"tiny_distil", "wan1_3b", "wan14b"}

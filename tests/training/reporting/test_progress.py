@@ -1,0 +1,87 @@
+"""What a run shows: at 80 columns on a terminal, as plain lines, and as JSON lines."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from anyflow_train.text import duration
+from anyflow_train.training.reporting.progress import StepProgress
+from anyflow_train.training.validation import Validation
+
+VALUES = {"learning_rate": 1e-3, "loss": 0.25, "seconds_per_step": 2.0, "samples_per_second": 16.0, "a/rollout_1": 3.0}
+METRICS = {"energy_distance_1": 0.51, "energy_distance_4": 0.25, "class_error_1": 0.1}
+VALIDATION = Validation(METRICS, {}, {"energy_distance_1_low": 0.43, "energy_distance_1_high": 0.6})
+LONG = "warning: " + "a very long sentence that must stay on one line " * 4
+
+
+def on_a_terminal(width: int) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, height=30, color_system=None, legacy_windows=False)
+    progress = StepProgress(400, 0, console=console)
+    progress.start([("run", "runs/tiny"), ("tokens", "1,280 per sample")])
+    for _ in range(100):
+        progress.advance()
+    progress.show(100, VALUES)
+    with progress.phase("validating"):
+        progress._screen._live.refresh()
+    progress.validated(100, VALIDATION)
+    progress.say(LONG)
+    progress.close()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_a_bar_that_fits(width: int) -> None:
+    text = on_a_terminal(width)
+    lines = [line.rstrip() for line in text.replace("\x1b[2K", "").splitlines()]
+    bars = [line for line in lines if "100/400" in line and "━" in line]
+    assert bars
+    assert "10:00 left" in bars[-1]  # 300 steps of 2 s; the time of a validation is not part of it
+    assert any("validating" in line for line in lines)
+    assert any(line.startswith("lr 0.001  loss 0.25  s/step 2") for line in lines)
+    assert max(len(line) for line in lines if "warning" not in line) <= width
+    assert sum(LONG.strip() in line for line in lines) == 1  # not wrapped
+    assert any("0.51 [0.43, 0.6]" in line and "0.1" in line for line in lines)
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = StepProgress(400, 0)
+    progress.start([("run", "runs/tiny")])
+    progress.advance()
+    progress.show(100, VALUES)
+    with progress.phase("saving"):
+        progress.validated(100, VALIDATION)
+    progress.say(LONG)
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "run            runs/tiny",
+        "step 100/400  lr 0.001  loss 0.25  s/step 2  samples/s 16  eta 10:00",
+        "step 100  energy_distance_1 0.51 [0.43, 0.6]  energy_distance_4 0.25  class_error_1 0.1",
+        LONG,
+    ]
+    assert not err
+
+
+def test_json_lines_are_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = StepProgress(400, 0, "json")
+    progress.start([("run", "runs/tiny")])
+    progress.show(100, VALUES)
+    with progress.phase("saving"):
+        pass
+    progress.validated(100, VALIDATION)
+    progress.say("done")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["event"] for row in rows] == ["start", "step", "phase", "phase", "validation", "message"]
+    assert rows[1]["loss"] == 0.25
+    assert rows[1]["seconds_left"] == 600
+    assert rows[4]["energy_distance_1_low"] == 0.43
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (7384, "2:03:04"), (3 * 86400 + 7200, "3d 02:00:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
