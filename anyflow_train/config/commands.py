@@ -156,6 +156,8 @@ class PrepareConfig(Model):
     height, width: size of the clips in pixels.
     fps: frame rate to which clips are resampled.
     hdr: clips in HDR (PQ or HLG) are tone mapped to SDR (tonemap), or skipped and counted (skip).
+    min_size, min_seconds: clips with a shorter side (pixels), or a shorter duration by their file, are skipped.
+    max_upscale: clips that would have to be enlarged by more than this factor are skipped; null enlarges any.
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
@@ -184,6 +186,9 @@ class PrepareConfig(Model):
     width: PositiveInt = 832
     fps: PositiveFloat = 16.0
     hdr: Literal["tonemap", "skip"] = "tonemap"
+    min_size: NonNegativeInt = 0
+    min_seconds: NonNegativeFloat = 0.0
+    max_upscale: PositiveFloat | None = None
     max_text_length: PositiveInt = 512
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()

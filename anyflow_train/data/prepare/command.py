@@ -48,7 +48,7 @@ from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_a
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
-from anyflow_train.data.prepare.video import read_clip
+from anyflow_train.data.prepare.video import Limits, read_clip
 from anyflow_train.data.prepare.videos import MakeLatents, write_made_shards, write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.data.prepare.writing import copy_shard
@@ -173,7 +173,8 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
         shape = config.model_dump(include={"frames", "height", "width", "fps", "hdr"})
-        read = partial(read_clip, **shape)
+        limits = Limits(config.min_size, config.min_seconds, config.max_upscale)
+        read = partial(read_clip, **shape, limits=limits)
         encode = job.codec(config.vae_precision).encode_video
         write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
 

@@ -31,7 +31,7 @@ MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
 # These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
 FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune", "latents"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
-LATER_KEYS = {"hdr", "caption_key", "encoding"}
+LATER_KEYS = {"hdr", "caption_key", "encoding", "min_size", "min_seconds", "max_upscale"}
 TEACHER_KEYS = {"teacher", "steps", "guidance_scale", "shift", "seed"}
 
 
@@ -140,7 +140,7 @@ def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:
     for number in count():
         found = workers.share(f"round {number}", next(planned, {}))
         if not found:
-            return
+            return workers.leave()
         gone = set(found["gone"])
         shards = tuple(
             ShardPlan(name, tuple(_find(clips, key, gone, workers.rank) for key in keys), origin)
