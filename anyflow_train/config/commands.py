@@ -122,6 +122,28 @@ class RunsConfig(Model):
     prune: bool = False
 
 
+class WatchConfig(Model):
+    """`anyflow watch`: a page in the browser over the runs of a folder. Only this machine can open it.
+
+    runs: folder of run directories and sweeps, or one run directory.
+    port: port of the page; 0 takes any free one.
+    """
+
+    runs: str
+    port: Annotated[int, Field(ge=0, le=65535)] = 8787
+
+
+class ReportConfig(Model):
+    """`anyflow report`: the page of `anyflow watch` as one file, which needs no network.
+
+    run: run directory, or a folder of several.
+    out: the .html file to write.
+    """
+
+    run: str
+    out: str = "report.html"
+
+
 class ClipsConfig(Model):
     """`anyflow clips`: render mp4 clips of moving shapes, with captions.
 

@@ -23,9 +23,11 @@ from anyflow_train.config.commands import (
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
+    ReportConfig,
     RunsConfig,
     SampleConfig,
     SweepOptions,
+    WatchConfig,
 )
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
@@ -52,6 +54,8 @@ MODELS: dict[str, type[Model]] = {
     "sweep": SweepOptions,
     "runs": RunsConfig,
     "distil": DistilOptions,
+    "watch": WatchConfig,
+    "report": ReportConfig,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"
