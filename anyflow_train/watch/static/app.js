@@ -78,7 +78,11 @@ function chart(title, lines, { log = false, xlog = false, ticks = null, xlabel =
   const labels = lines.filter((line) => line.label);
   if (labels.length && labels.length < 12) {
     const legend = element("p", { className: "soft" });
-    for (const line of labels) { const mark = element("span", { className: "dot" }); mark.style.background = line.colour; legend.append(mark, `${line.label}   `); }
+    for (const line of labels) {
+      const mark = drawn("svg", { viewBox: "0 0 24 10", class: "mark" });
+      mark.append(drawn("line", { x1: 0, x2: 24, y1: 5, y2: 5, stroke: line.colour, "stroke-width": 2, "stroke-dasharray": line.dash || "" }));
+      legend.append(mark, `${line.label}   `);
+    }
     card.append(legend);
   }
   return card;
@@ -104,7 +108,8 @@ function drawCharts() {
       const keys = Array.isArray(wanted) ? wanted : [...new Set(run.rows.flatMap(Object.keys))].filter((key) => wanted.test(key));
       keys.forEach((key, place) => {
         const points = run.rows.filter((row) => row[key] !== undefined).map((row) => [row.step, row[key]]);
-        const label = Array.isArray(wanted) ? name : `${name}: ${key.replace("loss_", "")}`;
+        const first = name === shown()[0][0];
+        const label = Array.isArray(wanted) ? name : first ? key.replace("loss_", "") : "";
         if (points.length) lines.push({ colour: Array.isArray(wanted) || shown().length > 1 ? colour(name) : COLOURS[place % COLOURS.length], dash: Array.isArray(wanted) || shown().length === 1 ? "" : DASHES[place % DASHES.length], points, label });
       });
     }
@@ -120,6 +125,8 @@ function drawQuality() {
   const metrics = [...new Set(shown().flatMap(([, run]) => validations(run).flatMap(Object.keys)).map((key) => (key.match(/^validation\/(.+)_\d+$/) || [])[1]).filter(Boolean))];
   const box = element("div", { className: "card" }, element("h2", {}, "Quality by number of network calls"));
   box.append(slider("step", steps, chosen, (step) => { state.step = step; drawQuality(); }));
+  const grid = element("div", { className: "grid" });
+  box.append(grid);
   for (const metric of metrics) {
     const lines = [];
     const calls = new Set();
@@ -132,7 +139,7 @@ function drawQuality() {
       const taught = Object.entries(run.teacher);
       if (metric === "energy_distance" && taught.length) lines.push({ colour: "#868e96", dash: "6 3", label: `teacher (${name})`, points: taught.map(([n, [v, low, high]]) => [+n, v, low, high]) });
     }
-    box.append(chart(metric.replaceAll("_", " "), lines, { log: lines.every((l) => l.points.every((p) => p[1] > 0)), xlog: true, ticks: [...calls], xlabel: "network calls" }));
+    grid.append(chart(metric.replaceAll("_", " "), lines, { log: lines.every((l) => l.points.every((p) => p[1] > 0)), xlog: true, ticks: [...calls], xlabel: "network calls" }));
   }
   fill("quality", box);
 }
