@@ -42,6 +42,7 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.loader import Loader, pad_text
+from anyflow_train.data.mixture import ShardMixture
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.report import step_seconds
@@ -121,7 +122,7 @@ def measure(side: Side, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 def our_batches(config: RunConfig, folder: str, passes: int, workers: int, processes: int) -> Iterator[int]:
     """Yield the number of samples of every step of one process's loader, for the given number of passes."""
-    shards, engine = ShardSet.open(folder), config.engine
+    shards, engine = ShardMixture((ShardSet.open(folder),)), config.engine
     positions = local_positions(engine.global_batch, engine.micro_batch, processes, 0)
     with closing(Loader(shards, 0, engine.global_batch, positions, config.data.text_lengths, workers)) as loader:
         for batches in islice(loader, passes * len(shards) * processes // engine.global_batch):

@@ -184,7 +184,7 @@ def test_keys_of_another_kind_are_left_out_and_typed_ones_refused() -> None:
     with pytest.warns(ConfigWarning, match=r"objective.kind: flow_matching does not have objective.epsilon"):
         compose("train", ["experiment=tiny", "objective=flow_matching"])
     assert errors("objective=flow_matching", "objective.epsilon=0.01").keys() == {"objective.epsilon"}
-    with pytest.warns(ConfigWarning, match=r"on_policy.kind: none does not have on_policy.fake_score"):
+    with pytest.warns(ConfigWarning, match=r"on_policy.kind: none does not have on_policy.calls"):
         config: RunConfig = compose("train", ["experiment=tiny_on_policy", "on_policy=none"])
     assert config.on_policy.matching is None
 

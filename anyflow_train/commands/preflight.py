@@ -48,7 +48,7 @@ def check_files(config: RunConfig) -> Preflight:
     networks = {"student.init": config.student.init}
     networks |= {"teacher.source": config.teacher.source} if needs_teacher(config) else {}
     networks |= {"on_policy.fake_score.init": matching.fake_score.init} if matching else {}
-    work = [(_shards, "data.shards", data.shards)]
+    work = [(_shards, "data.shards", location) for location in data.locations]
     work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
     work += [(_network, key, source) for key, source in networks.items()]
     work += [(_disk, "out", config.out)]

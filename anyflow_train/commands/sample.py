@@ -49,7 +49,7 @@ def run(config: SampleConfig) -> None:
     prompts, out = read_prompts(config), Path(config.out).expanduser()
     wanted = product(enumerate(prompts), config.seeds, config.calls)
     files = [_file(number, prompt, seed, steps) for (number, prompt), seed, steps in wanted]
-    content = known_fact(network_fact, config.model) or Path(config.model).name
+    content = known_fact(partial(network_fact, config.model)) or Path(config.model).name
     owner = {"checkpoint": content, "weights": config.weights}
     check_results(out, INDEX, owner, [*files, *GRIDS])
     model = load_model(config.model, config.weights)

@@ -48,7 +48,8 @@ def run(config: RunConfig) -> int:
         notifier.send("failed", f"failed: {reason}")
         raise
     done = RunDirectory.of(config).read_done()
-    notifier.send(*(("stopped", "stopped") if done is None else ("finished", "finished", done.get("step"))))
+    state = "stopped" if done is None else "finished"
+    notifier.send(state, state, None if done is None else done.get("step"))
     return code
 
 

@@ -184,6 +184,8 @@ class PrepareConfig(Model):
     max_text_length: largest number of tokens per text; longer texts are cut.
     negative_prompt: text for guidance and text dropout.
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
+    prune: remove samples of clips that are gone from the source, and old samples of clips that have changed. Runs that
+        began on them cannot be resumed.
     batch: clips that the VAE encodes at a time.
     precision: precision of the text encoder; embeddings are stored in the same precision.
     vae_precision: precision of the VAE; Wan's own code runs it in float32.
@@ -205,11 +207,35 @@ class PrepareConfig(Model):
     negative_prompt: str = ""
     validation_prompts: tuple[str, ...] = ()
     samples_per_shard: PositiveInt = 256
+    prune: bool = False
     batch: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     latent_dtype: Literal["fp32", "bf16"] = "fp32"
+    threads: NonNegativeInt = 0
+
+
+class ShardsConfig(Model):
+    """`anyflow shards FOLDER`: what a folder of shards holds.
+
+    folder: folder or remote address of the shards.
+    verify: read every sample, and compare its bytes with the checksum. Else equal clips are found if their captions are
+        equal too.
+    held_out: shards that must not hold the same clips; null leaves the comparison out.
+    pictures: number of samples on the contact sheet; 0 leaves it out.
+    out: file of the contact sheet; null writes `contact_sheet.png` into the folder.
+    codec: pipeline folder or hub id of the VAE; null uses the one that the shards name.
+    threads: CPU threads of torch; 0 lets torch choose.
+    """
+
+    folder: str
+    verify: bool = False
+    held_out: str | None = None
+    pictures: NonNegativeInt = 16
+    out: str | None = None
+    codec: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegativeInt = 0
 
 

@@ -26,6 +26,7 @@ from anyflow_train.config.commands import (
     ReportConfig,
     RunsConfig,
     SampleConfig,
+    ShardsConfig,
     SweepOptions,
     WatchConfig,
 )
@@ -48,6 +49,7 @@ MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
     "prepare": PrepareConfig,
     "clips": ClipsConfig,
+    "shards": ShardsConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,

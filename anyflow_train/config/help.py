@@ -27,6 +27,7 @@ EXAMPLES = {
         "source=my_clips out=shards codec=Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "experiment=tiny_prepare source=clips out=shards",
     ],
+    "shards": ["shards/train", "shards/train verify=true held_out=shards/held_out"],
     "check": ["experiment=wan1_3b_forward data.shards=shards"],
     "plan": ["experiment=wan14b_forward gpus=8 gpu=h100-80"],
     "train": [

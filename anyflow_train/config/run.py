@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Student, Teacher
@@ -46,10 +46,18 @@ class Optimizer(Model):
     ema: Ema = Ema()
 
 
+def _locations(value: object) -> object:
+    several = isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
+    if not several and not isinstance(value, str):
+        raise ValueError("give one folder or address, or a list of them")
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
 class Data(Model):
     """Shards of latents and text embeddings, written by `anyflow prepare`.
 
-    shards: folder or remote address of the shards.
+    shards: folder or remote address of the shards, or a list of several.
+    weights: shares in which samples come from several `shards`, such as [3, 1]; empty draws all samples equally often.
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
     workers: threads that read ahead; 0 reads each batch when it is needed.
@@ -58,9 +66,12 @@ class Data(Model):
     cache: folder for copies of remote shards; cache_gib limits its size.
     shuffle_shards: samples are shuffled within groups of this many shuffled shards; null shuffles all of them together.
         Set it if remote shards are larger than the cache, which must hold two groups.
+    generations: location of shards that have grown -> state to use, counted from 0. A location that is not named uses
+        the newest state; a run that resumes uses the one that it began with.
     """
 
-    shards: str
+    shards: Annotated[str | tuple[str, ...], PlainValidator(_locations)]
+    weights: tuple[PositiveFloat, ...] = ()
     frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
@@ -70,6 +81,12 @@ class Data(Model):
     cache: str | None = None
     cache_gib: PositiveFloat = 100.0
     shuffle_shards: PositiveInt | None = None
+    generations: dict[str, NonNegativeInt] = Field(default_factory=dict)
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """All locations in `shards`."""
+        return (self.shards,) if isinstance(self.shards, str) else self.shards
 
 
 class Engine(Model):

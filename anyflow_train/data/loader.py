@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from anyflow_train.data.batch import Batch
-from anyflow_train.data.order import SampleOrder, step_text_length
-from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
+from anyflow_train.data.mixture import ShardMixture
+from anyflow_train.data.order import step_text_length
+from anyflow_train.data.shards import BadSampleError, Sample
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.types import Condition
@@ -42,7 +43,7 @@ class Loader:
     `max_sequence_length`.
 
     Attributes:
-        shards: the training shards.
+        shards: the training shards, of one or of several sets.
         seed: seed of the run.
         global_batch: samples per step, over all ranks and micro-steps.
         local_positions: positions of this rank, per micro-step.
@@ -59,7 +60,7 @@ class Loader:
         ValueError: a position is outside of the global batch.
     """
 
-    shards: ShardSet
+    shards: ShardMixture
     seed: int
     global_batch: int
     local_positions: Sequence[tuple[int, ...]]
@@ -77,7 +78,7 @@ class Loader:
         if any(position >= self.global_batch for positions in self.local_positions for position in positions):
             positions = list(self.local_positions)
             raise ValueError(f"local_positions {positions} go over the global batch of {self.global_batch}")
-        self._order = SampleOrder(self.seed, self.shards.shard_sizes, self.shuffle_shards)
+        self._order = self.shards.order(self.seed, self.shuffle_shards)
         self._pool = ThreadPoolExecutor(self.workers, "loader") if self.workers else None
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -118,7 +119,7 @@ class Loader:
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 sample = self.shards.read(index)
-                number = draw_key(self.seed, position // len(self.shards), "caption", index) if sample.others else 0
+                number = draw_key(self.seed, self._order.epoch(position), "caption", index) if sample.others else 0
                 return sample.with_caption(number)
             except BadSampleError as error:
                 bad.append(error)

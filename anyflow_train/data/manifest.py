@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -57,6 +57,27 @@ class CodecInfo(Model):
         return known(self.vae)
 
 
+Range = tuple[NonNegativeInt, NonNegativeInt]
+
+
+class State(Model):
+    """What changes when a folder grows: its state after one call of `anyflow prepare`.
+
+    shards: number of shards, counted from the first.
+    dropped: places (first, last + 1) in a shard of samples that a later one replaces, because the clip has changed.
+    text: file of the prompts' embeddings.
+    """
+
+    shards: NonNegativeInt
+    dropped: dict[FileName, tuple[Range, ...]] = Field(default_factory=dict)
+    longest_text: NonNegativeInt | None = None
+    negative_prompt: str = ""
+    validation_prompts: tuple[str, ...] = ()
+    text: FileName = TEXT
+    clips: int | None = None
+    skipped: int = 0
+
+
 class Manifest(Model):
     """`manifest.json` of a shard folder.
 
@@ -65,6 +86,8 @@ class Manifest(Model):
     frames, height, width, fps: size and rate of the clips, in pixels and frames per second; None for prompts.
     longest_text: tokens of the longest caption; None if unknown.
     clips, skipped: number of clips in the source, and how many of them were skipped (see `skipped.jsonl`).
+    dropped, text: see `State`.
+    earlier: states of the folder before it grew, the oldest first. A run resumes on the state that it began with.
     """
 
     format: Literal["anyflow_train shards 1"]
@@ -84,11 +107,41 @@ class Manifest(Model):
     validation_prompts: tuple[str, ...] = ()
     clips: int | None = None
     skipped: int = 0
+    dropped: dict[FileName, tuple[Range, ...]] = Field(default_factory=dict)
+    text: FileName = TEXT
+    earlier: tuple[State, ...] = ()
 
     @property
     def samples(self) -> int:
-        """Number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        """Number of samples in all shards, without dropped ones."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of samples in each shard, without dropped ones."""
+        lost = {name: sum(end - start for start, end in ranges) for name, ranges in self.dropped.items()}
+        return tuple(shard.samples - lost.get(shard.name, 0) for shard in self.shards)
+
+    @property
+    def unused(self) -> set[str]:
+        """Keys that older versions do not have, if their values say nothing: the folder has not grown."""
+        return {key for key in ("dropped", "text", "earlier") if getattr(self, key) in ({}, TEXT, ())}
+
+    @property
+    def generations(self) -> int:
+        """Number of states that the folder has had."""
+        return len(self.earlier) + 1
+
+    def at(self, generation: int | None) -> Manifest:
+        """Return the manifest as it was in a generation, counted from 0; None is the newest one."""
+        if generation is None or generation >= len(self.earlier):
+            return self.model_copy(update={"earlier": ()})
+        state = self.earlier[generation]
+        return self.model_copy(update={**dict(state), "shards": self.shards[: state.shards], "earlier": ()})
+
+    def grown(self, states: Sequence[State], shards: Sequence[ShardInfo]) -> Manifest:
+        """Return the manifest with other states, the newest last, and the shards of the newest one."""
+        return self.model_copy(update={**dict(states[-1]), "shards": tuple(shards), "earlier": tuple(states[:-1])})
 
 
 @dataclass(frozen=True)
@@ -111,8 +164,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically."""
-    write_json(folder / MANIFEST, json.loads(manifest.model_dump_json(exclude_none=True)))
+    """Write `manifest.json` atomically. That of a folder that has not grown can be read by older versions."""
+    write_json(folder / MANIFEST, json.loads(manifest.model_dump_json(exclude_none=True, exclude=manifest.unused)))
 
 
 def write_prompt_texts(path: Path, texts: PromptTexts) -> None:

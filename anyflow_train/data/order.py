@@ -43,11 +43,13 @@ class SampleOrder:
         shard_sizes: samples per shard; the index of a sample counts through all shards.
         shuffle_shards: samples are permuted within groups of this many (permuted) shards, so that a group fits into a
             bounded cache of remote shards; None permutes all samples together.
+        number: number of this set of shards among several, so that their permutations differ.
     """
 
     seed: int
     shard_sizes: tuple[int, ...]
     shuffle_shards: int | None = None
+    number: int = 0
 
     def __post_init__(self) -> None:
         if sum(self.shard_sizes) == 0:
@@ -60,16 +62,68 @@ class SampleOrder:
         width = self.shuffle_shards or len(firsts)
         group = (bisect_right(starts, offset) - 1) // width
         begin, end = starts[group * width], starts[min((group + 1) * width, len(firsts))]
-        offset = begin + permute(offset - begin, end - begin, _round_keys(self.seed, epoch, f"group {group}"))
+        offset = begin + permute(offset - begin, end - begin, _round_keys(self._seed, epoch, f"group {group}"))
         shard = bisect_right(starts, offset) - 1
         return firsts[shard] + offset - starts[shard]
+
+    def epoch(self, position: int) -> int:
+        """Return how often all samples have been used before a position."""
+        return position // sum(self.shard_sizes)
+
+    @property
+    def _seed(self) -> int:
+        return draw_key(self.seed, self.number, "set of shards") if self.number else self.seed
 
     def replacement(self, position: int, attempt: int) -> int:
         """Draw the index of a sample that replaces a bad one at `position`.
 
         Attempts are independent draws, because the neighbours of a bad sample are often bad too (a truncated shard).
         """
-        return draw_key(self.seed, position, "replacement", attempt) % sum(self.shard_sizes)
+        return draw_key(self._seed, position, "replacement", attempt) % sum(self.shard_sizes)
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """Endless stream of samples from several sets, each in its own order.
+
+    A cycle of the stream has a fixed number of slots for each set, in a new permutation each time. So the shares of the
+    sets are exact after every cycle, and the position within a set follows from that in the stream.
+
+    Attributes:
+        seed: seed of the run.
+        orders: order of each set; the index of a sample counts through all sets.
+        slots: slots of each set in a cycle.
+    """
+
+    seed: int
+    orders: tuple[SampleOrder, ...]
+    slots: tuple[int, ...]
+
+    def index(self, position: int) -> int:
+        """Return the index of the sample at a position >= 0."""
+        number, place = self._place(position)
+        return self._first(number) + self.orders[number].index(place)
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Draw the index of a sample of the same set that replaces a bad one at `position`."""
+        number, place = self._place(position)
+        return self._first(number) + self.orders[number].replacement(place, attempt)
+
+    def epoch(self, position: int) -> int:
+        """Return how often all samples of the position's set have been used before it."""
+        number, place = self._place(position)
+        return self.orders[number].epoch(place)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the set of a position, and the position in the set's own stream."""
+        cycle, offset = divmod(position, sum(self.slots))
+        slot = permute(offset, sum(self.slots), _round_keys(self.seed, cycle, "sets"))
+        starts = (0, *accumulate(self.slots))
+        number = bisect_right(starts, slot) - 1
+        return number, cycle * self.slots[number] + slot - starts[number]
+
+    def _first(self, number: int) -> int:
+        return sum(sum(order.shard_sizes) for order in self.orders[:number])
 
 
 # A step can span two epochs, and threads that read ahead may already be in a third one.
@@ -79,7 +133,7 @@ def _shard_order(order: SampleOrder, epoch: int) -> tuple[list[int], list[int]]:
 
     The starts have one more entry, the end of the epoch.
     """
-    sizes, keys = order.shard_sizes, _round_keys(order.seed, epoch, "shards")
+    sizes, keys = order.shard_sizes, _round_keys(order._seed, epoch, "shards")
     firsts = (0, *accumulate(sizes))
     permuted = [permute(i, len(sizes), keys) for i in range(len(sizes))]
     shards = [shard for shard in permuted if sizes[shard] > 0]

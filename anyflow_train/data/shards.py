@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from anyflow_train.config.run import Data
 from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
-from anyflow_train.data.manifest import MANIFEST, TEXT, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
+from anyflow_train.data.manifest import MANIFEST, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
 from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote, public_location
 from anyflow_train.errors import UserError
 from anyflow_train.text import printable
@@ -72,25 +73,30 @@ class ShardSet:
         folder: reads the files.
         manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
+        generations: number of states that the folder has had.
     """
 
     location: str
     folder: LocalFolder | RemoteFolder
     manifest: Manifest
     texts: PromptTexts
+    generations: int = 1
 
     def __post_init__(self) -> None:
         self._starts = (0, *accumulate(self.shard_sizes))
         self._indices: dict[int, ShardIndex] = {}
 
     @classmethod
-    def open(cls, location: str, cache: str | None = None, cache_gib: float = 100.0) -> ShardSet:
+    def open(
+        cls, location: str, cache: str | None = None, cache_gib: float = 100.0, generation: int | None = None
+    ) -> ShardSet:
         """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
 
         Args:
             location: folder or URL.
             cache: folder for copies of remote shards; None uses a folder in the user's cache.
             cache_gib: largest size of the copies in GiB.
+            generation: state of a folder that has grown, counted from 0; None takes the newest one.
 
         Raises:
             UserError: the manifest or the prompts' embeddings cannot be read, or there are no samples.
@@ -100,13 +106,14 @@ class ShardSet:
         folder = remote or LocalFolder(Path(location))
         version, location = location.encode(), public_location(location)
         data = _read(folder, location, MANIFEST)
-        manifest = parse_manifest(data, f"{location}/{MANIFEST}")
+        grown = parse_manifest(data, f"{location}/{MANIFEST}")
+        manifest = grown.at(generation)
         if remote:
             remote.version = hashlib.sha256(version + data).hexdigest()[:16]
-        texts = parse_prompt_texts(_read(folder, location, TEXT), manifest, f"{location}/{TEXT}")
+        texts = parse_prompt_texts(_read(folder, location, manifest.text), manifest, f"{location}/{manifest.text}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
-        return cls(location, folder, manifest, texts)
+        return cls(location, folder, manifest, texts, grown.generations)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -114,25 +121,44 @@ class ShardSet:
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples per shard, in the order of their indices."""
-        return tuple(shard.samples for shard in self.manifest.shards)
+        return self.manifest.sizes
 
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
         number = bisect_right(self._starts, index) - 1
-        shard, place = self.manifest.shards[number], index - self._starts[number]
-        key = f"sample {place}"
+        name, key = self.manifest.shards[number].name, f"sample {self._place(index)}"
         try:
-            entries = self._index(number).entries
-            if place >= len(entries):
-                raise ValueError("the shard ends before it")
-            entry = entries[place]
+            entry = self.entry(index)
             key = entry.key
             with self._open(number) as file:
                 data = _read_part(file, entry.offset, entry.size)
                 caption = _read_part(file, entry.caption_offset, entry.caption_size)
             return self._decode(entry, data, caption)
         except (OSError, ValueError, SafetensorError) as error:
-            raise BadSampleError(shard.name, key, str(error)) from error
+            raise BadSampleError(name, key, str(error)) from error
+
+    def entry(self, index: int) -> SampleEntry:
+        """Return the index entry of the sample with an index in [0, len). Raises BadSampleError if there is none."""
+        number, place = bisect_right(self._starts, index) - 1, self._place(index)
+        try:
+            return self._index(number).entries[place]
+        except (OSError, ValueError) as error:
+            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", str(error)) from error
+        except IndexError:
+            problem = "the shard ends before it"
+            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", problem) from None
+
+    def key(self, index: int) -> str:
+        """Return the name of a sample, printable. Raises BadSampleError, as `entry` does."""
+        return printable(self.entry(index).key)
+
+    def _place(self, index: int) -> int:
+        """Return the place of a sample in its shard, past those that are dropped."""
+        number = bisect_right(self._starts, index) - 1
+        place = index - self._starts[number]
+        for start, end in self.manifest.dropped.get(self.manifest.shards[number].name, ()):
+            place += end - start if place >= start else 0
+        return place
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
@@ -189,6 +215,11 @@ class ShardSet:
             with suppress(OSError):  # a read-only folder: the next process makes the index again
                 write_index(self.folder.root / index_name(shard.name), index)
         return index
+
+
+def open_shards(data: Data, location: str) -> ShardSet:
+    """Open shards of a run, in the state that its config says. Raises UserError, as `ShardSet.open` does."""
+    return ShardSet.open(location, data.cache, data.cache_gib, data.generations.get(location))
 
 
 def _load(data: bytes) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Member:
-    """Position and number of a file's bytes in a tar."""
+    """Position and number of a file's bytes in a tar. time: time of the file in seconds, as the tar says."""
 
     offset: int
     size: int
+    time: int = 0
 
 
 Samples = dict[str, dict[str, Member]]
@@ -72,7 +73,7 @@ def scan(file: BinaryIO) -> tuple[Samples, str | None]:
                     raise ValueError("a header leads back to an earlier one")
                 last = archive.offset
                 if info.isfile() and 0 <= info.size <= size - info.offset_data:
-                    places[info.name] = _add(samples, info.name, Member(info.offset_data, info.size))
+                    places[info.name] = _add(samples, info.name, Member(info.offset_data, info.size, int(info.mtime)))
                 elif info.islnk() or info.issym():
                     folder = "" if info.islnk() else posixpath.dirname(info.name)
                     links.append((info.name, posixpath.normpath(posixpath.join(folder, info.linkname))))

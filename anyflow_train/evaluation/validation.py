@@ -19,7 +19,7 @@ from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.held_out import HeldOut, good_samples, load_samples
 from anyflow_train.data.loader import pad_text
 from anyflow_train.data.manifest import check_compatible
-from anyflow_train.data.shards import ShardSet
+from anyflow_train.data.shards import ShardSet, open_shards
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.clip_choice import balanced_order, cycle, strata
 from anyflow_train.evaluation.intervals import Estimate, percentile
@@ -232,7 +232,7 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
         UserError: held-out shards or the codec cannot be read or do not fit the run.
     """
     evaluation, length = config.evaluation, max(config.data.text_lengths)
-    shards = ShardSet.open(config.data.shards, config.data.cache, config.data.cache_gib)
+    shards = open_shards(config.data, config.data.locations[0])
     negative = Condition(pad_text(shards.texts.negative, length)[None].to(world.device))
     held_out, reference, compared = _load_held_out(config), None, None
     if held_out is not None:
@@ -266,7 +266,7 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     location, key = config.evaluation.held_out, "evaluation.held_out"
     if location is None:
         return None
-    shards = ShardSet.open(location, config.data.cache, config.data.cache_gib)
+    shards = open_shards(config.data, location)
     vae = known_fingerprint(config.teacher.codec_source, "vae")
     check_compatible(shards.manifest, config.data, config.student.architecture, vae, key)
     if len(shards) < 2:

@@ -105,8 +105,8 @@ def exact_target_derivative(
     """Compute u and du/dr exactly, like `exact_derivative`. Arguments and result are those of `target_secant`."""
     x, t, r = (at_least_float32(a) for a in (x, t, r))
     with sdpa_kernel(SDPBackend.MATH):
-        u, slope = torch.func.jvp(lambda time: flow_map(x, t, time, condition), (r,), (torch.ones_like(r),))
-    return u.detach(), slope.detach()
+        found = torch.func.jvp(lambda time: flow_map(x, t, time, condition), (r,), (torch.ones_like(r),))
+    return found[0].detach(), found[1].detach()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from anyflow_train.config.schedule import stages
 from anyflow_train.data.batch import Batch
 from anyflow_train.models.kernels import as_on_gpu
 from anyflow_train.plan.meter import Meter, Moment, Work
-from anyflow_train.plan.remembered import remembered
+from anyflow_train.plan.remembered import Repeats, chunk_by_chunk, everything, remembered
 from anyflow_train.plan.stand_ins import DryDraw, fake_batch, fake_materials, stored_architecture
 from anyflow_train.plan.states import Sizes, network_sizes
 from anyflow_train.plan.validation import sample_once
@@ -96,19 +96,26 @@ def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
     return figures({count: count for count in block_counts(config)})
 
 
-def dry_run(config: RunConfig, world: int, kernels: Kernels = as_on_gpu, deepen: Deepen = from_two_blocks) -> DryRun:
+def dry_run(
+    config: RunConfig,
+    world: int,
+    kernels: Kernels = as_on_gpu,
+    deepen: Deepen = from_two_blocks,
+    repeats: Repeats = chunk_by_chunk,
+) -> DryRun:
     """Count a step of a config that its rules accept, on `world` processes: one of the dearest stage.
 
     Args:
         kernels: whose branches the networks take.
         deepen: from how many blocks the figures are found.
+        repeats: which calls with gradient are computed once where memory is found.
     """
 
     def figures(first: int, blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks, first) as step:
+        with _dry_step(config, kernels, blocks, first, everything) as step:
             operations, variant = step.operations()
         # A recipe of its own, in which no rollout waits for an update that was not made.
-        with _dry_step(config, kernels, blocks, first) as step:
+        with _dry_step(config, kernels, blocks, first, repeats) as step:
             return {**operations, **step.memory(variant, world)}
 
     return _dearest([_unpacked(deepen(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
@@ -118,7 +125,7 @@ def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
     """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
 
     def figures(first: int, blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, as_on_gpu, blocks, first) as step:
+        with _dry_step(config, as_on_gpu, blocks, first, chunk_by_chunk) as step:
             return step.memory(variant, world)
 
     return _dearest([_unpacked(from_two_blocks(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
@@ -141,7 +148,9 @@ def block_counts(config: RunConfig) -> set[int]:
 
 
 @contextmanager
-def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], first: int) -> Iterator[_DryStep]:
+def _dry_step(
+    config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], first: int, repeats: Repeats
+) -> Iterator[_DryStep]:
     """The stage that begins at step `first`; networks have `blocks[n]` blocks in place of n, and are not compiled."""
     architecture = config.student.architecture
     shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
@@ -155,7 +164,7 @@ def _dry_step(config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], fi
         figures: Figures = {("assumed", role): () for role in assumed}
         figures |= {("size", role): size for role, size in network_sizes(recipe).items()}
         meter.settle()
-        yield _DryStep(config, watched(remembered(recipe, meter), meter), meter, figures)
+        yield _DryStep(config, watched(remembered(recipe, meter, repeats), meter), meter, figures)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -52,11 +52,27 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call without gradient: its operations, and the bytes that it adds at its fullest moment."""
+    """A call: its operations, and the bytes that it adds at its fullest moment to what it leaves."""
 
     operations: Counter[Work]
     activations: int
     copies: int
+
+
+@dataclass(frozen=True)
+class RecordedGradient:
+    """A call with gradient.
+
+    Attributes:
+        saved: bytes of activations and of copies that the forward leaves for the backward.
+        backward: what it adds to them.
+        trained: parameters that it gives a gradient.
+    """
+
+    forward: Recorded
+    saved: tuple[int, int]
+    backward: Recorded
+    trained: tuple[Parameter, ...]
 
 
 class Meter(TorchDispatchMode):
@@ -95,25 +111,51 @@ class Meter(TorchDispatchMode):
             self._part = before
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Recorded]:
-        """Make a call without gradient that returns no tensor, and see what the next one like it takes.
+        """Make a call, and see what the next one like it takes in addition to what stays alive after it.
 
         What the first call keeps, such as a table of rotations, is there already for the next one.
         """
-        operations, before = self.operations.copy(), self._held.copy()
-        self._fullest = before
+        operations = self.operations.copy()
+        self._fullest = self._held.copy()
         result = call()
-        kept = self._held[ACTIVATIONS] - before[ACTIVATIONS]
-        activations = self._fullest[ACTIVATIONS] - before[ACTIVATIONS] - kept
-        return result, Recorded(self.operations - operations, activations, self._fullest[COPIES] - before[COPIES])
+        added = (max(self._fullest[kind] - self._held[kind], 0) for kind in (ACTIVATIONS, COPIES))
+        return result, Recorded(self.operations - operations, *added)
+
+    def record_with_gradient(
+        self, call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Parameter]
+    ) -> tuple[Tensor, RecordedGradient]:
+        """Make a call with x and its backward, and see what the next one like it takes. Neither is counted."""
+        counted = self.operations, self.samples, self.moments, self._ranks
+        gradients, before = [parameter.grad for parameter in parameters], self._held.copy()
+        self.restart()
+        for parameter in parameters:
+            parameter.grad = None
+        start = x.detach().requires_grad_(x.requires_grad)
+        result, forward = self.record(lambda: call(start))
+        size, left = result.untyped_storage().nbytes(), self._held.copy()
+        _, back = self.record(lambda: result.backward(torch.empty_like(result)))
+        freed, copies = (left[kind] - self._held[kind] for kind in (ACTIVATIONS, COPIES))
+        # The gradient of the result is there before the backward.
+        back = Recorded(back.operations, max(back.activations - freed - size, 0), max(back.copies - copies, 0))
+        trained = tuple(parameter for parameter in parameters if parameter.grad is not None)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        start.grad = None
+        self.operations, self.samples, self.moments, self._ranks = counted
+        saved = left[ACTIVATIONS] - self._held[ACTIVATIONS], left[COPIES] - before[COPIES]
+        return result.detach(), RecordedGradient(forward, saved, back, trained)
 
     def replay(self, call: Recorded) -> None:
-        """Count a recorded call once more. Its result is not made."""
-        self.operations.update(call.operations)
-        self._held[ACTIVATIONS] += call.activations
-        self._held[COPIES] += call.copies
-        self.note()
-        self._held[ACTIVATIONS] -= call.activations
-        self._held[COPIES] -= call.copies
+        """Count a recorded call once more, in the part of now. Its result is not made."""
+        for work, count in call.operations.items():
+            self.operations[work._replace(part=self._part)] += count
+        self.hold(call.activations, call.copies)
+
+    def hold(self, activations: int, copies: int) -> tuple[Tensor, Tensor]:
+        """Tensors that take so many bytes of memory, as long as they are alive."""
+        held = torch.empty(copies, dtype=torch.uint8)
+        self._become(self._records[held.untyped_storage()], COPIES)
+        return held, torch.empty(activations, dtype=torch.uint8)
 
     def settle(self) -> None:
         """Count all that is alive now as state, and begin to count anew: the networks are built."""

@@ -1,17 +1,20 @@
-"""Flow maps that compute each kind of call without gradient once: a repeated one costs what the first one did."""
+"""Flow maps that compute each kind of call once: a repeated one costs what the first one did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import Parameter
 
-from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
+from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, FlowMap
 from anyflow_train.models.fused import transformed
-from anyflow_train.plan.meter import Meter, Recorded
+from anyflow_train.plan.meter import Meter, RecordedGradient
 from anyflow_train.training.recipe import Recipe
 
 
@@ -34,22 +37,50 @@ class Composed(NamedTuple):
     parts: tuple[Any, ...]
 
 
+Repeats = Callable[[Condition], bool]
+"""Whether calls with gradient under this condition are computed once per kind."""
+
+
+def everything(condition: Condition) -> bool:
+    """All calls: exact for operations."""
+    return True
+
+
+def chunk_by_chunk(condition: Condition) -> bool:
+    """The calls of a causal rollout: their gradients are complete only when all of them went back."""
+    return isinstance(condition.past, CachedContext)
+
+
 @dataclass(frozen=True)
 class RememberedFlowMap:
     """A flow map on fake tensors, whose repeated calls are not computed.
 
     Attributes:
+        parameters: those that a call with gradient trains; without any, such calls are always computed.
+        repeats: which calls with gradient are computed once.
         known: description of a call -> its result described, and what it took.
     """
 
     flow_map: FlowMap
     meter: Meter
-    known: dict[Any, tuple[Any, Recorded]] = field(default_factory=dict)
+    parameters: tuple[Parameter, ...] = ()
+    repeats: Repeats = everything
+    known: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        if torch.is_grad_enabled() or transformed():
-            return self.flow_map(x, t, r, condition)
-        return self._once((x, t, r, condition), lambda: self.flow_map(x, t, r, condition))
+        call = partial(self.flow_map, t=t, r=r, condition=condition)
+        if transformed():
+            return call(x)
+        if not torch.is_grad_enabled():
+            return self._once((x, t, r, condition), lambda: call(x))
+        if not self.parameters or not self.repeats(condition):
+            return call(x)
+        key = described((x, t, r, condition, x.requires_grad))
+        if key not in self.known:
+            result, recorded = self.meter.record_with_gradient(call, x, self.parameters)
+            self.known[key] = described(result), recorded
+        result, recorded = self.known[key]
+        return _Repeated.apply(self.meter, result, recorded, x, *recorded.trained)
 
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         causal = cast(CausalFlowMap, self.flow_map)
@@ -65,10 +96,40 @@ class RememberedFlowMap:
         return made(result)
 
 
-def remembered(recipe: Recipe, meter: Meter) -> Recipe:
-    """The same recipe with flow maps that compute each kind of call without gradient once."""
-    roles = recipe.roles.wrapped(lambda _, inner: RememberedFlowMap(inner, meter))
-    return replace(recipe, roles=roles, averaged=RememberedFlowMap(recipe.averaged, meter))
+class _Repeated(Function):
+    """A call that is not computed. Tensors without content take the memory of what it saves for its backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, meter: Meter, result: Any, recorded: RecordedGradient, x: Tensor, *trained: Parameter
+    ) -> Tensor:
+        ctx.meter, ctx.recorded = meter, recorded
+        ctx.held = x, meter.hold(*recorded.saved)  # patches are a view of x
+        found = made(result)
+        meter.replay(recorded.forward)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.meter.replay(ctx.recorded.backward)
+        back = torch.empty_like(ctx.held[0]) if ctx.needs_input_grad[3] else None
+        ctx.held = None
+        return None, None, None, back, *map(torch.empty_like, ctx.recorded.trained)
+
+
+def remembered(recipe: Recipe, meter: Meter, repeats: Repeats) -> Recipe:
+    """The same recipe with flow maps that compute each kind of call once.
+
+    Args:
+        repeats: which of the calls with gradient.
+    """
+
+    def wrap(role: str, inner: FlowMap) -> FlowMap:
+        trained = recipe.trainables.get(role)
+        parameters: Any = () if trained is None else tuple(trained.engine.shards().values())
+        return RememberedFlowMap(inner, meter, parameters, repeats)
+
+    return replace(recipe, roles=recipe.roles.wrapped(wrap), averaged=RememberedFlowMap(recipe.averaged, meter))
 
 
 def described(value: Any) -> Any:

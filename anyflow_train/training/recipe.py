@@ -16,7 +16,7 @@ from anyflow_train.config.schedule import stages
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible, check_texts
-from anyflow_train.data.shards import ShardSet
+from anyflow_train.data.mixture import open_training
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
@@ -93,12 +93,14 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         UserError: the shards cannot be read, or do not fit the config.
     """
     data, engine = config.data, config.engine
-    shards = ShardSet.open(data.shards, data.cache, data.cache_gib)
-    if any(stage.config.objective.uses_clips for stage in stages(config)):
-        vae = known_fingerprint(config.teacher.codec_source, "vae")
-        check_compatible(shards.manifest, data, config.student.architecture, vae)
-    else:
-        check_texts(shards.manifest, data, config.student.architecture)
+    shards = open_training(data)
+    clips = any(stage.config.objective.uses_clips for stage in stages(config))
+    vae = known_fingerprint(config.teacher.codec_source, "vae") if clips else None
+    for manifest in shards.manifests:
+        if clips:
+            check_compatible(manifest, data, config.student.architecture, vae)
+        else:
+            check_texts(manifest, data, config.student.architecture)
     return Loader(
         shards,
         config.seed,

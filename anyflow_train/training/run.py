@@ -81,6 +81,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         world.on_main(lambda: check_start(config))
         if point is None:  # a resumed run continues offline instead
             world.on_main(lambda: check_tracker(config.tracker))
+        else:
+            config = inputs.resumed(config)
         recipe = build_recipe(config, world)
         state = restore(recipe, point)
         with world.together():
@@ -89,13 +91,15 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
                 validator = build_validator(config, world, recipe.roles.teacher)
             loader = stack.enter_context(closing(build_loader(config, world, state.step)))
             stack.callback(stop.end_soon)  # before the loader closes, which waits for its threads
-        check_agreement(world, data_facts(loader.shards.manifest))
+        check_agreement(world, data_facts(loader.shards.manifests))
         world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step, config.log)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
         progress.start(banner(config, world, point))
         if point is not None:
             progress.say(f"resuming from {point.path}")
+            for line in inputs.grown(str(directory.path)):
+                progress.say(line)
         progress.say(f"attention: {kernel}")
         stream: Iterable[Sequence[Batch]] = loader
         if config.profile:
@@ -137,7 +141,7 @@ def run_facts(config: RunConfig) -> dict[str, str]:
     return {**keys, "the version of anyflow_train": __version__, "the version of torch": torch.__version__}
 
 
-def data_facts(manifest: Manifest) -> dict[str, str]:
+def data_facts(manifests: Sequence[Manifest]) -> dict[str, str]:
     """Facts about `data.shards` on which all processes must agree."""
-    checksum = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:12]
-    return {"data.shards": f"a manifest of {manifest.samples} samples ({checksum})"}
+    content, samples = "".join(one.model_dump_json() for one in manifests), sum(one.samples for one in manifests)
+    return {"data.shards": f"a manifest of {samples} samples ({hashlib.sha256(content.encode()).hexdigest()[:12]})"}

@@ -109,7 +109,7 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     except (DamagedCheckpoint, UserError) as error:
         return [UserError("student.init", f"cannot be read: {error}")]
     errors = differences(config.student, before.arguments, checkpoint)
-    vae = _vae(config.teacher.codec_source, config.data.shards, config.data)
+    vae = _vae(config.teacher.codec_source, config.data.locations[0], config.data)
     vae_before = _vae(before.codec, before.shards, config.data)
     if vae is not None and vae_before is not None and vae != vae_before:
         problem = f"has the VAE {vae}, but {checkpoint} was trained with {vae_before}; use the same VAE"

@@ -10,7 +10,8 @@ import torch
 
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest, PromptTexts
-from anyflow_train.data.shards import Sample
+from anyflow_train.data.mixture import ShardMixture
+from anyflow_train.data.shards import Sample, ShardSet
 from tests.shards import describe, write_shards
 
 SHAPE = (2, 3, 4, 4)
@@ -33,6 +34,11 @@ def make_shards(folder: Path, sizes: Iterable[int]) -> Path:
 def make_manifest() -> Manifest:
     """Make the manifest for `make_shards`, without its list of shards."""
     return describe(SHAPE, TEXT_DIM, longest_text=5)
+
+
+def alone(shards: ShardSet) -> ShardMixture:
+    """The shards as the only ones of a run."""
+    return ShardMixture((shards,))
 
 
 def numbers(batches: Iterable[Batch]) -> list[int]:

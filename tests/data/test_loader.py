@@ -15,7 +15,7 @@ from anyflow_train.data.loader import Loader, pad_text
 from anyflow_train.data.order import SampleOrder, step_text_length
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
-from tests.data.helpers import make_shards, numbers, take
+from tests.data.helpers import alone, make_shards, numbers, take
 
 GLOBAL = 8
 
@@ -26,7 +26,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def loader(shards: ShardSet, local_positions=((0, 1, 2, 3, 4, 5, 6, 7),), workers: int = 0, start: int = 0) -> Loader:
-    return Loader(shards, 5, GLOBAL, local_positions, (4, 8), workers, start)
+    return Loader(alone(shards), 5, GLOBAL, local_positions, (4, 8), workers, start)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -105,7 +105,9 @@ def test_bad_samples_are_named_counted_and_replaced_the_same_way(tmp_path: Path,
     bad = ShardSet.open(str(folder))
     runs = []
     for workers in (0, 3):
-        with closing(Loader(bad, 5, GLOBAL, [tuple(range(GLOBAL))], (4, 8), workers, max_bad_share=0.05)) as source:
+        with closing(
+            Loader(alone(bad), 5, GLOBAL, [tuple(range(GLOBAL))], (4, 8), workers, max_bad_share=0.05)
+        ) as source:
             with caplog.at_level(logging.WARNING):
                 runs.append(take(iter(source), 5))
             assert source.bad_reads == source.reads - 5 * GLOBAL
@@ -127,7 +129,9 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path: Path, work
     truncate(folder, "shard-000001.tar")
     positions = [tuple(range(GLOBAL))]
     message = r"data.max_bad_share: 1\d of \d+ reads .* shard-000001.tar: clip-01"
-    with closing(Loader(ShardSet.open(str(folder)), 5, GLOBAL, positions, (8,), workers, max_bad_share=0.01)) as source:
+    with closing(
+        Loader(alone(ShardSet.open(str(folder))), 5, GLOBAL, positions, (8,), workers, max_bad_share=0.01)
+    ) as source:
         steps = iter(source)
         take(steps, 2)  # a few bad samples are no reason to stop
         with pytest.raises(UserError, match=message) as caught:
@@ -138,8 +142,9 @@ def test_too_many_bad_samples_stop_the_run_with_their_names(tmp_path: Path, work
 def test_no_bad_sample_is_allowed_where_none_is(tmp_path: Path) -> None:
     folder = make_shards(tmp_path, [10, 10])
     truncate(folder, "shard-000001.tar")
+    shards = alone(ShardSet.open(str(folder)))
     with pytest.raises(UserError, match=r"data.max_bad_share"):
-        next(iter(Loader(ShardSet.open(str(folder)), 5, GLOBAL, [tuple(range(GLOBAL))], (8,), 0, max_bad_share=0)))
+        next(iter(Loader(shards, 5, GLOBAL, [tuple(range(GLOBAL))], (8,), 0, max_bad_share=0)))
 
 
 def test_broken_storage_stops_at_once(tmp_path: Path) -> None:

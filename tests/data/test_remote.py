@@ -17,7 +17,7 @@ from anyflow_train.data.loader import Loader
 from anyflow_train.data.remote import GIB
 from anyflow_train.data.shards import BadSampleError, ShardSet
 from anyflow_train.errors import UserError
-from tests.data.helpers import make_shards, numbers, take
+from tests.data.helpers import alone, make_shards, numbers, take
 
 SIZES = [4, 4, 4, 4]
 
@@ -55,7 +55,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stream(shards: ShardSet, workers: int) -> list[int]:
-    with closing(Loader(shards, 1, 8, [tuple(range(8))], (8,), workers)) as loader:
+    with closing(Loader(alone(shards), 1, 8, [tuple(range(8))], (8,), workers)) as loader:
         return [number for step in take(iter(loader), 6) for number in numbers(step)]
 
 
@@ -95,7 +95,7 @@ def test_the_least_recently_used_copy_goes_first(server: Server, tmp_path: Path)
 def test_groups_of_shards_are_copied_once_an_epoch_by_a_small_cache(server: Server, tmp_path: Path) -> None:
     size = (server.folder / "shard-000000.tar").stat().st_size
     shards = ShardSet.open(server.url, str(tmp_path / "cache"), 2.5 * size / GIB)
-    with closing(Loader(shards, 1, 8, [tuple(range(8))], (8,), 0, shuffle_shards=1)) as loader:
+    with closing(Loader(alone(shards), 1, 8, [tuple(range(8))], (8,), 0, shuffle_shards=1)) as loader:
         take(iter(loader), 2)  # one epoch
     assert [server.requests[f"shard-{number:06d}.tar"] for number in range(4)] == [1, 1, 1, 1]
 

@@ -120,6 +120,7 @@ def fork(engine: str, words: list[str], log: Path, variables: dict[str, str]) ->
 def begin(log: Path, variables: dict[str, str]) -> None:
     os.setsid()
     os.environ.update(variables)
+    sys.path += variables["PYTHONPATH"].split(os.pathsep)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

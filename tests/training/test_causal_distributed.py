@@ -41,7 +41,7 @@ def config(folder: Path, name: str, stage: int, micro_batch: int) -> dict[str, A
     if stage == 2:
         run["teacher"] = {"source": str(folder / "teacher")}
         fake = {"init": str(folder / "teacher"), "lr": 2e-3, "rollout": "student"}
-        run["on_policy"] = {"kind": "distribution_matching", "calls": [1, 4], "fake_score": fake}
+        run["on_policy"] = {"kind": "distribution_matching", "calls": [1, 2], "fake_score": fake}
     return run
 
 

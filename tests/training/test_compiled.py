@@ -53,7 +53,9 @@ def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -
     assert_same_training(settings(tmp_path, **options))
 
 
-@pytest.mark.parametrize("settles", both_backends(6), indirect=True)
+# faster: test_compiles_whole_and_once of the causal network, test_recompute's compiled causal blocks, and the run above
+@pytest.mark.nightly
+@pytest.mark.parametrize("settles", [(6, "eager"), (6, "aot_eager")], indirect=True)
 def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: Path, settles: None) -> None:
     """Train on one chunk, two chunks, two chunks after a context, and on whole clips, with a limit of two of three."""
     write_latents(tmp_path / "shards", frames=3)

@@ -16,14 +16,15 @@ from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.reading import list_checkpoints
 from tests.conftest import BITSANDBYTES, asked_for, with_nightly
 from tests.training.helpers import assert_equal_runs, final_tensors, settings, write_latents, write_networks
-from tests.training.launched import Launch, Start, accelerate, fork
+from tests.training.launched import Launch, fork
 from tests.training.words import LAYERS, ROOT, words
 
-# One launch does nearly all: it takes a minute on a quiet machine, and many on a busy one.
+# One launch does nearly all: it takes half a minute on a quiet machine, and many on a busy one.
 LONGEST = 1500
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(LONGEST)]
 
-STEPS, HALF, END = 8, 2, 4
+# Steps of a run, and of a part of one. The averages begin with the last one; an epoch ends within the third.
+STEPS, PART = 4, 2
 # Under ZeRO the averages are swapped into the shards for the derivative: the hardest of the choices.
 AVERAGE = {"kind": "flow_map", "derivative_network": "ema"}
 TEACHER = {**AVERAGE, "velocity": "teacher"}
@@ -47,20 +48,18 @@ EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero3-sequence": ("zero3", "full", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
     "offload": ("zero3_offload", "full", {"engine__micro_batch": 2}),
 }
-# The others have the same engine, kind and split, two at a time.
-NIGHTLY = ("zero1", "zero2-lora", "zero3-sequence")
-# Which end sooner: a step of ZeRO-3 gathers every weight for every forward, and takes half a second.
-SHORT = ("zero3-teacher", "zero3-mixed", "zero3-sequence", "offload")
+# The others have the same engine, kind and split, two at a time. `ddp-jvp` accumulates under DDP; a teacher beside
+# adapters under ZeRO-3 is one of `test_on_policy_distributed`.
+NIGHTLY = ("ddp-accumulated", "zero1", "zero2-lora", "zero3-sequence", "zero3-teacher")
 # bfloat16 over float32 masters.
 HALF_PRECISION = ("zero2", "zero3")
 # Names and steps of the starts of two equal runs.
-EIGHT_BITS = (("8bit", END), ("8bit-resumed", HALF), ("8bit-resumed", END))
+EIGHT_BITS = (("8bit", STEPS), ("8bit-resumed", PART), ("8bit-resumed", STEPS))
 
 
 def config(folder: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]:
     # At the other tests' rate of 1e-2 the losses of this network double a rounding error every step.
-    steps = END if name.startswith(SHORT) else STEPS
-    run = settings(folder, name=name, steps=steps, optimizer__lr=1e-3, checkpoint__every=END, **changes)
+    run = settings(folder, name=name, steps=STEPS, optimizer__lr=1e-3, checkpoint__every=STEPS, **changes)
     run["student"]["init"] = str(folder / "network")
     run["student"]["time_frequency_limit"] = None
     run["objective"] = OBJECTIVES.get(kind, AVERAGE)
@@ -98,22 +97,22 @@ def first(folder: Path, request: pytest.FixtureRequest) -> Launch:
     # The exact derivative comes first: DeepSpeed's ZeRO-3 replaces torch's linear function in the process, for good.
     wanted = {name: EQUAL[name] for name in sorted(names, key=lambda name: name != "ddp-jvp")}
     equal = [(engine, config(folder, name, kind, **changes)) for name, (engine, kind, changes) in wanted.items()]
-    moved = ("zero2", {**config(folder, "moved", "full", engine__micro_batch=2), "steps": HALF})
+    moved = ("zero2", {**config(folder, "moved", "full", engine__micro_batch=2), "steps": 1})
     whole = config(folder, "offload-resumed", "full", engine__micro_batch=2)
-    resumed = [("zero3_offload", {**whole, "steps": HALF}), ("zero3_offload", whole)]
-    half = [(engine, {**bf16(folder, f"{engine}-bf16", 2), "steps": HALF}) for engine in HALF_PRECISION]
+    resumed = [("zero3_offload", {**whole, "steps": PART}), ("zero3_offload", whole)]
+    half = [(engine, {**bf16(folder, f"{engine}-bf16", 2), "steps": PART}) for engine in HALF_PRECISION]
     eight = [("ddp", {**in_8_bits(folder, name), "steps": steps}) for name, steps in EIGHT_BITS]
-    return together(accelerate, [*equal, moved, *resumed, *half, *eight], folder / "first")
+    return together([*equal, moved, *resumed, *half, *eight], folder / "first")
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path, first: Launch) -> Path:
+def runs(folder: Path, first: Launch, request: pytest.FixtureRequest) -> Path:
     """The runs of two processes, and the same by one."""
-    for kind in ("full", "lora", *OBJECTIVES):
+    for kind in dict.fromkeys(["full", *(EQUAL[name][1] for name in asked_for(request, "name", EQUAL))]):
         alone(config(folder, f"one-{kind}", kind))
-    alone({**bf16(folder, "one-bf16", 4), "steps": HALF})
-    alone({**config(folder, "moved", "full"), "steps": END})
-    together(fork, [("zero3", config(folder, "moved", "full", engine__micro_batch=4))], folder / "second")
+    alone({**bf16(folder, "one-bf16", 4), "steps": PART})
+    alone({**config(folder, "moved", "full"), "steps": PART})
+    together([("zero3", config(folder, "moved", "full", engine__micro_batch=4))], folder / "second")
     return folder
 
 
@@ -122,11 +121,11 @@ def alone(run: dict[str, Any]) -> None:
     assert training.run(compose("train", words(run))) == 0
 
 
-def together(start: Start, runs: list[tuple[str, dict[str, Any]]], place: Path) -> Launch:
+def together(runs: list[tuple[str, dict[str, Any]]], place: Path) -> Launch:
     """Train each run by two processes under the engine that it names. Start-up is paid once for all."""
     place.mkdir()
     cases = [{"engine": engine, "config": run} for engine, run in runs]
-    launch = Launch(start, "zero2", cases, place, PYTHONPATH=f"{ROOT}{os.pathsep}{BITSANDBYTES}")
+    launch = Launch(fork, "zero2", cases, place, PYTHONPATH=f"{ROOT}{os.pathsep}{BITSANDBYTES}")
     assert launch.ended(LONGEST) == 0, launch.text()
     return launch
 
@@ -138,34 +137,34 @@ def logged(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", with_nightly(EQUAL, NIGHTLY))
 def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
     ours, one = logged(runs / name), logged(runs / f"one-{EQUAL[name][1]}")
-    assert len(one) == STEPS
-    assert len(ours) == (END if name in SHORT else STEPS)
-    for row, wanted in zip(ours, one[: len(ours)], strict=True):
+    assert len(ours) == len(one) == STEPS
+    for row, wanted in zip(ours, one, strict=True):
         losses = [key for key in wanted if key.startswith("loss")]
         assert {key for key in row if key.startswith("loss")} == set(losses)  # so the branches hold samples alike
         for key in [*losses, "gradient_norm"]:
-            # float32 sums in another order, some of them over 8 steps of training. The mix also learns at points that
-            # the student makes: 1.3e-5 is the most seen.
-            assert row[key] == pytest.approx(wanted[key], rel=1e-4 if name == "zero3-mixed" else 1e-5), key
+            # float32 sums in another order, over some steps of training; 1.3e-5 is the most seen of the mix, see below
+            assert row[key] == pytest.approx(wanted[key], rel=3e-5 if name == "zero3-mixed" else 1e-5), key
 
 
 @pytest.mark.parametrize("name", with_nightly([*EQUAL, "moved"], NIGHTLY))
 def test_weights_averages_and_moments_are_those_of_one_process(runs: Path, name: str) -> None:
     kind = EQUAL[name][1] if name in EQUAL else "full"
-    step = END if name in SHORT else STEPS
-    ours, one = final_tensors(runs / name, step), final_tensors(runs / f"one-{kind}", step)
+    ours, one = final_tensors(runs / name), final_tensors(runs / f"one-{kind}")
     assert ours.keys() == one.keys()
     for key, tensor in ours.items():
-        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen, and
-        # 1e-4 of the mix, as for its losses. A wrong factor or a lost micro-batch is an error of tenths.
-        assert (tensor - one[key]).norm() <= (1e-3 if name == "zero3-mixed" else 1e-4) * one[key].norm(), key
+        # Float32 sums in another order, magnified by Adam where the second moment is small; 1e-5 is the most seen. A
+        # wrong factor or a lost micro-batch is an error of tenths. The mix divides differences of velocities, each of
+        # them guided at a scale of 3, by 0.01: float32's 6e-8 become 6e-8 x (3 + 2) / 0.01 = 3e-5 of a gradient, and
+        # twice that of its square. Seen: 8e-5 and 1e-4 in the moments, 1.5e-6 in weights and averages.
+        moments_of_mix = name == "zero3-mixed" and key.startswith("exp_avg")
+        assert (tensor - one[key]).norm() <= (3e-4 if moments_of_mix else 1e-4) * one[key].norm(), key
 
 
 def test_a_run_moves_between_engines_and_worlds(runs: Path) -> None:
     """Two processes under ZeRO-2, then one, then two under ZeRO-3, other micro-batches each time."""
     ours, one = logged(runs / "moved"), logged(runs / "one-full")
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
-    for step in (HALF, END):  # the first step after each move
+    for step in (1, PART):  # the first step after each move
         assert ours[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-6)
     state = json.loads((list_checkpoints(runs / "moved" / "checkpoints")[-1] / "state.json").read_text())
     assert state["adam_steps"] == {"student": STEPS}
@@ -174,7 +173,7 @@ def test_a_run_moves_between_engines_and_worlds(runs: Path) -> None:
 def test_every_process_saved_one_checkpoint_together(runs: Path) -> None:
     for name in (name for name in EQUAL if (runs / name).exists()):
         checkpoints = list_checkpoints(runs / name / "checkpoints")
-        assert len(checkpoints) == (1 if name in SHORT else STEPS // END)
+        assert len(checkpoints) == 1
         for checkpoint in checkpoints:
             names = [set(load_file(file)) for file in sorted(checkpoint.glob("*-00001.safetensors"))]
             assert len(names) == 4
@@ -188,13 +187,13 @@ def test_shards_of_float32_weights_are_their_own_masters(first: Launch, name: st
 
 def test_an_offloaded_run_resumes_bit_for_bit(runs: Path) -> None:
     """Masters, moments and averages come from the host's memory, and go back there."""
-    assert logged(runs / "offload-resumed")[HALF]["step"] == HALF + 1
+    assert logged(runs / "offload-resumed")[PART]["step"] == PART + 1
     assert_equal_runs(runs / "offload-resumed", runs / "offload")
 
 
 def test_moments_in_8_bits_resume_bit_for_bit(runs: Path) -> None:
     """Codes and scales go from process 0 to both."""
-    assert logged(runs / "8bit-resumed")[HALF]["step"] == HALF + 1
+    assert logged(runs / "8bit-resumed")[PART]["step"] == PART + 1
     assert_equal_runs(runs / "8bit-resumed", runs / "8bit")
     assert any(name.startswith("exp_avg_scale-") for name in final_tensors(runs / "8bit"))
 
@@ -202,7 +201,7 @@ def test_moments_in_8_bits_resume_bit_for_bit(runs: Path) -> None:
 @pytest.mark.parametrize("engine", HALF_PRECISION)
 def test_bf16_is_that_of_one_process(runs: Path, engine: str) -> None:
     ours, one = logged(runs / f"{engine}-bf16"), logged(runs / "one-bf16")
-    assert len(ours) == len(one) == HALF
+    assert len(ours) == len(one) == PART
     for row, wanted in zip(ours, one, strict=True):
         for key in ("loss", "gradient_norm"):
             # Every micro-batch's gradient of a weight is rounded once, by at most 2^-9 of itself.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules import causal, geometry, objective, on_policy, precision, schedule, warnings
 from anyflow_train.config.run import RunConfig
@@ -40,10 +42,20 @@ def _errors(config: RunConfig, world: int) -> list[Finding]:
         *precision.fp8(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),
+        *_weights(config),
         *schedule.sequence(config, world),
         *schedule.batches(config, world),
         *schedule.validation(config),
     ]
+
+
+def _weights(config: RunConfig) -> Iterator[Finding]:
+    weights, locations = config.data.weights, config.data.locations
+    if weights and len(weights) != len(locations):
+        problem = f"{list(weights)} for {len(locations)} shards; give one weight for each location in data.shards"
+        yield Finding(("data.weights", "data.shards"), problem)
+    if len(set(locations)) < len(locations):
+        yield Finding(("data.shards",), f"{list(locations)} names a location twice; set data.weights instead")
 
 
 def run_warnings(config: RunConfig, world: int) -> list[Finding]:

@@ -4,7 +4,8 @@ There are two passes, so that the text encoder (11 GiB for Wan2.1) and the VAE a
 pass writes the texts of each unfinished shard into a temporary file. The second pass encodes the videos, which are
 decoded in the background. The contents of a shard depend on the list of clips alone, and a shard appears only when it
 is complete. So a killed job continues after its last complete shard, and any number of processes can share a job
-(`accelerate launch`). The folder is equal byte for byte if the device and the number of threads are the same.
+(`accelerate launch`). The folder is equal byte for byte if the device and the number of threads are the same. A source
+that has grown adds shards to the folder (see `ledger` and `growth`); the shards that it has stay as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,24 +22,41 @@ import torch
 from safetensors import safe_open
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.index import Skipped, index_name
-from anyflow_train.data.manifest import FORMAT, MANIFEST, TEXT, CodecInfo, Manifest, ShardInfo, write_manifest
-from anyflow_train.data.prepare.job import PreparePlan, ShardPlan, make_plan, public_fingerprint, read_all_skipped
-from anyflow_train.data.prepare.output_lock import forget_settings, lock_output, wait_until_all_are_there
+from anyflow_train.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    CodecInfo,
+    Manifest,
+    ShardInfo,
+    parse_manifest,
+    write_manifest,
+)
+from anyflow_train.data.prepare.job import (
+    PreparePlan,
+    Round,
+    ShardPlan,
+    make_plan,
+    public_fingerprint,
+    rounds,
+)
+from anyflow_train.data.prepare.ledger import Ledger
+from anyflow_train.data.prepare.older import SKIPPED
+from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.workers import Workers, join_workers
+from anyflow_train.data.prepare.writing import copy_shard
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file, check_writable, file_sha256
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import public_name
 
-SKIPPED = "skipped.jsonl"
+MOST_NAMED = 5
 
 
 def run(config: PrepareConfig) -> None:
@@ -50,31 +69,34 @@ def run(config: PrepareConfig) -> None:
     """
     check_writable(Path(config.out))
     with join_workers() as workers:
-        plan = make_plan(config)
-        with lock_output(plan, workers) as remaining:
-            device = pick_device(config.device, config.threads, local_rank=workers.local_rank)
-            try:
-                _prepare(PrepareJob(config, plan, workers, remaining, device))
-            except UserError:
-                if workers.is_main:
-                    forget_settings(plan)
-                raise
+        plan, device = make_plan(config), None
+        with lock_output(plan, workers):
+            for part in rounds(plan, workers):
+                device = device or pick_device(config.device, config.threads, local_rank=workers.local_rank)
+                _prepare(PrepareJob(config, plan, workers, part, device))
+            if workers.is_main and device is None:
+                print(f"{plan.folder} is complete: {_summary(plan)}")
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """The remaining work of all processes, and the device of this one."""
+    """The work of all processes in one round, and the device of this one."""
 
     config: PrepareConfig
     plan: PreparePlan
     workers: Workers
-    remaining: list[ShardPlan]
+    round: Round
     device: torch.device
 
     @property
     def shards(self) -> list[ShardPlan]:
-        """Shards that this process writes."""
-        return self.remaining[self.workers.rank :: self.workers.size]
+        """Shards that this process encodes."""
+        return [shard for shard in self.round.shards if shard.origin is None][self.workers.rank :: self.workers.size]
+
+    def progress(self, task: str) -> ClipProgress:
+        """Count the clips of all processes in a task."""
+        done, left = self.round.done, _clips(self.round.shards)
+        return ClipProgress(task, done + left, self.workers, done, self.round.number)
 
     def codec(self, precision: str) -> Codec:
         """Load the codec. Each call loads it again, so that VAE and text encoder are not in memory together."""
@@ -83,53 +105,52 @@ class PrepareJob:
 
 def _prepare(job: PrepareJob) -> None:
     plan, start = job.plan, time.monotonic()
-    clips = _clips(job.remaining)
-    complete = (plan.folder / MANIFEST).exists() and not clips
     try:
-        if not complete:
-            _encode_texts(job, clips)
-        with ClipProgress("prompts" if job.config.prompts else "clips", clips, job.workers) as progress:
+        _encode_texts(job)
+        with job.progress("prompts" if job.config.prompts else "clips") as progress:
             _write_shards(job, progress)
             progress.finish()
     except KeyboardInterrupt:
         if job.workers.is_main:
-            done = len(plan.shards) - len(plan.unfinished())
-            shards = f"{done} of {len(plan.shards)} shards are written"
+            ledger = plan.ledger()
+            done = len(ledger.shards) - len(ledger.unfinished())
+            shards = f"{done} of {len(ledger.shards)} shards are written"
             print(f"stopped: {shards}; run the same command to continue", flush=True)
         raise
     if not job.workers.is_main:
         return
-    if complete:
-        print(f"{plan.folder} is complete: {_summary(plan, job.config.max_text_length)}")
-        return
     wait_until_all_are_there(plan)
     _finish(job)
-    rate = clips / (time.monotonic() - start)
-    print(f"{plan.folder}: {_summary(plan, job.config.max_text_length)}; {rate:.1f} clips/s including start-up")
+    rate = _clips(job.round.shards) / (time.monotonic() - start)
+    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
 
 
-def _clips(shards: list[ShardPlan]) -> int:
+def _clips(shards: Sequence[ShardPlan]) -> int:
     return sum(len(shard.clips) for shard in shards)
 
 
-def _encode_texts(job: PrepareJob, clips: int) -> None:
+def _encode_texts(job: PrepareJob) -> None:
     """Encode the prompts, and the texts of those shards of this process that do not have them from an earlier job."""
     config, folder = job.config, job.plan.folder
-    prompts_missing = job.workers.is_main and not (folder / TEXT).exists()
+    prompts_missing = job.workers.is_main and not (folder / job.round.text).exists()
     without_texts = [shard for shard in job.shards if not (folder / shard.text_name).exists()]
     if not without_texts and not prompts_missing:
         return
     codec = job.codec(config.precision)
     if prompts_missing:
-        prompts = read_prompts(config.validation_prompts, "validation_prompts")
-        encode_prompts(codec, folder, config.negative_prompt, prompts, config.max_text_length)
-    with ClipProgress("texts", clips, job.workers) as progress:
+        prompts = job.plan.ledger().generations[-1].prompts
+        encode_prompts(codec, folder / job.round.text, prompts.negative, prompts.validation, config.max_text_length)
+    with job.progress("texts") as progress:
         progress.advance(_clips(job.shards) - _clips(without_texts))
         encode_shard_texts(codec, folder, without_texts, config.max_text_length, progress)
 
 
 def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     config, folder = job.config, job.plan.folder
+    for shard in job.round.shards if job.workers.is_main else ():
+        if shard.origin is not None:
+            copy_shard(folder, shard.name, shard.origin, frozenset(clip.key for clip in shard.clips))
+            progress.advance(len(shard.clips))
     if config.prompts is not None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
@@ -140,51 +161,64 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
 
 
 def _finish(job: PrepareJob) -> None:
-    """Write the list of skipped clips, and the manifest, which makes the folder usable."""
-    plan = job.plan
-    for shard in plan.shards:
-        (plan.folder / shard.text_name).unlink(missing_ok=True)  # a job may have been killed before this
-    skipped = read_all_skipped(plan)
+    """Write the list of skipped clips, and the manifest, which makes the new shards usable."""
+    plan, ledger = job.plan, job.plan.ledger()
+    newest = ledger.generations[-1]
+    for shard in newest.shards:
+        _remove(plan.folder, ShardPlan(shard.name, ()).text_name)  # a job may have been killed before this
+    if newest.only_retries and not any(ledger.index(shard.name).entries for shard in newest.shards):
+        # No clip can be used now. The folder stays as it was, so that retries do not make it grow. The generation's
+        # file goes last: a job that is killed before does the same again.
+        _remove(plan.folder, *(name for shard in newest.shards for name in (index_name(shard.name), shard.name)))
+        _remove(plan.folder, newest.name)
+        return
+    skipped = plan.skipped()
     with atomic_file(plan.folder / SKIPPED) as file:
         for entry in skipped:
             file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
-    manifest = _manifest(job.config, plan)
+    states = ledger.states()
+    manifest = _facts(job).grown(states, _shard_infos(ledger))
     if manifest.samples == 0:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
-    if job.config.prompts is None:
-        manifest = _with_video(manifest, job.config, job.codec(job.config.vae_precision))
     write_manifest(plan.folder, manifest)
+    ledger.delete_removed()
 
 
-def _manifest(config: PrepareConfig, plan: PreparePlan) -> Manifest:
-    """Make the manifest of shards without video."""
-    indices = [plan.index(shard) for shard in plan.shards]
-    shards = tuple(
+def _remove(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _shard_infos(ledger: Ledger) -> list[ShardInfo]:
+    folder, names = ledger.folder, [shard.name for shard in ledger.shards]
+    return [
         ShardInfo(
-            name=shard.name,
-            samples=len(index.entries),
-            bytes=(plan.folder / shard.name).stat().st_size,
-            index_sha256=file_sha256(plan.folder / index_name(shard.name)),
+            name=name,
+            samples=len(ledger.index(name).entries),
+            bytes=(folder / name).stat().st_size,
+            index_sha256=file_sha256(folder / index_name(name)),
         )
-        for shard, index in zip(plan.shards, indices, strict=True)
-    )
-    with safe_open(plan.folder / TEXT, "pt") as texts:
+        for name in names
+    ]
+
+
+def _facts(job: PrepareJob) -> Manifest:
+    """Return the manifest without shards: that of the folder, or a new one."""
+    config, path = job.config, job.plan.folder / MANIFEST
+    if path.exists():
+        return parse_manifest(path.read_bytes(), str(path))
+    with safe_open(job.plan.folder / job.round.text, "pt") as texts:
         text_dim = texts.get_slice("negative").get_shape()[1]
-    return Manifest(
+    codec = CodecInfo(source=public_name(config.codec), text_encoder=public_fingerprint(config.codec, "text_encoder"))
+    facts = Manifest(
         format=FORMAT,
         kind="prompts",
-        shards=shards,
+        shards=(),
         text_dim=text_dim,
         max_text_length=config.max_text_length,
-        longest_text=max(index.longest_text or 0 for index in indices),
-        codec=CodecInfo(
-            source=public_name(config.codec), text_encoder=public_fingerprint(config.codec, "text_encoder")
-        ),
-        negative_prompt=config.negative_prompt,
-        validation_prompts=read_prompts(config.validation_prompts, "validation_prompts"),
-        clips=len(plan.source.clips) + len(plan.source.problems),
-        skipped=sum(len(index.skipped) for index in indices) + len(plan.source.problems),
+        codec=codec,
     )
+    return facts if config.prompts is not None else _with_video(facts, config, job.codec(config.vae_precision))
 
 
 def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
@@ -201,19 +235,25 @@ def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Mani
     return manifest.model_copy(update=facts)
 
 
-def _summary(plan: PreparePlan, max_text_length: int) -> str:
-    skipped, indices = read_all_skipped(plan), [plan.index(shard) for shard in plan.shards]
-    samples = sum(len(index.entries) for index in indices)
-    text = f"{samples} samples in {len(plan.shards)} shards from {samples + len(skipped)} clips"
+def _summary(plan: PreparePlan) -> str:
+    """Describe the folder, and compare it with the source."""
+    ledger = plan.ledger()
+    samples = {key for key, one in ledger.outcomes().items() if one.place is not None}
+    here, skipped = len(samples & plan.wanted.records.keys()), plan.skipped()
+    text = f"{len(samples)} samples in {len(ledger.shards)} shards from {len(samples) + len(skipped)} clips"
     if skipped:
         text += f"; {len(skipped)} skipped ({_reasons(skipped)}), listed in {plan.folder / SKIPPED}"
     if unused := sum(plan.source.unused.values()):
         text += f"; {unused} not used ({format_counts(plan.source.unused)})"
     if skipped or unused:
-        found = samples + len(skipped) + unused
-        text += f"; found {found} = {samples} encoded + {len(skipped)} skipped + {unused} not used"
-    if cut := [key for index in indices for key in index.cut]:
-        text += f"; {len(cut)} with a caption of more than {max_text_length} tokens, cut there (for example {cut[0]})"
+        found = here + len(skipped) + unused
+        text += f"; found {found} = {here} encoded + {len(skipped)} skipped + {unused} not used"
+    if gone := sorted(samples - plan.wanted.records.keys()):
+        named = ", ".join(gone[:MOST_NAMED]) + (", ..." if len(gone) > MOST_NAMED else "")
+        text += f"; {len(gone)} gone from the source ({named}), whose samples stay until prune=true"
+    if cut := [key for shard in ledger.shards for key in ledger.index(shard.name).cut]:
+        length = plan.config.max_text_length
+        text += f"; {len(cut)} with a caption of more than {length} tokens, cut there (for example {cut[0]})"
     return text
 
 

@@ -1,32 +1,46 @@
-"""The plan of `anyflow prepare`: its clips, shards and settings."""
+"""The plan of `anyflow prepare`: its clips and settings, and the shards that it writes in each of its rounds.
+
+A job has at most two rounds: the generation that a killed job left unfinished, and then what has been added since.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
-from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_index
+from anyflow_train.data.index import Skipped
+from anyflow_train.data.manifest import MANIFEST, parse_manifest
 from anyflow_train.data.prepare.captions import CaptionReader
-from anyflow_train.data.prepare.sources import Clip, Source, list_clips, list_prompts
+from anyflow_train.data.prepare.growth import Changes, Wanted, find_changes, next_generation
+from anyflow_train.data.prepare.ledger import Ledger, record_of
+from anyflow_train.data.prepare.older import adopt
+from anyflow_train.data.prepare.sources import Clip, Gone, Source, list_clips, list_prompts
+from anyflow_train.data.prepare.workers import Workers
+from anyflow_train.errors import UserError
 from anyflow_train.text import public_name
 
-# These keys do not change the shards (`batch` changes only rounding). `source` and `codec` enter as hashes instead.
-FREE_KEYS = {"out", "source", "prompts", "codec", "device", "threads", "batch"}
+# These keys may change while a folder grows.
+MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
+# These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
+FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
 LATER_KEYS = {"hdr", "caption_key", "encoding"}
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write: a fixed range of the source's clips, usable or not."""
+    """One shard to write: clips, usable or not; or the shard whose samples of these clips are copied."""
 
     name: str
     clips: tuple[Clip, ...]
+    origin: str | None = None
 
     @property
     def text_name(self) -> str:
@@ -39,44 +53,105 @@ class PreparePlan:
     """The whole job.
 
     Attributes:
+        config: config of the command.
         folder: folder of the shards.
         source: all clips.
-        shards: all shards, in order; they do not depend on the number of processes.
         settings: settings that change the shards, as written to `prepare.json`.
     """
 
+    config: PrepareConfig
     folder: Path
     source: Source
-    shards: tuple[ShardPlan, ...]
     settings: dict[str, object]
 
-    def index(self, shard: ShardPlan) -> ShardIndex:
-        """Read the index of a finished shard."""
-        return parse_index((self.folder / index_name(shard.name)).read_bytes())
+    @cached_property
+    def wanted(self) -> Wanted:
+        """What the folder shall hold. This reads all captions."""
+        validation = read_prompts(self.config.validation_prompts, "validation_prompts")
+        return Wanted(
+            records={clip.key: record_of(clip) for clip in self.source.clips},
+            problems=self.source.problems,
+            negative=self.config.negative_prompt,
+            validation=validation,
+            samples_per_shard=self.config.samples_per_shard,
+            prune=self.config.prune,
+        )
 
-    def unfinished(self) -> list[ShardPlan]:
-        """List the shards that are not complete. The index is written last, so a shard with an index is complete."""
-        present = {entry.name for entry in self.folder.iterdir()}
-        return [shard for shard in self.shards if not {shard.name, index_name(shard.name)} <= present]
+    def ledger(self) -> Ledger:
+        """Read the ledger of the folder."""
+        return Ledger.read(self.folder)
+
+    def changes(self) -> Changes:
+        """Compare the source with a folder whose shards are complete."""
+        return find_changes(self.ledger().outcomes(), self.wanted.records)
+
+    def skipped(self) -> list[Skipped]:
+        """List all clips of the source that were skipped, and those that could not be listed."""
+        outcomes = self.ledger().outcomes().items()
+        lost = [(key, one.reason) for key, one in outcomes if one.place is None and key in self.wanted.records]
+        return [*self.source.problems, *(Skipped(key, reason) for key, reason in lost)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The unfinished shards of one generation.
+
+    Attributes:
+        number: number of the round in this job.
+        shards: shards that are not complete.
+        done: clips of the generation in complete shards.
+        text: file of the embeddings of the prompts.
+    """
+
+    number: int
+    shards: tuple[ShardPlan, ...]
+    done: int
+    text: str
 
 
 def make_plan(config: PrepareConfig) -> PreparePlan:
-    """List the clips and divide them into shards. Raises UserError if there are none."""
+    """List the clips. Raises UserError if there are none."""
     reader = CaptionReader(config.caption_key, config.encoding)
     prompts = config.prompts
     source = list_clips(config.source or "", reader) if prompts is None else list_prompts(prompts, reader)
-    size = config.samples_per_shard
-    runs = [source.clips[start : start + size] for start in range(0, len(source.clips), size)]
-    shards = tuple(ShardPlan(f"shard-{number:06d}.tar", run) for number, run in enumerate(runs))
     settings: dict[str, object] = {
         key: value
         for key, value in config.model_dump(mode="json").items()
         if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
     }
-    settings["validation_prompts"] = list(read_prompts(config.validation_prompts, "validation_prompts"))
-    settings["source"] = _listing_digest(source)
+    settings["kind"] = "video" if prompts is None else "prompts"
     settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
-    return PreparePlan(Path(config.out), source, shards, settings)
+    return PreparePlan(config, Path(config.out), source, settings)
+
+
+def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:
+    """Yield the rounds of the job. Process 0 plans each one after the round before it has been finished.
+
+    Raises:
+        UserError: this process does not find a clip that process 0 has.
+    """
+    planned = _planned(plan) if workers.is_main else iter(())
+    clips = {clip.key: clip for clip in plan.source.clips}
+    for number in count():
+        found = workers.share(f"round {number}", next(planned, {}))
+        if not found:
+            return
+        gone = set(found["gone"])
+        shards = tuple(
+            ShardPlan(name, tuple(_find(clips, key, gone, workers.rank) for key in keys), origin)
+            for name, keys, origin in found["shards"]
+        )
+        yield Round(number, shards, found["done"], found["text"])
+
+
+def is_current(ledger: Ledger) -> bool:
+    """Whether all planned shards are complete, and the manifest lists them."""
+    path = ledger.folder / MANIFEST
+    if ledger.unfinished() or not path.exists():
+        return False
+    manifest, states = parse_manifest(path.read_bytes(), str(path)), ledger.states()
+    names = [shard.name for shard in manifest.shards]
+    return names == [shard.name for shard in ledger.shards] and manifest.generations == len(states)
 
 
 def public_fingerprint(source: str, part: str) -> str:
@@ -85,16 +160,38 @@ def public_fingerprint(source: str, part: str) -> str:
     return found if known(found) else NAMED + public_name(source)
 
 
-def _listing_digest(source: Source) -> str:
-    digest = hashlib.sha256()
-    for clip in source.clips:
-        caption = list(clip.caption) if isinstance(clip.caption, tuple) else []
-        caption = caption if len(caption) > 1 else "".join(caption)
-        digest.update(json.dumps([clip.key, clip.video is not None, caption]).encode())
-    digest.update(json.dumps([[problem.key, problem.reason] for problem in source.problems]).encode())
-    return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
+def _planned(plan: PreparePlan) -> Iterator[dict[str, Any]]:
+    """Plan the rounds, as JSON for the other processes. Each generation is written before it is yielded."""
+    folder, ledger = plan.folder, plan.ledger()
+    if not ledger.generations and (found := adopt(folder, plan.source, plan.wanted)) is not None:
+        found.write(folder)
+        ledger = plan.ledger()
+    interrupted = bool(ledger.generations) and not is_current(ledger)
+    if interrupted:
+        yield _share(plan, ledger)
+        ledger = plan.ledger()
+    ledger.delete_removed()  # a job may have been killed before this
+    generation = next_generation(ledger, plan.wanted, retry=not interrupted)
+    if generation is not None:
+        generation.write(folder)
+        yield _share(plan, plan.ledger())
 
 
-def read_all_skipped(plan: PreparePlan) -> list[Skipped]:
-    """List all skipped clips of finished shards, and the clips that could not be listed."""
-    return [*plan.source.problems, *(entry for shard in plan.shards for entry in plan.index(shard).skipped)]
+def _share(plan: PreparePlan, ledger: Ledger) -> dict[str, Any]:
+    unfinished, newest, records = ledger.unfinished(), ledger.generations[-1], plan.wanted.records
+    keys = {clip.key for shard in unfinished for clip in shard.clips}
+    clips = sum(len(shard.clips) for shard in newest.shards)
+    return {
+        "shards": [(shard.name, [clip.key for clip in shard.clips], shard.origin) for shard in unfinished],
+        "gone": sorted(keys - records.keys()),
+        "done": clips - sum(len(shard.clips) for shard in unfinished),
+        "text": newest.prompts.text,
+    }
+
+
+def _find(clips: Mapping[str, Clip], key: str, gone: set[str], rank: int) -> Clip:
+    if key in clips:
+        return clips[key]
+    if key not in gone:
+        raise UserError("source", f"{key} is not there on process {rank}; give all nodes the same files")
+    return Clip(key, None, Gone())

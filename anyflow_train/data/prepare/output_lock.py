@@ -11,23 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from anyflow_train.data.prepare.job import PreparePlan, ShardPlan
+from anyflow_train.data.manifest import MANIFEST, parse_manifest
+from anyflow_train.data.prepare.growth import next_generation
+from anyflow_train.data.prepare.job import MAY_CHANGE, PreparePlan
+from anyflow_train.data.prepare.ledger import PATTERN, Ledger
+from anyflow_train.data.prepare.older import SETTINGS
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
-from anyflow_train.files import TEMPORARY, take_lock, to_json, write_json
+from anyflow_train.files import TEMPORARY, take_lock, write_json
 
-SETTINGS = "prepare.json"
 LOCK = ".lock"
+# Files of a folder without a complete shard.
+OWN_FILES = (SETTINGS, PATTERN, "text*.safetensors", ".shard-*.text.safetensors", "shard-*.tar")
 # A network file system can take this long to show a new file to other nodes.
 VISIBLE_SECONDS = 90.0
 
 
 @contextmanager
-def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[list[ShardPlan]]:
-    """Lock the output folder, and yield the shards that all processes together have to write.
-
-    Only process 0 looks at the results of an earlier job. Other processes must not look for themselves, because some of
-    them are already writing.
+def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[None]:
+    """Lock the output folder, and compare its settings, or save them in a new folder.
 
     Raises:
         UserError: another job writes to the folder, the folder was started with other settings (the first such key is
@@ -36,7 +38,7 @@ def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[list[ShardPlan]
     if workers.is_main:
         plan.folder.mkdir(parents=True, exist_ok=True)
     else:
-        _check_same(plan, workers, workers.share({})["settings"])
+        _check_same(plan, workers, *workers.share("settings", ({}, "")))
     with open(plan.folder / LOCK, "a+") as lock:
         if workers.is_main:
             _take(lock, fcntl.LOCK_EX, plan.folder)
@@ -47,52 +49,62 @@ def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[list[ShardPlan]
             # All processes of a job share the lock. If process 0 dies, the others still keep a new job from writing the
             # same files.
             _take(lock, fcntl.LOCK_SH, plan.folder)
-        missing = [shard.name for shard in plan.unfinished()] if workers.is_main else []
-        job = workers.share({"settings": plan.settings, "shards": missing})
-        names = set(job["shards"])
-        yield [shard for shard in plan.shards if shard.name in names]
+        if workers.is_main:
+            workers.share("settings", (plan.settings, (plan.folder / SETTINGS).read_text()))
+        yield
 
 
 def check_settings(plan: PreparePlan) -> None:
     """Compare the settings with those of the folder, or save them in a new folder.
 
+    A folder without a complete shard starts anew, so that a start with a mistake does not refuse the next one. It keeps
+    its encoded texts if settings and clips are the same.
+
     Raises:
         UserError: a setting differs (the key is named), or the folder contains other files.
     """
-    path = plan.folder / SETTINGS
-    if not path.exists():
-        others = sorted(entry.name for entry in plan.folder.iterdir() if not entry.name.startswith("."))
-        if others:
-            raise UserError("out", f"{plan.folder} holds other files ({others[0]}); name a new folder")
-        write_json(path, plan.settings)
-        return
-    changes = {"source": "the list of clips has changed", "codec": "the files of the codec have changed"}
-    for key, before, now in _differences(json.loads(path.read_text()), plan.settings):
-        change = changes.get(key, f"was {before!r} and is now {now!r}")
+    path, folder = plan.folder / SETTINGS, plan.folder
+    if path.exists():
+        saved = json.loads(path.read_text())
+        if next(folder.glob("*.index.json"), None) is not None:
+            return _compare(plan, saved)
+        first = next_generation(Ledger(folder, ()), plan.wanted, retry=False)
+        if saved == json.loads(json.dumps(plan.settings)) and plan.ledger().generations == (first,):
+            return None
+        for pattern in OWN_FILES:
+            for left_over in folder.glob(pattern):
+                left_over.unlink()
+    elif others := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
+        raise UserError("out", f"{folder} holds other files ({others[0]}); name a new folder")
+    write_json(path, plan.settings)
+
+
+def _compare(plan: PreparePlan, saved: dict[str, Any]) -> None:
+    wanted = dict(plan.settings)
+    if "kind" not in saved:  # of an older version
+        path = plan.folder / MANIFEST
+        wanted["kind"] = saved["kind"] = parse_manifest(path.read_bytes(), str(path)).kind if path.exists() else ""
+    saved = {key: value for key, value in saved.items() if key not in MAY_CHANGE}
+    for key, before, now in _differences(saved, wanted):
+        change = "the files of the codec have changed" if key == "codec" else f"was {before!r} and is now {now!r}"
         raise UserError(key, f"{change} since {plan.folder} was started; change it back, or name another `out`")
-
-
-def forget_settings(plan: PreparePlan) -> None:
-    """Remove the settings of a folder without results, so that a start with a mistake does not refuse the next one."""
-    results = (entry for entry in plan.folder.iterdir() if entry.name not in (SETTINGS, LOCK))
-    if next(results, None) is None:
-        (plan.folder / SETTINGS).unlink(missing_ok=True)
 
 
 def wait_until_all_are_there(plan: PreparePlan) -> None:
     """Wait until process 0 sees the shards of all processes. Raises UserError after `VISIBLE_SECONDS`."""
-    if not _appears(lambda: not plan.unfinished()):
-        missing = plan.unfinished()[0].name
+    ledger = plan.ledger()
+    if not _appears(lambda: not ledger.unfinished()):
+        missing = ledger.unfinished()[0].name
         problem = f"{plan.folder} lacks {missing}, which another process wrote; all nodes must share this folder"
         raise UserError("out", problem)
 
 
-def _check_same(plan: PreparePlan, workers: Workers, wanted: dict[str, Any]) -> None:
+def _check_same(plan: PreparePlan, workers: Workers, wanted: dict[str, Any], file: str) -> None:
     here = f"on process {workers.rank} ({socket.gethostname()})"
     for key, main, own in _differences(wanted, json.loads(json.dumps(plan.settings))):
         raise UserError(key, f"is {own!r} {here}, but {main!r} on process 0; give all nodes the same files")
     path = plan.folder / SETTINGS
-    if not _appears(lambda: path.exists() and path.read_bytes() == to_json(wanted)):
+    if not _appears(lambda: path.exists() and path.read_text() == file):
         raise UserError("out", f"{plan.folder} {here} is not the folder of process 0; all nodes must share one folder")
 
 

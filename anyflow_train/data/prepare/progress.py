@@ -14,41 +14,59 @@ LINE_SECONDS = 10.0
 
 
 class ClipProgress(AbstractContextManager["ClipProgress"]):
-    """Counter of the clips of all processes. Process 0 shows count, rate and remaining time on stderr."""
+    """Counter of the clips of all processes. Process 0 shows count, skipped clips, rate and remaining time on stderr.
 
-    def __init__(self, task: str, total: int, workers: Workers) -> None:
+    Args:
+        task: name of the work, as shown.
+        total: clips of the whole work.
+        done: clips that an earlier job has done.
+        workers: all processes.
+        number: number of the round, which keeps its counts apart from those of other rounds.
+    """
+
+    def __init__(self, task: str, total: int, workers: Workers, done: int = 0, number: int = 0) -> None:
         self._task, self._total, self._workers = task, total, workers
-        self._done = 0
+        self._before = self._done = done
+        self._skipped = 0
+        self._name = f"round {number} {task}"
         self._start = self._last_line = time.monotonic()
         # `disable=None` shows the bar only on a terminal.
-        self._bar = tqdm(total=total, desc=task, unit="clip", disable=None if workers.is_main else True)
+        hidden = None if workers.is_main else True
+        self._bar = tqdm(total=total, initial=done, desc=task, unit="clip", disable=hidden)
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        if self._done:
+        if self._done > self._before:
             self._print_line()
 
-    def advance(self, count: int) -> None:
-        """Count `count` more clips of this process. Raises UserErrors on process 0 for errors of other processes."""
-        before, self._done = self._done, self._workers.count(self._task, count)
+    def advance(self, count: int, skipped: int = 0) -> None:
+        """Count clips of this process that are done, and how many of them were skipped.
+
+        Raises:
+            UserErrors: on process 0, for errors of other processes.
+        """
+        self._skipped = self._workers.count(f"{self._name} skipped", skipped)
+        before, self._done = self._done, self._before + self._workers.count(self._name, count)
+        self._bar.set_postfix_str(f"{self._skipped} skipped" if self._skipped else "", refresh=False)
         self._bar.update(self._done - before)
         if time.monotonic() - self._last_line > LINE_SECONDS:
             self._print_line()
 
     def finish(self) -> None:
         """Mark this process's share as done. Process 0 waits for the others. Raises UserErrors for their errors."""
-        finished = self._workers.count("finished", 1)
+        finished = self._workers.count(f"{self._name} finished", 1)
         while self._workers.is_main and finished < self._workers.size:
             time.sleep(NEWS_SECONDS)
             self.advance(0)
-            finished = self._workers.count("finished", 0)
+            finished = self._workers.count(f"{self._name} finished", 0)
         self.advance(0)
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         if not (self._bar.disable and self._workers.is_main):
             return
-        rate = self._done / max(self._last_line - self._start, 1e-6)
+        rate = (self._done - self._before) / max(self._last_line - self._start, 1e-6)
         left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-6))
-        line = f"{self._task}: {self._done}/{self._total} clips, {rate:.1f} clips/s, {left} left"
+        skipped = f", {self._skipped} skipped" if self._skipped else ""
+        line = f"{self._task}: {self._done}/{self._total} clips{skipped}, {rate:.1f} clips/s, {left} left"
         print(line, file=sys.stderr, flush=True)

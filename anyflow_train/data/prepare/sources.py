@@ -35,11 +35,26 @@ LISTS = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "videos2caption.j
 
 @dataclass(frozen=True)
 class Blob:
-    """A file or a part of a file. offset and size are in bytes; size None means the whole file."""
+    """A file or a part of a file.
+
+    offset, size: in bytes; size None means the whole file.
+    time: time of the part in seconds.
+    """
 
     path: Path
     offset: int = 0
     size: int | None = None
+    time: int = 0
+
+    def stamp(self) -> tuple[int | None, int | None]:
+        """Return size in bytes and time of the last change in ns, by which a change is noticed; None without a file."""
+        if self.size is not None:
+            return self.size, self.time * 10**9
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None, None
+        return found.st_size, found.st_mtime_ns
 
     def read(self) -> bytes:
         """Read the bytes. Raises OSError, also if the path is not that of a regular file."""
@@ -67,6 +82,15 @@ class CaptionFile:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """In place of a caption: the clip was planned by an earlier job, and is not in the source any more."""
+
+    def read(self) -> tuple[str, ...]:
+        """Raise CaptionError."""
+        raise CaptionError("gone from the source")
+
+
+@dataclass(frozen=True)
 class Clip:
     """A clip before it is encoded.
 
@@ -78,7 +102,7 @@ class Clip:
 
     key: str
     video: Blob | None
-    caption: tuple[str, ...] | CaptionFile
+    caption: tuple[str, ...] | CaptionFile | Gone
 
     def read_captions(self) -> tuple[str, ...]:
         """Read the captions, without surrounding white space and empty ones. Raises OSError or CaptionError."""
@@ -262,7 +286,9 @@ def _from_tars(paths: list[Path], reader: CaptionReader) -> Source:
                 for suffix, video, kind, text in found:
                     blob = text and Blob(plain, text.offset, text.size)
                     caption = () if blob is None else CaptionFile(blob, kind, f"{path.name}: {key}.{kind}", reader)
-                    clips.append(Clip(_key(f"{stem}/{key}{suffix}"), Blob(plain, video.offset, video.size), caption))
+                    clips.append(
+                        Clip(_key(f"{stem}/{key}{suffix}"), Blob(plain, video.offset, video.size, video.time), caption)
+                    )
     return Source(tuple(clips), tuple(problems), unused, unpacked)
 
 

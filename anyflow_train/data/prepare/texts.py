@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from anyflow_train.data.index import Skipped
-from anyflow_train.data.manifest import TEXT, PromptTexts, write_prompt_texts
+from anyflow_train.data.manifest import PromptTexts, write_prompt_texts
 from anyflow_train.data.prepare.captions import CaptionError
 from anyflow_train.data.prepare.job import ShardPlan
 from anyflow_train.data.prepare.progress import ClipProgress
@@ -59,10 +59,10 @@ def read_cut(folder: Path, shard: ShardPlan) -> frozenset[str]:
     return frozenset(clip.key for clip, found in zip(shard.clips, captions, strict=True) if {*cut} & {*found})
 
 
-def encode_prompts(codec: Codec, folder: Path, negative: str, validation: tuple[str, ...], max_length: int) -> None:
-    """Write the embeddings of the negative prompt and of the validation prompts."""
+def encode_prompts(codec: Codec, path: Path, negative: str, validation: tuple[str, ...], max_length: int) -> None:
+    """Write the embeddings of the negative prompt and of the validation prompts into a file."""
     first, *others = encode_texts(codec, [negative, *validation], max_length)
-    write_prompt_texts(folder / TEXT, PromptTexts(first, tuple(others)))
+    write_prompt_texts(path, PromptTexts(first, tuple(others)))
 
 
 def encode_texts(codec: Codec, texts: list[str], max_length: int) -> list[Tensor]:

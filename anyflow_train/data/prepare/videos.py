@@ -74,7 +74,7 @@ def _write(folder: Path, shard: ShardPlan, outcomes: Iterable[Sample | Skipped],
 def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> Iterator[Sample | Skipped]:
     for outcome in outcomes:
         yield outcome
-        progress.advance(1)
+        progress.advance(1, isinstance(outcome, Skipped))
 
 
 def _with_pixels(read: ReadVideo, pair: tuple[Clip, Sample | Skipped]) -> Sample | Skipped:

@@ -32,7 +32,6 @@ T = TypeVar("T")
 NEWS_SECONDS = 0.5
 # Processes may start minutes apart, because some nodes load Python over the network.
 JOIN_TIMEOUT = timedelta(minutes=30)
-JOB = "job"
 ERRORS = "errors"
 
 
@@ -57,13 +56,13 @@ class Workers:
         """Whether this process distributes the work and prints messages."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
-        """Return the value of process 0, as JSON decodes it. The other processes wait for it without a limit."""
+    def share(self, name: str, value: T) -> T:
+        """Return process 0's value of a name, as JSON decodes it. The other processes wait for it without a limit."""
         if self.is_main:
-            self.store.set(JOB, json.dumps(value))
-        while not self.store.check([JOB]):
+            self.store.set(name, json.dumps(value))
+        while not self.store.check([name]):
             time.sleep(NEWS_SECONDS)
-        return json.loads(self.store.get(JOB))
+        return json.loads(self.store.get(name))
 
     def count(self, task: str, clips: int) -> int:
         """Add clips to those of a task that all processes have done. Returns the sum.
@@ -81,7 +80,7 @@ class Workers:
         lines = "".join(json.dumps([error.where, error.problem]) + "\n" for error in errors)
         self.store.append(ERRORS, lines)  # pyright: ignore[reportAttributeAccessIssue]
         while True:
-            self.store.check([JOB])  # raises when process 0 has closed the store
+            self.store.check([ERRORS])  # raises when process 0 has closed the store
             time.sleep(NEWS_SECONDS)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
 
-from anyflow_train.data.index import SampleEntry, ShardIndex, Skipped, index_name, write_index
+from anyflow_train.data.index import SampleEntry, ShardIndex, Skipped, index_name, parse_index, write_index
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import TarWriter
-from anyflow_train.files import atomic_file
+from anyflow_train.files import atomic_file, open_inside, read_inside
 
 
 def write_shard(
@@ -45,6 +47,32 @@ def write_shard(
     )
     write_index(folder / index_name(name), index)
     return index
+
+
+def copy_shard(folder: Path, name: str, origin: str, keys: frozenset[str]) -> None:
+    """Write a shard of some of the samples of another one, with the same bytes, and with its skipped clips.
+
+    Args:
+        folder: folder of both shards.
+        name: name of the new tar.
+        origin: name of the other tar.
+        keys: keys of the samples and skipped clips to copy.
+    """
+    index = parse_index(read_inside(folder, index_name(origin)))
+    entries: list[SampleEntry] = []
+    with os.fdopen(open_inside(folder, origin), "rb") as source, atomic_file(folder / name) as file:
+        tar = TarWriter(file)
+        for entry in (entry for entry in index.entries if entry.key in keys):
+            data, caption = (
+                os.pread(source.fileno(), size, offset)
+                for size, offset in ((entry.size, entry.offset), (entry.caption_size, entry.caption_offset))
+            )
+            first, second = tar.add(f"{entry.key}.safetensors", data), tar.add(f"{entry.key}.json", caption)
+            entries.append(replace(entry, offset=first.offset, caption_offset=second.offset))
+        tar.finish()
+    skipped = tuple(one for one in index.skipped if one.key in keys)
+    cut = tuple(key for key in index.cut if key in keys)
+    write_index(folder / index_name(name), replace(index, entries=tuple(entries), skipped=skipped, cut=cut))
 
 
 def _add(tar: TarWriter, sample: Sample) -> SampleEntry:

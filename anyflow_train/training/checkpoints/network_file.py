@@ -139,13 +139,14 @@ class NetworkFile(_Stored):
         causal = shape.pop("causal", None) or {}
         times = {name: student[name] for name in TIMES if name in student}
         objective, source = _part(config, "objective"), teacher.get("source") or ""
+        shards = _part(config, "data").get("shards")
         content = {
             "run": config.get("name", ""),
             "arguments": {**shape, **causal, "gate_value": 0.25, "deltatime_type": "r", **times},
             "adapter": student.get("adapter"),
             "init": student.get("init"),
             "codec": teacher.get("codec") or (None if is_weights_file(source) else source or None),
-            "shards": _part(config, "data").get("shards"),
+            "shards": shards if isinstance(shards, str) or not shards else shards[0],
             "sampling": Sampling.of(config),
             "training": {
                 "objective": f"{objective.get('kind', 'unknown')}, guidance {objective.get('guidance', 'none')} "

@@ -40,6 +40,7 @@ FREE_KEYS = (
     "data.max_bad_share",
     "data.cache",
     "data.cache_gib",
+    "data.generations.",
     "engine.device",
     "engine.threads",
     "engine.micro_batch",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.prepare import command
@@ -38,6 +40,42 @@ def finish(crew: list[BaseProcess]) -> list[int | None]:
     for process in crew:
         process.join(200)
     return [process.exitcode for process in crew]
+
+
+def changes(config: PrepareConfig, kill_at: int | None = None) -> tuple[int, int | None]:
+    """Prepare in a process of its own, which is killed before the change of the file system of a number.
+
+    Returns:
+        Number of its changes of the file system, and its exit code.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    counted = context.Value("i", 0)
+    job = context.Process(target=_prepare_and_count, args=(config, kill_at, counted), daemon=True)
+    job.start()
+    job.join(100)
+    return counted.value, job.exitcode
+
+
+def _prepare_and_count(config: PrepareConfig, kill_at: int | None, counted: Any) -> None:
+    replace, unlink = os.replace, Path.unlink
+
+    def change() -> None:
+        counted.value += 1
+        if counted.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replaced(*places: Any) -> None:
+        change()
+        replace(*places)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            change()
+        unlink(path, missing_ok)
+
+    os.replace, Path.unlink = replaced, unlinked  # pyright: ignore[reportAttributeAccessIssue]
+    run(config)
 
 
 def _work(rank: int, size: int, port: int, log: Path, config: PrepareConfig) -> None:

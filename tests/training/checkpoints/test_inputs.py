@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from anyflow_train.config.run import RunConfig
+from anyflow_train.config.run import Data, RunConfig
+from anyflow_train.data.manifest import State, parse_manifest, write_manifest
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.errors import UserError
 from anyflow_train.training import run as training
@@ -45,6 +46,46 @@ def config(folder: Path, inputs: Path | None = None, **changes: Any) -> RunConfi
         "student__time_frequency_limit": None,
     }
     return RunConfig.model_validate(settings(folder, **paths | changes))
+
+
+def fact(folder: Path) -> str:
+    return shards_fact(Data(shards=str(folder), frames=5, height=32, width=32), str(folder))
+
+
+def grow(folder: Path) -> None:
+    """Add a shard, and drop the first sample, as `anyflow prepare` does for a clip that has changed."""
+    manifest = parse_manifest((folder / "manifest.json").read_bytes(), "")
+    name = "shard-000009.tar"
+    shutil.copyfile(folder / manifest.shards[0].name, folder / name)
+    shards = (*manifest.shards, manifest.shards[0].model_copy(update={"name": name}))
+    facts = {key: getattr(manifest, key) for key in State.model_fields.keys() - {"shards"}}
+    before = State(shards=len(manifest.shards), **facts)
+    now = before.model_copy(update={"shards": len(shards), "dropped": {manifest.shards[0].name: ((0, 1),)}})
+    write_manifest(folder, manifest.grown([before, now], shards))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_resumes_on_the_samples_that_it_began_with(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(begun, begun / "undisturbed")
+    training.run(config(begun / "undisturbed", steps=4, log_every=1))
+    grow(begun / "shards")
+    grow(begun / "held_out")
+    capsys.readouterr()
+    training.run(config(begun, steps=4, log_every=1))
+    assert losses(begun) == losses(begun / "undisturbed")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "has grown" in line]
+    assert len(lines) == 2
+    assert re.search(r"data.shards has grown from 20 samples \(\w+\) to 39 samples", lines[0])
+    assert lines[0].endswith(f"to start from this run on all of them, set name=NEW student.init={begun}/run")
+    # Another run takes all of them, or the state that the config names.
+    new = {"name": "new", "steps": 1, "student__init": str(begun / "run")}
+    training.run(config(begun, **new))
+    training.run(config(begun, **new | {"name": "old"}, data__generations={str(begun / "shards"): 0}))
+    facts = [json.loads((begun / name / "inputs.json").read_text())["data.shards"][:2] for name in ("new", "old")]
+    assert facts == ["39", "20"]
 
 
 def problems(config: RunConfig) -> dict[str, str]:
@@ -105,11 +146,11 @@ def test_inputs_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
 
 
 def test_where_a_codec_lay_does_not_change_the_data(begun: Path) -> None:
-    before = shards_fact(str(begun / "shards"), None, 1.0)
+    before = fact(begun / "shards")
     manifest = json.loads((begun / "shards" / "manifest.json").read_text())
     manifest["codec"]["source"] = "/another/clone/assets/tiny-wan"
     (begun / "shards" / "manifest.json").write_text(json.dumps(manifest))
-    assert shards_fact(str(begun / "shards"), None, 1.0) == before
+    assert fact(begun / "shards") == before
 
 
 def test_a_copied_run_is_the_same_start_and_another_step_is_not(begun: Path) -> None:
@@ -132,7 +173,7 @@ def test_every_shard_counts_for_the_content_of_data(tmp_path: Path) -> None:
         folder = make_shards(tmp_path / place, [1] * 40)
         sample = dataclasses.replace(make_sample(4), key="clip-004", latents=make_sample(changed).latents)
         write_shard(folder, "shard-000004.tar", [sample])
-        without = shards_fact(str(folder), None, 1.0)
-        facts[place] = without, shards_fact(str(add_index_checksums(folder)), None, 1.0)
+        without = fact(folder)
+        facts[place] = without, fact(add_index_checksums(folder))
     assert facts["a"][0] == facts["b"][0]
     assert facts["a"][1] != facts["b"][1]
