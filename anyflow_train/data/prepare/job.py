@@ -29,9 +29,10 @@ from anyflow_train.text import public_name
 # These keys may change while a folder grows.
 MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
 # These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
-FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune"}
+FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune", "latents"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
-LATER_KEYS = {"hdr", "caption_key", "encoding"}
+LATER_KEYS = {"hdr", "caption_key", "encoding", "min_size", "min_seconds", "max_upscale"}
+TEACHER_KEYS = {"teacher", "steps", "guidance_scale", "shift", "seed"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         for key, value in config.model_dump(mode="json").items()
         if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
     }
-    settings["kind"] = "video" if prompts is None else "prompts"
+    if config.teacher is not None:
+        settings["teacher"] = public_fingerprint(config.teacher, "transformer")
+    else:
+        settings = {key: value for key, value in settings.items() if key not in TEACHER_KEYS}
+    settings["kind"] = "video" if prompts is None or config.teacher is not None else "prompts"
     settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
     return PreparePlan(config, Path(config.out), source, settings)
 
@@ -135,7 +140,7 @@ def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:
     for number in count():
         found = workers.share(f"round {number}", next(planned, {}))
         if not found:
-            return
+            return workers.leave()
         gone = set(found["gone"])
         shards = tuple(
             ShardPlan(name, tuple(_find(clips, key, gone, workers.rank) for key in keys), origin)
