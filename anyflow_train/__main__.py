@@ -61,6 +61,8 @@ COMMANDS = {
     ),
     "export": Command("export a checkpoint for diffusers or ComfyUI", "anyflow_train.export:run", subject="model"),
     "runs": Command("list runs, and delete what they do not need", "anyflow_train.commands.runs:run", subject="folder"),
+    "watch": Command("watch runs in a browser", "anyflow_train.watch.server:run", subject="runs"),
+    "report": Command("write the page of a run as one file", "anyflow_train.watch.report:run", subject="run"),
     "launch": Command("train on several GPUs or nodes", "anyflow_train.commands.launch:run", decoded=False),
 }
 

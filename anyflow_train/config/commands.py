@@ -78,13 +78,23 @@ class SweepOptions(Model):
         for itself.
     evaluate: arguments of `anyflow evaluate` for all runs together, such as experiment=tiny_evaluate. The sweep then
         ends with a table and a plot of all variants, over all seeds. Empty leaves it out.
+    sampler: grid (every combination), or tpe (Optuna searches the values; runs whose validation is behind are ended).
+    trials: number of runs with sampler=tpe.
+    cluster: none, slurm (one job per run, through submitit), or local (the same with processes of this machine).
+    slurm: parameters of submitit, such as timeout_min, gpus_per_node and slurm_partition.
     """
+
+    aliases: ClassVar[Mapping[str, str]] = {"sweep.sampler": "sampler", "sweep.trials": "trials"}
 
     train: tuple[str, ...] = ()
     arms: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     equal_operations: bool = False
     jobs: PositiveInt | None = None
     evaluate: tuple[str, ...] = ()
+    sampler: Literal["grid", "tpe"] = "grid"
+    trials: PositiveInt = 20
+    cluster: Literal["none", "slurm", "local"] = "none"
+    slurm: dict[str, str | int | float] = Field(default_factory=dict)
 
 
 class DistilOptions(Model):
@@ -120,6 +130,28 @@ class RunsConfig(Model):
 
     folder: str
     prune: bool = False
+
+
+class WatchConfig(Model):
+    """`anyflow watch`: a page in the browser over the runs of a folder. Only this machine can open it.
+
+    runs: folder of run directories and sweeps, or one run directory.
+    port: port of the page; 0 takes any free one.
+    """
+
+    runs: str
+    port: Annotated[int, Field(ge=0, le=65535)] = 8787
+
+
+class ReportConfig(Model):
+    """`anyflow report`: the page of `anyflow watch` as one file, which needs no network.
+
+    run: run directory, or a folder of several.
+    out: the .html file to write.
+    """
+
+    run: str
+    out: str = "report.html"
 
 
 class ClipsConfig(Model):

@@ -23,10 +23,12 @@ from anyflow_train.config.commands import (
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
+    ReportConfig,
     RunsConfig,
     SampleConfig,
     ShardsConfig,
     SweepOptions,
+    WatchConfig,
 )
 from anyflow_train.config.decode import decode
 from anyflow_train.config.derived import world_size
@@ -54,6 +56,8 @@ MODELS: dict[str, type[Model]] = {
     "sweep": SweepOptions,
     "runs": RunsConfig,
     "distil": DistilOptions,
+    "watch": WatchConfig,
+    "report": ReportConfig,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"

@@ -40,6 +40,8 @@ EXAMPLES = {
     "sample": ["model=runs/tiny out=videos calls=[1,4] prompt='a red ball moving left'"],
     "export": ["model=runs/tiny out=pipeline"],
     "runs": ["runs", "runs prune=true"],
+    "watch": ["runs"],
+    "report": ["runs/tiny out=report.html"],
     "launch": ["zero2 experiment=wan1_3b_forward data.shards=shards"],
     "distil": [
         "experiment=tiny_distil source=clips held_out=held_out_clips out=runs/mine",

@@ -89,7 +89,7 @@ def split_options(arguments: Sequence[str], config_dir: Path | None) -> tuple[Sw
     others: list[str] = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        is_own = key.partition(".")[0] in SweepOptions.model_fields
+        is_own = key.partition(".")[0] in SweepOptions.model_fields or key in SweepOptions.aliases
         if key == EXPERIMENT and value in experiments:
             is_own = experiments[value].command == "sweep"
         (own if is_own else others).append(argument)

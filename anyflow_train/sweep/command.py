@@ -17,8 +17,10 @@ from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import parse_json
+from anyflow_train.sweep import cluster
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
+from anyflow_train.sweep.search import Search
 from anyflow_train.text import markdown_table
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
@@ -36,6 +38,8 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     if world_size() > 1:
         raise UserError("WORLD_SIZE", f"{world_size()}, but a sweep starts its own runs; start it without a launcher")
     options, rest = split_options(arguments, config_dir)
+    if options.sampler == "tpe":
+        return _search(options, rest, config_dir)
     combinations = combine(options, rest, config_dir)
     evaluation = _evaluation(options, combinations, config_dir)
     _check_files(combinations)
@@ -51,7 +55,11 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, runner.forward))
-        runner.finish_all(combinations, lambda: _report(combinations))
+        if options.cluster == "none":
+            runner.finish_all(combinations, lambda: _report(combinations))
+        else:
+            more = ["--config-dir", str(config_dir)] if config_dir else []
+            cluster.finish_all(combinations, options, more, lambda: _report(combinations))
         finished = all(combination.state == "finished" for combination in combinations)
         code = SUCCESS
         if evaluation and finished:
@@ -60,6 +68,22 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     if runner.stopped:
         return INTERRUPTED
     return SUCCESS if finished and code == SUCCESS else FAILURE
+
+
+def _search(options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> int:
+    """Search with Optuna. Returns the exit code."""
+    search = Search(options, arguments, config_dir)
+    gpus = visible_gpus()
+    jobs = options.jobs or max(len(gpus), 1)
+    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs)
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
+        combinations = search.run(runner, jobs, _report)
+    print(_report(combinations), end="")
+    print(search.best())
+    failed = any(one.state == "failed" for one in combinations)
+    return INTERRUPTED if runner.stopped else FAILURE if failed else SUCCESS
 
 
 def table(combinations: Sequence[Combination]) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from types import FrameType
 
 from anyflow_train.sweep.combinations import Combination
+
+STOP_SECONDS = 2.0
+"""Time between two questions whether a run shall end early."""
 
 
 class Runner:
@@ -66,9 +70,20 @@ class Runner:
         self.stopped |= combination.state == "stopped"
 
     def call(
-        self, arguments: Sequence[str], logged: Combination | None = None, gpu: str | None = None
+        self,
+        arguments: Sequence[str],
+        logged: Combination | None = None,
+        gpu: str | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> tuple[int, float]:
-        """Run one command, on one GPU if it is named. Returns its exit code and the CPU seconds of its processes."""
+        """Run one command. Returns its exit code and the CPU seconds of its processes.
+
+        Args:
+            arguments: command and its arguments.
+            logged: run that the command trains.
+            gpu: the only GPU that it sees; None for all.
+            stop: asked every few seconds; once it returns True, the command is told to end.
+        """
         with ExitStack() as stack:
             output = None
             if logged is not None and self._jobs > 1:
@@ -81,7 +96,13 @@ class Runner:
             self._processes.add(process)
             if self.stopped:  # a signal arrived while the run was being started
                 process.terminate()
-            _, status, usage = os.wait4(process.pid, 0)
+            ended, status, usage = os.wait4(process.pid, 0 if stop is None else os.WNOHANG)
+            while not ended:
+                time.sleep(STOP_SECONDS)
+                if stop is not None and stop():
+                    process.terminate()
+                    stop = None
+                ended, status, usage = os.wait4(process.pid, 0 if stop is None else os.WNOHANG)
             process.returncode = os.waitstatus_to_exitcode(status)
             self._processes.discard(process)
             return process.returncode, usage.ru_utime + usage.ru_stime

@@ -1,0 +1,87 @@
+"""`anyflow sweep cluster=slurm`: one SLURM job per run, through submitit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyflow_train.config.commands import SweepOptions
+from anyflow_train.errors import UserError
+from anyflow_train.sweep.combinations import Combination
+
+POLL_SECONDS = 5.0
+
+
+class Training:
+    """One run inside of its job. If the job's time ends, the run saves, and the job is queued again.
+
+    Args:
+        arguments: arguments of `anyflow`.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+
+    def __call__(self) -> int:
+        """Train to the end. Returns the exit code."""
+        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        command = [sys.executable, "-m", "anyflow_train", *self.arguments]
+        with subprocess.Popen(command, env=own) as process:
+            self.pid = process.pid
+            return process.wait()
+
+    def checkpoint(self, *_: Any) -> Any:
+        """Stop the run cleanly. Returns what submitit queues again; it resumes from the run's checkpoint."""
+        import submitit
+
+        os.kill(self.pid, signal.SIGTERM)
+        os.waitpid(self.pid, 0)
+        return submitit.helpers.DelayedSubmission(Training(self.arguments))
+
+
+def finish_all(
+    combinations: Sequence[Combination], options: SweepOptions, more: Sequence[str], report: Callable[[], object]
+) -> None:
+    """Submit one job per run that is not finished, and wait for all of them.
+
+    Args:
+        options: `cluster` (slurm, or local for processes of this machine) and `slurm`, parameters of submitit, such as
+            `timeout_min`, `gpus_per_node` and `slurm_partition`.
+        more: additional options of every run.
+        report: called while jobs end.
+
+    Raises:
+        UserError: the extra `slurm` is not installed, or submitit refuses the parameters.
+    """
+    try:
+        import submitit
+    except ImportError:
+        problem = "needs a package that is not installed: pip install 'anyflow_train[slurm]'"
+        raise UserError("cluster", problem) from None
+    waiting = [one for one in combinations if one.state != "finished"]
+    if not waiting:
+        return
+    try:
+        executor = submitit.AutoExecutor(waiting[0].folder.parent / "jobs", cluster=options.cluster)
+        executor.update_parameters(**options.slurm)
+    except (RuntimeError, NameError, AssertionError, TypeError, ValueError) as error:
+        raise UserError("slurm", f"submitit refuses it: {str(error).splitlines()[0]}") from error
+    with executor.batch():
+        jobs = [executor.submit(Training(["train", *one.overrides, *more])) for one in waiting]
+    for one, job in zip(waiting, jobs, strict=True):
+        print(f"== {one.label}: job {job.job_id}, output in {Path(job.paths.stdout).parent}", flush=True)
+    left = dict(zip(map(id, jobs), zip(waiting, jobs, strict=True), strict=True))
+    while left:
+        for key, (one, job) in list(left.items()):
+            if job.done():
+                del left[key]
+                code = 1 if job.exception() else job.result()
+                one.update("stopped" if code == 0 else "failed")
+                report()
+        time.sleep(POLL_SECONDS * bool(left))

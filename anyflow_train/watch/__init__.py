@@ -1,0 +1,1 @@
+"""`anyflow watch` and `anyflow report`: runs as a page."""
