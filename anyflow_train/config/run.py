@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.network import Student, Teacher
@@ -49,7 +50,7 @@ class Optimizer(Model):
 def _locations(value: object) -> object:
     several = isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value)
     if not several and not isinstance(value, str):
-        raise ValueError("give one folder or address, or a list of them")
+        raise PydanticCustomError("locations", "give one folder or address, or a list of them")
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
