@@ -39,6 +39,7 @@ class Search:
     def __init__(self, options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> None:
         try:
             import optuna
+            from optuna.storages.journal import JournalFileBackend
         except ImportError:
             problem = "tpe needs a package that is not installed: pip install 'anyflow_train[search]'"
             raise UserError("sampler", problem) from None
@@ -56,7 +57,7 @@ class Search:
             raise UserError("evaluation.every", "is 0, but sampler=tpe compares runs by their validation; set it")
         self.folder = Path(self.config.out).expanduser() / self.config.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / LOG))
+        backend = JournalFileBackend(str(self.folder / LOG))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             study_name=STUDY,
