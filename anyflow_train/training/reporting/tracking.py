@@ -147,11 +147,12 @@ class Tensorboard:
         self._writer.close()
 
     def _show(self, tag: str, path: Path, step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         with Image.open(path) as picture:
             width, height = picture.size
         image = Summary.Image(encoded_image_string=path.read_bytes(), width=width, height=height, colorspace=3)
+        assert self._writer.file_writer is not None  # it exists until `close`
         self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
