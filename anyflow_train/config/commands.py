@@ -195,6 +195,7 @@ class PrepareConfig(Model):
     validation_prompts: prompts, or one text file with prompts, whose embeddings are stored in the manifest.
     prune: remove samples of clips that are gone from the source, and old samples of clips that have changed. Runs that
         began on them cannot be resumed.
+    dry_run: print what would be encoded, and write a contact sheet of 16 decoded clips next to `out`.
     batch: clips that the VAE encodes, or the teacher makes, at a time.
     precision: precision of the text encoder and of the teacher's matrix products; embeddings are stored in it.
     vae_precision: precision of the VAE; Wan's own code runs it in float32.
@@ -226,6 +227,7 @@ class PrepareConfig(Model):
     validation_prompts: tuple[str, ...] = ()
     samples_per_shard: PositiveInt = 256
     prune: bool = False
+    dry_run: bool = False
     batch: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from anyflow_train.__main__ import main
 from anyflow_train.commands.prepare import run
@@ -17,6 +18,7 @@ from anyflow_train.errors import UserError
 from anyflow_train.evaluation.load import load_teacher
 from anyflow_train.evaluation.sampling import draw_noise
 from anyflow_train.flow.types import Condition
+from anyflow_train.tiny.clips import write_clips
 
 TINY = str(Path(__file__).resolve().parents[2] / "assets" / "tiny-wan")
 
@@ -66,3 +68,18 @@ def test_the_teacher_makes_a_clip_for_each_prompt(tmp_path: Path, capsys: pytest
 def test_a_teacher_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", f"source={tmp_path}", f"teacher={TINY}", f"out={tmp_path / 'out'}"]) == 2
     assert "makes clips from prompts, but prompts is null; give prompts=FILE" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_only_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clips(tmp_path / "clips", 6, seed=1)
+    (tmp_path / "clips" / "00003.mp4").write_text("no video")
+    config = make_config(tmp_path, prompts=None, teacher=None, source=str(tmp_path / "clips"), dry_run=True)
+    run(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'} would get 6 of 6 clips"
+    assert lines[1] == "  6 new: 00000, 00001, 00002, 00003, 00004, ..."
+    assert "  00003 cannot be used: unreadable: Invalid data found when processing input" in lines
+    assert lines[-1] == f"contact sheet of 5 clips: {tmp_path / 'out'}.dry_run.png"
+    with Image.open(tmp_path / "out.dry_run.png") as sheet:
+        assert sheet.width > 4 * 128
+    assert not (tmp_path / "out").exists()

@@ -133,7 +133,9 @@ def _prepare(job: PrepareJob) -> None:
     if not job.workers.is_main:
         return
     wait_until_all_are_there(plan)
-    _finish(job)
+    if not _finish(job):
+        print(f"{plan.folder} is complete: {_summary(plan)}")
+        return
     rate = _clips(job.round.shards) / (time.monotonic() - start)
     print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
 
@@ -179,8 +181,12 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
         write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
 
 
-def _finish(job: PrepareJob) -> None:
-    """Write the list of skipped clips, and the manifest, which makes the new shards usable."""
+def _finish(job: PrepareJob) -> bool:
+    """Write the list of skipped clips, and the manifest, which makes the new shards usable.
+
+    Returns:
+        False if clips that were skipped before have been tried again, and none can be used.
+    """
     plan, ledger = job.plan, job.plan.ledger()
     newest = ledger.generations[-1]
     for shard in newest.shards:
@@ -190,7 +196,7 @@ def _finish(job: PrepareJob) -> None:
         # file goes last: a job that is killed before does the same again.
         _remove(plan.folder, *(name for shard in newest.shards for name in (index_name(shard.name), shard.name)))
         _remove(plan.folder, newest.name)
-        return
+        return False
     skipped = plan.skipped()
     with atomic_file(plan.folder / SKIPPED) as file:
         for entry in skipped:
@@ -201,6 +207,7 @@ def _finish(job: PrepareJob) -> None:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
     write_manifest(plan.folder, manifest)
     ledger.delete_removed()
+    return True
 
 
 def _remove(folder: Path, *names: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -159,7 +158,7 @@ def read_cached(path: Path, mean: tuple[float, ...], std: tuple[float, ...], dty
                 latents = latents.float().transpose(0, 1)  # (C, F, H, W) -> (F, C, H, W)
                 latents = (latents - shift) / scale if parquet else latents
                 yield Sample(path_key(f"{file.stem}/{key}"), latents.to(dtype).contiguous(), _valid(text), caption)
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             advice = "give latents of Wan2.1 as FastVideo or rcm cache them"
             raise UserError("latents", f"{file} cannot be read: {str(error).splitlines()[0]}; {advice}") from None
 
@@ -202,7 +201,10 @@ def _bytes(descriptor: int, member: Member) -> bytes:
 
 
 def _load(data: bytes) -> Tensor:
-    found = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    try:
+        found = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    except Exception as error:  # any file may stand here, and torch raises errors of the module that it reads with
+        raise ValueError(f"a tensor cannot be loaded ({str(error).splitlines()[0]})") from None
     if not isinstance(found, Tensor):
         raise ValueError(f"it contains a {type(found).__name__} instead of a tensor")
     return found.squeeze(0) if found.ndim in (3, 5) and len(found) == 1 else found
