@@ -63,6 +63,9 @@ COMMANDS = {
     "runs": Command("list runs, and delete what they do not need", "anyflow_train.commands.runs:run", subject="folder"),
     "watch": Command("watch runs in a browser", "anyflow_train.watch.server:run", subject="runs"),
     "report": Command("write the page of a run as one file", "anyflow_train.watch.report:run", subject="run"),
+    "completion": Command(
+        "print the completion script of bash or zsh", "anyflow_train.commands.completion:run", decoded=False
+    ),
     "launch": Command("train on several GPUs or nodes", "anyflow_train.commands.launch:run", decoded=False),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
@@ -30,6 +30,19 @@ class Setting:
             return None
         value = self.parsed.value()
         return value.text if isinstance(value, QuotedString) else value
+
+    def interval(self) -> tuple[float, float, bool] | None:
+        """Return the ends of `interval(a,b)`, and whether it has the tag `log`; None for all other values.
+
+        Raises:
+            UserError: the ends are not in order.
+        """
+        value = self.parsed.value()
+        if not isinstance(value, IntervalSweep):
+            return None
+        if value.start is None or value.end is None or value.start >= value.end:
+            raise UserError(self.key, f"{self.text!r} is not a range; write interval(low,high)")
+        return value.start, value.end, "log" in value.tags
 
     def alternatives(self) -> list[str]:
         """List the values of `key=a,b` as text that can be parsed again; one value for a plain `key=a`."""

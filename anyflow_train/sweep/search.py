@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import IntervalSweep
-
 from anyflow_train.config.commands import SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.overrides import Setting, parse
@@ -39,6 +37,7 @@ class Search:
     def __init__(self, options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> None:
         try:
             import optuna
+            from optuna.storages.journal import JournalFileBackend
         except ImportError:
             problem = "tpe needs a package that is not installed: pip install 'anyflow_train[search]'"
             raise UserError("sampler", problem) from None
@@ -56,7 +55,7 @@ class Search:
             raise UserError("evaluation.every", "is 0, but sampler=tpe compares runs by their validation; set it")
         self.folder = Path(self.config.out).expanduser() / self.config.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(self.folder / LOG))
+        backend = JournalFileBackend(str(self.folder / LOG))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             study_name=STUDY,
@@ -141,14 +140,12 @@ class Search:
         return Combination(label(number), values, self._given, config)
 
     def _distribution(self, setting: Setting) -> Any:
-        value = setting.parsed.value()
-        if not isinstance(value, IntervalSweep):
-            return self._optuna.distributions.CategoricalDistribution(setting.alternatives())
-        if value.start is None or value.end is None or value.start >= value.end:
-            raise UserError(setting.key, f"{setting.text!r} is not a range; write interval(low,high)")
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        kind = self._optuna.distributions.IntDistribution if whole else self._optuna.distributions.FloatDistribution
-        return kind(value.start, value.end, log="log" in value.tags)
+        found, kinds = setting.interval(), self._optuna.distributions
+        if found is None:
+            return kinds.CategoricalDistribution(setting.alternatives())
+        low, high, log = found
+        whole = isinstance(low, int) and isinstance(high, int)
+        return (kinds.IntDistribution if whole else kinds.FloatDistribution)(low, high, log=log)
 
 
 def label(number: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_train import __main__ as cli
+from anyflow_train.commands.completion import SCRIPTS
 from anyflow_train.config.commands import PlanOptions
 from anyflow_train.config.compose import MODELS, compose
 from anyflow_train.config.options import compose_beside
@@ -43,7 +44,12 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
     assert cli.main([command, "--help"]) == 0
     printed = capsys.readouterr().out
     run = MODELS["train"]
-    models = {"doctor": [], "sweep": [run, MODELS["sweep"]], **{key: [run] for key in ("check", "plan", "launch")}}
+    models = {
+        "doctor": [],
+        "completion": [],
+        "sweep": [run, MODELS["sweep"]],
+        **{key: [run] for key in ("check", "plan", "launch")},
+    }
     models = models.get(command)
     models = [MODELS[command]] if models is None else models
     for field in (name for model in models for name in model.model_fields):
@@ -86,6 +92,8 @@ def test_a_command_alone_shows_examples_that_parse(command: str, capsys: pytest.
             compose_beside(PlanOptions, arguments, None, lambda options: options.world)
         elif command == "launch":
             compose("train", arguments[1:])
+        elif command == "completion":
+            assert arguments[0] in SCRIPTS
         else:
             arguments = cli.with_subject(cli.COMMANDS[command], arguments)
             compose("train" if command == "check" else command, arguments)
@@ -222,3 +230,30 @@ def test_native_windows_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err.splitlines() == [
         "error: native Windows is not supported; use WSL 2, where one process trains"
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["tr"], ["train"]),
+        (["train", "experiment=wan14b_f"], ["experiment=wan14b_forward", "experiment=wan14b_forward_reference"]),
+        (["train", "optimizer.l"], ["optimizer.lr="]),
+        (["plan", "gpus"], ["gpus="]),
+        (["sample", "mod"], ["model="]),
+        (["export", "colour"], []),
+    ],
+)
+def test_completion_knows_commands_choices_and_keys(
+    words: list[str], found: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["completion", "words", *words]) == 0
+    assert capsys.readouterr().out.split() == found
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_completion_script_is_valid(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out.replace("autoload -U bashcompinit && bashcompinit\n", "")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert cli.main(["completion", "fish"]) == 2
+    assert "'fish' is not supported; valid are bash, zsh" in capsys.readouterr().err

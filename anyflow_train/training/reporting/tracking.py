@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from PIL import Image
+
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
 from anyflow_train.files import replace_file
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -105,7 +107,7 @@ class Wandb:
 
     def _log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         media = {f"videos/{caption}": self._wandb.Video(str(path), format="mp4") for caption, path in videos.items()}
-        self._run.log({**values, **media}, step=step)
+        self._run.log({**{grouped(name): value for name, value in values.items()}, **media}, step=step)
 
     def _lose_connection(self, error: Exception) -> None:
         self._start_offline()
@@ -126,22 +128,37 @@ class Wandb:
 
 
 class Tensorboard:
-    """TensorBoard event files in the run directory. Videos are logged by path: the format only supports GIFs."""
+    """TensorBoard event files in the run directory, with the config as a text and videos as GIFs."""
 
     def __init__(self, directory: RunDirectory, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # a resumed run repeats some steps; `purge_step` hides what the interrupted run logged for them
         self._writer = SummaryWriter(str(directory.path / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer.add_text("config", f"```json\n{json.dumps(directory.read_config(), indent=2)}\n```", step)
 
     def log(self, step: int, values: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(grouped(name), value, step)
         for caption, path in videos.items():
-            self._writer.add_text(f"videos/{caption}", str(path), step)
+            self._show(f"videos/{caption}", path.with_suffix(".gif"), step)
 
     def close(self) -> None:
         self._writer.close()
+
+    def _show(self, tag: str, path: Path, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        with Image.open(path) as picture:
+            width, height = picture.size
+        image = Summary.Image(encoded_image_string=path.read_bytes(), width=width, height=height, colorspace=3)
+        assert self._writer.file_writer is not None  # it exists until `close`
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def grouped(name: str) -> str:
+    """Return the name under which trackers show a number: those of the student's steps are in the group `train`."""
+    return name if "/" in name else f"train/{name}"
 
 
 class Trackers:

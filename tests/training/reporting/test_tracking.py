@@ -155,6 +155,27 @@ def test_trackers_write_into_the_run_directory(tmp_path: Path, tracker: dict[str
     assert steps(tmp_path / "metrics.jsonl") == [1]
 
 
+def test_tensorboard_has_groups_the_config_and_videos_that_move(tmp_path: Path) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "grid.gif", save_all=True, append_images=frames[1:])
+    directory = RunDirectory(tmp_path)
+    config = RunConfig.model_validate({**BASE, "tracker": {"kind": "tensorboard"}})
+    directory.begin(config)
+    trackers = Trackers(config, directory, 0)
+    trackers.log(3, {"loss": 0.5, "validation/energy_distance_4": 0.25}, {"grid": tmp_path / "grid.mp4"})
+    trackers.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "tensors": 0})
+    found.Reload()
+    assert set(found.Tags()["scalars"]) == {"train/loss", "validation/energy_distance_4"}
+    (picture,) = found.Images("videos/grid")
+    assert (picture.step, picture.width, picture.height) == (3, 8, 6)
+    assert picture.encoded_image_string == (tmp_path / "grid.gif").read_bytes()
+    assert b'"optimizer"' in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
 def logged(data: bytes) -> Iterator[bytes]:
     """Read the records of a .wandb file: blocks of 32 KiB with pieces of records (checksum, size, kind), as LevelDB."""
     place, record = 7, b""  # after the file's header
