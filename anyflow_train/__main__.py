@@ -46,7 +46,7 @@ class Command:
 COMMANDS = {
     "distil": Command("the whole way: shards, both stages, export", "anyflow_train.distil.command:run", decoded=False),
     "clips": Command("render clips and captions of an embedded world", "anyflow_train.commands.clips:run"),
-    "prepare": Command("encode clips and captions into shards", "anyflow_train.data.prepare.command:run"),
+    "prepare": Command("encode clips and captions into shards", "anyflow_train.commands.prepare:run"),
     "shards": Command("show what shards hold", "anyflow_train.commands.shards:run", subject="folder"),
     "check": Command("check a run's config and print it", "anyflow_train.commands.check:run", decoded=False),
     "plan": Command("estimate memory, time and cost of a run", "anyflow_train.plan.command:run", decoded=False),

@@ -26,6 +26,7 @@ EXAMPLES = {
     "prepare": [
         "source=my_clips out=shards codec=Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "experiment=tiny_prepare source=clips out=shards",
+        "experiment=tiny_prepare prompts=prompts.txt teacher=assets/tiny-wan out=shards",
     ],
     "shards": ["shards/train", "shards/train verify=true held_out=shards/held_out"],
     "check": ["experiment=wan1_3b_forward data.shards=shards"],

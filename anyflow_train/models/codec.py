@@ -14,6 +14,8 @@ from typing import Any, cast
 import ftfy
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanRMS_norm
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -191,9 +193,29 @@ def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: 
     if Path(source).is_dir() and not (Path(source) / part).is_dir():
         raise UserError(str(source), f"has no folder {part!r}; give a Wan2.1 pipeline folder or hub id")
     try:
-        return part_class.from_pretrained(source, subfolder=part, **options)
+        folder = source if Path(source).is_dir() else _download(str(source), part)
+        return part_class.from_pretrained(folder, subfolder=part, **options)
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(str(source), f"cannot load the {part}: {str(error).splitlines()[0]}") from error
+
+
+def _download(source: str, part: str) -> Path:
+    """Return the local snapshot of a hub id, with the files of one part.
+
+    The libraries would ask the hub for optional files too, which fails on a machine without a network.
+    """
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[f"{part}/*"]))
+    except LocalEntryNotFoundError:
+        folder = Path()
+    names = [path.name for path in (folder / part).iterdir()] if (folder / part).is_dir() else []
+    wanted = "tokenizer.json" if part == "tokenizer" else "config.json"
+    if wanted not in names and not (part == "tokenizer" and "spiece.model" in names):
+        advice = f"run `hf download {source} --include '{part}/*'` on a machine with a network"
+        raise UserError(source, f"{part}/{wanted} is not in the cache, and the hub cannot be reached; {advice}")
+    return folder
 
 
 def _load_weights(part_class: Any, source: str | Path, part: str, dtype: torch.dtype) -> Any:

@@ -83,6 +83,8 @@ def test_a_command_alone_shows_examples_that_parse(command: str, capsys: pytest.
     assert examples
     for program, name, *arguments in examples:
         assert (program, name) == ("anyflow", command)
+        if (subject := cli.COMMANDS[command].subject) and "=" not in arguments[0]:
+            arguments[0] = f"{subject}={arguments[0]}"
         if command == "sweep":
             options, rest = split_options(arguments, None)
             assert combine(options, rest, None)

@@ -17,12 +17,16 @@ def prepare(config: PrepareConfig) -> Iterator[Finding]:
         codecs.lookup(config.encoding or "utf-8")
     except (LookupError, ValueError):
         yield Finding(("encoding",), f"{config.encoding!r} is unknown; give a name of Python, such as cp1252 or gbk")
-    if config.source is None and config.prompts is None:
-        problem = "null; give a folder or manifest of clips, or prompts=FILE to encode only prompts"
-        yield Finding(("source", "prompts"), problem)
-    if config.source is not None and config.prompts is not None:
-        problem = f"{config.prompts!r} is for shards of prompts only, but source={config.source} is also set"
-        yield Finding(("prompts", "source"), f"{problem}; give only one")
+    given = {key: getattr(config, key) for key in ("source", "prompts", "latents") if getattr(config, key) is not None}
+    if not given:
+        problem = "null; give a folder or list of clips, prompts=FILE to encode only prompts, or latents=FOLDER"
+        yield Finding(("source", "prompts", "latents"), problem)
+    if len(given) > 1:
+        (first, value), (second, other), *_ = given.items()
+        yield Finding((second, first), f"{other!r}, but {first}={value} is also set; give only one")
+    if config.teacher is not None and config.prompts is None:
+        problem = f"{config.teacher!r} makes clips from prompts, but prompts is null; give prompts=FILE"
+        yield Finding(("teacher", "prompts"), problem)
 
 
 def sample(config: SampleConfig) -> Iterator[Finding]:

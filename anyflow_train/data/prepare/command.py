@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.index import Skipped, index_name
@@ -32,6 +33,7 @@ from anyflow_train.data.manifest import (
     parse_manifest,
     write_manifest,
 )
+from anyflow_train.data.prepare import own
 from anyflow_train.data.prepare.job import (
     PreparePlan,
     Round,
@@ -46,8 +48,8 @@ from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_a
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
-from anyflow_train.data.prepare.video import read_clip
-from anyflow_train.data.prepare.videos import write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.video import Limits, read_clip
+from anyflow_train.data.prepare.videos import MakeLatents, write_made_shards, write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.data.prepare.writing import copy_shard
 from anyflow_train.devices import DTYPES, pick_device
@@ -59,8 +61,16 @@ from anyflow_train.text import public_name
 MOST_NAMED = 5
 
 
-def run(config: PrepareConfig) -> None:
-    """Write the missing shards, and then the manifest.
+LoadTeacher = Callable[[PrepareConfig, torch.device, Tensor], MakeLatents]
+"""Config, device and embedding (L, D) of the negative prompt -> function that makes latents."""
+
+
+def run(config: PrepareConfig, load_teacher: LoadTeacher | None = None) -> None:
+    """Write the missing shards, and then the manifest. Or convert latents that others have cached.
+
+    Args:
+        config: config of the command.
+        load_teacher: loads the network for `config.teacher`; only needed if that is set.
 
     Raises:
         UserError: there are no clips, the folder was started with other settings, or no clip could be used.
@@ -68,12 +78,14 @@ def run(config: PrepareConfig) -> None:
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
     check_writable(Path(config.out))
+    if config.latents is not None:
+        return own.convert(config, partial(_codec_info, config))
     with join_workers() as workers:
         plan, device = make_plan(config), None
         with lock_output(plan, workers):
             for part in rounds(plan, workers):
                 device = device or pick_device(config.device, config.threads, local_rank=workers.local_rank)
-                _prepare(PrepareJob(config, plan, workers, part, device))
+                _prepare(PrepareJob(config, plan, workers, part, device, load_teacher))
             if workers.is_main and device is None:
                 print(f"{plan.folder} is complete: {_summary(plan)}")
 
@@ -87,6 +99,7 @@ class PrepareJob:
     workers: Workers
     round: Round
     device: torch.device
+    load_teacher: LoadTeacher | None
 
     @property
     def shards(self) -> list[ShardPlan]:
@@ -120,7 +133,9 @@ def _prepare(job: PrepareJob) -> None:
     if not job.workers.is_main:
         return
     wait_until_all_are_there(plan)
-    _finish(job)
+    if not _finish(job):
+        print(f"{plan.folder} is complete: {_summary(plan)}")
+        return
     rate = _clips(job.round.shards) / (time.monotonic() - start)
     print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
 
@@ -151,17 +166,27 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
         if shard.origin is not None:
             copy_shard(folder, shard.name, shard.origin, frozenset(clip.key for clip in shard.clips))
             progress.advance(len(shard.clips))
-    if config.prompts is not None:
+    if config.teacher is not None and job.shards:
+        assert job.load_teacher is not None
+        with safe_open(folder / job.round.text, "pt") as texts:
+            make = job.load_teacher(config, job.device, texts.get_tensor("negative"))
+        write_made_shards(make, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
+    elif config.prompts is not None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
         shape = config.model_dump(include={"frames", "height", "width", "fps", "hdr"})
-        read = partial(read_clip, **shape)
+        limits = Limits(config.min_size, config.min_seconds, config.max_upscale)
+        read = partial(read_clip, **shape, limits=limits)
         encode = job.codec(config.vae_precision).encode_video
         write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
 
 
-def _finish(job: PrepareJob) -> None:
-    """Write the list of skipped clips, and the manifest, which makes the new shards usable."""
+def _finish(job: PrepareJob) -> bool:
+    """Write the list of skipped clips, and the manifest, which makes the new shards usable.
+
+    Returns:
+        False if clips that were skipped before have been tried again, and none can be used.
+    """
     plan, ledger = job.plan, job.plan.ledger()
     newest = ledger.generations[-1]
     for shard in newest.shards:
@@ -171,7 +196,7 @@ def _finish(job: PrepareJob) -> None:
         # file goes last: a job that is killed before does the same again.
         _remove(plan.folder, *(name for shard in newest.shards for name in (index_name(shard.name), shard.name)))
         _remove(plan.folder, newest.name)
-        return
+        return False
     skipped = plan.skipped()
     with atomic_file(plan.folder / SKIPPED) as file:
         for entry in skipped:
@@ -182,6 +207,7 @@ def _finish(job: PrepareJob) -> None:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
     write_manifest(plan.folder, manifest)
     ledger.delete_removed()
+    return True
 
 
 def _remove(folder: Path, *names: str) -> None:
@@ -218,21 +244,30 @@ def _facts(job: PrepareJob) -> Manifest:
         max_text_length=config.max_text_length,
         codec=codec,
     )
-    return facts if config.prompts is not None else _with_video(facts, config, job.codec(config.vae_precision))
+    without_video = config.prompts is not None and config.teacher is None
+    return facts if without_video else _with_video(facts, config, job.codec(config.vae_precision))
 
 
 def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
     """Add the facts about videos to the manifest of their texts."""
     frames = (config.frames - 1) // codec.temporal_factor + 1
     height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
-    vae = {"vae": public_fingerprint(config.codec, "vae")}
-    normalisation = {"latents_mean": codec.latents_mean, "latents_std": codec.latents_std}
     facts = config.model_dump(include={"latent_dtype", "frames", "height", "width", "fps"}) | {
         "kind": "video",
         "latent_shape": (frames, len(codec.latents_mean), height, width),
-        "codec": manifest.codec.model_copy(update=vae | normalisation),
+        "codec": _codec_info(config, codec),
     }
     return manifest.model_copy(update=facts)
+
+
+def _codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
+    return CodecInfo(
+        source=public_name(config.codec),
+        vae=public_fingerprint(config.codec, "vae"),
+        text_encoder=public_fingerprint(config.codec, "text_encoder"),
+        latents_mean=codec.latents_mean,
+        latents_std=codec.latents_std,
+    )
 
 
 def _summary(plan: PreparePlan) -> str:

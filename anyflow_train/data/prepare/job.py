@@ -20,7 +20,7 @@ from anyflow_train.data.manifest import MANIFEST, parse_manifest
 from anyflow_train.data.prepare.captions import CaptionReader
 from anyflow_train.data.prepare.growth import Changes, Wanted, find_changes, next_generation
 from anyflow_train.data.prepare.ledger import Ledger, record_of
-from anyflow_train.data.prepare.older import adopt
+from anyflow_train.data.prepare.older import SETTINGS, adopt
 from anyflow_train.data.prepare.sources import Clip, Gone, Source, list_clips, list_prompts
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
@@ -29,9 +29,10 @@ from anyflow_train.text import public_name
 # These keys may change while a folder grows.
 MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
 # These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
-FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune"}
+FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune", "latents", "dry_run"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
-LATER_KEYS = {"hdr", "caption_key", "encoding"}
+LATER_KEYS = {"hdr", "caption_key", "encoding", "min_size", "min_seconds", "max_upscale"}
+TEACHER_KEYS = {"teacher", "steps", "guidance_scale", "shift", "seed"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,17 @@ class PreparePlan:
         return Ledger.read(self.folder)
 
     def changes(self) -> Changes:
-        """Compare the source with a folder whose shards are complete."""
-        return find_changes(self.ledger().outcomes(), self.wanted.records)
+        """Compare the source with the complete shards of the folder. Nothing is written.
+
+        Raises:
+            UserError: an older version has left the folder unfinished, and the clips have changed.
+        """
+        if not (self.folder / SETTINGS).exists():
+            return find_changes({}, self.wanted.records)
+        ledger = self.ledger()
+        if not ledger.generations and (first := adopt(self.folder, self.source, self.wanted)) is not None:
+            ledger = Ledger(self.folder, (first,))
+        return find_changes(ledger.complete().outcomes(), self.wanted.records)
 
     def skipped(self) -> list[Skipped]:
         """List all clips of the source that were skipped, and those that could not be listed."""
@@ -119,7 +129,11 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         for key, value in config.model_dump(mode="json").items()
         if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
     }
-    settings["kind"] = "video" if prompts is None else "prompts"
+    if config.teacher is not None:
+        settings["teacher"] = public_fingerprint(config.teacher, "transformer")
+    else:
+        settings = {key: value for key, value in settings.items() if key not in TEACHER_KEYS}
+    settings["kind"] = "video" if prompts is None or config.teacher is not None else "prompts"
     settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
     return PreparePlan(config, Path(config.out), source, settings)
 
@@ -135,7 +149,7 @@ def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:
     for number in count():
         found = workers.share(f"round {number}", next(planned, {}))
         if not found:
-            return
+            return workers.leave()
         gone = set(found["gone"])
         shards = tuple(
             ShardPlan(name, tuple(_find(clips, key, gone, workers.rank) for key in keys), origin)

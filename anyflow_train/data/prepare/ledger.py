@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +157,12 @@ class Ledger:
         """List the shards that are not complete. The index is written last, so a shard with an index is complete."""
         present = {entry.name for entry in self.folder.iterdir()}
         return [one for one in self.shards if not {one.name, index_name(one.name)} <= present]
+
+    def complete(self) -> Ledger:
+        """Return the ledger of the complete shards alone."""
+        missing = {one.name for one in self.unfinished()}
+        parts = ((one, tuple(shard for shard in one.shards if shard.name not in missing)) for one in self.generations)
+        return replace(self, generations=tuple(replace(one, shards=shards) for one, shards in parts))
 
     def index(self, shard: str) -> ShardIndex:
         """Read the index of a complete shard."""

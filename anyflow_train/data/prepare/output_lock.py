@@ -67,7 +67,7 @@ def check_settings(plan: PreparePlan) -> None:
     if path.exists():
         saved = json.loads(path.read_text())
         if next(folder.glob("*.index.json"), None) is not None:
-            return _compare(plan, saved)
+            return compare_settings(plan, saved)
         first = next_generation(Ledger(folder, ()), plan.wanted, retry=False)
         if saved == json.loads(json.dumps(plan.settings)) and plan.ledger().generations == (first,):
             return None
@@ -79,7 +79,8 @@ def check_settings(plan: PreparePlan) -> None:
     write_json(path, plan.settings)
 
 
-def _compare(plan: PreparePlan, saved: dict[str, Any]) -> None:
+def compare_settings(plan: PreparePlan, saved: dict[str, Any]) -> None:
+    """Compare the settings with those of the folder. Raises UserError: a setting differs (the key is named)."""
     wanted = dict(plan.settings)
     if "kind" not in saved:  # of an older version
         path = plan.folder / MANIFEST

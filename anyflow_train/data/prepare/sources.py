@@ -203,7 +203,7 @@ def _from_folder(root: Path, reader: CaptionReader) -> Source:
     clips: list[Clip] = []
     problems: list[Skipped] = []
     for video in [*videos, *sorted(listed.keys() - set(videos))]:
-        key = _key(os.path.relpath(video.with_suffix(""), root))
+        key = path_key(os.path.relpath(video.with_suffix(""), root))
         candidates = (present.get((video.with_suffix(""), kind)) for kind in FILES)
         file = next((path for path in candidates if path is not None), None)
         used.update(() if file is None else (file,))
@@ -287,7 +287,11 @@ def _from_tars(paths: list[Path], reader: CaptionReader) -> Source:
                     blob = text and Blob(plain, text.offset, text.size)
                     caption = () if blob is None else CaptionFile(blob, kind, f"{path.name}: {key}.{kind}", reader)
                     clips.append(
-                        Clip(_key(f"{stem}/{key}{suffix}"), Blob(plain, video.offset, video.size, video.time), caption)
+                        Clip(
+                            path_key(f"{stem}/{key}{suffix}"),
+                            Blob(plain, video.offset, video.size, video.time),
+                            caption,
+                        )
                     )
     return Source(tuple(clips), tuple(problems), unused, unpacked)
 
@@ -334,7 +338,7 @@ def _from_list(path: Path, reader: CaptionReader) -> Source:
     for row, name in rows:
         video = _video_path(path, name)
         shown = os.path.relpath(name, common) if os.path.isabs(name) else name
-        key = _key(str(row.values.get("key") or Path(shown).with_suffix("")))
+        key = path_key(str(row.values.get("key") or Path(shown).with_suffix("")))
         try:
             caption = reader.from_row(row.values) if path.suffix.lower() != ".txt" else ()
         except CaptionError as error:
@@ -350,7 +354,7 @@ def _beside(video: Path) -> Path | None:
     return next((place for place in places if place.is_file() and not place.is_symlink()), None)
 
 
-def _key(name: str) -> str:
+def path_key(name: str) -> str:
     """Replace characters that a tar or WebDataset cannot have in a key; WebDataset cuts names at the first dot."""
     return re.sub(r"[^\w/=+-]", "_", name.replace(os.sep, "/")).strip("/")
 

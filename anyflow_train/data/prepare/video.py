@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import av
 import av.error
 import numpy as np
 import torch
 from av import VideoFrame
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from torch import Tensor
 from torch.nn import functional
 
 from anyflow_train.data.prepare.colour import Hdr, sdr_pixels
 from anyflow_train.data.prepare.frames import ClipError, open_video, shown_frames
 
-__all__ = ["ClipError", "fit", "read_clip"]
+__all__ = ["ClipError", "Limits", "fit", "read_clip"]
 
 # Presentation times are rounded to the container's time base. A frame that is this close (seconds) counts as shown.
 TIME_TOLERANCE = 1e-3
@@ -23,8 +27,40 @@ TIME_TOLERANCE = 1e-3
 PIXEL_ASPECTS = (1 / 8, 8)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Which clips are good enough.
+
+    Attributes:
+        size: least length of the shorter side in pixels.
+        seconds: least duration, as the file states it.
+        upscale: largest factor by which pictures may be enlarged; None allows any.
+    """
+
+    size: int = 0
+    seconds: float = 0.0
+    upscale: float | None = None
+
+    def check(self, height: float, width: float, scale: float) -> None:
+        """Check the size of a picture as shown, and the scale that the target needs. Raises ClipError."""
+        if min(height, width) < self.size:
+            raise ClipError(f"smaller than min_size: {width:.0f}x{height:.0f} pixels, but min_size={self.size}")
+        if self.upscale is not None and scale > self.upscale:
+            needs = f"{width:.0f}x{height:.0f} pixels must be enlarged by {scale:.2f}"
+            raise ClipError(f"over max_upscale: {needs}, but max_upscale={self.upscale:g}")
+
+
+ANY = Limits()
+
+
 def read_clip(
-    source: Path | BinaryIO, frames: int, height: int, width: int, fps: float, hdr: Hdr = "tonemap"
+    source: Path | BinaryIO,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    hdr: Hdr = "tonemap",
+    limits: Limits = ANY,
 ) -> Tensor:
     """Read the first frames of a video at a given rate.
 
@@ -39,22 +75,26 @@ def read_clip(
         width: target width in pixels.
         fps: target rate in frames per second.
         hdr: whether HDR is converted, or cannot be used.
+        limits: which clips are good enough.
 
     Returns:
         (3, frames, height, width) float32 in [-1, 1].
 
     Raises:
-        ClipError: the video cannot be read, ends before the last frame, or has a damaged frame or a hole before it.
+        ClipError: the video cannot be read, ends before the last frame, has a damaged frame or a hole before it, or is
+            outside of the limits.
     """
     chosen: list[Tensor] = []
     end = 0.0
     try:
         with open_video(source) as (container, stream):
             aspect = float(stream.sample_aspect_ratio or 1)
+            if (known := _seconds(container, stream)) is not None and known < limits.seconds:
+                raise ClipError(f"under min_seconds: {known:.2f} s, but min_seconds={limits.seconds:g}")
             for frame, end in shown_frames(container, stream):
                 pixels = None
                 while len(chosen) < frames and len(chosen) / fps < end - TIME_TOLERANCE:
-                    pixels = _upright(frame, aspect, height, width, hdr) if pixels is None else pixels
+                    pixels = _upright(frame, aspect, height, width, hdr, limits) if pixels is None else pixels
                     chosen.append(pixels)
                 if len(chosen) == frames:
                     return torch.stack(chosen, dim=1) / 127.5 - 1
@@ -89,7 +129,14 @@ def fit(pixels: Tensor, height: int, width: int, aspect: float = 1.0) -> Tensor:
     return pixels[:, top : top + height, left : left + width]
 
 
-def _upright(frame: VideoFrame, aspect: float, height: int, width: int, hdr: Hdr) -> Tensor:
+def _seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    """Return the duration that the file states; None if it states none."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / av.time_base
+
+
+def _upright(frame: VideoFrame, aspect: float, height: int, width: int, hdr: Hdr, limits: Limits) -> Tensor:
     """Convert a frame to (3, height, width) float32 in 0..255, turned and mirrored as its display matrix says."""
     pixels = sdr_pixels(frame, hdr)
     aspect = aspect if PIXEL_ASPECTS[0] <= aspect <= PIXEL_ASPECTS[1] else 1.0
@@ -99,4 +146,6 @@ def _upright(frame: VideoFrame, aspect: float, height: int, width: int, hdr: Hdr
         if abs(b) > abs(a):
             pixels, aspect, (a, d) = pixels.mT, 1 / aspect, (c, b)
         pixels = pixels.flip([axis for axis, sign in ((2, a), (1, d)) if sign < 0])
+    shown = pixels.shape[1], pixels.shape[2] * aspect
+    limits.check(*shown, max(height / shown[0], width / shown[1]))
     return fit(pixels, height, width, aspect)

@@ -28,12 +28,22 @@ ReadVideo = Callable[[Path | BinaryIO], Tensor]
 """Video file, or its bytes -> pixels (3, F, H, W) in [-1, 1]. Raises ClipError."""
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W')."""
+MakeLatents = Callable[[list[Sample]], Tensor]
+"""Samples -> their normalised latents (B, F, C, H, W)."""
 
 
 def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
     """Write shards without video."""
     for shard in shards:
         _write(folder, shard, read_shard_texts(folder, shard), progress)
+
+
+def write_made_shards(
+    make: MakeLatents, folder: Path, shards: list[ShardPlan], batch: int, dtype: torch.dtype, progress: ClipProgress
+) -> None:
+    """Write shards with latents that a network makes from the texts. Arguments as those of `write_video_shards`."""
+    for shard in shards:
+        _write(folder, shard, _encoded(make, read_shard_texts(folder, shard), batch, dtype), progress)
 
 
 def write_video_shards(
@@ -56,12 +66,16 @@ def write_video_shards(
         dtype: dtype of the stored latents.
         progress: counts the clips.
     """
+
+    def from_pixels(samples: list[Sample]) -> Tensor:
+        return encode(torch.stack([sample.latents for sample in samples if sample.latents is not None]))
+
     pool = ThreadPoolExecutor(DECODERS, "decode")
     clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
     decoded = map_ahead(pool, partial(_with_pixels, read), clips, batch + DECODERS)
     try:
         for shard in shards:
-            _write(folder, shard, _encoded(encode, islice(decoded, len(shard.clips)), batch, dtype), progress)
+            _write(folder, shard, _encoded(from_pixels, islice(decoded, len(shard.clips)), batch, dtype), progress)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -92,9 +106,9 @@ def _with_pixels(read: ReadVideo, pair: tuple[Clip, Sample | Skipped]) -> Sample
 
 
 def _encoded(
-    encode: Encode, clips: Iterable[Sample | Skipped], batch: int, dtype: torch.dtype
+    make: MakeLatents, clips: Iterable[Sample | Skipped], batch: int, dtype: torch.dtype
 ) -> Iterator[Sample | Skipped]:
-    """Encode pixels in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
+    """Make latents in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
     waiting: list[Sample] = []
     for clip in clips:
         if isinstance(clip, Skipped):
@@ -102,16 +116,15 @@ def _encoded(
             continue
         waiting.append(clip)
         if len(waiting) == batch:
-            yield from _encode_batch(encode, waiting, dtype)
+            yield from _make_batch(make, waiting, dtype)
             waiting = []
     if waiting:
-        yield from _encode_batch(encode, waiting, dtype)
+        yield from _make_batch(make, waiting, dtype)
 
 
-def _encode_batch(encode: Encode, samples: list[Sample], dtype: torch.dtype) -> Iterator[Sample | Skipped]:
-    pixels = [sample.latents for sample in samples if sample.latents is not None]
-    for sample, latents in zip(samples, encode(torch.stack(pixels)).to("cpu", dtype), strict=True):
+def _make_batch(make: MakeLatents, samples: list[Sample], dtype: torch.dtype) -> Iterator[Sample | Skipped]:
+    for sample, latents in zip(samples, make(samples).to("cpu", dtype), strict=True):
         if torch.isfinite(latents).all():
             yield replace(sample, latents=latents.clone())
         else:
-            yield Skipped(sample.key, "the VAE returned non-finite latents")
+            yield Skipped(sample.key, "non-finite latents")

@@ -75,6 +75,17 @@ class Workers:
             raise UserErrors([UserError(*json.loads(line)) for line in different])
         return self.store.add(task, clips)
 
+    def leave(self) -> None:
+        """Wait on process 0 for the others, which still need its store for the last message.
+
+        Raises:
+            UserErrors: on process 0, if errors stopped another process.
+        """
+        left = self.count("left", 1)
+        while self.is_main and left < self.size:
+            time.sleep(NEWS_SECONDS)
+            left = self.count("left", 0)
+
     def report_errors(self, errors: Sequence[UserError]) -> None:
         """Send errors to process 0, which prints them and ends. Wait until the launcher ends this process."""
         lines = "".join(json.dumps([error.where, error.problem]) + "\n" for error in errors)

@@ -11,7 +11,7 @@ import torch
 from av.stream import Disposition
 
 from anyflow_train.data.prepare.frames import shown_frames
-from anyflow_train.data.prepare.video import ClipError, fit, read_clip
+from anyflow_train.data.prepare.video import ClipError, Limits, fit, read_clip
 from tests.data.prepare.videos import real_clip, write_video
 
 
@@ -150,3 +150,22 @@ def test_real_clips_are_read(name: str) -> None:
     assert clip.shape == (3, 9, 48, 80)
     assert -1 <= float(clip.min()) < float(clip.max()) <= 1
     assert float((clip[:, 1:] - clip[:, :-1]).abs().mean()) > 0  # it moves
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(size=49), "smaller than min_size: 96x48 pixels, but min_size=49"),
+        (Limits(upscale=1.3), "over max_upscale: 96x48 pixels must be enlarged by 1.33, but max_upscale=1.3"),
+        (Limits(seconds=0.7), "under min_seconds: 0.62 s, but min_seconds=0.7"),
+        (Limits(48, 0.6, 1.34), None),
+    ],
+)
+def test_clips_outside_of_the_limits_are_not_used(tmp_path: Path, limits: Limits, reason: str | None) -> None:
+    clip = write_video(tmp_path / "a.mp4", range(10), size=(48, 96))
+    if reason is None:
+        assert read_clip(clip, 5, 64, 64, 16.0, limits=limits).shape == (3, 5, 64, 64)
+        return
+    with pytest.raises(ClipError) as caught:
+        read_clip(clip, 5, 64, 64, 16.0, limits=limits)
+    assert str(caught.value) == reason

@@ -1,0 +1,98 @@
+"""`anyflow prepare`: the command with the networks that can make clips from prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anyflow_train.commands.shards import LABEL, MOST_NAMED, write_contact_sheet
+from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.run import Data
+from anyflow_train.data.prepare import command
+from anyflow_train.data.prepare.captions import CaptionError
+from anyflow_train.data.prepare.job import make_plan
+from anyflow_train.data.prepare.older import SETTINGS
+from anyflow_train.data.prepare.output_lock import compare_settings
+from anyflow_train.data.prepare.sources import format_counts
+from anyflow_train.data.prepare.video import ClipError, Limits, read_clip
+from anyflow_train.data.prepare.videos import MakeLatents
+from anyflow_train.data.shards import Sample
+from anyflow_train.devices import autocast_dtype
+from anyflow_train.evaluation.load import load_teacher, on_device
+from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
+from anyflow_train.evaluation.video import to_frames
+from anyflow_train.flow.sampler import guided
+
+PICTURES = 16
+
+
+def run(config: PrepareConfig) -> None:
+    """Write shards. Raises UserError, KeyboardInterrupt or SystemExit, as `data.prepare.command.run` does."""
+    if config.dry_run:
+        dry_run(config)
+    else:
+        command.run(config, teacher_latents)
+
+
+def dry_run(config: PrepareConfig) -> None:
+    """Print what would be encoded, and write the first pictures of some of these clips as training would see them.
+
+    Raises:
+        UserError: there are no clips, or the folder was started with other settings.
+    """
+    plan = make_plan(config)
+    if (plan.folder / SETTINGS).exists() and next(plan.folder.glob("*.index.json"), None) is not None:
+        compare_settings(plan, json.loads((plan.folder / SETTINGS).read_text()))
+    changes = plan.changes()
+    print(f"{plan.folder} would get {len(changes.new) + len(changes.changed)} of {len(plan.source.clips)} clips")
+    for name in ("new", "changed", "skipped", "gone"):
+        keys: Sequence[str] = getattr(changes, name)
+        shown = ", ".join(keys[:MOST_NAMED]) + (", ..." if len(keys) > MOST_NAMED else "")
+        print(f"  {len(keys)} {name}" + (f": {shown}" if keys else ""))
+    for problem in plan.source.problems[:MOST_NAMED]:
+        print(f"  not listed: {problem.key}: {problem.reason}")
+    if plan.source.unused:
+        print(f"  not used: {format_counts(plan.source.unused)}")
+    pending = {*changes.new, *changes.changed}
+    clips = [clip for clip in plan.source.clips if clip.key in pending and clip.video is not None]
+    pictures, labels, limits = [], [], Limits(config.min_size, config.min_seconds, config.max_upscale)
+    for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
+        assert clip.video is not None
+        try:
+            pixels = read_clip(clip.video.seekable(), 1, config.height, config.width, config.fps, config.hdr, limits)
+            labels.append(f"{clip.key}: {clip.read_caption()}"[:LABEL])
+            pictures.append(to_frames(pixels)[0])
+        except (ClipError, CaptionError, OSError) as error:
+            print(f"  {clip.key} cannot be used: {error}")
+    if pictures:
+        path = plan.folder.with_name(f"{plan.folder.name}.dry_run.png")
+        write_contact_sheet(path, pictures, labels)
+        print(f"contact sheet of {len(pictures)} clips: {path}")
+
+
+def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tensor) -> MakeLatents:
+    """Load the teacher, and return the function that makes latents from texts.
+
+    The noise of a sample depends on (seed, key) alone, so the result does not depend on processes and batches, apart
+    from rounding.
+
+    Raises:
+        UserError: the teacher cannot be loaded.
+    """
+    teacher, length = load_teacher(config.teacher or ""), config.max_text_length
+    data = Data(shards="", frames=config.frames, height=config.height, width=config.width)
+    shape = latent_shape(data, teacher.network.config["in_channels"])
+    flow_map = on_device(teacher.network, device, autocast_dtype(config.precision))
+    flow_map = guided(flow_map, padded_condition([negative], length, device), config.guidance_scale)
+
+    def make(samples: list[Sample]) -> Tensor:
+        noise = [draw_noise(1, shape, config.seed, f"prepare {sample.key}") for sample in samples]
+        texts = [sample.text for sample in samples]
+        inputs = Inputs(torch.cat(noise), texts, length, len(samples), device)
+        return sample_all(teacher.sampler, flow_map, inputs, config.steps, config.shift)
+
+    return make
