@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -181,8 +182,10 @@ class Json:
 
     def close(self) -> None: ...
 
-    def _write(self, event: str, **values: object) -> None:
-        print(json.dumps({"event": event, "time": time.time(), **values}), flush=True)
+    def _write(self, event: str, **values: float | str) -> None:
+        # JSON has no numbers that are not finite.
+        known = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
+        print(json.dumps({"event": event, "time": time.time(), **known}), flush=True)
 
 
 class Bar:

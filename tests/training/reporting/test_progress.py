@@ -70,7 +70,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
 def test_json_lines_are_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     progress = StepProgress(400, 0, "json")
     progress.start([("run", "runs/tiny")])
-    progress.show(100, VALUES)
+    progress.show(100, {**VALUES, "gradient_norm": float("nan")})
     with progress.phase("saving"):
         pass
     progress.validated(100, VALIDATION)
@@ -78,6 +78,7 @@ def test_json_lines_are_for_programs(capsys: pytest.CaptureFixture[str]) -> None
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["event"] for row in rows] == ["start", "step", "phase", "phase", "validation", "message"]
     assert rows[1]["loss"] == 0.25
+    assert rows[1]["gradient_norm"] is None
     assert rows[1]["seconds_left"] == 600
     assert rows[4]["energy_distance_1_low"] == 0.43
 

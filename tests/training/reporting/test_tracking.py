@@ -105,7 +105,7 @@ def test_a_run_that_loses_wandb_goes_on_offline_and_is_uploaded_as_one(
     assert f"warning: tracker: wandb is not online ({reason}); the data are kept on disk; upload" in output.err
     rows = [json.loads(line) for line in (folder / "rows").read_text().splitlines()]
     # a step that was repeated is there once, as in the metrics file
-    assert rows == [{"step": step, "loss": float(loss)} for step, loss in ((1, 1), (2, 2), (3, 5), (4, 6))]
+    assert rows == [{"step": step, "train/loss": float(loss)} for step, loss in ((1, 1), (2, 2), (3, 5), (4, 6))]
 
 
 def test_a_tracker_that_fails_is_left_out(
