@@ -41,7 +41,11 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             "objective.kind",
             "choose objective=flow_map",
         ),
-        ({"teacher.source": None, "teacher.codec": "x"}, "teacher.source", "choose on_policy=none"),
+        (
+            {"teacher.source": None, "teacher.codec": "x", "objective.velocity": "data"},
+            "teacher.source",
+            "choose on_policy=none",
+        ),
         ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "must be below"),
         ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "must be below"),
         ({"on_policy.calls": [1]}, "on_policy.calls", "above 1"),
