@@ -240,8 +240,8 @@ class ShardsConfig(Model):
     """`anyflow shards FOLDER`: what a folder of shards holds.
 
     folder: folder or remote address of the shards.
-    verify: read every sample, and compare its bytes with the checksum. Else equal clips are found if their captions are
-        equal too.
+    verify: read every sample, and compare its bytes with the checksum. Without it, equal clips are found only if their
+        captions are equal too.
     held_out: shards that must not hold the same clips; null leaves the comparison out.
     pictures: number of samples on the contact sheet; 0 leaves it out.
     out: file of the contact sheet; null writes `contact_sheet.png` into the folder.
@@ -353,7 +353,7 @@ class ExportConfig(Model):
 
 
 class EvaluateConfig(Model):
-    """`anyflow evaluate`: compare teacher and students at several step counts, from the same noise.
+    """`anyflow evaluate`: compare teacher and students at several numbers of calls, from the same noise.
 
     out: folder for the report, plots and videos.
     models: runs, checkpoints, sweeps or exported folders of students; an empty list measures only the teacher.
