@@ -48,6 +48,8 @@ SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.it
 ]
 LORA = ["student/adapter=lora", "student.adapter.rank=16"]
 FULL = ["student/adapter=full"]
+# A mix of objectives needs a larger global batch.
+FORWARD = ["wan1_3b_forward", "objective=flow_map"]
 CAUSAL = "student.architecture.causal={chunk_partition: [1, 2, 2], full_chunk_limit: 2}"
 
 
@@ -79,13 +81,13 @@ def on_cpu(config: RunConfig) -> DryRun:
 
 
 CASES: dict[str, list[str]] = {
-    "full": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=none"],
-    "full, block": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=block"],
-    "lora": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=none"],
-    "lora, block": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=block"],
-    "lora, selective": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=selective"],
-    "stage 2, full": ["wan1_3b_on_policy", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
-    "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "full": [*FORWARD, *FULL, "student.gradient_checkpointing=none"],
+    "full, block": [*FORWARD, *FULL, "student.gradient_checkpointing=block"],
+    "lora": [*FORWARD, *LORA, "student.gradient_checkpointing=none"],
+    "lora, block": [*FORWARD, *LORA, "student.gradient_checkpointing=block"],
+    "lora, selective": [*FORWARD, *LORA, "student.gradient_checkpointing=selective"],
+    "stage 2, full": ["wan1_3b_on_policy", "objective=flow_map", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "stage 2, lora": ["wan1_3b_on_policy", "objective=flow_map", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
     "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
 }
 # Every call of a rollout chunk by chunk is computed once for its kind.
