@@ -218,7 +218,7 @@ def _overview() -> str:
         "",
         "usage: anyflow <command> [group=choice ...] [key=value ...] [--config-dir FOLDER]",
         "",
-        *(f"  {name:<10}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
+        *(f"  {name:<12}{command.summary}" for name, command in (COMMANDS | _extensions()).items()),
         "",
         "`anyflow <command>` shows examples and the experiments of a command, `anyflow <command> --help` all keys,",
         "`anyflow <command> --help WORD` the keys that contain a word. Start with `anyflow check experiment=tiny`.",

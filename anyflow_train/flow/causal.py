@@ -47,7 +47,9 @@ def chunk_by_chunk(
     known = 0 if conditioning is None else chunks.whole(conditioning.shape[1])
     x = z[:, :0] if conditioning is None else conditioning
     for seen in list(chunks.growing())[known:]:
-        cache = None if len(seen) == 1 else flow_map.encode_context(x.detach(), seen[:-1], condition)
+        cache = None  # free the context of the chunk before while the next one is encoded
+        if len(seen) > 1:
+            cache = flow_map.encode_context(x.detach(), seen[:-1], condition)
         noise = z[:, sum(seen[:-1]) : sum(seen)]
         x = torch.cat((x, generate(noise, condition.after(CachedContext(seen, cache)))), dim=1)
     return x

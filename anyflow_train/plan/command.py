@@ -38,7 +38,7 @@ def run(overrides: Sequence[str], config_dir: Path | None) -> int:
     if memory.total <= limit:
         return FITS
     lora = _with_adapters(config, overrides, config_dir, options.world)
-    nearest = nearest_fit(config, lora, options.strategy, options.world, limit, found.costliest)
+    nearest = nearest_fit(config, lora, options.strategy, options.world, limit, found)
     print(f"\n{advice(nearest, options)}")
     return DOES_NOT_FIT
 

@@ -1,7 +1,7 @@
 """A dry run: the real recipe and the real updates of a run, on fake tensors that hold no numbers.
 
 Operations and memory are read off it. So whatever a run trains, a user's own objective included, is planned from the
-code that trains it. Networks are built with one and with two blocks: everything else follows linearly.
+code that trains it. Networks are built with few blocks and with one more: everything else follows linearly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Figures = dict[tuple[str, Hashable], tuple[float, ...]]
 """Everything that a dry run counts, by kind and key: linear in the number of blocks of every network."""
 Count = Callable[[Mapping[int, int]], Figures]
 """Numbers of blocks of networks -> blocks that are built of each -> figures."""
-Deepen = Callable[[RunConfig, Count], Figures]
+Deepen = Callable[[RunConfig, Count, int], Figures]
 
 
 @dataclass(frozen=True)
@@ -74,24 +74,24 @@ class DryRun:
         return sum(count for work, count in self.operations.items() if not work.repeated)
 
 
-def from_two_blocks(config: RunConfig, figures: Count) -> Figures:
-    """The figures of networks with all their blocks, from those of networks with one block and with two.
+def from_two_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
+    """The figures of networks with all their blocks, from those of networks with `fewest` blocks and with one more.
 
     Networks of different depths grow one after the other.
     """
     counts = block_counts(config)
-    shallow = dict.fromkeys(counts, 1)
-    one = figures(shallow)
-    found = dict(one)
-    for count in counts:
-        two = figures({**shallow, count: 2})
-        for key in two.keys() | one.keys():
-            values = zip_longest(*(each.get(key, ()) for each in (found, one, two)), fillvalue=0)
-            found[key] = tuple(total + (count - 1) * (b - a) for total, a, b in values)
+    shallow = {count: min(fewest, count) for count in counts}
+    few = figures(shallow)
+    found = dict(few)
+    for count, blocks in shallow.items():
+        more = figures({**shallow, count: blocks + 1})
+        for key in more.keys() | few.keys():
+            values = zip_longest(*(each.get(key, ()) for each in (found, few, more)), fillvalue=0)
+            found[key] = tuple(total + (count - blocks) * (b - a) for total, a, b in values)
     return found
 
 
-def from_all_blocks(config: RunConfig, figures: Count) -> Figures:
+def from_all_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
     """The figures of networks that are built with all their blocks: slow if these are many."""
     return figures({count: count for count in block_counts(config)})
 
@@ -111,24 +111,50 @@ def dry_run(
         repeats: which calls with gradient are computed once where memory is found.
     """
 
-    def figures(first: int, blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks, first, everything) as step:
-            operations, variant = step.operations()
+    def plan(first: int) -> DryRun:
+        def operations(blocks: Mapping[int, int]) -> Figures:
+            with _dry_step(config, kernels, blocks, first, everything) as step:
+                return step.operations()
+
+        found = deepen(config, operations, 1)
+        costs = {variant: cost for (kind, variant), (cost,) in found.items() if kind == "cost"}
+        costliest: Any = max(costs, key=costs.__getitem__)
         # A recipe of its own, in which no rollout waits for an update that was not made.
-        with _dry_step(config, kernels, blocks, first, repeats) as step:
-            return {**operations, **step.memory(variant, world)}
+        return _unpacked(found | _memory(config, world, first, costliest, kernels, deepen, repeats), costliest)
 
-    return _dearest([_unpacked(deepen(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
+    return _dearest([plan(stage.steps[0]) for stage in stages(config)])
 
 
-def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
+def dry_run_memory(
+    config: RunConfig,
+    world: int,
+    variant: int,
+    deepen: Deepen = from_two_blocks,
+    repeats: Repeats = chunk_by_chunk,
+) -> DryRun:
     """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
 
-    def figures(first: int, blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, as_on_gpu, blocks, first, chunk_by_chunk) as step:
+    def plan(first: int) -> DryRun:
+        return _unpacked(_memory(config, world, first, variant, as_on_gpu, deepen, repeats), variant)
+
+    return _dearest([plan(stage.steps[0]) for stage in stages(config)])
+
+
+def _memory(
+    config: RunConfig,
+    world: int,
+    first: int,
+    variant: int,
+    kernels: Kernels,
+    deepen: Deepen,
+    repeats: Repeats,
+) -> Figures:
+    def figures(blocks: Mapping[int, int]) -> Figures:
+        with _dry_step(config, kernels, blocks, first, repeats) as step:
             return step.memory(variant, world)
 
-    return _dearest([_unpacked(from_two_blocks(config, partial(figures, stage.steps[0]))) for stage in stages(config)])
+    # The last block of a causal network ends early when it encodes context: only from two blocks on does one run whole.
+    return deepen(config, figures, 1 if config.student.architecture.causal is None else 2)
 
 
 def _dearest(found: Sequence[DryRun]) -> DryRun:
@@ -180,8 +206,8 @@ class _DryStep:
     meter: Meter
     networks: Figures
 
-    def operations(self) -> tuple[Figures, int]:
-        """Operations and samples of a step, mean over the draws, and which variant of a whole step costs most.
+    def operations(self) -> Figures:
+        """Operations and samples of a step, mean over the draws, and the cost of every variant of a whole step.
 
         The whole global batch is one micro-batch: its cost is the sum of those of its samples. Each term is made by
         itself, and counts with its probability. One that asks for no shared numbers costs the same in every draw.
@@ -204,7 +230,8 @@ class _DryStep:
             if len(updates) == len(self.recipe.updates):
                 costs = [sum(count for key, count in variant.items() if isinstance(key, Work)) for variant in found]
         kinds = {key: "operations" if isinstance(key, Work) else "samples" for key in total}
-        return {(kinds[key], key): (count,) for key, count in total.items()}, costs.index(max(costs))
+        counts: Figures = {(kinds[key], key): (count,) for key, count in total.items()}
+        return counts | {("cost", variant): (cost,) for variant, cost in enumerate(costs)}
 
     def memory(self, variant: int, world: int) -> Figures:
         """The fullest moments of a whole step, and of validation, on one of `world` processes.
@@ -226,7 +253,7 @@ class _DryStep:
         called = sample_once(self.config, self.recipe, self.meter)
         calls: Figures = {("call", role): (count,) for role, count in called.items()}
         moments: Figures = {("moment", key): moment for key, moment in self.meter.moments.items()}
-        return {**self.networks, **moments, **calls, ("variant", ""): (variant,)}
+        return {**self.networks, **moments, **calls}
 
     def _terms(
         self,
@@ -268,7 +295,7 @@ def _turns(updates: Sequence[Update]) -> list[tuple[tuple[Update, ...], float]]:
     return [(tuple(updates[n] for n in numbers), count / period) for numbers, count in due.items()]
 
 
-def _unpacked(figures: Figures) -> DryRun:
+def _unpacked(figures: Figures, costliest: int) -> DryRun:
     kinds: defaultdict[str, dict[Any, tuple[float, ...]]] = defaultdict(dict)
     for (kind, key), values in figures.items():
         kinds[kind][key] = values
@@ -279,5 +306,5 @@ def _unpacked(figures: Figures) -> DryRun:
         sizes={role: Sizes(*map(round, size)) for role, size in kinds["size"].items()},
         assumed=tuple(kinds["assumed"]),
         calls={role: count for role, (count,) in kinds["call"].items()},
-        costliest=round(kinds["variant"][""][0]),
+        costliest=costliest,
     )

@@ -35,7 +35,7 @@ class Setting:
 
 
 def nearest_fit(
-    config: RunConfig, lora: RunConfig | None, strategy: str, world: int, limit: float, costliest: int
+    config: RunConfig, lora: RunConfig | None, strategy: str, world: int, limit: float, planned: DryRun
 ) -> tuple[Setting, Memory] | None:
     """The smallest change after which a process needs at most `limit` bytes; None where nothing helps.
 
@@ -43,12 +43,12 @@ def nearest_fit(
 
     Args:
         lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
-        costliest: see `DryRun`.
+        planned: dry run of `config`, which settings share that change nothing in it.
     """
-    runs: dict[str, DryRun] = {}
+    runs = {_as_dry_run_sees(config): planned}
     for setting in settings(config, lora, strategy, world):
         seen = _as_dry_run_sees(setting.config)
-        runs[seen] = found = runs.get(seen) or dry_run_memory(setting.config, world, costliest)
+        runs[seen] = found = runs.get(seen) or dry_run_memory(setting.config, world, planned.costliest)
         memory = plan_memory(setting.config, found, setting.strategy, world)
         if memory.total <= limit:
             return setting, memory

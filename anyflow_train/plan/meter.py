@@ -64,13 +64,15 @@ class RecordedGradient:
     """A call with gradient.
 
     Attributes:
-        saved: bytes of activations and of copies that the forward leaves for the backward.
+        saved: bytes of activations and of copies that the forward leaves for the backward, without `past`.
+        keeps_past: whether the backward needs the call's past, such as cached context that a checkpointed block reads.
         backward: what it adds to them.
         trained: parameters that it gives a gradient.
     """
 
     forward: Recorded
     saved: tuple[int, int]
+    keeps_past: bool
     backward: Recorded
     trained: tuple[Parameter, ...]
 
@@ -122,17 +124,29 @@ class Meter(TorchDispatchMode):
         return result, Recorded(self.operations - operations, *added)
 
     def record_with_gradient(
-        self, call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Parameter]
+        self,
+        call: Callable[[Tensor, Any], Tensor],
+        x: Tensor,
+        make_past: Callable[[], Any],
+        parameters: Sequence[Parameter],
     ) -> tuple[Tensor, RecordedGradient]:
-        """Make a call with x and its backward, and see what the next one like it takes. Neither is counted."""
+        """Make a call with x and a past, and its backward, and see what the next one like it takes.
+
+        Neither is counted. Several calls have one past, so its memory is not a part of what each of them saves.
+        """
         counted = self.operations, self.samples, self.moments, self._ranks
         gradients, before = [parameter.grad for parameter in parameters], self._held.copy()
         self.restart()
         for parameter in parameters:
             parameter.grad = None
         start = x.detach().requires_grad_(x.requires_grad)
-        result, forward = self.record(lambda: call(start))
-        size, left = result.untyped_storage().nbytes(), self._held.copy()
+        alone, past = self._held[ACTIVATIONS], [make_past()]
+        past_size = self._held[ACTIVATIONS] - alone
+        result, forward = self.record(lambda: call(start, past[0]))
+        size, used = result.untyped_storage().nbytes(), self._held[ACTIVATIONS]
+        past.clear()
+        left = self._held.copy()
+        kept = past_size - (used - left[ACTIVATIONS])
         _, back = self.record(lambda: result.backward(torch.empty_like(result)))
         freed, copies = (left[kind] - self._held[kind] for kind in (ACTIVATIONS, COPIES))
         # The gradient of the result is there before the backward.
@@ -142,8 +156,8 @@ class Meter(TorchDispatchMode):
             parameter.grad = gradient
         start.grad = None
         self.operations, self.samples, self.moments, self._ranks = counted
-        saved = left[ACTIVATIONS] - self._held[ACTIVATIONS], left[COPIES] - before[COPIES]
-        return result.detach(), RecordedGradient(forward, saved, back, trained)
+        saved = left[ACTIVATIONS] - self._held[ACTIVATIONS] - kept, left[COPIES] - before[COPIES]
+        return result.detach(), RecordedGradient(forward, saved, kept > 0, back, trained)
 
     def replay(self, call: Recorded) -> None:
         """Count a recorded call once more, in the part of now. Its result is not made."""

@@ -77,10 +77,14 @@ class RememberedFlowMap:
             return call(x)
         key = described((x, t, r, condition, x.requires_grad))
         if key not in self.known:
-            result, recorded = self.meter.record_with_gradient(call, x, self.parameters)
+            past = described(condition.past)
+            result, recorded = self.meter.record_with_gradient(
+                lambda x, past: self.flow_map(x, t, r, condition.after(past)), x, lambda: made(past), self.parameters
+            )
             self.known[key] = described(result), recorded
         result, recorded = self.known[key]
-        return _Repeated.apply(self.meter, result, recorded, x, *recorded.trained)
+        past = condition.past if recorded.keeps_past else None
+        return _Repeated.apply(self.meter, result, recorded, past, x, *recorded.trained)
 
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         causal = cast(CausalFlowMap, self.flow_map)
@@ -101,10 +105,10 @@ class _Repeated(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, meter: Meter, result: Any, recorded: RecordedGradient, x: Tensor, *trained: Parameter
+        ctx: Any, meter: Meter, result: Any, recorded: RecordedGradient, past: Any, x: Tensor, *trained: Parameter
     ) -> Tensor:
         ctx.meter, ctx.recorded = meter, recorded
-        ctx.held = x, meter.hold(*recorded.saved)  # patches are a view of x
+        ctx.held = x, past, meter.hold(*recorded.saved)  # patches are a view of x
         found = made(result)
         meter.replay(recorded.forward)
         return found
@@ -112,9 +116,9 @@ class _Repeated(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         ctx.meter.replay(ctx.recorded.backward)
-        back = torch.empty_like(ctx.held[0]) if ctx.needs_input_grad[3] else None
+        back = torch.empty_like(ctx.held[0]) if ctx.needs_input_grad[4] else None
         ctx.held = None
-        return None, None, None, back, *map(torch.empty_like, ctx.recorded.trained)
+        return None, None, None, None, back, *map(torch.empty_like, ctx.recorded.trained)
 
 
 def remembered(recipe: Recipe, meter: Meter, repeats: Repeats) -> Recipe:

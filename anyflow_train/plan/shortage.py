@@ -40,7 +40,7 @@ def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequen
     world = len(gpus)
 
     def advice(limit: int) -> str:
-        nearest = nearest_fit(config, None, strategy, world, limit, found.costliest)
+        nearest = nearest_fit(config, None, strategy, world, limit, found)
         if nearest is None:
             return "nothing but more or larger GPUs helps, or student/adapter=lora; see anyflow plan"
         setting, memory = nearest

@@ -21,6 +21,7 @@ from anyflow_train.config.commands import ExportConfig
 from anyflow_train.evaluation.load import load_model
 from anyflow_train.export import run as export
 from anyflow_train.export import verify
+from anyflow_train.training.checkpoints.config_file import under_new_names
 from tests.training.helpers import final_tensors, train
 
 
@@ -56,7 +57,7 @@ def test_it_is_exported(old_run: Path, run: str) -> None:
 
 
 def test_it_is_resumed(old_run: Path) -> None:
-    config = json.loads(Path("trained/lora/config.json").read_text())
+    config = under_new_names(json.loads(Path("trained/lora/config.json").read_text()), "trained/lora")
     train({**config, "steps": 5})
     found, expected = final_tensors(Path("trained/lora"), 5), load_file("resumed_to_step_5.safetensors")
     for name, average in expected.items():
@@ -64,7 +65,7 @@ def test_it_is_resumed(old_run: Path) -> None:
 
 
 def test_another_run_starts_from_it(old_run: Path) -> None:
-    config = json.loads(Path("trained/lora/config.json").read_text())
+    config = under_new_names(json.loads(Path("trained/lora/config.json").read_text()), "trained/lora")
     student = {**config["student"], "init": "trained/lora"}
     run = train({**config, "name": "new", "student": student, "steps": 1})
     assert (run / "done.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -93,6 +94,24 @@ def test_a_rollout_is_the_law_too_and_its_gradient_stays_inside_of_a_chunk(steps
     # d x / d z is STD inside the chunk; the cached context has no gradient.
     torch.testing.assert_close(gradient[:, 3:], torch.full_like(gradient[:, 3:], STD), rtol=0, atol=1e-12)
     assert gradient[:, :3].abs().max() == 0
+
+
+def test_one_cached_context_is_alive_at_a_time() -> None:
+    """Without gradient, the context of a chunk is freed before that of the next one is encoded: it can take GiB."""
+
+    @dataclass
+    class Watched(Oracle):
+        contexts: list[weakref.ref[Tensor]] = field(default_factory=list)
+
+        def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> Tensor:
+            assert all(context() is None for context in self.contexts)
+            made = super().encode_context(x, chunks, condition)
+            self.contexts.append(weakref.ref(made))
+            return made
+
+    oracle = Watched()
+    ClipSampler(sample, CHUNKS)(oracle, noise(), NO_TEXT, 2, 5.0)
+    assert len(oracle.contexts) == 2
 
 
 def test_guidance_remembers_both_texts() -> None:

@@ -75,14 +75,14 @@ def test_the_smallest_change_comes_first() -> None:
     asked = plan_memory(config, planned, "ddp", 8).total
     changes = []
     for limit in (asked, asked - 1, asked // 2, asked // 4):
-        found = nearest_fit(config, None, "ddp", 8, limit, planned.costliest)
+        found = nearest_fit(config, None, "ddp", 8, limit, planned)
         assert found is not None
         assert found[1].total <= limit
         changes.append(found[0])
     assert changes[0].changes == ()
     assert changes[1].changes == ("engine.micro_batch=1",)
     assert [setting.size for setting in changes] == sorted(setting.size for setting in changes)
-    assert nearest_fit(config, None, "ddp", 8, 1 * GIB, planned.costliest) is None
+    assert nearest_fit(config, None, "ddp", 8, 1 * GIB, planned) is None
 
 
 def test_a_strategy_that_distributes_less_is_never_advised() -> None:

@@ -16,7 +16,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.models.build import build_network
 from anyflow_train.objectives.types import Loss, Roles
-from anyflow_train.plan.dry_run import DryRun, dry_run, from_all_blocks
+from anyflow_train.plan.dry_run import DryRun, dry_run, dry_run_memory, from_all_blocks
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training import recipe
 from anyflow_train.training.updates import Term
@@ -48,6 +48,8 @@ SMALL = [f"student.architecture.{key}={value}" for key, value in ARCHITECTURE.it
 ]
 LORA = ["student/adapter=lora", "student.adapter.rank=16"]
 FULL = ["student/adapter=full"]
+# A mix of objectives needs a larger global batch.
+FORWARD = ["wan1_3b_forward", "objective=flow_map"]
 CAUSAL = "student.architecture.causal={chunk_partition: [1, 2, 2], full_chunk_limit: 2}"
 
 
@@ -79,13 +81,13 @@ def on_cpu(config: RunConfig) -> DryRun:
 
 
 CASES: dict[str, list[str]] = {
-    "full": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=none"],
-    "full, block": ["wan1_3b_forward", *FULL, "student.gradient_checkpointing=block"],
-    "lora": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=none"],
-    "lora, block": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=block"],
-    "lora, selective": ["wan1_3b_forward", *LORA, "student.gradient_checkpointing=selective"],
-    "stage 2, full": ["wan1_3b_on_policy", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
-    "stage 2, lora": ["wan1_3b_on_policy", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "full": [*FORWARD, *FULL, "student.gradient_checkpointing=none"],
+    "full, block": [*FORWARD, *FULL, "student.gradient_checkpointing=block"],
+    "lora": [*FORWARD, *LORA, "student.gradient_checkpointing=none"],
+    "lora, block": [*FORWARD, *LORA, "student.gradient_checkpointing=block"],
+    "lora, selective": [*FORWARD, *LORA, "student.gradient_checkpointing=selective"],
+    "stage 2, full": ["wan1_3b_on_policy", "objective=flow_map", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "stage 2, lora": ["wan1_3b_on_policy", "objective=flow_map", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
     "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
 }
 # Every call of a rollout chunk by chunk is computed once for its kind.
@@ -121,6 +123,18 @@ def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig])
     assert quick.sizes == slow.sizes
     planned = [plan_memory(config, found, "zero2", 4).tensors for found in (quick, slow)]
     assert planned[0] == pytest.approx(planned[1], rel=1e-3)
+
+
+@pytest.mark.nightly
+def test_the_graph_of_a_rollout_keeps_every_cached_context(small: Callable[..., RunConfig]) -> None:
+    """Two and three blocks with replayed calls tell what four blocks hold that compute every call."""
+    chunks = "student.architecture.causal={chunk_partition: [1, 2, 2, 2, 2], full_chunk_limit: 3}"
+    large = (chunks, "data.frames=33", "data.height=480", "data.width=832", "student.architecture.num_layers=4")
+    config = small(*CASES["stage 2, causal"], *large)
+    quick, slow = dry_run_memory(config, 1, 0), dry_run_memory(config, 1, 0, from_all_blocks, lambda condition: False)
+    for part in ("student, earlier chunks", "student, forward"):
+        highest = [max(moment.activations for name, moment in found.moments if name == part) for found in (quick, slow)]
+        assert highest[0] == pytest.approx(highest[1], rel=0.03), part
 
 
 @dataclass(frozen=True)
