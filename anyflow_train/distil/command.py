@@ -20,7 +20,7 @@ from anyflow_train.text import markdown_table, quoted
 
 INTERRUPTED = 130
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
-"""Arguments of stage 1 if there are only prompts: its points come from noise."""
+"""Arguments of both stages if there are only prompts: the points that the objective learns at come from noise."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def parts(options: DistilOptions) -> Iterator[Part]:
     common = [f"out={quoted(str(out))}", f"data.shards={quoted(str(shards))}"]
     common += [f"evaluation.held_out={quoted(str(held_out))}"] * (options.held_out is not None)
     done, first = (shards / MANIFEST,), out / "stage1"
-    made = [*options.stage1, *(WITHOUT_CLIPS if options.prompts else ()), *common, "name=stage1"]
+    common += WITHOUT_CLIPS if options.prompts else ()
+    made = [*options.stage1, *common, "name=stage1"]
     yield Part("stage 1", "train", made, first / "done.json", (), _is_trained(first))
     student = first
     if options.stage2:
