@@ -49,6 +49,12 @@ EXAMPLES = {
         "experiment=wan1_3b source=clips strategy=zero2",
     ],
 }
+USAGE = {
+    "completion": "bash|zsh",
+    "doctor": "",
+    "launch": "STRATEGY [arguments of anyflow train], or: anyflow launch slurm",
+}
+"""Usage of the commands that do not take keys alone."""
 OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 
 
@@ -58,7 +64,8 @@ def short_help(command: str, title: str, config_dir: Path | None) -> str:
     lines = _start(command, title) + list(
         _experiments(command, groups_of(base, find_groups(config_folders(config_dir))))
     )
-    return "\n".join([*lines, f"`anyflow {command} --help` lists all keys."])
+    has_keys = command in OF_A_RUN or command not in USAGE
+    return "\n".join([*lines, *([f"`anyflow {command} --help` lists all keys."] if has_keys else [])])
 
 
 def command_help(command: str, title: str, config_dir: Path | None, arguments: Sequence[str] = ()) -> str:
@@ -78,7 +85,7 @@ def command_help(command: str, title: str, config_dir: Path | None, arguments: S
     extension = None if base in MODELS else find_extension(base)
     model = extension.model if extension else MODELS.get(base)
     if model is None:
-        return f"anyflow {command}: {title}\n\nusage: anyflow {command}"
+        return "\n".join(_start(command, title))
     overrides = [argument for argument in arguments if "=" in argument]
     groups = groups_of(base, find_groups(config_folders(config_dir, extension)))
     keys: list[str] = []
@@ -94,7 +101,8 @@ def command_help(command: str, title: str, config_dir: Path | None, arguments: S
 
 
 def _start(command: str, title: str) -> list[str]:
-    lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} [group=choice ...] [key=value ...]"]
+    usage = USAGE.get(command, "[group=choice ...] [key=value ...]")
+    lines = [f"anyflow {command}: {title}", "", f"usage: anyflow {command} {usage}".rstrip()]
     if command == "sweep":
         lines += [
             "  key=a,b runs each value, in every combination with other keys of this form; write a list as 'key=[a,b]'"
