@@ -173,8 +173,8 @@ def test_own_config_folder(tmp_path: Path) -> None:
 def test_an_own_file_with_a_shipped_name_is_refused_unless_it_is_a_copy(tmp_path: Path) -> None:
     own = tmp_path / "experiment" / "tiny.yaml"
     shutil.copytree(resource("configs"), tmp_path, dirs_exist_ok=True)
-    assert compose("train", [TINY], tmp_path).steps == 360
-    own.write_text(own.read_text().replace("steps: 360", "steps: 7"))
+    assert compose("train", [TINY], tmp_path).steps == 400
+    own.write_text(own.read_text().replace("steps: 400", "steps: 7"))
     (tmp_path / "train.yaml").write_text("steps: 7\n")
     found = errors(TINY, config_dir=tmp_path)
     assert found.keys() == {str(own), str(tmp_path / "train.yaml")}
@@ -195,7 +195,7 @@ def test_files_of_editors_are_ignored_and_unreadable_ones_named(tmp_path: Path) 
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / ".#x.yaml").symlink_to("me@host.1:2")
     (tmp_path / "experiment" / "._x.yaml").write_bytes(b"\xff")
-    assert compose("train", [TINY], tmp_path).steps == 360
+    assert compose("train", [TINY], tmp_path).steps == 400
     (tmp_path / "experiment" / "x.yaml").write_bytes(b"\xff\xfe")
     assert "cannot be read" in errors(TINY, config_dir=tmp_path)[str(tmp_path / "experiment" / "x.yaml")]
 

@@ -33,7 +33,7 @@ def test_seeds_of_a_variant_are_averaged(tmp_path: Path) -> None:
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert rows[0] == ["variant", "steps", "CPU time", "calls", "energy distance", "error to fine ODE", "accuracy"]
     assert [row[0] for row in rows[1:]] == ["teacher", "teacher", "a", "a", "b", "b"]
-    assert rows[3][1:] == ["360", "0 s", "1", "1.500 [0.900, 2.100]", "1.500 [0.900, 2.100]", "0.500 [0.400, 0.600]"]
+    assert rows[3][1:] == ["400", "0 s", "1", "1.500 [0.900, 2.100]", "1.500 [0.900, 2.100]", "0.500 [0.400, 0.600]"]
     assert "Mean over 2 seeds" in text
     assert (tmp_path / "board.md").read_text() in text
     assert (tmp_path / "board.png").stat().st_size > 10_000

@@ -109,8 +109,8 @@ def test_table_shows_the_best_metrics_family_in_order() -> None:
     assert table(combinations).splitlines() == [
         "| optimizer.lr | state    | steps | last loss | energy_distance_4 | energy_distance_16 | time | CPU time |",
         "|--------------|----------|-------|-----------|-------------------|--------------------|------|----------|",
-        "| 1            | finished | 360   | 0.1235    | 0.25              | 0.1                | 61 s | 55 s     |",
-        "| 2            | failed   | 360   |           |                   |                    |      |          |",
+        "| 1            | finished | 400   | 0.1235    | 0.25              | 0.1                | 61 s | 55 s     |",
+        "| 2            | failed   | 400   |           |                   |                    |      |          |",
     ]
 
 

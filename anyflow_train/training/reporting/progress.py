@@ -90,7 +90,7 @@ class StepProgress:
     def __init__(self, steps: int, done: int, log: Log = "auto", console: Console | None = None) -> None:
         self._steps, self._step, self._seconds = steps, done, 0.0
         console = console or Console(stderr=True)
-        people = log == "auto" and console.is_terminal
+        people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
         self._screen: Screen = Json() if log == "json" else Bar(console, steps, done) if people else Lines(steps)
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:

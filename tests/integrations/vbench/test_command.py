@@ -268,7 +268,7 @@ def test_the_core_works_without_the_package(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.usefixtures("installed")
 def test_the_installed_package_adds_its_command_and_its_help(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
-    assert "  vbench    score videos of models with VBench" in capsys.readouterr().out
+    assert "  vbench      score videos of models with VBench" in capsys.readouterr().out
     assert main(["vbench", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "dimensions: list of" in shown

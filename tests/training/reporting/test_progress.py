@@ -34,6 +34,16 @@ def on_a_terminal(width: int) -> str:
     return out.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_a_terminal_that_moves_no_cursor_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert "━" not in on_a_terminal(80)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_shows_a_bar_that_fits(width: int) -> None:
     text = on_a_terminal(width)
