@@ -110,6 +110,12 @@ def test_every_command_and_experiment_exists(page: Path) -> None:
 
 
 @pages
+def test_lists_are_quoted_so_that_zsh_takes_them_too(page: Path) -> None:
+    for _, arguments in runs(text_of(page)):
+        assert not re.search(r"(?:^|\s)[\w./]+=\[", arguments), arguments
+
+
+@pages
 def test_figures_have_a_leading_zero(page: Path) -> None:
     assert not BARE_FIGURE.findall(text_of(page))
 
