@@ -208,6 +208,6 @@ def test_a_resumed_offline_run_of_wandb_itself_is_one_run(tmp_path: Path) -> Non
             ids.append(record.run.run_id)
         if record.HasField("history"):
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            rows.append((record.history.step.num, float(items["loss"])))
+            rows.append((record.history.step.num, float(items["train/loss"])))
     assert set(ids) == {(tmp_path / "wandb_id").read_text()}
     assert rows == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
