@@ -125,8 +125,8 @@ class ShardSet:
 
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
-        number = bisect_right(self._starts, index) - 1
-        name, key = self.manifest.shards[number].name, f"sample {self._place(index)}"
+        number, place = self._locate(index)
+        name, key = self.manifest.shards[number].name, f"sample {place}"
         try:
             entry = self.entry(index)
             key = entry.key
@@ -139,7 +139,7 @@ class ShardSet:
 
     def entry(self, index: int) -> SampleEntry:
         """Return the index entry of the sample with an index in [0, len). Raises BadSampleError if there is none."""
-        number, place = bisect_right(self._starts, index) - 1, self._place(index)
+        number, place = self._locate(index)
         try:
             return self._index(number).entries[place]
         except (OSError, ValueError) as error:
@@ -152,13 +152,13 @@ class ShardSet:
         """Return the name of a sample, printable. Raises BadSampleError, as `entry` does."""
         return printable(self.entry(index).key)
 
-    def _place(self, index: int) -> int:
-        """Return the place of a sample in its shard, past those that are dropped."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's shard, and its place there, past those that are dropped."""
         number = bisect_right(self._starts, index) - 1
         place = index - self._starts[number]
         for start, end in self.manifest.dropped.get(self.manifest.shards[number].name, ()):
             place += end - start if place >= start else 0
-        return place
+        return number, place
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
@@ -189,8 +189,8 @@ class ShardSet:
                 raise ValueError("it contains non-finite numbers")
         first, *captions = parse_captions(caption)
         # A text without its caption gets an empty one; a caption without its text cannot be used.
-        captions += [""] * (len(more) - len(captions))
-        return Sample(entry.key, latents, text, first, tuple(zip(more, captions, strict=False)))
+        captions = [*captions, *[""] * len(more)][: len(more)]
+        return Sample(entry.key, latents, text, first, tuple(zip(more, captions, strict=True)))
 
     def _index(self, number: int) -> ShardIndex:
         if number not in self._indices:

@@ -81,10 +81,11 @@ def write_folder(
         raise UserError(str(folder), f"the text of {first.key} has {width}; use the text encoder of the latents' model")
     shape, dtype = tuple(first.latents.shape), "bf16" if first.latents.dtype == torch.bfloat16 else "fp32"
     shards, longest, skipped = list[ShardInfo](), 0, 0
-    stream = chain([first], stream)
-    for number, part in enumerate(iter(lambda: list(islice(stream, samples_per_shard)), [])):
-        name = f"shard-{number:06d}.tar"
+    head: Sample | None = first
+    while head is not None:
+        name, part = f"shard-{len(shards):06d}.tar", chain([head], islice(stream, samples_per_shard - 1))
         index = write_shard(folder, name, (_of_shape(sample, shape) for sample in part))
+        head = next(stream, None)
         longest, skipped = max(longest, index.longest_text or 0), skipped + len(index.skipped)
         size, checksum = (folder / name).stat().st_size, file_sha256(folder / index_name(name))
         shards.append(ShardInfo(name=name, samples=len(index.entries), bytes=size, index_sha256=checksum))

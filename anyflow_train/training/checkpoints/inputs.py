@@ -112,7 +112,10 @@ def network_fact(source: str) -> str | None:
 def find_states(data: Data, locations: Sequence[str], facts: str) -> dict[str, int]:
     """Find the states of grown shards that facts describe. Returns nothing if there is none for a location."""
     states: dict[str, int] = {}
-    for location, fact in zip(locations, facts.split(AND), strict=False):
+    described = facts.split(AND)
+    if len(locations) != len(described):
+        return states
+    for location, fact in zip(locations, described, strict=True):
         if shards_fact(data, location) != fact:
             known = range(0) if location in data.generations else range(open_shards(data, location).generations - 1)
             trial = ((state, data.model_copy(update={"generations": {location: state}})) for state in reversed(known))
@@ -120,7 +123,7 @@ def find_states(data: Data, locations: Sequence[str], facts: str) -> dict[str, i
             if found is None:
                 return {}
             states[location] = found
-    return states if len(locations) == len(facts.split(AND)) else {}
+    return states
 
 
 def shards_facts(data: Data, locations: Sequence[str]) -> str:
