@@ -26,6 +26,8 @@ Texts = Annotated[
         lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
     ),
 ]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Log = Literal["auto", "plain", "json"]
 Calls = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -140,7 +142,7 @@ class WatchConfig(Model):
     """
 
     runs: str
-    port: Annotated[int, Field(ge=0, le=65535)] = 8787
+    port: Port = 8787
 
 
 class ReportConfig(Model):
@@ -159,11 +161,13 @@ class ClipsConfig(Model):
 
     out: folder for the clips.
     count: number of clips.
+    log: auto (a bar on a terminal, plain lines elsewhere), plain, or json (one JSON object per line).
     """
 
     out: str
     count: PositiveInt = 256
     seed: NonNegativeInt = 0
+    log: Log = "auto"
 
 
 class PrepareConfig(Model):
@@ -310,6 +314,43 @@ class SampleConfig(Model):
     threads: NonNegativeInt = 0
 
 
+class DemoConfig(Model):
+    """`anyflow demo`: a page in the browser that makes clips. Only this machine can open it.
+
+    model: run, checkpoint, exported folder or hub id.
+    teacher: network that makes clips from the same noise, to compare with: pipeline folder, hub id or run; null shows
+        the model alone.
+    port: port of the page; 0 takes any free one.
+    chunk_partition: latent frames of each chunk of a causal student; null uses the chunks of its training.
+    weights: ema (moving average) or raw (last weights of the run).
+    frames: frames per video, 4n + 1; null uses the size of the training clips.
+    height, width: size of the videos in pixels; null uses the size of the training clips.
+    guidance_scale: CFG scale w of networks that take Euler steps, such as the teacher; 1 means no guidance.
+    shift: timestep shift of the sampler.
+    text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
+    codec: pipeline folder or hub id of the VAE and text encoder; null uses the model's.
+    threads: CPU threads of torch; 0 lets torch choose.
+    """
+
+    model: str
+    teacher: str | None = None
+    port: Port = 7860
+    chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    frames: PositiveInt | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+    fps: PositiveFloat = 16.0
+    guidance_scale: PositiveFloat = 1.0
+    negative_prompt: str = ""
+    shift: PositiveFloat = 5.0
+    text_length: PositiveInt = 512
+    codec: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    threads: NonNegativeInt = 0
+
+
 class ExportConfig(Model):
     """`anyflow export`: a checkpoint -> a folder that stock diffusers or ComfyUI loads.
 
@@ -331,6 +372,7 @@ class ExportConfig(Model):
     prompt: prompt of the example in the model card.
     license: license in the model card; null names Wan2.1's if the run started from its published weights.
     datasets: hub ids of the training data, for the model card.
+    log: auto (a bar on a terminal, plain lines elsewhere), plain, or json (one JSON object per line).
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"checkpoint": "model"}
@@ -350,6 +392,7 @@ class ExportConfig(Model):
     prompt: str = "A red panda walks along a snowy branch."
     license: str | None = None
     datasets: Texts = ()
+    log: Log = "auto"
 
 
 class EvaluateConfig(Model):
@@ -373,6 +416,7 @@ class EvaluateConfig(Model):
     training_shards: shards that the models were trained on; if set, the distance of samples to them is measured too.
     bootstrap: number of bootstrap resamples for the confidence intervals.
     videos: number of sample videos to write.
+    log: auto (a bar on a terminal, plain lines elsewhere), plain, or json (one JSON object per line).
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"steps": "calls"}
@@ -403,3 +447,4 @@ class EvaluateConfig(Model):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
     threads: NonNegativeInt = 0
+    log: Log = "auto"

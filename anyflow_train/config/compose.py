@@ -19,6 +19,7 @@ from yaml import YAMLError
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
     ClipsConfig,
+    DemoConfig,
     DistilOptions,
     EvaluateConfig,
     ExportConfig,
@@ -58,6 +59,7 @@ MODELS: dict[str, type[Model]] = {
     "distil": DistilOptions,
     "watch": WatchConfig,
     "report": ReportConfig,
+    "demo": DemoConfig,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"

@@ -41,6 +41,7 @@ EXAMPLES = {
     "export": ["model=runs/tiny out=pipeline"],
     "runs": ["runs", "runs prune=true"],
     "watch": ["runs"],
+    "demo": ["runs/tiny teacher=assets/tiny-wan text_length=16"],
     "completion": ["bash > ~/.local/share/bash-completion/completions/anyflow"],
     "report": ["runs/tiny out=report.html"],
     "launch": ["zero2 experiment=wan1_3b_forward data.shards=shards"],

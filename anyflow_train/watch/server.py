@@ -23,15 +23,23 @@ def run(config: WatchConfig) -> None:
     Raises:
         UserError: there are no runs, the port is in use, or the extra `web` is not installed.
     """
-    app = application(Watch(Path(config.runs)))
+    serve(application(Watch(Path(config.runs))), config.port)
+
+
+def serve(app: Any, port: int) -> None:
+    """Serve a web application on this machine alone, until Ctrl-C.
+
+    Raises:
+        UserError: the port is in use.
+    """
     import uvicorn
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, config.port))
+            probe.bind((HOST, port))
         except OSError as error:
-            raise UserError("port", f"{config.port} cannot be used ({error.strerror}); give another one") from None
+            raise UserError("port", f"{port} cannot be used ({error.strerror}); give another one") from None
         print(f"http://{HOST}:{probe.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[probe])
 

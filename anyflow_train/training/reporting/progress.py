@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anyflow_train.text import duration
-from anyflow_train.training.validation import Validation
+from anyflow_train.training.validation import ShowPart, Validation
 
 SHORT = {
     "gradient_norm": "grad",
@@ -77,6 +77,14 @@ class Screen(Protocol):
         ...
 
 
+def choose_screen(total: int, done: int, log: Log, console: Console | None, unit: str = "step") -> tuple[Screen, bool]:
+    """Choose the screen of `log`, and whether it is a bar on a terminal. `unit` is what plain lines and JSON count."""
+    console = console or Console(stderr=True)
+    people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
+    screen: Screen = Json(unit) if log == "json" else Bar(console, total, done) if people else Lines(total, unit)
+    return screen, people
+
+
 class StepProgress:
     """Shows the progress of a run. The time left is that of training steps alone.
 
@@ -88,58 +96,61 @@ class StepProgress:
     """
 
     def __init__(self, steps: int, done: int, log: Log = "auto", console: Console | None = None) -> None:
-        self._steps, self._step, self._seconds = steps, done, 0.0
-        console = console or Console(stderr=True)
-        people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
-        self._screen: Screen = Json() if log == "json" else Bar(console, steps, done) if people else Lines(steps)
+        self._steps, self._step = steps, done
+        self._screen, _ = choose_screen(steps, done, log, console)
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show facts about the run that begins: names and values."""
-        with _surviving():
+        with surviving():
             self._screen.start(rows)
 
     def advance(self) -> None:
         """Count one step."""
         self._step += 1
-        with _surviving():
+        with surviving():
             self._screen.advance(self._step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
         left = (self._steps - step) * values.get("seconds_per_step", 0.0)
-        with _surviving():
+        with surviving():
             self._screen.numbers(step, values, left)
 
     def validated(self, step: int, validation: Validation) -> None:
         """Show the result of a validation after `step` steps."""
-        with _surviving():
+        with surviving():
             self._screen.validated(step, validation)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show what the run does inside the block instead of training."""
-        with _surviving():
+    def phase(self, name: str) -> Iterator[ShowPart]:
+        """Show what the run does inside the block instead of training. Yields a function that shows the part of it."""
+
+        def show(part: int, parts: int) -> None:
+            with surviving():
+                self._screen.phase(f"{name} {part}/{parts}")
+
+        with surviving():
             self._screen.phase(name)
-        yield
-        with _surviving():
+        yield show
+        with surviving():
             self._screen.phase(TRAINING)
 
     def say(self, text: str) -> None:
         """Show a line above the bar. It is never wrapped."""
-        with _surviving():
+        with surviving():
             self._screen.say(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        with _surviving():
+        with surviving():
             self._screen.close()
 
 
 class Lines:
     """Plain lines on stdout."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, unit: str) -> None:
+        self._steps, self._unit = steps, unit
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self.say("\n".join(f"{name:<14} {value}" for name, value in rows))
@@ -147,7 +158,8 @@ class Lines:
     def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
-        self.say(f"step {step}/{self._steps}  {number_line(values)}  eta {duration(left)}")
+        parts = [f"{self._unit} {step}/{self._steps}", number_line(values), f"eta {duration(left)}"]
+        self.say("  ".join(part for part in parts if part))
 
     def validated(self, step: int, validation: Validation) -> None:
         self.say(f"step {step}  {validation.summary()}")
@@ -163,13 +175,16 @@ class Lines:
 class Json:
     """One JSON object per line on stdout. Each has `event` and, where it applies, `step`."""
 
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self._write("start", **dict(rows))
 
     def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
-        self._write("step", step=step, seconds_left=left, **values)
+        self._write(self._unit, step=step, seconds_left=left, **values)
 
     def validated(self, step: int, validation: Validation) -> None:
         self._write("validation", step=step, **validation.metrics, **validation.intervals)
@@ -254,7 +269,7 @@ def number_line(values: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _surviving() -> Iterator[None]:
+def surviving() -> Iterator[None]:
     """Print inside the block. If that fails, drop further output: a reader that ended must not end the run."""
     try:
         yield
