@@ -14,7 +14,7 @@ from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_gr
 from anyflow_train.config.keys import field_texts, show, summary, type_name, variants
 from anyflow_train.config.overrides import parse
 from anyflow_train.config.own import run_model
-from anyflow_train.config.stages import MODEL, RECIPE, STAGE
+from anyflow_train.config.stages import MODEL, RECIPE, STAGE, typed_choices
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint
 
@@ -149,7 +149,7 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
         return
     yield "groups:"
     for group in named:
-        yield f"  {group + '=...':<22}{', '.join(groups[group])}"
+        yield f"  {group + '=...':<22}{', '.join(typed_choices(group, groups))}"
     yield ""
 
 

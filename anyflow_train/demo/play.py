@@ -77,13 +77,18 @@ class Player:
         name: its label.
         maker: makes the clips.
         continues: whether it can continue an image or a video.
-        chunks: number of chunks of a clip, each of which takes all calls.
+        sampler: its sampler, with the chunks of a clip.
     """
 
     name: str
     maker: ClipMaker
     continues: bool
-    chunks: int
+    sampler: ClipSampler
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of a clip, each of which takes all calls."""
+        return 1 if self.sampler.chunks is None else len(self.sampler.chunks.partition)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Stage:
             for player, calls in zip(self.players, wish.calls, strict=False):
                 number = seed - wish.seeds.start
                 watched = Watched(player.maker.flow_map, lambda _, p=player, n=number: before_call(p, n))
-                sampler = partial(player.maker.sampler, conditioning=given if player.continues else None)
+                sampler = partial(player.sampler, conditioning=given if player.continues else None)
                 start = time.monotonic()
                 frames = replace(player.maker, flow_map=watched, sampler=sampler).make(text, noise, calls)
                 yield Clip(player.name, seed, calls, frames, time.monotonic() - start)
@@ -162,9 +167,9 @@ def load(config: DemoConfig) -> Stage:
         flow_map = guided(on_device(network.network, device, dtype), negative, scale)
         chunks = None if network.chunks is None else shape.chunks
         sampler: ClipSampler = replace(network.sampler, chunks=chunks)
-        count = 1 if chunks is None else len(chunks.partition)
         maker = ClipMaker(flow_map, sampler, codec, config.text_length, config.shift)
-        return Player(name, maker, network.sees_conditioning_frames and (chunks is None or count > 1), count)
+        continues = network.sees_conditioning_frames and (chunks is None or len(chunks.partition) > 1)
+        return Player(name, maker, continues, sampler)
 
     names = [network.name for network in networks]
     names[1:] = [f"{name} (teacher)" for name in names[1:]]
