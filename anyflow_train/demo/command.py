@@ -8,7 +8,6 @@ import tempfile
 from typing import Any
 
 from anyflow_train.config.commands import DemoConfig
-from anyflow_train.demo.play import load
 from anyflow_train.errors import UserError
 from anyflow_train.watch.server import serve
 
@@ -21,6 +20,8 @@ def run(config: DemoConfig) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="anyflow-demo-") as uploads:
         page = import_page(uploads)
+        from anyflow_train.demo.play import load  # imports torch: not before it is known that the extra is there
+
         serve(page.application(load(config)), config.port)
 
 

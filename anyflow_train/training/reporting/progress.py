@@ -31,8 +31,8 @@ SHORT = {
 # Values with this in their name go to the trackers only; a line has no room for them.
 HIDDEN = "/rollout_"
 TRAINING = "training"
-BAR_WIDTH = 24
-"""Columns of the bar. With the numbers of steps and the time left it fits into 80 columns."""
+PHASE_WIDTH, BAR_WIDTH = 14, 24
+"""Columns of what the run does, and of the bar. With the numbers of steps and the time left it fits into 80 columns."""
 
 Log = Literal["auto", "plain", "json"]
 
@@ -158,8 +158,7 @@ class Lines:
     def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
-        parts = [f"{self._unit} {step}/{self._steps}", number_line(values), f"eta {duration(left)}"]
-        self.say("  ".join(part for part in parts if part))
+        self.say("  ".join([f"{self._unit} {step}/{self._steps}", *numbers(values), f"eta {duration(left)}"]))
 
     def validated(self, step: int, validation: Validation) -> None:
         self.say(f"step {step}  {validation.summary()}")
@@ -204,13 +203,13 @@ class Json:
 
 
 class Bar:
-    """A bar with the present numbers on a line below it, and tables above it."""
+    """A bar with the present numbers on lines below it, and tables above it."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
-        self._console, self._numbers = console, Text(no_wrap=True, overflow="ellipsis")
+        self._console, self._numbers = console, Text(no_wrap=True)
         columns = [
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn(f"{{task.description:<{PHASE_WIDTH}}}"),
             BarColumn(BAR_WIDTH),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[left]}"),
@@ -235,7 +234,7 @@ class Bar:
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
         self._bar.update(self._task, left=f"{duration(left)} left")
-        self._numbers.plain = number_line(values)
+        self._numbers.plain = "\n".join(filled(numbers(values), self._console.width))
 
     def validated(self, step: int, validation: Validation) -> None:
         self._console.print(validation_table(step, validation))
@@ -262,10 +261,19 @@ def validation_table(step: int, validation: Validation) -> Table:
     return table
 
 
-def number_line(values: Mapping[str, float]) -> str:
-    """Format the numbers of a step in one line, with short names."""
+def numbers(values: Mapping[str, float]) -> list[str]:
+    """Format the numbers of a step with short names: `loss 0.25`."""
     shown = {name: value for name, value in values.items() if HIDDEN not in name}
-    return "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
+    return [f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items()]
+
+
+def filled(parts: Sequence[str], width: int) -> list[str]:
+    """Distribute parts over lines of at most `width` columns; no part is divided."""
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]}  {part}" if lines[-1] else part
+        lines = [*lines[:-1], joined] if len(joined) <= width else [*lines, part]
+    return lines
 
 
 @contextmanager

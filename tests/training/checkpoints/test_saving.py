@@ -77,7 +77,7 @@ def test_training_on_does_not_change_what_is_saved(
     found = torch.zeros(2, 3)
     restore_tensors(tmp_path / "checkpoints" / "step_00000001", "weights", {"w": Entry.of(found)})
     assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
-    assert lines == ["checkpoints are written in the background, from a copy of 0.0 GiB in memory"]
+    assert lines == ["checkpoints are written in the background, from a copy of 1 MiB in memory"]
 
 
 def test_a_save_waits_for_the_one_before_and_says_so(

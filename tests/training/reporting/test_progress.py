@@ -14,6 +14,7 @@ from anyflow_train.training.reporting.progress import Log, StepProgress
 from anyflow_train.training.reporting.tasks import TaskProgress
 from anyflow_train.training.validation import Validation
 
+MORE = {f"loss_branch_{number}": 0.5 for number in range(6)}
 VALUES = {"learning_rate": 1e-3, "loss": 0.25, "seconds_per_step": 2.0, "samples_per_second": 16.0, "a/rollout_1": 3.0}
 METRICS = {"energy_distance_1": 0.51, "energy_distance_4": 0.25, "class_error_1": 0.1}
 VALIDATION = Validation(METRICS, {}, {"energy_distance_1_low": 0.43, "energy_distance_1_high": 0.6})
@@ -27,7 +28,7 @@ def on_a_terminal(width: int) -> str:
     progress.start([("run", "runs/tiny"), ("tokens", "1,280 per sample")])
     for _ in range(100):
         progress.advance()
-    progress.show(100, VALUES)
+    progress.show(100, VALUES | MORE)
     with progress.phase("validating") as show:
         show(2, 4)
         progress._screen._live.refresh()
@@ -64,6 +65,7 @@ def test_a_terminal_shows_a_bar_that_fits(width: int) -> None:
     assert any("validating 2/4" in line for line in lines)
     assert any(line.startswith("lr 0.001  loss 0.25  s/step 2") for line in lines)
     assert max(len(line) for line in lines if "warning" not in line) <= width
+    assert any("loss_branch_5 0.5" in line for line in lines)  # numbers that do not fit go to another line
     assert sum(LONG.strip() in line for line in lines) == 1  # not wrapped
     assert any("0.51 [0.43, 0.6]" in line and "0.1" in line for line in lines)
 
@@ -123,7 +125,7 @@ def test_a_task_without_a_terminal_prints_a_line_every_ten_seconds(capsys: pytes
 def test_a_task_on_a_terminal_has_a_bar_with_the_time_left() -> None:
     out = io.StringIO()
     timed("auto", Console(file=out, force_terminal=True, width=80, color_system=None, legacy_windows=False))
-    assert re.search(r"checking ━+.* 80/512 3:36 left", out.getvalue())
+    assert re.search(r"checking +━+.* 80/512 3:36 left", out.getvalue())
     assert "[  40.0 s] wrote 80 clips" in out.getvalue()
 
 
