@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,13 +29,15 @@ class Training:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = list(arguments)
 
-    def __call__(self) -> int:
-        """Train to the end. Returns the exit code."""
+    def __call__(self) -> tuple[int, float]:
+        """Train to the end. Returns the exit code, and the CPU seconds of this start."""
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         command = [sys.executable, "-m", "anyflow_train", *self.arguments]
         with subprocess.Popen(command, env=own) as process:
             self.pid = process.pid
-            return process.wait()
+            code = process.wait()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return code, used.ru_utime + used.ru_stime
 
     def checkpoint(self, *_: Any) -> Any:
         """Stop the run cleanly. Returns what submitit queues again; it resumes from the run's checkpoint."""
@@ -81,7 +84,8 @@ def finish_all(
         for key, (one, job) in list(left.items()):
             if job.done():
                 del left[key]
-                code = 1 if job.exception() else job.result()
+                code, seconds = (1, 0.0) if job.exception() else job.result()
+                one.cpu_seconds += seconds
                 one.update("stopped" if code == 0 else "failed")
                 report()
         time.sleep(POLL_SECONDS * bool(left))
