@@ -11,7 +11,7 @@ import torch
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.schedule import mean_over
-from anyflow_train.text import duration
+from anyflow_train.text import duration, memory_size
 from anyflow_train.training.engine import engine_name
 from anyflow_train.training.gpus import TERA, known_gpu
 from anyflow_train.training.processes.world import World
@@ -50,7 +50,7 @@ class Forecast:
 
     def rows(self, config: RunConfig, device: str, world: int) -> list[tuple[str, str]]:
         """List what the start of a run shows. The time is left out for a GPU whose peak is not known."""
-        rows = [("memory", f"{self.memory / 2**30:.1f} GiB on each GPU (planned)")]
+        rows = [("memory", f"{memory_size(self.memory)} on each GPU (planned)")]
         if (gpu := known_gpu(device)) is not None:
             work = mean_over(config, self.work, range(config.steps)) * config.steps
             peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.fp32

@@ -15,7 +15,7 @@ from anyflow_train.plan import shortage
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.memory import GIB, Memory, plan_memory
 from anyflow_train.plan.shortage import foresee, memory_warning
-from anyflow_train.text import duration
+from anyflow_train.text import duration, memory_size
 from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 
@@ -56,8 +56,8 @@ def test_one_gpu_that_is_short_is_named_with_what_is_missing_and_what_fits() -> 
     text = memory_warning(*plain(), "ddp", found)
     assert text is not None
     assert "process 5 (node1)" in text
-    assert ", 2.0 GiB more than process 5" in text
-    assert "free of its 80.0 GiB" in text
+    assert ", 2.00 GiB more than process 5" in text
+    assert "free of its 80.00 GiB" in text
     assert text.endswith("engine.micro_batch=1")
 
 
@@ -84,7 +84,7 @@ def test_a_start_warns_once_and_knows_its_work(gpu: Callable[..., World], capsys
     forecast = check_memory(config, gpu(80 * GIB, 80 * GIB), foresee)
     assert forecast is not None
     assert forecast.work == (found.work,)
-    memory = f"{plan_memory(config, found, 'ddp', 1).total / GIB:.1f} GiB on each GPU (planned)"
+    memory = f"{memory_size(plan_memory(config, found, 'ddp', 1).total)} on each GPU (planned)"
     seconds = found.work * config.steps / 0.4 / 989e12
     in_time = f"about {duration(seconds)} for {config.steps} steps, at 40% of the peak"
     assert forecast.rows(config, "NVIDIA H200", 1) == [("memory", memory), ("time", in_time)]
