@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class Training:
         """Train to the end. Returns the exit code, and the CPU seconds of this start."""
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         command = [sys.executable, "-m", "anyflow_train", *self.arguments]
-        with subprocess.Popen(command, env=own) as process:
+        # SLURM sends submitit's signal to all processes of the job, and it would end the run at once.
+        ignored = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
+        with subprocess.Popen(command, env=own, preexec_fn=ignored) as process:
             self.pid = process.pid
             code = process.wait()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -21,4 +21,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_context: Any) -> str:
 
 def _shown(cell: dict[str, Any]) -> str:
     text = "".join(cell["source"]).replace("](../", "](")
-    return f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
+    if cell["cell_type"] == "markdown":
+        return text
+    pictures = [output["data"]["image/png"] for output in cell["outputs"]]
+    return "\n\n".join([f"```python\n{text}\n```", *(f"![](data:image/png;base64,{data})" for data in pictures)])

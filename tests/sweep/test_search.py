@@ -151,6 +151,14 @@ def test_every_run_is_a_job_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
 Training = cluster.Training
 
 
+def test_the_signal_for_the_job_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -USR2 $$\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(cluster.sys, "executable", str(program))
+    assert Training([])()[0] == 0
+
+
 def test_unknown_parameters_of_a_cluster_are_refused(tmp_path: Path) -> None:
     options = SweepOptions(cluster="local", slurm={"colour": 5})
     with pytest.raises(UserError, match="slurm: submitit refuses it"):
