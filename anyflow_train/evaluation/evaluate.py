@@ -60,7 +60,7 @@ class Comparison:
         fine: the teacher's fine solution for the same noise.
         evaluator: measures samples.
         judge: checks what decoded latents show, given latents and captions; None leaves it out.
-        say: prints a line of progress.
+        progress: shows how far the evaluation is.
     """
 
     config: EvaluateConfig
@@ -71,18 +71,21 @@ class Comparison:
     fine: SampleSet
     evaluator: SampleEvaluator
     judge: Callable[[Tensor, list[str]], Recognition] | None
-    say: Callable[[str], None]
+    progress: TaskProgress
 
     def rows(
         self, model: str, sets: Mapping[int, SampleSet], teacher: Mapping[int, SampleSet] | None = None
     ) -> list[ResultRow]:
         """Measure a model's samples, given by number of calls. The ratio needs the samples of the teacher."""
-        self.say(f"measuring {model}")
+        self.progress.say_timed(f"measuring {model}")
         fine, taught = self.fine.latents, teacher or {}
-        return [
-            self.evaluator.cell(model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions))
-            for n, samples in sets.items()
-        ]
+        with self.progress.doing("measuring"):
+            return [
+                self.evaluator.cell(
+                    model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions)
+                )
+                for n, samples in sets.items()
+            ]
 
     def recognise(self, latents: Tensor, captions: list[str]) -> Recognition | None:
         """Ask the oracle what the first `oracle_samples` of (n, F, C, H, W) latents show; None without an oracle."""
@@ -118,7 +121,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         teacher = Watched(teacher, progress.advance)
         say = progress.say_timed
         say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
-        comparison = prepare(config, shards, teacher, codec, device, say)
+        comparison = prepare(config, shards, teacher, codec, device, progress)
         sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.calls}}
         cells = comparison.rows(TEACHER, sets[TEACHER])
         for name, model in zip(_student_names(models), models, strict=True):
@@ -133,6 +136,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             cells, trained_on = with_nearest(comparison, training, cells, samples)
         chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
         by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
+        progress.phase("measuring")
         judged = comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions)
         real = comparison.evaluator.real(judged)
         report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
@@ -159,7 +163,7 @@ def prepare(
     teacher: FlowMap,
     codec: Codec,
     device: torch.device,
-    say: Callable[[str], None],
+    progress: TaskProgress,
 ) -> Comparison:
     """Make the comparison that all models share, and sample the teacher's fine solution.
 
@@ -179,7 +183,7 @@ def prepare(
     if config.oracle != "none":
         judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=8)
     sampled = evaluator.sampled(fine, config.shift)
-    return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, say)
+    return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, progress)
 
 
 def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSet:
@@ -193,7 +197,7 @@ def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSe
         latents = sample_all(EULER, teacher, comparison.inputs, steps, shift)
         found.append(comparison.evaluator.sampled(latents, shift))
         distance = percentile(found[-1].energy).as_distance()
-        comparison.say(f"teacher, {calls(steps)}, shift {shift:g}: energy distance {distance}")
+        comparison.progress.say_timed(f"teacher, {calls(steps)}, shift {shift:g}: energy distance {distance}")
     return min(found, key=lambda samples: float(samples.energy[0]))
 
 
@@ -204,7 +208,7 @@ def sample_student(comparison: Comparison, model: LoadedNetwork, flow_map: FlowM
         latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
         sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
         distance = percentile(sets[steps].energy).as_distance()
-        comparison.say(f"{model.name}, {calls(steps)}: energy distance {distance}")
+        comparison.progress.say_timed(f"{model.name}, {calls(steps)}: energy distance {distance}")
     return sets
 
 
@@ -212,7 +216,7 @@ def with_nearest(
     comparison: Comparison, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
 ) -> tuple[list[ResultRow], TrainingSet]:
     """Add the distances to the training clips to the cells of samples, and measure those of the held-out clips."""
-    comparison.say(f"searching for the nearest of {len(training)} training clips")
+    comparison.progress.say_timed(f"searching for the nearest of {len(training)} training clips")
     evaluator = comparison.evaluator
     sets = [comparison.held_out.latents, *(sampled.latents for sampled in samples)]
     of_held_out, *of_samples = nearest_distances(training, sets)

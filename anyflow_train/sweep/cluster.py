@@ -25,13 +25,14 @@ class Training:
 
     Args:
         arguments: arguments of `anyflow`.
+        spent: CPU seconds of earlier starts.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str], spent: float = 0.0) -> None:
+        self.arguments, self.spent = list(arguments), spent
 
     def __call__(self) -> tuple[int, float]:
-        """Train to the end. Returns the exit code, and the CPU seconds of this start."""
+        """Train to the end. Returns the exit code, and the CPU seconds of all starts."""
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         command = [sys.executable, "-m", "anyflow_train", *self.arguments]
         # SLURM sends submitit's signal to all processes of the job, and it would end the run at once.
@@ -39,8 +40,7 @@ class Training:
         with subprocess.Popen(command, env=own, preexec_fn=ignored) as process:
             self.pid = process.pid
             code = process.wait()
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return code, used.ru_utime + used.ru_stime
+        return code, self._spent()
 
     def checkpoint(self, *_: Any) -> Any:
         """Stop the run cleanly. Returns what submitit queues again; it resumes from the run's checkpoint."""
@@ -48,7 +48,11 @@ class Training:
 
         os.kill(self.pid, signal.SIGTERM)
         os.waitpid(self.pid, 0)
-        return submitit.helpers.DelayedSubmission(Training(self.arguments))
+        return submitit.helpers.DelayedSubmission(Training(self.arguments, self._spent()))
+
+    def _spent(self) -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return self.spent + used.ru_utime + used.ru_stime
 
 
 def finish_all(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from rich.console import Console
@@ -33,7 +34,7 @@ class TaskProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._done, self._clock, self._begun = total, 0, clock, clock()
+        self._name, self._total, self._done, self._clock, self._begun = name, total, 0, clock, clock()
         self._screen, self._on_terminal = choose_screen(total, 0, log, console, name)
         self._shown = self._begun
         self._result = self._screen.say if log == "json" else partial(print, flush=True)
@@ -51,13 +52,21 @@ class TaskProgress:
         with surviving():
             self._screen.phase(name)
 
+    @contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """Show what the command does inside the block instead of its main work."""
+        self.phase(name)
+        yield
+        self.phase(self._name)
+
     def advance(self, amount: int = 1) -> None:
         """Count work that is done."""
         self._done += amount
         now = self._clock()
         with surviving():
             self._screen.advance(self._done)
-            if now - self._shown >= (ON_A_TERMINAL if self._on_terminal else AS_LINES):
+            complete = self._on_terminal and self._done >= self._total
+            if complete or now - self._shown >= (ON_A_TERMINAL if self._on_terminal else AS_LINES):
                 self._shown = now
                 left = (now - self._begun) / self._done * (self._total - self._done)
                 self._screen.numbers(self._done, {}, max(left, 0.0))
