@@ -32,7 +32,10 @@ class Browser:
         # Chromium reads commands from descriptor 3 and writes answers to 4.
         script = f'exec "$0" --remote-debugging-pipe "$@" 3<&{theirs} 4>&{answers}'
         self._process = subprocess.Popen(
-            ["bash", "-c", script, CHROMIUM, *options], pass_fds=(theirs, answers), stderr=subprocess.DEVNULL
+            ["bash", "-c", script, CHROMIUM, *options],
+            pass_fds=(theirs, answers),
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(folder)},
         )
         os.close(theirs)
         os.close(answers)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import threading
 from typing import Any
 
+from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import DemoConfig
 from anyflow_train.errors import UserError
 from anyflow_train.watch.server import serve
@@ -22,7 +24,13 @@ def run(config: DemoConfig) -> None:
         page = import_page(uploads)
         from anyflow_train.demo.play import load  # imports torch: not before it is known that the extra is there
 
-        serve(page.application(load(config)), config.port)
+        silence_loading_bars()
+        stops: dict[str, threading.Event] = {}
+        try:
+            serve(page.application(load(config), stops), config.port)
+        finally:  # otherwise the process would wait for the end of the clip
+            for stop in stops.values():
+                stop.set()
 
 
 def import_page(uploads: str) -> Any:

@@ -37,15 +37,20 @@ CSS = """
 """
 
 
-def application(stage: Stage) -> Any:
-    """Make the web application. Requests whose Host header names another machine are refused."""
+def application(stage: Stage, stops: dict[str, threading.Event]) -> Any:
+    """Make the web application. Requests whose Host header names another machine are refused.
+
+    Args:
+        stage: makes the clips.
+        stops: becomes the event of each open page that stops its sampling.
+    """
     app = FastAPI(openapi_url=None)
     app.add_middleware(Headers)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Base(primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"])
     options = {"max_file_size": MOST_UPLOAD, "ssr_mode": False, "mcp_server": False, "footer_links": ["settings"]}
-    return gr.mount_gradio_app(app, build(stage), path="/", theme=theme, css=CSS, **options)
+    return gr.mount_gradio_app(app, build(stage, stops), path="/", theme=theme, css=CSS, **options)
 
 
 class Headers:
@@ -68,10 +73,9 @@ class Headers:
         await self._app(scope, receive, with_policy)
 
 
-def build(stage: Stage) -> gr.Blocks:
+def build(stage: Stage, stops: dict[str, threading.Event]) -> gr.Blocks:
     """Build the page of a model, with its teacher if it has one."""
     model, *teachers = stage.players
-    stops: dict[str, threading.Event] = {}
 
     def make(
         prompt: str,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -98,7 +101,7 @@ def served(stage: Stage, folder: Path) -> Iterator[str]:
     """Serve the page of a stage on a free port, and yield its address."""
     import uvicorn
 
-    app = command.import_page(str(folder / "uploads")).application(stage)
+    app = command.import_page(str(folder / "uploads")).application(stage, {})
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -162,6 +165,38 @@ def test_a_browser_compares_with_the_teacher_and_stops(tmp_path: Path) -> None:
         assert browser.errors == []
         others = [one for one in browser.requests if not one.startswith((url, "data:", "blob:"))]
         assert others == []
+
+
+@pytest.mark.nightly
+@needs_a_browser
+def test_ctrl_c_ends_it_before_the_clip_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    options = ["port=0", "guidance_scale=3", "text_length=16", "precision=fp32", "frames=81", "height=128", "width=128"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "anyflow_train", "demo", str(TINY_WAN), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[0]
+    with Browser(url, tmp_path) as browser:
+        browser.wait("document.querySelector('#prompt textarea')")
+        browser.run("document.querySelector('#calls input[type=number]').focus()")
+        browser.run("document.querySelector('#calls input[type=number]').select()")
+        browser.send("Input.insertText", text="50")
+        browser.type("#prompt textarea", "a red ball")
+        browser.run("document.querySelector('#make').click()")
+        browser.wait("document.querySelector('#status').innerText.includes('call 2')")
+        begun = time.monotonic()
+        browser.wait("document.querySelector('#status').innerText.includes('call 5')")
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+        taken = time.monotonic() - start
+    assert process.stderr is not None
+    assert process.stderr.read() == "interrupted\n"
+    assert taken < (start - begun) / 3 * 30 + 5  # 45 of 50 calls are left
+    assert not list(tmp_path.glob("anyflow-demo-*"))
 
 
 @pytest.mark.nightly
