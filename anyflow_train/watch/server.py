@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def run(config: WatchConfig) -> None:
     serve(application(Watch(Path(config.runs))), config.port)
 
 
-def serve(app: Any, port: int) -> None:
-    """Serve a web application on this machine alone, until Ctrl-C.
+def serve(app: Any, port: int, at_end: Callable[[], None] = lambda: None) -> None:
+    """Serve a web application on this machine alone, until Ctrl-C, which calls `at_end` first.
 
     Raises:
         UserError: the port is in use.
@@ -49,6 +50,7 @@ def serve(app: Any, port: int) -> None:
 
         def end_quietly(number: int, frame: Any) -> None:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open pages are cut off, which is no error
+            at_end()
             end(number, frame)
 
         server.handle_exit = end_quietly
