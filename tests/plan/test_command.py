@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from anyflow_train.config.commands import GpuName, StrategyName
+from anyflow_train.config.commands.types import GpuName, StrategyName
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.plan import command, fit
