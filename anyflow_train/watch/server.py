@@ -48,10 +48,10 @@ def serve(app: Any, port: int, at_end: Callable[[], None] = lambda: None) -> Non
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS))
         end = server.handle_exit
 
-        def end_quietly(number: int, frame: Any) -> None:
+        def end_quietly(sig: int, frame: Any) -> None:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open pages are cut off, which is no error
             at_end()
-            end(number, frame)
+            end(sig, frame)
 
         server.handle_exit = end_quietly
         server.run(sockets=[probe])
