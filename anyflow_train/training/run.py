@@ -105,6 +105,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         if config.profile:
             profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))
             recipe, stream = profile.timed(recipe), profile.stream(loader)
+        work = work if len(config.data.sizes) == 1 else None  # the prediction is for steps of the largest size
         trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop, work)
         with attention_by(kernel):
             trainer.train(stream)

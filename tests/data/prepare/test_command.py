@@ -200,7 +200,7 @@ def release(pipe: Path) -> None:
 def run_interruptibly(config: PrepareConfig) -> None:
     """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command.read_clip = held
+    command.read_windows = held
     run(config)
 
 
