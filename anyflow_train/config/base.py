@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -45,5 +45,6 @@ def _clip_size(value: object) -> ClipSize:
     return ClipSize(*numbers)
 
 
-Sizes = Annotated[tuple[Annotated[ClipSize, PlainValidator(_clip_size)], ...], Field(max_length=36)]
+_OneSize = Annotated[ClipSize, PlainValidator(_clip_size), PlainSerializer(list)]
+Sizes = Annotated[tuple[_OneSize, ...], Field(max_length=36)]
 """List of sizes; more than 36 cannot be stored (see `data.manifest.ShardInfo`)."""

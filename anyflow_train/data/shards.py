@@ -129,6 +129,10 @@ class ShardSet:
         number = self.manifest.clip_sizes.index(size) if self.manifest.buckets else None
         return replace(self, manifest=self.manifest.of(number), bucket=number)
 
+    def of_all_sizes(self) -> ShardSet:
+        """Return all samples, whose latents may differ in shape."""
+        return replace(self, bucket=None)
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -27,9 +27,8 @@ def chunks(config: RunConfig) -> Iterator[Finding]:
     for number, size in enumerate(config.data.buckets):
         if size.frames != config.data.frames:
             problem = f"{size} has other frames than data.frames={config.data.frames}, but {PARTITION}={partition}"
-            yield Finding(
-                (f"data.buckets.{number}", PARTITION), f"{problem} divides all clips; give sizes of these frames"
-            )
+            advice = "divides all clips; give sizes of these frames"
+            yield Finding((f"data.buckets.{number}", PARTITION), f"{problem} {advice}")
     if len(partition) < limit:
         problem = f"{limit} is more than the {len(partition)} chunks of {PARTITION}={partition}"
         yield Finding((LIMIT, PARTITION), f"{problem}; lower it")
