@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic_core import PydanticCustomError
 
 from anyflow_train.config.base import ClipSize, Model, Sizes
@@ -54,6 +62,10 @@ def _locations(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
+def _as_written(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
 class Data(Model):
     """Shards of latents and text embeddings, written by `anyflow prepare`.
 
@@ -73,7 +85,7 @@ class Data(Model):
         the newest state; a run that resumes uses the one that it began with.
     """
 
-    shards: Annotated[str | tuple[str, ...], PlainValidator(_locations)]
+    shards: Annotated[str | tuple[str, ...], PlainValidator(_locations), PlainSerializer(_as_written)]
     weights: tuple[PositiveFloat, ...] = ()
     frames: PositiveInt
     height: PositiveInt
