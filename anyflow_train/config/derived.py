@@ -109,7 +109,8 @@ def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
         turns = math.ceil(config.steps / matching.fake_score.updates)
         text = f"student in {turns:,} steps ({turns * engine.global_batch:,} samples)"
         rows.append(("updates", f"{text}, fake score in all {config.steps:,}"))
-    rows.append(("samples seen", f"{config.steps * engine.global_batch:,}"))
+    more = " or more" if len(config.data.buckets) > 1 else ""
+    rows.append(("samples seen", f"{config.steps * engine.global_batch:,}{more}"))
     if config.objective.schedule:
         parts = [f"steps {stage.steps[0]:,} to {stage.steps[-1]:,}" for stage in stages(config)]
         rows.append(("stages", ", ".join(parts)))
