@@ -124,6 +124,8 @@ def _read_ahead(
         try:
             for window in _with_pixels(read, clip, sample):
                 put(queue, window)
+                if stopped.is_set():
+                    return
         finally:
             put(queue, None)
 
