@@ -90,12 +90,11 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
 
 def _buckets(config: RunConfig, key: str, _location: str) -> Iterable[str]:
     paths = [Path(location) / MANIFEST for location in config.data.locations]
-    if all(path.is_file() for path in paths):
+    if config.data.buckets and all(path.is_file() for path in paths):
         held = {size for path in paths for size in parse_manifest(path.read_bytes(), str(path)).clip_sizes}
         if missing := [str(size) for size in config.data.buckets if size not in held]:
-            raise UserError(
-                key, f"data.shards holds no clips of {', '.join(missing)}; remove it, or add shards that do"
-            )
+            problem = f"data.shards holds no clips of {', '.join(missing)}"
+            raise UserError(key, f"{problem}; remove them, or add shards that do")
     return ()
 
 
