@@ -26,11 +26,13 @@ def run(config: DemoConfig) -> None:
 
         silence_loading_bars()
         stops: dict[str, threading.Event] = {}
-        try:
-            serve(page.application(load(config), stops), config.port)
-        finally:  # otherwise the process would wait for the end of the clip
+
+        def stop_all() -> None:
             for stop in stops.values():
                 stop.set()
+
+        # The server waits for its threads: without `stop_all`, until the clip is made.
+        serve(page.application(load(config), stops), config.port, stop_all)
 
 
 def import_page(uploads: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def run(config: WatchConfig) -> None:
     serve(application(Watch(Path(config.runs))), config.port)
 
 
-def serve(app: Any, port: int) -> None:
-    """Serve a web application on this machine alone, until Ctrl-C.
+def serve(app: Any, port: int, at_end: Callable[[], None] = lambda: None) -> None:
+    """Serve a web application on this machine alone, until Ctrl-C, which calls `at_end` first.
 
     Raises:
         UserError: the port is in use.
@@ -47,9 +48,10 @@ def serve(app: Any, port: int) -> None:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS))
         end = server.handle_exit
 
-        def end_quietly(number: int, frame: Any) -> None:
+        def end_quietly(sig: int, frame: Any) -> None:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open pages are cut off, which is no error
-            end(number, frame)
+            at_end()
+            end(sig, frame)
 
         server.handle_exit = end_quietly
         server.run(sockets=[probe])
