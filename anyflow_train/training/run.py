@@ -104,9 +104,9 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         if config.profile:
             profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))
             recipe, stream = profile.timed(recipe), profile.stream(loader)
-        trainer = Trainer(
-            config, directory, recipe, state, progress, trackers, validator, stop, forecast and forecast.work
-        )
+        # The prediction is for steps of the largest size.
+        work = forecast.work if forecast and len(config.data.sizes) == 1 else None
+        trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop, work)
         with attention_by(kernel):
             trainer.train(stream)
         preempted = signal.SIGUSR1 in world.gather(stop.signal)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
-from anyflow_train.config.base import Model
+from anyflow_train.config.base import ClipSize, Model, Sizes
+
+
+def _windows(value: object) -> str:
+    if not re.fullmatch(r"first|all|[1-9]\d*|(?=.*[1-9])\d*\.?\d+s", str(value)):
+        raise PydanticCustomError("windows", "give first, all, a number of windows (8), or seconds between them (2s)")
+    return str(value)
 
 
 class PrepareConfig(Model):
@@ -29,7 +37,11 @@ class PrepareConfig(Model):
     codec: Wan2.1 pipeline folder or hub id (VAE, text encoder, tokenizer).
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
+    buckets: sizes as frames, height and width, such as [17x64x64,17x48x80,1x64x64], in place of frames, height and
+        width. A clip goes into the one that crops the least of it.
     fps: frame rate to which clips are resampled.
+    windows: parts of a clip that become samples: its beginning (first), whole parts one after the other (all), a number
+        of evenly spread ones (8), or one every so many seconds (2s).
     hdr: clips in HDR (PQ or HLG) are tone mapped to SDR (tonemap), or skipped and counted (skip).
     min_size, min_seconds: clips with a shorter side (pixels), or a shorter duration by their file, are skipped.
     max_upscale: clips that would have to be enlarged by more than this factor are skipped; null enlarges any.
@@ -60,7 +72,9 @@ class PrepareConfig(Model):
     frames: PositiveInt = 81
     height: PositiveInt = 480
     width: PositiveInt = 832
+    buckets: Sizes = ()
     fps: PositiveFloat = 16.0
+    windows: Annotated[str, PlainValidator(_windows)] = "first"
     hdr: Literal["tonemap", "skip"] = "tonemap"
     min_size: NonNegativeInt = 0
     min_seconds: NonNegativeFloat = 0.0
@@ -77,3 +91,8 @@ class PrepareConfig(Model):
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     latent_dtype: Literal["fp32", "bf16"] = "fp32"
     threads: NonNegativeInt = 0
+
+    @property
+    def sizes(self) -> tuple[ClipSize, ...]:
+        """All sizes of the samples."""
+        return self.buckets or (ClipSize(self.frames, self.height, self.width),)
