@@ -172,23 +172,24 @@ def _with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Itera
 def _encoded(
     make: MakeLatents, clips: Iterable[Sample | Skipped], batch: int, dtype: torch.dtype
 ) -> Iterator[Sample | Skipped]:
-    """Make latents in batches of one shape. A skipped clip is yielded before the samples of the batch that it
-    interrupts, but not before windows of its own."""
-    waiting: list[Sample] = []
+    """Make latents in batches of one shape. All outcomes keep their order, so that those of a clip stay together."""
+    waiting: list[Sample | Skipped] = []
+    samples: list[Sample] = []
+
+    def made() -> Iterator[Sample | Skipped]:
+        results = _make_batch(make, samples, dtype)
+        yield from [one if isinstance(one, Skipped) else next(results) for one in waiting]
+
     for clip in clips:
-        lost = isinstance(clip, Skipped)
-        if waiting and (clip_of(waiting[-1].key) == clip_of(clip.key) if lost else _shape(waiting[0]) != _shape(clip)):
-            yield from _make_batch(make, waiting, dtype)
-            waiting = []
-        if lost:
-            yield clip
-            continue
+        if samples and not isinstance(clip, Skipped) and _shape(samples[0]) != _shape(clip):
+            yield from made()
+            waiting, samples = [], []
         waiting.append(clip)
-        if len(waiting) == batch:
-            yield from _make_batch(make, waiting, dtype)
-            waiting = []
-    if waiting:
-        yield from _make_batch(make, waiting, dtype)
+        samples += [] if isinstance(clip, Skipped) else [clip]
+        if len(samples) in (0, batch):
+            yield from made() if samples else waiting
+            waiting, samples = [], []
+    yield from made() if samples else waiting
 
 
 def _make_batch(make: MakeLatents, samples: list[Sample], dtype: torch.dtype) -> Iterator[Sample | Skipped]:

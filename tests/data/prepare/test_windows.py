@@ -20,6 +20,7 @@ from anyflow_train.data.prepare.command import run
 from anyflow_train.data.prepare.video import ClipError, read_clip, read_windows
 from anyflow_train.data.prepare.windows import Framing, Limits
 from anyflow_train.data.shards import ShardSet
+from anyflow_train.errors import UserError
 from tests.data.prepare.videos import write_video
 
 CODEC = str(Path(__file__).resolve().parents[3] / "assets" / "tiny-wan")
@@ -171,3 +172,15 @@ def test_a_folder_of_one_size_has_nothing_new(folder: Path) -> None:
     assert sample.latents is not None
     assert sample.latents.shape == (2, 16, 4, 4)
     assert read_clip(folder / "clips" / "a.mp4", 5, 32, 32, 8.0).shape == (3, 5, 32, 32)
+
+
+def test_clips_are_counted_once_if_a_batch_ends_within_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "clips" / "aa.mp4").write_bytes(b"no video")
+    prepare(folder, windows="0.125s", samples_per_shard=9)  # 8 windows of "a" in batches of 3
+    assert "clips: 4/4 clips, 1 skipped" in capsys.readouterr().err
+
+
+def test_other_buckets_are_refused_as_users_write_them(folder: Path) -> None:
+    prepare(folder)
+    with pytest.raises(UserError, match=r"buckets: was \[5x32x32, 5x32x48, 1x32x32\] and is now not set"):
+        prepare(folder, buckets=())
