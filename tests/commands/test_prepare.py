@@ -61,7 +61,7 @@ def test_the_teacher_makes_a_clip_for_each_prompt(tmp_path: Path, capsys: pytest
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in before.items())
     with pytest.raises(UserError, match="steps: was 2 and is now 3"):
         run(make_config(tmp_path, steps=3))
-    with pytest.raises(UserError, match=r"guidance_scale: was 3.0 and is now None"):
+    with pytest.raises(UserError, match=r"guidance_scale: was 3.0 and is now not set"):
         run(make_config(tmp_path, teacher=None))
 
 

@@ -11,18 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from anyflow_train.data.index import parse_index
 from anyflow_train.data.manifest import MANIFEST, parse_manifest
 from anyflow_train.data.prepare.growth import next_generation
 from anyflow_train.data.prepare.job import MAY_CHANGE, PreparePlan
 from anyflow_train.data.prepare.ledger import PATTERN, Ledger
-from anyflow_train.data.prepare.older import SETTINGS
+from anyflow_train.data.prepare.older import SETTINGS, SKIPPED
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
 from anyflow_train.files import TEMPORARY, take_lock, write_json
 
 LOCK = ".lock"
-# Files of a folder without a complete shard.
-OWN_FILES = (SETTINGS, PATTERN, "text*.safetensors", ".shard-*.text.safetensors", "shard-*.tar")
+INDICES = "*.index.json"
+# Files of a folder without samples.
+OWN_FILES = (SETTINGS, PATTERN, SKIPPED, "text*.safetensors", ".shard-*.text.safetensors", "shard-*.tar", INDICES)
 # A network file system can take this long to show a new file to other nodes.
 VISIBLE_SECONDS = 90.0
 
@@ -57,8 +59,8 @@ def lock_output(plan: PreparePlan, workers: Workers) -> Iterator[None]:
 def check_settings(plan: PreparePlan) -> None:
     """Compare the settings with those of the folder, or save them in a new folder.
 
-    A folder without a complete shard starts anew, so that a start with a mistake does not refuse the next one. It keeps
-    its encoded texts if settings and clips are the same.
+    A folder without samples starts anew, so that a start with a mistake does not refuse the next one. It keeps its
+    encoded texts if settings and clips are the same.
 
     Raises:
         UserError: a setting differs (the key is named), or the folder contains other files.
@@ -66,7 +68,8 @@ def check_settings(plan: PreparePlan) -> None:
     path, folder = plan.folder / SETTINGS, plan.folder
     if path.exists():
         saved = json.loads(path.read_text())
-        if next(folder.glob("*.index.json"), None) is not None:
+        indices = (parse_index(index.read_bytes()) for index in folder.glob(INDICES))
+        if (folder / MANIFEST).exists() or any(index.entries for index in indices):
             return compare_settings(plan, saved)
         first = next_generation(Ledger(folder, ()), plan.wanted, retry=False)
         if saved == json.loads(json.dumps(plan.settings)) and plan.ledger().generations == (first,):
@@ -87,7 +90,8 @@ def compare_settings(plan: PreparePlan, saved: dict[str, Any]) -> None:
         wanted["kind"] = saved["kind"] = parse_manifest(path.read_bytes(), str(path)).kind if path.exists() else ""
     saved = {key: value for key, value in saved.items() if key not in MAY_CHANGE}
     for key, before, now in _differences(saved, wanted):
-        change = "the files of the codec have changed" if key == "codec" else f"was {before!r} and is now {now!r}"
+        change = f"was {_shown(before)} and is now {_shown(now)}"
+        change = "the files of the codec have changed" if key == "codec" else change
         raise UserError(key, f"{change} since {plan.folder} was started; change it back, or name another `out`")
 
 
@@ -122,6 +126,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
+
+
+def _shown(value: Any) -> str:
+    """Show a setting as users write it."""
+    if isinstance(value, list):
+        return f"[{', '.join('x'.join(map(str, size)) for size in value)}]"
+    return "not set" if value is None else repr(value)
 
 
 def _take(file: TextIO, kind: int, folder: Path) -> None:

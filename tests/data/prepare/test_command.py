@@ -159,6 +159,12 @@ def test_nothing_usable_is_an_error_with_the_reasons(codec: str, tmp_path: Path)
     (source / "a.txt").write_text("wide")
     with pytest.raises(UserError, match=r"no clip could be used: 1 too short; .*skipped.jsonl"):
         run(make_config(codec, source, tmp_path / "out"))
+    # Nothing is encoded, so that neither other settings nor better clips need another folder.
+    with pytest.raises(UserError, match="no clip could be used"):
+        run(make_config(codec, source, tmp_path / "out", min_size=1000))
+    write_video(source / "a.mp4", [1] * 20)
+    run(make_config(codec, source, tmp_path / "out"))
+    assert len(ShardSet.open(str(tmp_path / "out"))) == 1
 
 
 def test_prompts_need_no_video(codec: str, tmp_path: Path) -> None:
