@@ -94,7 +94,9 @@ class ShardSet:
     def open(
         cls, location: str, cache: str | None = None, cache_gib: float = 100.0, generation: int | None = None
     ) -> ShardSet:
-        """Open a folder, a URL prefix, or a URL with `{}` for the file's name. Of several buckets, open the first.
+        """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
+
+        If there are several buckets, this opens the first one that has samples.
 
         Args:
             location: folder or URL.
@@ -117,7 +119,9 @@ class ShardSet:
         texts = parse_prompt_texts(_read(folder, location, manifest.text), manifest, f"{location}/{manifest.text}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
-        return cls(location, folder, manifest, texts, grown.generations, 0 if manifest.buckets else None)
+        shards = cls(location, folder, manifest, texts, grown.generations)
+        filled = [size for size, count in manifest.counts.items() if count]
+        return shards.of_size(filled[0]) if filled else shards
 
     @property
     def _shapes(self) -> list[object]:

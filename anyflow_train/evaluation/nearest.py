@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.data.held_out import good_samples
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
@@ -51,8 +52,10 @@ class TrainingSet:
 
 def open_training(location: str, held_out: ShardSet) -> ShardSet:
     """Open the training shards. Raises UserError if their latents cannot be compared with the held-out ones."""
-    shards = ShardSet.open(location)
-    found, wanted = shards.manifest, held_out.manifest
+    shards, wanted = ShardSet.open(location), held_out.manifest
+    for size in {*shards.manifest.clip_sizes} & {ClipSize(wanted.frames or 0, wanted.height or 0, wanted.width or 0)}:
+        shards = shards.of_size(size)
+    found = shards.manifest
     if found.latent_shape != wanted.latent_shape:
         problem = f"{location} has latents {found.latent_shape}, but held_out has {wanted.latent_shape}"
         raise UserError("training_shards", f"{problem}; name the shards that the models were trained on")
