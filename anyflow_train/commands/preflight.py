@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.derived import needs_teacher
 from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
@@ -49,10 +51,13 @@ def check_files(config: RunConfig) -> Preflight:
     networks |= {"teacher.source": config.teacher.source} if needs_teacher(config) else {}
     networks |= {"on_policy.fake_score.init": matching.fake_score.init} if matching else {}
     work = [(_shards, "data.shards", location) for location in data.locations]
+    work += [(_buckets, "data.buckets", "")]
     work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
     work += [(_network, key, source) for key, source in networks.items()]
-    work += [(_buckets, "data.buckets", ""), (_disk, "out", config.out)]
+    work += [(_disk, "out", config.out)]
     for read, key, source in work:
+        if read is _buckets and errors:
+            continue  # samples are counted in shards that fit
         try:
             for warning in read(config, key, source) if source is not None else ():
                 warnings.append(UserError(key, warning))
@@ -88,14 +93,21 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
         yield f"'{location}' has {manifest.samples} clips, but evaluation.samples={wanted}: its captions are used again"
 
 
-def _buckets(config: RunConfig, key: str, _location: str) -> Iterable[str]:
+def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:
     paths = [Path(location) / MANIFEST for location in config.data.locations]
-    if config.data.buckets and all(path.is_file() for path in paths):
-        held = {size for path in paths for size in parse_manifest(path.read_bytes(), str(path)).clip_sizes}
-        if missing := [str(size) for size in config.data.buckets if size not in held]:
-            problem = f"data.shards holds no clips of {', '.join(missing)}"
-            raise UserError(key, f"{problem}; remove them, or add shards that do")
-    return ()
+    if not config.objective.uses_clips or not all(path.is_file() for path in paths):
+        return
+    held, sizes = Counter[ClipSize](), config.data.sizes
+    for path in paths:
+        held.update(parse_manifest(path.read_bytes(), str(path)).counts)
+    named = ", ".join(str(size) for size, count in held.items() if count)
+    if missing := [str(size) for size in sizes if not held[size]]:
+        problem = f"data.shards holds no clips of {', '.join(missing)}, only of {named}"
+        advice = "remove the others" if config.data.buckets else "set it to some of these"
+        raise UserError(key, f"{problem}; {advice}, or add shards that do")
+    if unused := {size: count for size, count in held.items() if count and size not in sizes}:
+        count = f"{sum(unused.values())} of {held.total()} samples"
+        yield f"{count} are not used, as they are {', '.join(map(str, unused))}; name all sizes to train on"
 
 
 def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:

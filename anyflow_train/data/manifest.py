@@ -156,6 +156,14 @@ class Manifest(Model):
         digit = DIGITS[bucket]
         return [place for place, found in enumerate(info.buckets) if found == digit and place not in lost]
 
+    @property
+    def counts(self) -> dict[ClipSize, int]:
+        """Number of samples of each size; nothing for prompts."""
+        if not self.buckets:
+            return dict.fromkeys(self.clip_sizes, self.samples)
+        shards = range(len(self.shards))
+        return {one: sum(len(self.places(n, bucket)) for n in shards) for bucket, one in enumerate(self.clip_sizes)}
+
     def of(self, bucket: int | None) -> Manifest:
         """Return the manifest with the size of one of its buckets as its own."""
         return self if bucket is None else self.model_copy(update=dict(self.buckets[bucket]))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow_train.commands.preflight import check_files
 from anyflow_train.config.base import ClipSize
 from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import Data, RunConfig
@@ -22,6 +23,7 @@ from anyflow_train.data.order import SampleOrder
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample, ShardSet
 from anyflow_train.errors import UserError
+from anyflow_train.evaluation import nearest
 from tests.data.helpers import TEXT_DIM, make_manifest, take
 from tests.shards import write_shards
 from tests.training.helpers import settings
@@ -134,3 +136,31 @@ def test_sizes_that_shards_lack_are_refused(data: Data, tmp_path: Path) -> None:
     other: dict[str, Any] = {"buckets": (), "height": 48}
     with pytest.raises(UserError, match="5x32x32; 5x16x48; 1x32x32, but this run needs 5x48x32"):
         check_compatible(manifest, data.model_copy(update=other), architecture, None)
+
+
+def test_a_folder_opens_at_its_first_bucket_with_samples(data: Data, tmp_path: Path) -> None:
+    shards = ShardSet.open(write(tmp_path / "c", [[WIDE, WIDE]]))
+    assert (len(shards), shards.manifest.latent_shape) == (2, SHAPES[WIDE])
+    # Training clips are compared with held-out ones of their size, whatever the order of the buckets.
+    training = nearest.open_training(str(tmp_path / "a"), shards)
+    assert [training.read(index).key for index in range(len(training))] == ["a-1", "a-4"]
+
+
+def test_check_finds_buckets_without_clips_and_counts_clips_without_a_bucket(data: Data, tmp_path: Path) -> None:
+    def found(**changes: object) -> list[str]:
+        config = RunConfig.model_validate(settings(tmp_path, student__init=None))
+        architecture = config.student.architecture.model_copy(update={"in_channels": 3, "text_dim": TEXT_DIM})
+        student = config.student.model_copy(update={"architecture": architecture})
+        changed = {"data": data.model_copy(update=changes), "student": student}
+        files = check_files(config.model_copy(update=changed))
+        return [str(one) for one in (*files.errors, *files.warnings) if one.where == "data.buckets"]
+
+    assert found() == []
+    alone = str(tmp_path / "b")
+    (missing,) = found(shards=alone)
+    assert "data.shards holds no clips of 5x16x48, only of 5x32x32, 1x32x32; remove the others" in missing
+    (unset,) = found(shards=alone, buckets=(), height=16, width=48)
+    assert "; set it to some of these, or add shards that do" in unset
+    (unused,) = found(buckets=(BIG, PICTURE))
+    assert "2 of 10 samples are not used, as they are 5x16x48; name all sizes to train on" in unused
+    assert "6 of 10 samples are not used" in found(buckets=())[0]

@@ -52,7 +52,8 @@ def run_sizes(config: RunConfig) -> Iterator[Finding]:
         yield Finding((key,), f"{_listed(data.buckets)} names a size twice; name each one once")
     if data.buckets and data.size not in data.buckets:
         problem = f"{_listed(data.buckets)} does not have {data.size}, the size of validation"
-        yield Finding((key, "data.frames", "data.height", "data.width"), f"{problem}; add it, or set these keys")
+        advice = "add it, or set data.frames, data.height and data.width to one of them"
+        yield Finding((key, "data.frames", "data.height", "data.width"), f"{problem}; {advice}")
     if len(data.buckets) > 1 and (config.on_policy.matching or not config.objective.uses_clips):
         used = "on_policy.kind" if config.on_policy.matching else "objective.source"
         problem = f"{_listed(data.buckets)} is only for clips, but this run makes its own samples"
