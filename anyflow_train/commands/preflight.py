@@ -88,9 +88,10 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
             raise UserError(key, f"{folder / shard.name} {found}; copy it again, or prepare the shards again")
     if not manifest.samples:
         raise UserError(key, f"'{location}' contains no samples")
-    if held_out and manifest.samples < config.evaluation.samples:
+    count = manifest.counts.get(config.data.size, manifest.samples)
+    if held_out and count < config.evaluation.samples:
         wanted = config.evaluation.samples
-        yield f"'{location}' has {manifest.samples} clips, but evaluation.samples={wanted}: its captions are used again"
+        yield f"'{location}' has {count} clips, but evaluation.samples={wanted}: its captions are used again"
 
 
 def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:

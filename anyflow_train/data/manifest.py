@@ -265,8 +265,8 @@ def check_compatible(
     found, wanted = manifest.clip_sizes, data.sizes if key == "data.shards" else (data.size,)
     if len(found) + len(wanted) > 2 and not {*found} & {*wanted}:
         sizes, held = ("; ".join(map(str, several)) for several in (wanted, found))
-        problem = f"the sizes of {key} are {held}, but this run needs {sizes}; set data.buckets to some of theirs"
-        raise UserError(key, problem)
+        advice = "data.buckets to some of them" if key == "data.shards" else "data.frames, ... to one of them"
+        raise UserError(key, f"the sizes of {key} are {held}, but this run needs {sizes}; set {advice}")
     pairs = [
         ("data.frames", data.frames, manifest.frames, "frames"),
         ("data.height", data.height, manifest.height, "pixels high"),

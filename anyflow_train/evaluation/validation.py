@@ -293,7 +293,8 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     check_compatible(shards.manifest, config.data, config.student.architecture, vae, key)
     shards = shards.of_size(config.data.size)
     if len(shards) < 2:
-        raise UserError(key, f"{location} holds {len(shards)} sample, but a distance needs two or more")
+        problem = f"{location} holds {len(shards)} clips of {config.data.size}"
+        raise UserError(key, f"{problem}, but a distance needs two or more")
     return load_samples(shards, min(len(shards), MOST_HELD_OUT))
 
 

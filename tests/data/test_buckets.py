@@ -136,6 +136,8 @@ def test_sizes_that_shards_lack_are_refused(data: Data, tmp_path: Path) -> None:
     other: dict[str, Any] = {"buckets": (), "height": 48}
     with pytest.raises(UserError, match="5x32x32; 5x16x48; 1x32x32, but this run needs 5x48x32"):
         check_compatible(manifest, data.model_copy(update=other), architecture, None)
+    with pytest.raises(UserError, match=r"evaluation.held_out are .*; set data.frames, ... to one of them"):
+        check_compatible(manifest, data.model_copy(update={"height": 48}), architecture, None, "evaluation.held_out")
 
 
 def test_a_folder_opens_at_its_first_bucket_with_samples(data: Data, tmp_path: Path) -> None:

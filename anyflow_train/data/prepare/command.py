@@ -110,6 +110,11 @@ class PrepareJob:
         """Shards that this process encodes."""
         return [shard for shard in self.round.shards if shard.origin is None][self.workers.rank :: self.workers.size]
 
+    @property
+    def copies(self) -> list[ShardPlan]:
+        """Shards that this process copies from others."""
+        return [shard for shard in self.round.shards if shard.origin is not None and self.workers.is_main]
+
     def progress(self, task: str) -> ClipProgress:
         """Count the clips of all processes in a task."""
         done, left = self.round.done, _clips(self.round.shards)
@@ -160,16 +165,15 @@ def _encode_texts(job: PrepareJob) -> None:
         prompts = job.plan.ledger().generations[-1].prompts
         encode_prompts(codec, folder / job.round.text, prompts.negative, prompts.validation, config.max_text_length)
     with job.progress("texts") as progress:
-        progress.advance(_clips(job.shards) - _clips(without_texts))
+        progress.advance(_clips([*job.shards, *job.copies]) - _clips(without_texts))
         encode_shard_texts(codec, folder, without_texts, config.max_text_length, progress)
 
 
 def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     config, folder = job.config, job.plan.folder
-    for shard in job.round.shards if job.workers.is_main else ():
-        if shard.origin is not None:
-            copy_shard(folder, shard.name, shard.origin, frozenset(clip.key for clip in shard.clips))
-            progress.advance(len(shard.clips))
+    for shard in job.copies:
+        copy_shard(folder, shard.name, shard.origin or "", frozenset(clip.key for clip in shard.clips))
+        progress.advance(len(shard.clips))
     if config.teacher is not None and job.shards:
         assert job.load_teacher is not None
         with safe_open(folder / job.round.text, "pt") as texts:

@@ -135,10 +135,14 @@ def test_prepare_cuts_windows_into_buckets_and_grows(folder: Path, capsys: pytes
     old = ShardSet.open(str(folder / "out"), generation=0).of_all_sizes()
     assert [old.key(index) for index in range(len(old))] == keys
     (folder / "clips" / "c.png").unlink()
+    write_video(folder / "clips" / "d.mp4", [1] * 6, 8, (32, 32))
+    (folder / "clips" / "d.txt").write_text("d")
+    capsys.readouterr()
     pruned = prepare(folder, prune=True).of_all_sizes()
-    assert sorted(pruned.key(index) for index in range(len(pruned))) == ["a@w00", "b@w00", "b@w01"]
-    assert [len(pruned.of_size(size)) for size in pruned.manifest.clip_sizes] == [1, 2, 0]
-    place = next(index for index in range(3) if pruned.key(index) == "b@w00")
+    assert "texts: 2/2 clips" in capsys.readouterr().err  # d is encoded, and b is copied
+    assert sorted(pruned.key(index) for index in range(len(pruned))) == ["a@w00", "b@w00", "b@w01", "d@w00", "d@w01"]
+    assert [len(pruned.of_size(size)) for size in pruned.manifest.clip_sizes] == [3, 2, 0]
+    place = next(index for index in range(5) if pruned.key(index) == "b@w00")
     assert torch.equal(pruned.read(place).latents, bytes_of_b)  # pyright: ignore[reportArgumentType] (video)
 
 
