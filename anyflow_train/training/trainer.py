@@ -175,8 +175,8 @@ class Trainer:
         if self.validator is None or done or not self._due(self.config.evaluation.every):
             return
         folder = self.directory.validation(self.state.step)
-        with self._activity.untimed("validating"), self.progress.phase("validating"):
-            validation = self.validator(self.recipe.averaged, folder, self._should_stop)
+        with self._activity.untimed("validating"), self.progress.phase("validating") as show:
+            validation = self.validator(self.recipe.averaged, folder, self._should_stop, show)
         if validation is None:
             return
         metrics = validation.metrics
