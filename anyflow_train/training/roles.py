@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
 from anyflow_train.config.run import RunConfig
+from anyflow_train.devices import DTYPES
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.models.backbone import Backbone
@@ -64,10 +65,11 @@ def build_roles(config: RunConfig, world: World, materials: Materials = REAL) ->
     settings, shape = config.on_policy.matching, config.student.architecture
     if shares_base(config):
         return _on_one_base(config, world, materials)
-    student = _role_network(start_student(config.student, config.seed, world, materials), config, world)
+    dtype = DTYPES[config.engine.stored_frozen]
+    student = _role_network(start_student(config.student, config.seed, world, materials, dtype), config, world)
     if not needs_teacher(config):
         return RoleNetworks(student, None, None)
-    frozen = start_teacher(config.teacher.source, shape, world, materials)
+    frozen = start_teacher(config.teacher.source, shape, world, materials, dtype)
     if config.engine.fp8 == "frozen":
         store_in_fp8(frozen)
     fake_score = None
@@ -85,7 +87,7 @@ def _role_network(network: Backbone, config: RunConfig, world: World) -> RoleNet
 
 def _on_one_base(config: RunConfig, world: World, materials: Materials) -> RoleNetworks:
     """Build the student, and the fake score if there is one, as adapters on the teacher's frozen network."""
-    shared = start_shared(config.student, config.seed, world, materials)
+    shared = start_shared(config.student, config.seed, world, materials, DTYPES[config.engine.stored_frozen])
     shared.compiled = config.engine.compile
     network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
     if fake_adapter is not None:

@@ -1,4 +1,4 @@
-"""Rules for fp8."""
+"""Rules for the precision of frozen weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from anyflow_train.config.run import RunConfig
 KEY = "engine.fp8"
 # GPU kernels require rows and columns that are multiples of this.
 MULTIPLE = 16
+
+
+def frozen(config: RunConfig) -> Iterator[Finding]:
+    """Check that frozen weights are not rounded in a run that computes in float32."""
+    if config.engine.precision == "fp32" and config.engine.frozen_precision == "bf16":
+        problem = "bf16 rounds the frozen weights of a run in which engine.precision=fp32; set it to fp32 or null"
+        yield Finding(("engine.frozen_precision", "engine.precision"), problem)
 
 
 def fp8(config: RunConfig) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "engine.threads",
     "engine.micro_batch",
     "engine.attention",
+    "engine.frozen_precision",
     "engine.compile",
     "engine.sequence_parallel",
     "engine.timeout_seconds",
