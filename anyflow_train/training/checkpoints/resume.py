@@ -50,6 +50,7 @@ FREE_KEYS = (
     "engine.sequence_parallel",
     "engine.timeout_seconds",
     "student.gradient_checkpointing",
+    "on_policy.backward",
     "teacher.codec",
 )
 
