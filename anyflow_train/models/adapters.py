@@ -17,7 +17,7 @@ from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.devices import on_device
-from anyflow_train.models.fused import transformed
+from anyflow_train.models.kernels import transformed
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Backbone)
 _ONLY = "adapter"
