@@ -58,6 +58,11 @@ def duration(seconds: float) -> str:
     return f"{days}d {clock.zfill(8)}" if days else clock
 
 
+def memory_size(size: float) -> str:
+    """Format a number of bytes: `24.02 GiB`, or `4.3 MiB` where two decimals would show little of it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def calls(count: int) -> str:
     """Format a number of calls: `1 call`, `4 calls`."""
     return f"{count} call{'s' * (count != 1)}"

@@ -23,12 +23,12 @@ from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts,
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import check_writable, existing_part
+from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.differences import differences, mismatches, other_interface
 
 BYTES_PER_PARAMETER = 16
 """A checkpoint holds a float32 master, an average and two moments of every trained parameter."""
-GIB = 2**30
 HUB_SECONDS = 5.0
 
 
@@ -165,8 +165,8 @@ def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
     free = shutil.disk_usage(existing_part(out)).free
     copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
-        needed = f"{copies} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep})"
-        yield f"'{config.out}' has {free / GIB:.1f} GiB of free disk, but {needed} need more; free some space"
+        needed = f"{copies} checkpoints of {memory_size(size)} (checkpoint.keep={config.checkpoint.keep})"
+        yield f"'{config.out}' has {memory_size(free)} of free disk, but {needed} need more; free some space"
 
 
 def trained_parameters(config: RunConfig) -> int:

@@ -378,7 +378,7 @@ class EvaluateConfig(Model):
     renamed: ClassVar[Mapping[str, str]] = {"steps": "calls"}
 
     out: str
-    models: tuple[str, ...]
+    models: Texts
     held_out: str
     teacher: str
     codec: str | None = None

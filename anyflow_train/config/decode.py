@@ -163,4 +163,5 @@ def _show(value: Any) -> str:
 
 def _plain_words(message: str) -> str:
     words = message.replace("Tuple", "list").replace("after validation, ", "").replace("Input", "it")
+    words = words.replace("valid array", "list").replace("valid dictionary", "mapping of keys to values")
     return words[:1].lower() + words[1:]

@@ -15,6 +15,7 @@ from anyflow_train.plan.fit import Setting
 from anyflow_train.plan.memory import GIB, Memory
 from anyflow_train.plan.meter import BACKWARD, Work
 from anyflow_train.plan.validation import STUDENT, TEACHER, compared_samples
+from anyflow_train.text import memory_size
 from anyflow_train.training.gpus import GPUS, TERA, Gpu
 
 HOUR, MINUTE = 3600, 60
@@ -91,18 +92,18 @@ def _operations(found: DryRun) -> Iterator[str]:
         role = part.removesuffix(BACKWARD)
         samples = found.samples.get(f"{role}, forward" if part.endswith(BACKWARD) else part, 0)
         note = ", in float32" if wide else ""
-        yield _row(name, _tera(count), f"{count / whole:4.0%}", f"{round(samples, 1):g} samples{note}")
+        yield _row(name, _flop(count), f"{count / whole:4.0%}", f"{round(samples, 1):g} samples{note}")
     share = found.work / whole
-    yield _row("all", _tera(whole), "100%", f"{share:.0%} of it is work, the rest is computed again by checkpointing")
+    yield _row("all", _flop(whole), "100%", f"{share:.0%} of it is work, the rest is computed again by checkpointing")
 
 
 def _memory(memory: Memory, have: float, gpus: int) -> Iterator[str]:
     for name, size in memory.parts:
-        yield _row(name, _gib(size))
+        yield _row(name, memory_size(size))
     fits = "fits" if memory.total <= have * GIB else "does not fit"
-    yield _row("all", _gib(memory.total), f"of {have:g} GiB: {fits}")
+    yield _row("all", memory_size(memory.total), f"of {have:g} GiB: {fits}")
     if memory.host:
-        yield _row("in the host's memory, all GPUs of a node", _gib(memory.host * gpus))
+        yield _row("in the host's memory, all GPUs of a node", memory_size(memory.host * gpus))
 
 
 def _time(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
@@ -110,13 +111,14 @@ def _time(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[st
     by_precision = step_seconds(found.operations, gpu, options.world, options.utilisation)
     seconds = sum(by_precision.values())
     peak = f"{options.utilisation:.0%} of {gpu.bf16:g} TFLOP/s (bfloat16) and {gpu.fp32:g} (float32)"
-    yield _row("a step", f"{seconds:.1f} s", f"at {peak}")
+    yield _row("a step", _seconds(seconds), f"at {peak}")
     wide = by_precision["float32"]
     if wide / seconds > SHOWN and config.engine.precision == "bf16":
-        yield _row("of it in float32", f"{wide:.1f} s", f"{wide / seconds:.0%}: objective.derivative_precision")
+        yield _row("of it in float32", _seconds(wide), f"{wide / seconds:.0%}: objective.derivative_precision")
     hours = config.steps * seconds / HOUR
     gpu_hours = hours * options.world
-    yield _row(f"{config.steps:,} steps", f"{hours:,.1f} h", f"{gpu_hours:,.0f} GPU-hours, without validation")
+    whole = f"{hours:,.1f} h" if hours >= 1 else f"{hours * HOUR / MINUTE:.1f} min"
+    yield _row(f"{config.steps:,} steps", whole, f"{gpu_hours:,.0f} GPU-hours, without validation")
     for name, sampling in _validation(config, options, found):
         yield _row(name, f"{sampling / MINUTE:,.1f} min", "without decoding")
     if options.price is not None:
@@ -147,9 +149,9 @@ def _row(name: str, value: str, *notes: str) -> str:
     return f"  {name:<42}{value:>14}  {cells}".rstrip() if notes else f"  {name:<42}{value:>14}"
 
 
-def _tera(flops: float) -> str:
-    return f"{flops / TERA:,.1f} TFLOP"
+def _flop(count: float) -> str:
+    return f"{count / TERA:,.1f} TFLOP" if count >= TERA else f"{1000 * count / TERA:,.1f} GFLOP"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

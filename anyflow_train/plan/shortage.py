@@ -8,7 +8,8 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.plan.dry_run import DryRun, dry_run
 from anyflow_train.plan.fit import nearest_fit
-from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.memory import plan_memory
+from anyflow_train.text import memory_size
 from anyflow_train.training.memory_check import GpuMemory
 
 
@@ -47,21 +48,18 @@ def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequen
         words = [change for change in setting.changes if not change.startswith("strategy=")]
         if setting.strategy != strategy:
             words.insert(0, f"launch/train.sh {setting.strategy}")
-        return f"the nearest setting that fits ({_gib(memory.total)}): {' '.join(words)}"
+        return f"the nearest setting that fits ({memory_size(memory.total)}): {' '.join(words)}"
 
     memory = plan_memory(config, found, strategy, world)
     lasting = sum(size for _, size in memory.state) - memory.assumed
     rank, gpu = min(enumerate(gpus), key=lambda item: item[1].total)
     if lasting > gpu.total:
-        problem = f"{_gib(lasting)} stay on each GPU from step to step (planned, {strategy} on {world}), and process"
-        raise UserError("GPU memory", f"{problem} {rank} ({gpu.host}) has {_gib(gpu.total)}; {advice(gpu.total)}")
+        lasts = f"{memory_size(lasting)} stay on each GPU from step to step (planned, {strategy} on {world})"
+        problem = f"{lasts}, and process {rank} ({gpu.host}) has {memory_size(gpu.total)}"
+        raise UserError("GPU memory", f"{problem}; {advice(gpu.total)}")
     rank, gpu = min(enumerate(gpus), key=lambda item: item[1].free)
     if memory.total <= gpu.free:
         return None
-    problem = f"GPU memory may not suffice: {_gib(memory.total)} are planned ({strategy} on {world}), "
-    problem += f"{_gib(memory.total - gpu.free)} more than process {rank} ({gpu.host}) has free"
-    return f"{problem} of its {_gib(gpu.total)}; {advice(gpu.free)}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+    problem = f"GPU memory may not suffice: {memory_size(memory.total)} are planned ({strategy} on {world}), "
+    problem += f"{memory_size(memory.total - gpu.free)} more than process {rank} ({gpu.host}) has free"
+    return f"{problem} of its {memory_size(gpu.total)}; {advice(gpu.free)}"

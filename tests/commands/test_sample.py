@@ -113,7 +113,7 @@ def test_a_sentence_that_was_cut_is_noticed():
     ("written", "problem"),
     [
         ("prompt_file=x.txt", "prompt_file: is now called prompts"),
-        ("prompts=3", "prompts: 3 is wrong: it should be a valid array"),
+        ("prompts=3", "prompts: 3 is wrong: it should be a list"),
         ("prompt=", "prompt: is empty"),
     ],
 )

@@ -260,3 +260,7 @@ def test_an_old_name_of_a_key_says_the_new_one(command: str, key: str, now: str)
 
 def test_the_model_of_an_export_has_an_alias() -> None:
     assert compose("export", ["checkpoint=runs/a", "out=b"]).model == "runs/a"
+
+
+def test_one_model_need_not_be_a_list() -> None:
+    assert compose("evaluate", ["out=x", "held_out=y", "teacher=z", "models=runs/a"]).models == ("runs/a",)

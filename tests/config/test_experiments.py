@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,6 +33,14 @@ NEEDED = {
 }
 
 
+@cache
+def composed(name: str) -> Any:
+    """The config of an experiment. Most tests look at the same ones, and each takes Hydra a quarter of a second."""
+    command = EXPERIMENTS[name].command
+    assert command is not None
+    return compose(command, [f"experiment={name}", *NEEDED.get(command, [])])
+
+
 def test_every_experiment_says_its_command() -> None:
     assert {choice.command for choice in EXPERIMENTS.values()} <= set(MODELS)
 
@@ -40,7 +49,7 @@ def test_every_experiment_says_its_command() -> None:
 def test_composes(name: str) -> None:
     command = EXPERIMENTS[name].command
     assert command is not None
-    config = compose(command, [f"experiment={name}", *NEEDED.get(command, [])])
+    config = composed(name)
     assert isinstance(config, MODELS[command])
     # What is saved in a run directory is read back as it was.
     assert type(config).model_validate_json(config.model_dump_json(), strict=True) == config
@@ -48,7 +57,7 @@ def test_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_derive(name: str) -> None:
-    config: RunConfig = compose("train", [f"experiment={name}"])
+    config: RunConfig = composed(name)
     assert config.name == name
     size, accumulation, micro_batch = re.findall(r"(\d+) (?:=|acc|mic)", dict(table(config, 1))["global batch"])
     assert int(size) == int(accumulation) * int(micro_batch) == config.engine.global_batch
@@ -64,7 +73,7 @@ def test_runs_derive(name: str) -> None:
 def test_published_hyperparameters(
     size: str, stage: str, steps: int, batch: int, micro: int, heads: int, layers: int, ffn: int
 ) -> None:
-    config: RunConfig = compose("train", [f"experiment=wan{size}_{stage}"])
+    config: RunConfig = composed(f"wan{size}_{stage}")
     shape, optimizer = config.student.architecture, config.optimizer
     assert (shape.num_attention_heads, shape.attention_head_dim, shape.num_layers, shape.ffn_dim) == (
         (heads, 128, layers, ffn)
@@ -85,14 +94,14 @@ def test_published_hyperparameters(
 
 @pytest.mark.parametrize("name", ["wan1_3b_teacher", "wan14b_teacher", "tiny_teacher"])
 def test_teachers_are_plain_flow_matching_without_a_second_time(name: str) -> None:
-    config: RunConfig = compose("train", [f"experiment={name}"])
+    config: RunConfig = composed(name)
     assert isinstance(config.objective, FlowMatching)
     assert config.student.gate_value == 0
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.endswith("_reference")])
 def test_references_are_as_published(name: str) -> None:
-    config: RunConfig = compose("train", [f"experiment={name}"])
+    config: RunConfig = composed(name)
     assert config.objective == FlowMap(
         kind="flow_map",
         guidance="prediction",
@@ -115,8 +124,8 @@ def test_references_are_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.endswith("_reference")])
 def test_reference_twins_differ_only_where_the_published_recipe_does(name: str) -> None:
-    reference: RunConfig = compose("train", [f"experiment={name}"])
-    ours: RunConfig = compose("train", [f"experiment={name.removesuffix('_reference')}"])
+    reference: RunConfig = composed(name)
+    ours: RunConfig = composed(name.removesuffix("_reference"))
     differing = {key for key, value in reference.model_dump().items() if value != ours.model_dump()[key]}
     assert differing <= {"name", "student", "objective", "times", "on_policy", "engine"}
 
@@ -155,8 +164,8 @@ STAGES = ("teacher", "forward", "on_policy", "causal", "causal_on_policy")
 def test_stage_model_and_recipe_name_an_experiment(model: str, recipe: str) -> None:
     for stage in STAGES[1:] if recipe == "reference" else STAGES:
         name = f"{model}_{stage}" + ("" if recipe == "default" else "_reference")
-        composed = compose("train", [f"experiment={stage}", f"model={model}", f"recipe={recipe}"])
-        assert composed == compose("train", [f"experiment={name}"])
+        found = compose("train", [f"experiment={stage}", f"model={model}", f"recipe={recipe}"])
+        assert found == composed(name)
     assert compose("train", ["experiment=forward", "steps=7"]).name == "wan1_3b_forward"
 
 
@@ -166,8 +175,8 @@ def test_tiny_has_the_names_of_its_stages_too() -> None:
         ("on_policy", "tiny_on_policy"),
         ("causal_teacher", "tiny_causal_teacher"),
     ):
-        composed = compose("train", [f"experiment={stage}", "model=tiny"])
-        assert composed.model_copy(update={"name": name}) == compose("train", [f"experiment={name}"])
+        found = compose("train", [f"experiment={stage}", "model=tiny"])
+        assert found.model_copy(update={"name": name}) == composed(name)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from anyflow_train.data.order import SampleOrder, step_text_length
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from tests.data.helpers import alone, make_shards, numbers, take
+from tests.data.prepare import crews
 
 GLOBAL = 8
 
@@ -168,8 +169,7 @@ def read_for_ever(location: str, steps: Connection) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_reader_is_gone_at_once(shards: ShardSet, number: signal.Signals) -> None:
     steps, end = multiprocessing.Pipe(duplex=False)
-    reader = multiprocessing.get_context("fork").Process(target=read_for_ever, args=(shards.location, end))
-    reader.start()
+    reader = crews.begin(read_for_ever, shards.location, end)
     assert steps.recv() == "step"
     os.kill(reader.pid or 0, number)
     reader.join(timeout=60)

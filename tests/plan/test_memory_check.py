@@ -55,8 +55,8 @@ def test_one_gpu_that_is_short_is_named_with_what_is_missing_and_what_fits() -> 
     text = memory_warning(*plain(), "ddp", found)
     assert text is not None
     assert "process 5 (node1)" in text
-    assert ", 2.0 GiB more than process 5" in text
-    assert "free of its 80.0 GiB" in text
+    assert ", 2.00 GiB more than process 5" in text
+    assert "free of its 80.00 GiB" in text
     assert text.endswith("engine.micro_batch=1")
 
 

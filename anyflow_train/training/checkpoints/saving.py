@@ -16,6 +16,7 @@ from torch import Tensor
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import NO_ROOM, UserError
 from anyflow_train.files import existing_part
+from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.reading import list_checkpoints
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
@@ -69,7 +70,7 @@ class Saver:
         place = existing_part(self._folder)
         free, needed = shutil.disk_usage(place).free, size * max(count - len(found), 1)
         if free < needed:
-            problem = f"{place} has {_gib(free)} of free space, but a checkpoint takes {_gib(size)}"
+            problem = f"{place} has {memory_size(free)} of free space, but a checkpoint takes {memory_size(size)}"
             advice = f"the run keeps up to {count} of them; free some space, or lower checkpoint.keep"
             self._say(f"warning: {problem}, and {advice}")
 
@@ -118,14 +119,16 @@ class Saver:
     def _begin(self, state: TrainState, adam_steps: Mapping[str, int], streams: Tensors, size: int) -> None:
         free = free_memory()
         if size > COPY_SHARE * free:
-            problem = f"a copy of {_gib(size)} would take more than half of the {_gib(free)} of free memory"
+            problem = (
+                f"a copy of {memory_size(size)} would take more than half of the {memory_size(free)} of free memory"
+            )
             self._say_once(f"training pauses while checkpoints are written: {problem}")
             try:
                 self._write(state, adam_steps, streams)
             finally:
                 _read_rest(streams)  # otherwise the other processes would wait forever
             return
-        self._say_once(f"checkpoints are written in the background, from a copy of {_gib(size)} in memory")
+        self._say_once(f"checkpoints are written in the background, from a copy of {memory_size(size)} in memory")
         copies = {group: _drained(deque(_copied(tensors))) for group, tensors in streams.items()}
         self._writing = self._thread.submit(self._write, state, adam_steps, copies)
 
@@ -200,7 +203,3 @@ def _read_rest(streams: Tensors) -> None:
     """Read the remaining tensors and drop them: every process must take part in reading every tensor."""
     for tensors in streams.values():
         deque(tensors, maxlen=0)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,30 @@ from anyflow_train.data.prepare.command import run
 from anyflow_train.errors import UserError
 from tests.data.prepare.videos import held
 
+_CLEAN = multiprocessing.get_context("forkserver")
+_CLEAN.set_forkserver_preload([__name__])
+
 
 def start(configs: list[PrepareConfig], log: Path) -> list[BaseProcess]:
     """Start one process for each config. All of them print to one file."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    crew: list[BaseProcess] = [
-        context.Process(target=_work, args=(rank, len(configs), port, log, config), daemon=True)
-        for rank, config in enumerate(configs)
-    ]
-    for process in crew:
-        process.start()
-    return crew
+    return [begin(_work, rank, len(configs), port, log, config) for rank, config in enumerate(configs)]
+
+
+def begin(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a function in a process of its own: no lock that a thread of the tests may hold is copied into it."""
+    process = _CLEAN.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def prepare_interruptibly(config: PrepareConfig) -> None:
+    """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command.read_clip = held
+    run(config)
 
 
 def finish(crew: list[BaseProcess]) -> list[int | None]:
@@ -48,11 +58,8 @@ def changes(config: PrepareConfig, kill_at: int | None = None) -> tuple[int, int
     Returns:
         Number of its changes of the file system, and its exit code.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    counted = context.Value("i", 0)
-    job = context.Process(target=_prepare_and_count, args=(config, kill_at, counted), daemon=True)
-    job.start()
+    counted = _CLEAN.Value("i", 0)
+    job = begin(_prepare_and_count, config, kill_at, counted)
     job.join(100)
     return counted.value, job.exitcode
 

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,14 +14,14 @@ from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.held_out import load_samples
 from anyflow_train.data.manifest import check_compatible
-from anyflow_train.data.prepare import command
 from anyflow_train.data.prepare.command import run
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.models.codec import Codec
 from anyflow_train.tiny.clips import write_clips
-from tests.data.prepare.videos import held, hold, real_clip, write_video
+from tests.data.prepare import crews
+from tests.data.prepare.videos import hold, real_clip, write_video
 
 SETTINGS = {
     "frames": 5,
@@ -197,13 +196,6 @@ def release(pipe: Path) -> None:
         time.sleep(0.05)
 
 
-def run_interruptibly(config: PrepareConfig) -> None:
-    """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    command.read_clip = held
-    run(config)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_job_continues_to_the_same_bytes(
     codec: str, clips: Path, tmp_path: Path, number: signal.Signals
@@ -213,9 +205,7 @@ def test_a_killed_job_continues_to_the_same_bytes(
     # The last clip of the second shard cannot be read, so the job waits there forever.
     fifo = hold(source / "00005.mp4")
     config = make_config(codec, source, out, threads=1)
-    # A fork, as imports alone can take half a minute on a busy machine; one thread, as OpenMP does not survive it.
-    job = multiprocessing.get_context("fork").Process(target=run_interruptibly, args=(config,))
-    job.start()
+    job = crews.begin(crews.prepare_interruptibly, config)
     while not (out / "shard-000000.index.json").exists():
         assert job.is_alive()
         time.sleep(0.01)

@@ -77,7 +77,7 @@ def test_training_on_does_not_change_what_is_saved(
     found = torch.zeros(2, 3)
     restore_tensors(tmp_path / "checkpoints" / "step_00000001", "weights", {"w": Entry.of(found)})
     assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
-    assert lines == ["checkpoints are written in the background, from a copy of 0.0 GiB in memory"]
+    assert lines == ["checkpoints are written in the background, from a copy of 0.0 MiB in memory"]
 
 
 def test_a_save_waits_for_the_one_before_and_says_so(
@@ -249,4 +249,4 @@ def test_too_little_space_is_said_before_the_first_step(
         monkeypatch.setattr(saving.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=int(free * 2**30)))
         saver.check_room(groups)
         assert len(lines) == said
-    assert "has 5.5 GiB of free space, but a checkpoint takes 1.0 GiB, and the run keeps up to 6 of them" in lines[0]
+    assert "has 5.50 GiB of free space, but a checkpoint takes 1.00 GiB, and the run keeps up to 6 of them" in lines[0]
