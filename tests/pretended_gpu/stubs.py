@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIBRARIES = ("torch_cuda", "c10_cuda", "torch_python", "torch_cuda_linalg", "caffe2_nvrtc", "torch_nvshmem", "torch_cpu")
+LIBRARIES = (
+    "torch_cuda",
+    "c10_cuda",
+    "torch_python",
+    "torch_cuda_linalg",
+    "caffe2_nvrtc",
+    "torch_nvshmem",
+    "torch_cpu",
+)
 DEFINED = re.compile(r"^(?:FAKE|cudaError_t|int|void|unsigned|void\*\*|const char\*)\s+\**(\w+)\s*\(", re.MULTILINE)
 IMPORTED = re.compile(r"(cuda[A-Z]|__cuda|cublas|nccl[A-Z]|cu[A-Z])\w*")
 
