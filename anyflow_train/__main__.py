@@ -62,6 +62,7 @@ COMMANDS = {
     "export": Command("export a checkpoint for diffusers or ComfyUI", "anyflow_train.export:run", subject="model"),
     "runs": Command("list runs, and delete what they do not need", "anyflow_train.commands.runs:run", subject="folder"),
     "watch": Command("watch runs in a browser", "anyflow_train.watch.server:run", subject="runs"),
+    "demo": Command("make clips on a page in the browser", "anyflow_train.demo.command:run", subject="model"),
     "report": Command("write the page of a run as one file", "anyflow_train.watch.report:run", subject="run"),
     "completion": Command(
         "print the completion script of bash or zsh", "anyflow_train.commands.completion:run", decoded=False

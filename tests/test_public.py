@@ -55,7 +55,7 @@ def test_a_student_is_loaded_and_sampled(tmp_path: Path, monkeypatch: pytest.Mon
     codec = Codec.load(student.codec_source, "cpu")
     condition = Condition(torch.stack(codec.encode_text(["red ball"])))
     noise = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    latents = sample(student.flow_map, noise, condition, steps=2, shift=student.sampling.shift)
+    latents = sample(student.flow_map, noise, condition, calls=2, shift=student.sampling.shift)
     video = codec.decode_video(latents)
 
     assert latents.shape == noise.shape

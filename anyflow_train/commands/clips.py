@@ -7,6 +7,7 @@ from pathlib import Path
 from anyflow_train.config.commands import ClipsConfig
 from anyflow_train.files import check_writable
 from anyflow_train.tiny.clips import write_clips
+from anyflow_train.training.reporting.tasks import TaskProgress
 
 
 def run(config: ClipsConfig) -> None:
@@ -16,5 +17,6 @@ def run(config: ClipsConfig) -> None:
         UserError: the folder cannot be written, or has clips of a different count or seed.
     """
     check_writable(Path(config.out))
-    paths = write_clips(Path(config.out), config.count, config.seed)
-    print(f"{len(paths)} clips with captions in {config.out}")
+    with TaskProgress("clips", config.count, config.log) as progress:
+        paths = write_clips(Path(config.out), config.count, config.seed, progress.advance)
+    progress.result(f"{len(paths)} clips with captions in {config.out}")

@@ -47,6 +47,7 @@ def candidates(words: Sequence[str]) -> Iterator[str]:
     from anyflow_train.config.groups import choices_for, find_groups, groups_of
     from anyflow_train.config.help import OF_A_RUN, OPTIONS
     from anyflow_train.config.keys import walk
+    from anyflow_train.config.stages import typed_choices
 
     base = "train" if command in OF_A_RUN else command
     if base not in MODELS:
@@ -54,7 +55,9 @@ def candidates(words: Sequence[str]) -> Iterator[str]:
     groups = groups_of(base, find_groups(config_folders(None)))
     key, equals, _ = last.partition("=")
     if equals:
-        found = [f"{key}={name}" for name in choices_for(base, key, groups.get(key, {}))]
+        found = [
+            f"{key}={name}" for name in choices_for(base, key, typed_choices(key, groups) if key in groups else {})
+        ]
     else:
         models = [MODELS[base], *([OPTIONS[command]] if command in OPTIONS else [])]
         found = [f"{name}=" for name in (*groups, *(name for model in models for name in walk(model, {})))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def check_files(config: RunConfig) -> Preflight:
     work = [(_shards, "data.shards", location) for location in data.locations]
     work += [(_shards, "evaluation.held_out", config.evaluation.held_out)] if config.evaluation.every else []
     work += [(_network, key, source) for key, source in networks.items()]
-    work += [(_disk, "out", config.out)]
+    work += [(_buckets, "data.buckets", ""), (_disk, "out", config.out)]
     for read, key, source in work:
         try:
             for warning in read(config, key, source) if source is not None else ():
@@ -86,6 +86,16 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
     if held_out and manifest.samples < config.evaluation.samples:
         wanted = config.evaluation.samples
         yield f"'{location}' has {manifest.samples} clips, but evaluation.samples={wanted}: its captions are used again"
+
+
+def _buckets(config: RunConfig, key: str, _location: str) -> Iterable[str]:
+    paths = [Path(location) / MANIFEST for location in config.data.locations]
+    if config.data.buckets and all(path.is_file() for path in paths):
+        held = {size for path in paths for size in parse_manifest(path.read_bytes(), str(path)).clip_sizes}
+        if missing := [str(size) for size in config.data.buckets if size not in held]:
+            problem = f"data.shards holds no clips of {', '.join(missing)}"
+            raise UserError(key, f"{problem}; remove them, or add shards that do")
+    return ()
 
 
 def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:

@@ -18,8 +18,9 @@ from anyflow_train.data.prepare.job import make_plan
 from anyflow_train.data.prepare.older import SETTINGS
 from anyflow_train.data.prepare.output_lock import compare_settings
 from anyflow_train.data.prepare.sources import format_counts
-from anyflow_train.data.prepare.video import ClipError, Limits, read_clip
+from anyflow_train.data.prepare.video import ClipError, read_windows
 from anyflow_train.data.prepare.videos import MakeLatents
+from anyflow_train.data.prepare.windows import Framing
 from anyflow_train.data.shards import Sample
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.evaluation.load import load_teacher, on_device
@@ -59,11 +60,11 @@ def dry_run(config: PrepareConfig) -> None:
         print(f"  not used: {format_counts(plan.source.unused)}")
     pending = {*changes.new, *changes.changed}
     clips = [clip for clip in plan.source.clips if clip.key in pending and clip.video is not None]
-    pictures, labels, limits = [], [], Limits(config.min_size, config.min_seconds, config.max_upscale)
+    pictures, labels, framing = [], [], Framing.of(config)
     for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
         assert clip.video is not None
         try:
-            pixels = read_clip(clip.video.seekable(), 1, config.height, config.width, config.fps, config.hdr, limits)
+            pixels = next(read_windows(clip.video.seekable(), clip.key, framing))[1][:, :1]
             labels.append(f"{clip.key}: {clip.read_caption()}"[:LABEL])
             pictures.append(to_frames(pixels)[0])
         except (ClipError, CaptionError, OSError) as error:

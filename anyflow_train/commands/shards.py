@@ -40,7 +40,7 @@ def run(config: ShardsConfig) -> int:
     Raises:
         UserError: the folder holds no shards, or the contact sheet cannot be made.
     """
-    shards = ShardSet.open(config.folder)
+    shards = ShardSet.open(config.folder).of_all_sizes()
     print("\n".join(_facts(shards)))
     bad: list[str] = []
     step = 1 if config.verify else max(1, len(shards) // MOST_READ)
@@ -62,7 +62,7 @@ def run(config: ShardsConfig) -> int:
         print("\n".join(f"  {count} x {printable(text[:100])}" for text, count in captions.most_common(MOST_NAMED)))
     print("\n".join(_equal_clips(shards, hashes)))
     if config.held_out is not None:
-        print("\n".join(_in_both(shards, ShardSet.open(config.held_out), hashes)))
+        print("\n".join(_in_both(shards, ShardSet.open(config.held_out).of_all_sizes(), hashes)))
     for line in bad[:MOST_NAMED]:
         print(f"bad sample: {line}")
     checked = f"{len(bad)} of {len(range(0, len(shards), step))} samples that were read are bad"
@@ -77,8 +77,11 @@ def _facts(shards: ShardSet) -> Iterator[str]:
     size = f", {sum(shard.bytes or 0 for shard in names) / MIB:.1f} MiB" if names[0].bytes else ""
     yield f"{shards.location}: {len(shards)} samples in {len(names)} shards{size}"
     if facts.kind == "video":
-        clips = f"{facts.frames} frames of {facts.height}x{facts.width} pixels at {facts.fps or 0:g} fps"
-        yield f"clips: {clips}; latents {facts.latent_shape} in {facts.latent_dtype}"
+        for size in facts.clip_sizes:
+            one = shards.of_size(size)
+            clips = f"{size.frames} frames of {size.height}x{size.width} pixels at {facts.fps or 0:g} fps"
+            count = f"{len(one)} " if facts.buckets else ""
+            yield f"{count}clips: {clips}; latents {one.manifest.latent_shape} in {facts.latent_dtype}"
     else:
         yield "prompts without video"
     longest = "unknown" if facts.longest_text is None else f"{facts.longest_text} tokens"
@@ -172,8 +175,10 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
 
 
 def write_contact_sheet(path: Path, pictures: list[np.ndarray], labels: list[str]) -> None:
-    """Write pictures (H, W, 3) of one size with their labels as a PNG."""
-    blank = np.full_like(pictures[0], 255)
+    """Write pictures (H, W, 3) with their labels as a PNG. Smaller ones than the largest get a margin."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    blank = np.full((height, width, 3), 255, np.uint8)
+    pictures = [_centred(picture, blank) for picture in pictures]
     rows = [slice(start, start + COLUMNS) for start in range(0, len(pictures), COLUMNS)]
     cells = [[one[None] for one in pictures[row]] for row in rows]
     cells[-1] += [blank[None]] * (COLUMNS - len(cells[-1])) if len(rows) > 1 else []
@@ -181,3 +186,10 @@ def write_contact_sheet(path: Path, pictures: list[np.ndarray], labels: list[str
     sheet = draw_grid(Grid(names, [""] * len(cells[0]), cells, 1.0), least=128, most=224)[0]
     with atomic_file(path) as file:
         Image.fromarray(sheet).save(file, "PNG")
+
+
+def _centred(picture: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    top, left = ((whole - part) // 2 for whole, part in zip(blank.shape[:2], picture.shape[:2], strict=True))
+    found = blank.copy()
+    found[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return found

@@ -14,7 +14,7 @@ from anyflow_train.errors import LostProcess, UserError
 from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
-from anyflow_train.training.memory_check import GpuMemory
+from anyflow_train.training.memory_check import Forecast, GpuMemory
 from anyflow_train.training.processes import launched
 from anyflow_train.training.reporting.notify import Notifier
 
@@ -70,7 +70,7 @@ def _run(config: RunConfig) -> int:
         raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
 
 
-def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, tuple[float, ...]]:
+def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Forecast:
     """Dry-run a config. Imported here, because only a start on GPUs needs it."""
     from anyflow_train.plan.shortage import foresee
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
 
 
 class Model(BaseModel):
@@ -23,3 +24,27 @@ class Model(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ClipSize(NamedTuple):
+    """Number of frames, and height and width in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+def _clip_size(value: object) -> ClipSize:
+    parts = value.split("x") if isinstance(value, str) else value
+    numbers = [int(part) for part in parts if str(part).isdecimal()] if isinstance(parts, list | tuple) else []
+    if not isinstance(parts, list | tuple) or len(parts) != 3 or len(numbers) != 3 or 0 in numbers:
+        raise PydanticCustomError("clip_size", "give frames, height and width, such as 17x64x64 or [17,64,64]")
+    return ClipSize(*numbers)
+
+
+_OneSize = Annotated[ClipSize, PlainValidator(_clip_size), PlainSerializer(list)]
+Sizes = Annotated[tuple[_OneSize, ...], Field(max_length=36)]
+"""List of sizes; more than 36 cannot be stored (see `data.manifest.ShardInfo`)."""

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
     ClipsConfig,
+    DemoConfig,
     DistilOptions,
     EvaluateConfig,
     ExportConfig,
@@ -58,6 +59,7 @@ MODELS: dict[str, type[Model]] = {
     "distil": DistilOptions,
     "watch": WatchConfig,
     "report": ReportConfig,
+    "demo": DemoConfig,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"
@@ -87,6 +89,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     every_group = find_groups(folders)
     groups = groups_of(command, every_group)
     settings, stage_errors = name_experiment(settings, groups)
+    if any((setting.key, setting.text) == ("evaluation", "none") for setting in settings):
+        settings = [*parse(["evaluation.every=0"])[0], *settings]  # also if the experiment sets the key
     choice_errors = [*stage_errors, *check(settings, command, groups)]
     refused = {error.where for error in choice_errors}
     accepted = [setting for setting in settings if setting.key not in refused]

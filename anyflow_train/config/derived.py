@@ -22,6 +22,12 @@ def latent_shape(data: Data, channels: int) -> tuple[int, int, int, int]:
     return frames, channels, data.height // SPATIAL_FACTOR, data.width // SPATIAL_FACTOR
 
 
+def largest(data: Data) -> Data:
+    """Return the data config with the size of the bucket that has the most latents, which decides the memory."""
+    sizes = [data.model_copy(update=size._asdict()) for size in data.sizes]
+    return max(sizes, key=lambda one: math.prod(latent_shape(one, 1)))
+
+
 def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) -> tuple[int, int, int]:
     """Return the number of tokens along (F, H, W)."""
     frames, _, height, width = latent
@@ -89,6 +95,13 @@ def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
         rows.append(("branches", f"{sizes} (in each global batch)"))
     rows.append(("latent", "{} frames x {} channels x {} x {}".format(*latent)))
     rows.append(("tokens", f"{math.prod(grid):,} per sample ({' x '.join(map(str, grid))})"))
+    most = math.prod(latent_shape(largest(config.data), 1))
+    for size in config.data.buckets:
+        count = math.prod(latent_shape(config.data.model_copy(update=size._asdict()), 1))
+        turns = most // count
+        samples = f"{turns} x {engine.global_batch}" if turns > 1 else str(engine.global_batch)
+        tokens = count // math.prod(architecture.patch_size)
+        rows.append((f"bucket {size}", f"{tokens:,} tokens per sample, {samples} samples in a step"))
     if chunks := Chunks.of(architecture):
         text = f"{' + '.join(map(str, chunks.partition))} latent frames"
         rows.append(("chunks", f"{text}, all except the newest {chunks.full_limit} of a sequence compressed"))
@@ -96,7 +109,8 @@ def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
         turns = math.ceil(config.steps / matching.fake_score.updates)
         text = f"student in {turns:,} steps ({turns * engine.global_batch:,} samples)"
         rows.append(("updates", f"{text}, fake score in all {config.steps:,}"))
-    rows.append(("samples seen", f"{config.steps * engine.global_batch:,}"))
+    more = " or more" if len(config.data.buckets) > 1 else ""
+    rows.append(("samples seen", f"{config.steps * engine.global_batch:,}{more}"))
     if config.objective.schedule:
         parts = [f"steps {stage.steps[0]:,} to {stage.steps[-1]:,}" for stage in stages(config)]
         rows.append(("stages", ", ".join(parts)))

@@ -14,7 +14,7 @@ from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for, find_gr
 from anyflow_train.config.keys import field_texts, show, summary, type_name, variants
 from anyflow_train.config.overrides import parse
 from anyflow_train.config.own import run_model
-from anyflow_train.config.stages import MODEL, RECIPE, STAGE
+from anyflow_train.config.stages import MODEL, RECIPE, STAGE, typed_choices
 from anyflow_train.errors import UserError
 from anyflow_train.text import nearest_hint
 
@@ -41,6 +41,7 @@ EXAMPLES = {
     "export": ["model=runs/tiny out=pipeline"],
     "runs": ["runs", "runs prune=true"],
     "watch": ["runs"],
+    "demo": ["runs/tiny teacher=assets/tiny-wan text_length=16"],
     "completion": ["bash > ~/.local/share/bash-completion/completions/anyflow"],
     "report": ["runs/tiny out=report.html"],
     "launch": ["zero2 experiment=wan1_3b_forward data.shards=shards"],
@@ -148,7 +149,7 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
         return
     yield "groups:"
     for group in named:
-        yield f"  {group + '=...':<22}{', '.join(groups[group])}"
+        yield f"  {group + '=...':<22}{', '.join(typed_choices(group, groups))}"
     yield ""
 
 

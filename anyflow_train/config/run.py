@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic_core import PydanticCustomError
 
-from anyflow_train.config.base import Model
+from anyflow_train.config.base import ClipSize, Model, Sizes
 from anyflow_train.config.network import Student, Teacher
 from anyflow_train.config.objective import Share, Times
 from anyflow_train.config.objectives import Objective
@@ -54,6 +62,10 @@ def _locations(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
+def _as_written(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
 class Data(Model):
     """Shards of latents and text embeddings, written by `anyflow prepare`.
 
@@ -61,6 +73,8 @@ class Data(Model):
     weights: shares in which samples come from several `shards`, such as [3, 1]; empty draws all samples equally often.
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
+    buckets: sizes to train on, as frames, height and width, such as [17x64x64,17x48x80,1x64x64]; one is drawn per step.
+        Validation uses frames, height and width, which must be one of them. Empty trains on this size alone.
     workers: threads that read ahead; 0 reads each batch when it is needed.
     text_lengths: lengths to which text is padded; each step draws one of them (Wan2.1 pads to 512 without a mask).
     max_bad_share: share of unreadable samples at which a run stops.
@@ -71,11 +85,12 @@ class Data(Model):
         the newest state; a run that resumes uses the one that it began with.
     """
 
-    shards: Annotated[str | tuple[str, ...], PlainValidator(_locations)]
+    shards: Annotated[str | tuple[str, ...], PlainValidator(_locations), PlainSerializer(_as_written)]
     weights: tuple[PositiveFloat, ...] = ()
     frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
+    buckets: Sizes = ()
     text_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (512,)
     workers: NonNegativeInt = 2
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -83,6 +98,16 @@ class Data(Model):
     cache_gib: PositiveFloat = 100.0
     shuffle_shards: PositiveInt | None = None
     generations: dict[str, NonNegativeInt] = Field(default_factory=dict)
+
+    @property
+    def size(self) -> ClipSize:
+        """Size of the clips of validation, and of training without buckets."""
+        return ClipSize(self.frames, self.height, self.width)
+
+    @property
+    def sizes(self) -> tuple[ClipSize, ...]:
+        """All sizes of the training clips."""
+        return self.buckets or (self.size,)
 
     @property
     def locations(self) -> tuple[str, ...]:

@@ -42,5 +42,14 @@ def name_experiment(
     return kept, [UserError(EXPERIMENT, problem)]
 
 
+def typed_choices(group: str, groups: dict[str, dict[str, Choice]]) -> dict[str, Choice]:
+    """Select the choices of a group that can be typed. Some recipes are only parts of experiments."""
+    if group != RECIPE or STAGE not in groups:
+        return groups[group]
+    names = product(groups[STAGE], groups.get(MODEL, {}), groups[group])
+    found = {recipe for stage, model, recipe in names if _name(stage, model, recipe) in groups[EXPERIMENT]}
+    return {name: choice for name, choice in groups[group].items() if name in found}
+
+
 def _name(stage: str, model: str, recipe: str) -> str:
     return f"{model}_{stage}" + ("" if recipe == DEFAULTS[RECIPE] else f"_{recipe}")

@@ -21,6 +21,7 @@ class Batch:
         negative: condition of the negative prompt, text (1, L, D), with the same padding.
         keys: names of the samples in the shards.
         positions: positions of the samples in the step's global batch (see `flow.draw`).
+        turn: number of the global batch in the step, from 0: steps of small clips take several.
     """
 
     latents: Tensor
@@ -28,6 +29,7 @@ class Batch:
     negative: Condition
     keys: tuple[str, ...]
     positions: tuple[int, ...]
+    turn: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device. Copies from pinned memory do not block."""

@@ -49,12 +49,14 @@ class ShardIndex:
     """Contents of one shard, the clips that were skipped, and the number of tokens of the longest text.
 
     cut: keys of the samples with a caption that was too long and lost its end.
+    buckets: digit of each sample's bucket (see `data.manifest.ShardInfo`); empty if there is one bucket.
     """
 
     entries: tuple[SampleEntry, ...]
     skipped: tuple[Skipped, ...] = ()
     longest_text: int | None = None
     cut: tuple[str, ...] = ()
+    buckets: str = ""
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -66,6 +68,7 @@ class _Content(BaseModel):
     entries: list[tuple[str, _Count, _Count, _Count | None, _Count, _Count]]
     skipped: list[tuple[str, str]]
     cut: list[str] = []
+    buckets: str = ""
 
 
 def index_name(shard: str) -> str:
@@ -79,6 +82,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
     skipped = ",\n".join(json.dumps(astuple(entry), ensure_ascii=False) for entry in index.skipped)
     head = f'"version": {VERSION},\n"longest_text": {json.dumps(index.longest_text)}'
     head += f',\n"cut": {json.dumps(index.cut, ensure_ascii=False)}' if index.cut else ""
+    head += f',\n"buckets": "{index.buckets}"' if index.buckets else ""
     text = f'{{{head},\n"entries": [\n{entries}\n],\n"skipped": [\n{skipped}\n]}}\n'
     with atomic_file(path) as file:
         file.write(text.encode())
@@ -93,7 +97,7 @@ def parse_index(data: bytes) -> ShardIndex:
         raise ValueError(f"not a shard index of version {VERSION}: {first['loc']}: {first['msg']}") from None
     entries = tuple(SampleEntry(*entry) for entry in content.entries)
     skipped = tuple(Skipped(*entry) for entry in content.skipped)
-    return ShardIndex(entries, skipped, content.longest_text, tuple(content.cut))
+    return ShardIndex(entries, skipped, content.longest_text, tuple(content.cut), content.buckets)
 
 
 def build_index(file: BinaryIO) -> ShardIndex:

@@ -7,15 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count
-from typing import TypeVar
+from itertools import chain, count
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from anyflow_train.data.batch import Batch
-from anyflow_train.data.mixture import ShardMixture
-from anyflow_train.data.order import step_text_length
+from anyflow_train.data.mixture import SLOTS, Bucket, ShardMixture
+from anyflow_train.data.order import slots_of, step_text_length, take_turns
 from anyflow_train.data.shards import BadSampleError, Sample
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import draw_key
@@ -33,13 +33,32 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class Request(NamedTuple):
+    """A micro-batch to read.
+
+    Attributes:
+        step: training step.
+        bucket: number of the bucket.
+        start: position of its global batch in the stream of the bucket.
+        turn: number of this global batch in the step.
+        positions: positions of the samples in it.
+    """
+
+    step: int
+    bucket: int
+    start: int
+    turn: int
+    positions: tuple[int, ...]
+
+
 @dataclass
 class Loader:
     """Endless batches of a run for one rank. Each item is the list of one step's micro-batches.
 
-    Position j of step s is the sample at position `s * global_batch + j` of the stream (`data.order`). Workers are
-    threads that only fetch; reading, checksums and decoding release the interpreter's lock. The order does not depend
-    on them. Texts are padded with zeros or cut to the step's length, as Wan's pipeline does with its
+    Position j of step s is the sample at position `s * global_batch + j` of the stream (`data.order`). With buckets,
+    a step takes one or more global batches of one bucket, which all ranks draw alike, and s counts those of the bucket.
+    Workers are threads that only fetch; reading, checksums and decoding release the interpreter's lock. The order does
+    not depend on them. Texts are padded with zeros or cut to the step's length, as Wan's pipeline does with its
     `max_sequence_length`.
 
     Attributes:
@@ -53,6 +72,7 @@ class Loader:
         max_bad_share: the iteration raises a UserError if more than this share of the reads is bad.
         shuffle_shards: see `SampleOrder`.
         device: device of the batches; for a GPU they are made in pinned memory.
+        buckets: the samples by size; empty if all have one size.
         reads, bad_reads: samples read by this process so far, and how many of them were bad.
         bad: names (`shard: key`) of the bad samples, with the reasons.
 
@@ -70,6 +90,7 @@ class Loader:
     max_bad_share: float = 0.01
     shuffle_shards: int | None = None
     device: torch.device | None = None
+    buckets: tuple[Bucket, ...] = ()
     reads: int = field(default=0, init=False)
     bad_reads: int = field(default=0, init=False)
     bad: dict[str, str] = field(default_factory=dict, init=False)
@@ -78,16 +99,30 @@ class Loader:
         if any(position >= self.global_batch for positions in self.local_positions for position in positions):
             positions = list(self.local_positions)
             raise ValueError(f"local_positions {positions} go over the global batch of {self.global_batch}")
-        self._order = self.shards.order(self.seed, self.shuffle_shards)
+        self.buckets = self.buckets or (Bucket(self.shards),)
+        self._orders = [one.shards.order(self.seed, self.shuffle_shards) for one in self.buckets]
+        self._slots = slots_of([one.share for one in self.buckets], SLOTS)
         self._pool = ThreadPoolExecutor(self.workers, "loader") if self.workers else None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step. Raises UserError if too many samples are bad."""
-        requests = ((step, positions) for step in count(self.start_step) for positions in self.local_positions)
+        requests = (request for step in count(self.start_step) for request in self._requests(step))
         pool, ahead = self._pool, self.workers * REQUESTS_PER_WORKER
         fetched = map(self._fetch, requests) if pool is None else map_ahead(pool, self._fetch, requests, ahead)
-        while True:
-            yield [self._accounted(*next(fetched)) for _ in self.local_positions]
+        for step in count(self.start_step):
+            yield [self._accounted(*next(fetched)) for _ in self._requests(step)]
+
+    def _requests(self, step: int) -> list[Request]:
+        """List the micro-batches of a step. Those of small clips are joined where that divides the global batch."""
+        number, place = take_turns(step, self._slots, self.seed, "buckets")
+        turns, rows = self.buckets[number].turns, self.local_positions
+        width = max(width for width in range(1, turns + 1) if len(rows) % width == 0)
+        joined = [tuple(chain(*rows[start : start + width])) for start in range(0, len(rows), width)]
+        return [
+            Request(step, number, (place * turns + turn) * self.global_batch, turn, positions)
+            for turn in range(turns)
+            for positions in joined
+        ]
 
     def close(self) -> None:
         """Stop fetching, and cancel remote copies that are in progress."""
@@ -96,34 +131,34 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def _fetch(self, request: tuple[int, tuple[int, ...]]) -> tuple[Batch, list[BadSampleError]]:
-        """Read one micro-batch, of a step and positions. Returns it with the bad samples that were replaced.
+    def _fetch(self, request: Request) -> tuple[Batch, list[BadSampleError]]:
+        """Read one micro-batch. Returns it with the bad samples that were replaced.
 
         Raises:
             UserError: too many replacements in a row are bad.
         """
-        step, positions = request
         bad: list[BadSampleError] = []
-        samples = [self._read(step * self.global_batch + position, bad) for position in positions]
-        length = step_text_length(self.seed, step, self.text_lengths)
+        samples = [self._read(request.bucket, request.start + position, bad) for position in request.positions]
+        length = step_text_length(self.seed, request.step, self.text_lengths)
         text = torch.stack([pad_text(sample.text, length) for sample in samples])
         negative = pad_text(self.shards.texts.negative, length)[None]
         latents = torch.stack([_latents(sample) for sample in samples])
         keys = tuple(sample.key for sample in samples)
-        batch = Batch(latents, Condition(text), Condition(negative), keys, positions)
+        batch = Batch(latents, Condition(text), Condition(negative), keys, request.positions, request.turn)
         pinned = self.device is not None and self.device.type == "cuda"
         return batch.map(Tensor.pin_memory) if pinned else batch, bad
 
-    def _read(self, position: int, bad: list[BadSampleError]) -> Sample:
-        index = self._order.index(position)
+    def _read(self, bucket: int, position: int, bad: list[BadSampleError]) -> Sample:
+        shards, order = self.buckets[bucket].shards, self._orders[bucket]
+        index = order.index(position)
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                sample = self.shards.read(index)
-                number = draw_key(self.seed, self._order.epoch(position), "caption", index) if sample.others else 0
+                sample = shards.read(index)
+                number = draw_key(self.seed, order.epoch(position), "caption", index) if sample.others else 0
                 return sample.with_caption(number)
             except BadSampleError as error:
                 bad.append(error)
-                index = self._order.replacement(position, attempt)
+                index = order.replacement(position, attempt)
         problem = f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last one: {bad[-1]}"
         raise UserError(self.shards.location, problem)
 

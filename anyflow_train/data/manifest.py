@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from anyflow_train.config.base import Model
+from anyflow_train.config.base import ClipSize, Model
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.run import Data
 from anyflow_train.data.fingerprint import known
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `anyflow check` reads manifests without torch
 MANIFEST = "manifest.json"
 TEXT = "text.safetensors"
 FORMAT = "anyflow_train shards 1"
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 class ShardInfo(Model):
@@ -30,12 +31,14 @@ class ShardInfo(Model):
 
     bytes: its size; None if unknown, then the size of remote copies is not checked.
     index_sha256: checksum of its index file, which contains the checksum of every sample; None if unknown.
+    buckets: number of each sample's bucket as one of `DIGITS`, in order; empty if the folder has one bucket.
     """
 
     name: FileName
     samples: Annotated[int, Field(ge=0, lt=1 << 40)]
     bytes: NonNegativeInt | None = None
     index_sha256: str | None = None
+    buckets: str = ""
 
 
 class CodecInfo(Model):
@@ -58,6 +61,21 @@ class CodecInfo(Model):
 
 
 Range = tuple[NonNegativeInt, NonNegativeInt]
+LatentShape = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+
+
+class Bucket(Model):
+    """Clips of one size. frames, height, width: as of `Manifest`. latent_shape: (F, C, H, W)."""
+
+    frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    latent_shape: LatentShape
+
+    @property
+    def size(self) -> ClipSize:
+        """Size of the clips."""
+        return ClipSize(self.frames, self.height, self.width)
 
 
 class State(Model):
@@ -82,8 +100,9 @@ class Manifest(Model):
     """`manifest.json` of a shard folder.
 
     kind: `video` (latents and text) or `prompts` (text alone).
-    latent_shape: (F, C, H, W) of every sample; None for prompts.
+    latent_shape: (F, C, H, W) of every sample, or of those of the first bucket; None for prompts.
     frames, height, width, fps: size and rate of the clips, in pixels and frames per second; None for prompts.
+    buckets: all buckets if there are several, the first one included.
     longest_text: tokens of the longest caption; None if unknown.
     clips, skipped: number of clips in the source, and how many of them were skipped (see `skipped.jsonl`).
     dropped, text: see `State`.
@@ -94,12 +113,13 @@ class Manifest(Model):
     kind: Literal["video", "prompts"]
     shards: tuple[ShardInfo, ...]
     text_dim: PositiveInt
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] | None = None
+    latent_shape: LatentShape | None = None
     latent_dtype: Literal["fp32", "bf16"] | None = None
     frames: int | None = None
     height: int | None = None
     width: int | None = None
     fps: float | None = None
+    buckets: tuple[Bucket, ...] = ()
     max_text_length: int | None = None
     longest_text: NonNegativeInt | None = None
     codec: CodecInfo
@@ -123,9 +143,28 @@ class Manifest(Model):
         return tuple(shard.samples - lost.get(shard.name, 0) for shard in self.shards)
 
     @property
-    def unused(self) -> set[str]:
-        """Keys that older versions do not have, if their values say nothing: the folder has not grown."""
-        return {key for key in ("dropped", "text", "earlier") if getattr(self, key) in ({}, TEXT, ())}
+    def clip_sizes(self) -> tuple[ClipSize, ...]:
+        """Sizes of the buckets; nothing for prompts."""
+        if self.frames is None or self.height is None or self.width is None:
+            return ()
+        return tuple(one.size for one in self.buckets) or (ClipSize(self.frames, self.height, self.width),)
+
+    def places(self, shard: int, bucket: int) -> list[int]:
+        """List the places in a shard of the samples of a bucket, without dropped ones."""
+        info = self.shards[shard]
+        lost = {place for start, end in self.dropped.get(info.name, ()) for place in range(start, end)}
+        digit = DIGITS[bucket]
+        return [place for place, found in enumerate(info.buckets) if found == digit and place not in lost]
+
+    def of(self, bucket: int | None) -> Manifest:
+        """Return the manifest with the size of one of its buckets as its own."""
+        return self if bucket is None else self.model_copy(update=dict(self.buckets[bucket]))
+
+    @property
+    def unused(self) -> dict[str, Any]:
+        """Keys that older versions do not have, if their values say nothing, in the form of pydantic's `exclude`."""
+        keys = {key: True for key in ("dropped", "text", "earlier", "buckets") if getattr(self, key) in ({}, TEXT, ())}
+        return keys if self.buckets else {**keys, "shards": {"__all__": {"buckets"}}}
 
     @property
     def generations(self) -> int:
@@ -215,10 +254,18 @@ def check_compatible(
     if manifest.kind == "prompts" or manifest.latent_shape is None:
         raise UserError(key, "these shards contain prompts without video, but this run trains on video")
     frames, channels, height, width = manifest.latent_shape
+    found, wanted = manifest.clip_sizes, data.sizes if key == "data.shards" else (data.size,)
+    if len(found) + len(wanted) > 2 and not {*found} & {*wanted}:
+        sizes, held = ("; ".join(map(str, several)) for several in (wanted, found))
+        problem = f"the sizes of {key} are {held}, but this run needs {sizes}; set data.buckets to some of theirs"
+        raise UserError(key, problem)
     pairs = [
         ("data.frames", data.frames, manifest.frames, "frames"),
         ("data.height", data.height, manifest.height, "pixels high"),
         ("data.width", data.width, manifest.width, "pixels wide"),
+    ]
+    pairs = [
+        *(pairs if len(found) + len(wanted) == 2 else []),
         ("student.architecture.in_channels", architecture.in_channels, channels, "latent channels"),
     ]
     errors = [*_different(pairs, key), *_text_errors(manifest, data, architecture, key)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from itertools import accumulate
 
 import torch
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.run import Data
 from anyflow_train.data.manifest import Manifest, PromptTexts
-from anyflow_train.data.order import MixedOrder, SampleOrder
+from anyflow_train.data.order import MixedOrder, SampleOrder, slots_of
 from anyflow_train.data.shards import Sample, ShardSet, open_shards
 from anyflow_train.errors import UserError, raise_all
 
@@ -62,12 +64,55 @@ class ShardMixture:
             return orders[0]
         shares = self.weights or tuple(map(len, self.sets))
         slots = SLOTS if self.weights else len(self)
-        return MixedOrder(seed, tuple(orders), tuple(max(1, round(slots * one / sum(shares))) for one in shares))
+        return MixedOrder(seed, tuple(orders), slots_of(shares, slots))
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
         for one in self.sets:
             one.cancel()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The samples of one size.
+
+    Attributes:
+        shards: the samples, of one or of several sets.
+        turns: global batches that a step of this bucket takes, so that all steps have nearly the same number of tokens.
+        share: share of the steps, relative to those of the other buckets.
+    """
+
+    shards: ShardMixture
+    turns: int = 1
+    share: float = 1.0
+
+
+def split_by_size(shards: ShardMixture, sizes: Sequence[ClipSize]) -> tuple[Bucket, ...]:
+    """Split the samples by size. All samples come equally often, or the sets in the shares of their weights.
+
+    A step of the largest size takes one global batch. One of another size takes as many whole ones as have at most the
+    same number of tokens.
+
+    Raises:
+        UserError: there are no samples of a size.
+    """
+    used = [sum(len(one.of_size(size)) for size in {*sizes} & {*one.manifest.clip_sizes}) for one in shards.sets]
+    shares = [weight / max(count, 1) for weight, count in zip(shards.weights or used, used, strict=True)]
+    found = list[tuple[list[ShardSet], list[float]]]()
+    for size in sizes:
+        pairs = zip(shards.sets, shares, strict=True)
+        held = [(one.of_size(size), share) for one, share in pairs if size in one.manifest.clip_sizes]
+        held = [(one, share * len(one)) for one, share in held if len(one)]
+        if not held:
+            problem = f"{size}: {shards.location} holds no clip of this size; remove it, or add shards that do"
+            raise UserError("data.buckets", problem)
+        found.append(([one for one, _ in held], [share for _, share in held]))
+    tokens = [math.prod(sets[0].manifest.latent_shape or ()) for sets, _ in found]
+    turns = [max(tokens) // count for count in tokens]
+    return tuple(
+        Bucket(ShardMixture(tuple(sets), tuple(own) if shards.weights else ()), number, sum(own) / number)
+        for (sets, own), number in zip(found, turns, strict=True)
+    )
 
 
 def open_training(data: Data) -> ShardMixture:

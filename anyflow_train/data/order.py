@@ -116,14 +116,36 @@ class MixedOrder:
 
     def _place(self, position: int) -> tuple[int, int]:
         """Return the set of a position, and the position in the set's own stream."""
-        cycle, offset = divmod(position, sum(self.slots))
-        slot = permute(offset, sum(self.slots), _round_keys(self.seed, cycle, "sets"))
-        starts = (0, *accumulate(self.slots))
-        number = bisect_right(starts, slot) - 1
-        return number, cycle * self.slots[number] + slot - starts[number]
+        return take_turns(position, self.slots, self.seed, "sets")
 
     def _first(self, number: int) -> int:
         return sum(sum(order.shard_sizes) for order in self.orders[:number])
+
+
+def take_turns(position: int, slots: Sequence[int], seed: int, purpose: str) -> tuple[int, int]:
+    """Choose one of several streams for a position, in cycles in which each has its slots, in random order.
+
+    Args:
+        position: position in the whole, from 0.
+        slots: positions of each stream in a cycle.
+        seed: seed of the run.
+        purpose: what is chosen.
+
+    Returns:
+        Number of the stream, and position in it: each stream is used from its beginning, without gaps.
+    """
+    if len(slots) == 1:
+        return 0, position
+    cycle, offset = divmod(position, sum(slots))
+    slot = permute(offset, sum(slots), _round_keys(seed, cycle, purpose))
+    starts = (0, *accumulate(slots))
+    number = bisect_right(starts, slot) - 1
+    return number, cycle * slots[number] + slot - starts[number]
+
+
+def slots_of(shares: Sequence[float], cycle: int) -> tuple[int, ...]:
+    """Split a cycle by shares of any sum; each one gets at least one slot."""
+    return tuple(max(1, round(cycle * share / sum(shares))) for share in shares)
 
 
 # A step can span two epochs, and threads that read ahead may already be in a third one.

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.run import Data
 from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
@@ -74,6 +75,7 @@ class ShardSet:
         manifest: description of the shards.
         texts: embeddings of the negative prompt and of the validation prompts.
         generations: number of states that the folder has had.
+        bucket: number of the bucket whose samples these are; None takes all samples.
     """
 
     location: str
@@ -81,8 +83,10 @@ class ShardSet:
     manifest: Manifest
     texts: PromptTexts
     generations: int = 1
+    bucket: int | None = None
 
     def __post_init__(self) -> None:
+        self._places: dict[int, list[int]] = {}
         self._starts = (0, *accumulate(self.shard_sizes))
         self._indices: dict[int, ShardIndex] = {}
 
@@ -90,7 +94,7 @@ class ShardSet:
     def open(
         cls, location: str, cache: str | None = None, cache_gib: float = 100.0, generation: int | None = None
     ) -> ShardSet:
-        """Open a folder, a URL prefix, or a URL with `{}` for the file's name.
+        """Open a folder, a URL prefix, or a URL with `{}` for the file's name. Of several buckets, open the first.
 
         Args:
             location: folder or URL.
@@ -113,7 +117,21 @@ class ShardSet:
         texts = parse_prompt_texts(_read(folder, location, manifest.text), manifest, f"{location}/{manifest.text}")
         if manifest.samples == 0:
             raise UserError(location, "the shards contain no samples; run `anyflow prepare` again")
-        return cls(location, folder, manifest, texts, grown.generations)
+        return cls(location, folder, manifest, texts, grown.generations, 0 if manifest.buckets else None)
+
+    @property
+    def _shapes(self) -> list[object]:
+        every = self.manifest.buckets if self.bucket is None else ()
+        return [one.latent_shape for one in every] or [self.manifest.latent_shape]
+
+    def of_size(self, size: ClipSize) -> ShardSet:
+        """Return the samples of a size, one of `manifest.clip_sizes`."""
+        number = self.manifest.clip_sizes.index(size) if self.manifest.buckets else None
+        return replace(self, manifest=self.manifest.of(number), bucket=number)
+
+    def of_all_sizes(self) -> ShardSet:
+        """Return all samples, whose latents may differ in shape."""
+        return replace(self, bucket=None)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -121,7 +139,8 @@ class ShardSet:
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Samples per shard, in the order of their indices."""
-        return self.manifest.sizes
+        sizes = self.manifest.sizes
+        return sizes if self.bucket is None else tuple(len(self._of_bucket(number)) for number in range(len(sizes)))
 
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
@@ -156,9 +175,17 @@ class ShardSet:
         """Return the number of a sample's shard, and its place there, past those that are dropped."""
         number = bisect_right(self._starts, index) - 1
         place = index - self._starts[number]
+        if self.bucket is not None:
+            return number, self._of_bucket(number)[place]
         for start, end in self.manifest.dropped.get(self.manifest.shards[number].name, ()):
             place += end - start if place >= start else 0
         return number, place
+
+    def _of_bucket(self, number: int) -> list[int]:
+        """List the places of the bucket's samples in a shard."""
+        if number not in self._places:
+            self._places[number] = self.manifest.places(number, self.bucket or 0)
+        return self._places[number]
 
     def cancel(self) -> None:
         """Stop remote copies that are in progress in other threads."""
@@ -176,8 +203,9 @@ class ShardSet:
         if text is None or text.ndim != 2 or text.shape[1] != self.manifest.text_dim:
             raise ValueError(f"the text is {_shape(text)}, but the manifest says (L, {self.manifest.text_dim})")
         latents = tensors.get("latents")
-        if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) != self.manifest.latent_shape):
-            raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {self.manifest.latent_shape}")
+        if self.manifest.kind == "video" and (latents is None or tuple(latents.shape) not in self._shapes):
+            shapes = " or ".join(map(str, self._shapes))
+            raise ValueError(f"the latents are {_shape(latents)}, but the manifest says {shapes}")
         more = [tensors[name] for name in map("text.{}".format, range(1, len(tensors))) if name in tensors]
         for other in more:
             if other.ndim != 2 or other.shape[1] != text.shape[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,14 @@ from anyflow_train.evaluation.oracle import Recognition, judge_clips
 from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.plot import COLOURS
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, owner, write_report
-from anyflow_train.evaluation.sampling import EULER, Inputs, draw_noise, padded_condition, sample_all
+from anyflow_train.evaluation.sampling import EULER, Inputs, Watched, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, Heading, to_frames, write_grid
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
-from anyflow_train.text import calls, timed_printer
+from anyflow_train.text import calls
 from anyflow_train.training.checkpoints.run_directory import runs_of_sweep
+from anyflow_train.training.reporting.tasks import TaskProgress
 
 FILES = ("report.md", "grid.mp4", "grid.gif", "quality.png", "chunks.png")
 GRID_COLUMNS = 3
@@ -59,7 +60,7 @@ class Comparison:
         fine: the teacher's fine solution for the same noise.
         evaluator: measures samples.
         judge: checks what decoded latents show, given latents and captions; None leaves it out.
-        say: prints a line of progress.
+        progress: shows how far the evaluation is.
     """
 
     config: EvaluateConfig
@@ -70,18 +71,21 @@ class Comparison:
     fine: SampleSet
     evaluator: SampleEvaluator
     judge: Callable[[Tensor, list[str]], Recognition] | None
-    say: Callable[[str], None]
+    progress: TaskProgress
 
     def rows(
         self, model: str, sets: Mapping[int, SampleSet], teacher: Mapping[int, SampleSet] | None = None
     ) -> list[ResultRow]:
         """Measure a model's samples, given by number of calls. The ratio needs the samples of the teacher."""
-        self.say(f"measuring {model}")
+        self.progress.say_timed(f"measuring {model}")
         fine, taught = self.fine.latents, teacher or {}
-        return [
-            self.evaluator.cell(model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions))
-            for n, samples in sets.items()
-        ]
+        with self.progress.doing("measuring"):
+            return [
+                self.evaluator.cell(
+                    model, n, samples, fine, taught.get(n), self.recognise(samples.latents, self.captions)
+                )
+                for n, samples in sets.items()
+            ]
 
     def recognise(self, latents: Tensor, captions: list[str]) -> Recognition | None:
         """Ask the oracle what the first `oracle_samples` of (n, F, C, H, W) latents show; None without an oracle."""
@@ -97,7 +101,6 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         UserError: a model, the shards or the codec cannot be loaded.
     """
     start = time.monotonic()
-    say = timed_printer()
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
     check_results(out, "report.json", owner(config), FILES)
@@ -114,27 +117,44 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     negative = padded_condition([shards.texts.negative], config.text_length, device)
     teacher = guided(teacher, negative, config.guidance_scale)
 
-    say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
-    comparison = prepare(config, shards, teacher, codec, device, say)
-    sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.calls}}
-    cells = comparison.rows(TEACHER, sets[TEACHER])
-    for name, model in zip(_student_names(models), models, strict=True):
-        sets[name] = sample_student(comparison, model, device, dtype)
-        cells += comparison.rows(name, sets[name], sets[TEACHER])
-    cells += comparison.rows(TEACHER, {config.fine_steps: comparison.fine})
-    trained_on = None
-    if training is not None:
-        samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), comparison.fine]
-        cells, trained_on = with_nearest(comparison, training, cells, samples)
-    chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
-    by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
-    real = comparison.evaluator.real(comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions))
-    report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
-    begin_results(out, "report.json", owner(config))
-    _write_grid(comparison, codec, sets, shards.manifest.fps or 16.0, out)
-    print(write_report(out, report))
-    say(f"wrote {out}/report.md with its pictures, and report.json")
+    with TaskProgress("network calls", network_calls(config, models), config.log) as progress:
+        teacher = Watched(teacher, progress.advance)
+        say = progress.say_timed
+        say(f"reading {config.held_out_samples} held-out samples and sampling the teacher's fine solution")
+        comparison = prepare(config, shards, teacher, codec, device, progress)
+        sets = {TEACHER: {steps: best_shift(comparison, teacher, steps) for steps in config.calls}}
+        cells = comparison.rows(TEACHER, sets[TEACHER])
+        for name, model in zip(_student_names(models), models, strict=True):
+            sets[name] = sample_student(
+                comparison, model, Watched(on_device(model.network, device, dtype), progress.advance)
+            )
+            cells += comparison.rows(name, sets[name], sets[TEACHER])
+        cells += comparison.rows(TEACHER, {config.fine_steps: comparison.fine})
+        trained_on = None
+        if training is not None:
+            samples = [*(sampled for by_steps in sets.values() for sampled in by_steps.values()), comparison.fine]
+            cells, trained_on = with_nearest(comparison, training, cells, samples)
+        chunks = next((model.chunks.partition for model in models if model.chunks is not None), None)
+        by_chunk = () if chunks is None else measure_chunks(chunks, comparison.evaluator, sets)
+        progress.phase("measuring")
+        judged = comparison.recognise(comparison.evaluator.reference, comparison.held_out.captions)
+        real = comparison.evaluator.real(judged)
+        report = EvaluationReport(config, tuple(cells), time.monotonic() - start, real, trained_on, by_chunk)
+        begin_results(out, "report.json", owner(config))
+        _write_grid(comparison, codec, sets, shards.manifest.fps or 16.0, out)
+        page = write_report(out, report)
+        say(f"wrote {out}/report.md with its pictures, and report.json")
+    progress.result(page)
     return report
+
+
+def network_calls(config: EvaluateConfig, models: Sequence[LoadedNetwork]) -> int:
+    """Count the network calls of an evaluation; a call with a batch counts once per sample."""
+    shifts = [(steps, config.shifts if steps > 1 else config.shifts[:1]) for steps in config.calls]
+    chunks = [1 if model.chunks is None else len(model.chunks.partition) for model in models]
+    calls = config.fine_steps + sum(steps * len(tried) for steps, tried in shifts) + sum(config.calls) * sum(chunks)
+    reference = 0 if config.reference == "data" else config.held_out_samples * config.fine_steps
+    return config.samples * calls + reference
 
 
 def prepare(
@@ -143,7 +163,7 @@ def prepare(
     teacher: FlowMap,
     codec: Codec,
     device: torch.device,
-    say: Callable[[str], None],
+    progress: TaskProgress,
 ) -> Comparison:
     """Make the comparison that all models share, and sample the teacher's fine solution.
 
@@ -163,7 +183,7 @@ def prepare(
     if config.oracle != "none":
         judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=8)
     sampled = evaluator.sampled(fine, config.shift)
-    return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, say)
+    return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, progress)
 
 
 def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSet:
@@ -177,21 +197,18 @@ def best_shift(comparison: Comparison, teacher: FlowMap, steps: int) -> SampleSe
         latents = sample_all(EULER, teacher, comparison.inputs, steps, shift)
         found.append(comparison.evaluator.sampled(latents, shift))
         distance = percentile(found[-1].energy).as_distance()
-        comparison.say(f"teacher, {calls(steps)}, shift {shift:g}: energy distance {distance}")
+        comparison.progress.say_timed(f"teacher, {calls(steps)}, shift {shift:g}: energy distance {distance}")
     return min(found, key=lambda samples: float(samples.energy[0]))
 
 
-def sample_student(
-    comparison: Comparison, model: LoadedNetwork, device: torch.device, dtype: torch.dtype | None
-) -> dict[int, SampleSet]:
+def sample_student(comparison: Comparison, model: LoadedNetwork, flow_map: FlowMap) -> dict[int, SampleSet]:
     """Sample a student at each number of calls, without guidance: guidance is part of the student's weights."""
-    flow_map = on_device(model.network, device, dtype)
     inputs, sets = replace(comparison.inputs, conditioning=comparison.conditioning), {}
     for steps in comparison.config.calls:
         latents = sample_all(model.sampler, flow_map, inputs, steps, comparison.config.shift)
         sets[steps] = comparison.evaluator.sampled(latents, comparison.config.shift)
         distance = percentile(sets[steps].energy).as_distance()
-        comparison.say(f"{model.name}, {calls(steps)}: energy distance {distance}")
+        comparison.progress.say_timed(f"{model.name}, {calls(steps)}: energy distance {distance}")
     return sets
 
 
@@ -199,7 +216,7 @@ def with_nearest(
     comparison: Comparison, training: ShardSet, cells: list[ResultRow], samples: list[SampleSet]
 ) -> tuple[list[ResultRow], TrainingSet]:
     """Add the distances to the training clips to the cells of samples, and measure those of the held-out clips."""
-    comparison.say(f"searching for the nearest of {len(training)} training clips")
+    comparison.progress.say_timed(f"searching for the nearest of {len(training)} training clips")
     evaluator = comparison.evaluator
     sets = [comparison.held_out.latents, *(sampled.latents for sampled in samples)]
     of_held_out, *of_samples = nearest_distances(training, sets)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from anyflow_train.data.loader import pad_text
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.sampler import sample, sample_euler
-from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 EULER = ClipSampler(sample_euler)
 
@@ -25,6 +27,21 @@ def clip_sampler(chunks: Chunks | None, any_step: bool) -> ClipSampler:
         any_step: whether the network can jump between any two times; otherwise it takes Euler steps.
     """
     return ClipSampler(sample if any_step else sample_euler, chunks)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A flow map that reports the number of its samples before each call."""
+
+    flow_map: FlowMap
+    before_call: Callable[[int], None]
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        self.before_call(len(x))
+        return self.flow_map(x, t, r, condition)
+
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+        return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)
 
 
 @dataclass(frozen=True)

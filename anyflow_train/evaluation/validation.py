@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
 from anyflow_train.training.engine import zero_stage
 from anyflow_train.training.processes.world import World, collect_rows, shared_rows
-from anyflow_train.training.validation import Validation
+from anyflow_train.training.validation import ShowPart, Validation
 
 # With this many held-out clips, the samples are the main source of noise in the distances.
 MOST_HELD_OUT = 2048
@@ -97,16 +97,34 @@ class InRunValidator:
     codec: Codec | None
     fps: float
 
-    def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
+    def __call__(
+        self,
+        student: FlowMap,
+        folder: Path,
+        interrupted: Callable[[], bool],
+        show: ShowPart = lambda part, parts: None,
+    ) -> Validation | None:
         """Sample, measure, and write a grid of videos into `folder`.
+
+        Args:
+            student: the student.
+            folder: folder for the videos.
+            interrupted: whether the validation must end.
+            show: shows which set of samples is being made, of all sets.
 
         Returns:
             The results. None once `interrupted` returns True, or, after a warning, if the memory is not sufficient.
         """
         try:
             self._complete_reference(interrupted)
-            compared = self._sample_all(student, self.compared, interrupted)
-            shown = self._sample_all(student, self.shown, interrupted)
+            parts = len(self.config.calls) * sum(prompts is not None for prompts in (self.compared, self.shown))
+            numbers = count(1)
+
+            def begin() -> None:
+                show(next(numbers), parts)
+
+            compared = self._sample_all(student, self.compared, interrupted, begin)
+            shown = self._sample_all(student, self.shown, interrupted, begin)
         except _Interrupted:
             return None
         return self.world.on_main(lambda: self._result(compared, shown, folder))
@@ -164,13 +182,17 @@ class InRunValidator:
         return {"grid": path}
 
     def _sample_all(
-        self, student: FlowMap, prompts: Prompts | None, interrupted: Callable[[], bool]
+        self, student: FlowMap, prompts: Prompts | None, interrupted: Callable[[], bool], begin: Callable[[], None]
     ) -> dict[int, Tensor]:
         """Sample latents (n, F, C, H, W) float32 on the CPU by number of calls, equal on all processes."""
         if prompts is None:
             return {}
         flow_map = guided(student, self.negative, self.config.guidance_scale)
-        return {steps: self._sample(self.sampler, flow_map, prompts, steps, interrupted) for steps in self.config.calls}
+        samples: dict[int, Tensor] = {}
+        for steps in self.config.calls:
+            begin()
+            samples[steps] = self._sample(self.sampler, flow_map, prompts, steps, interrupted)
+        return samples
 
     def _complete_reference(self, interrupted: Callable[[], bool]) -> None:
         """Make the teacher's solutions that the run directory lacks."""
@@ -242,10 +264,10 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
         assert teacher is not None
         compared, held_out = compared or _training_prompts(config, shards, length), None
         reference = teacher_reference(config, guided(teacher, negative, reference_scale(config)), compared.text)
-    shown, count = None, min(evaluation.videos, len(shards.texts.validation))
-    if count:
+    shown, videos = None, min(evaluation.videos, len(shards.texts.validation))
+    if videos:
         texts = [pad_text(text, length) for text in shards.texts.validation]
-        shown = _prompts("validation video", shards.manifest.validation_prompts, texts, count, config)
+        shown = _prompts("validation video", shards.manifest.validation_prompts, texts, videos, config)
     decodes = shown is not None or evaluation.oracle != "none" or (reference and evaluation.reference_videos)
     codec = _load_codec(config) if decodes else None
     return InRunValidator(
@@ -269,6 +291,7 @@ def _load_held_out(config: RunConfig) -> HeldOut | None:
     shards = open_shards(config.data, location)
     vae = known_fingerprint(config.teacher.codec_source, "vae")
     check_compatible(shards.manifest, config.data, config.student.architecture, vae, key)
+    shards = shards.of_size(config.data.size)
     if len(shards) < 2:
         raise UserError(key, f"{location} holds {len(shards)} sample, but a distance needs two or more")
     return load_samples(shards, min(len(shards), MOST_HELD_OUT))

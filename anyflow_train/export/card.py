@@ -29,7 +29,7 @@ from diffusers import {imports}
 from diffusers.utils import export_to_gif
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.{dtype} if device == "cuda" else torch.float32
+dtype = {dtype}
 """
 
 _PLAY = """video = pipeline(
@@ -173,7 +173,7 @@ def _values(provenance: Provenance) -> dict[str, object]:
         **network.times,
         "install": f"`pip install torch diffusers transformers accelerate ftfy{extra}`{where}:",
         "imports": ", ".join(sorted(imports)),
-        "dtype": str(DTYPES[options.precision]).removeprefix("torch."),
+        "dtype": _dtype(str(DTYPES[options.precision])),
         "pipeline": pipeline,
         "transformer": transformer,
         "place": options.push or ".",
@@ -192,6 +192,11 @@ def _values(provenance: Provenance) -> dict[str, object]:
         "load": _LOADERS[options.format == "comfyui_lora"].format(base=hub_id(provenance.source) or provenance.base),
         "about_calls": _ANY_CALLS if sampling.any_step else _MANY_CALLS,
     }
+
+
+def _dtype(name: str) -> str:
+    """Write the expression for a dtype, such as `torch.bfloat16`. A CPU takes float32."""
+    return name if name == "torch.float32" else f'{name} if device == "cuda" else torch.float32'
 
 
 def _loadable(base: str | None, pushed: str | None) -> str:

@@ -14,6 +14,7 @@ from anyflow_train.export.push import is_same_export, push
 from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
 from anyflow_train.training.checkpoints.run_directory import runs_of_sweep
 from anyflow_train.training.networks import load_trained_network
+from anyflow_train.training.reporting.tasks import TaskProgress
 from anyflow_train.training.weight_source import base_of
 
 
@@ -42,11 +43,13 @@ def run(config: ExportConfig) -> None:
 
 
 def _write(config: ExportConfig, checkpoint: Path, out: Path) -> None:
-    with new_folder(out, config.overwrite) as folder:
-        network = load_trained_network(checkpoint, config.weights)
+    with TaskProgress("loading", 2, config.log) as progress, new_folder(out, config.overwrite) as folder:
         trained, step = read_network(checkpoint), read_step(checkpoint)
         what = f"{trained.run}, step {step}, {config.weights} weights"
-        print(f"exporting {what}, as {config.format} in {config.precision}")
+        progress.say(f"exporting {what}, as {config.format} in {config.precision}")
+        network = load_trained_network(checkpoint, config.weights)
+        progress.advance()
+        progress.phase("writing and checking")
         result = FORMATS[config.format](Job(config, checkpoint, trained, network, folder))
         source, saved = base_of(trained), public_config(checkpoint)
         base = public_name(source)
@@ -54,9 +57,10 @@ def _write(config: ExportConfig, checkpoint: Path, out: Path) -> None:
         provenance = Provenance(*facts)
         (folder / "README.md").write_text(model_card(provenance, validated(checkpoint, step)))
         write_marker(folder, provenance.to_json())
-    print(f"checked: its outputs differ from the trained model by {result.difference:.1e} (relative)")
+        progress.advance()
+    progress.result(f"checked: its outputs differ from the trained model by {result.difference:.1e} (relative)")
     if result.lost is not None:
-        print(
+        progress.result(
             f"adapters of rank {config.rank} lose {result.lost:.1%} of what was trained (root mean square of weights)"
         )
-    print(f"wrote {out}")
+    progress.result(f"wrote {out}")

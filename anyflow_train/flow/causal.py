@@ -77,7 +77,7 @@ class ClipSampler:
 
     Attributes:
         sampler: generates all frames together, or one chunk.
-        chunks: division of a clip into chunks, each of which takes all sampling steps; None generates all frames
+        chunks: division of a clip into chunks, each of which takes all calls; None generates all frames
             together.
     """
 
@@ -90,7 +90,7 @@ class ClipSampler:
         flow_map: FlowMap,
         z: Tensor,
         condition: Condition,
-        steps: int,
+        calls: int,
         shift: float,
         conditioning: Tensor | None = None,
     ) -> Tensor:
@@ -100,7 +100,7 @@ class ClipSampler:
             flow_map: average velocity of a student, or velocity of a teacher.
             z: (B, F, C, H, W) noise.
             condition: of the B samples.
-            steps: number of sampling steps.
+            calls: number of network calls, for each chunk.
             shift: time shift of the sampling grid.
             conditioning: (B, P, C, H, W) first frames of the clips, clean; None generates all frames.
 
@@ -112,7 +112,7 @@ class ClipSampler:
         """
 
         def generate(noise: Tensor, condition: Condition) -> Tensor:
-            return self.sampler(flow_map, noise, condition, steps, shift)
+            return self.sampler(flow_map, noise, condition, calls, shift)
 
         if self.chunks is None:
             return after_prefix(z, condition, generate, conditioning)

@@ -1,4 +1,4 @@
-"""Samplers: from noise to data in any number of steps."""
+"""Samplers: from noise to data in any number of network calls."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ def jump(flow_map: FlowMap, x: Tensor, t: float, r: float, condition: Condition)
 
 
 @torch.no_grad()
-def sample(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
-    """Sample with a student in any number of steps (AnyFlow, arXiv 2605.13724).
+def sample(flow_map: FlowMap, z: Tensor, condition: Condition, calls: int, shift: float) -> Tensor:
+    """Sample with a student in any number of network calls (AnyFlow, arXiv 2605.13724).
 
     Example:
-        latents = sample(student.flow_map, torch.randn(1, 5, 16, 60, 104), condition, steps=4, shift=5.0)
+        latents = sample(student.flow_map, torch.randn(1, 5, 16, 60, 104), condition, calls=4, shift=5.0)
 
     Args:
         flow_map: average velocity `(x, t, r, condition) -> u`.
         z: (B, F, C, H, W) standard normal noise, float32.
         condition: of the B samples.
-        steps: number of jumps, each one network call.
-        shift: time shift of the grid; larger values take more of the steps near noise.
+        calls: number of jumps, each one network call.
+        shift: time shift of the grid; larger values take more of the calls near noise.
 
     Returns:
         (B, F, C, H, W) normalised latents in the dtype of z. `Codec.decode_video` decodes them.
 
     Raises:
-        ValueError: fewer than 1 step.
+        ValueError: fewer than 1 call.
     """
-    times = sampling_grid(steps, shift)
+    times = sampling_grid(calls, shift)
     x = z
     for t, r in pairwise(times):
         x = jump(flow_map, x, t, r, condition)
     return x
 
 
-def sample_euler(flow_map: FlowMap, z: Tensor, condition: Condition, steps: int, shift: float) -> Tensor:
+def sample_euler(flow_map: FlowMap, z: Tensor, condition: Condition, calls: int, shift: float) -> Tensor:
     """Sample a teacher with Euler steps along the velocity at r = t. Arguments and result are those of `sample`."""
 
     def velocity(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         return flow_map(x, t, t, condition)
 
-    return sample(velocity, z, condition, steps, shift)
+    return sample(velocity, z, condition, calls, shift)
 
 
 def guided(flow_map: FlowMap, negative: Condition, scale: float) -> FlowMap:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from anyflow_train.config.commands import PlanOptions, StrategyName
+from anyflow_train.config.commands import PlanOptions
+from anyflow_train.config.commands.types import StrategyName
 from anyflow_train.config.compose import compose
 from anyflow_train.config.network import FullTraining
 from anyflow_train.config.options import compose_beside, split

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.derived import largest, latent_shape
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.meter import BACKWARD, Moment
@@ -115,7 +115,7 @@ def _held(config: RunConfig, part: str, moment: Moment, states: Mapping[str, Sta
 def _split(config: RunConfig, activations: int) -> int:
     """Bytes of activations on one of the processes that share a sample. Each holds the latents and texts whole."""
     engine, data = config.engine, config.data
-    whole = math.prod(latent_shape(data, config.student.architecture.in_channels))
+    whole = math.prod(latent_shape(largest(data), config.student.architecture.in_channels))
     whole += max(data.text_lengths) * config.student.architecture.text_dim
     held = min(FLOAT * engine.micro_batch * whole, activations)
     return held + math.ceil((activations - held) / engine.sequence_parallel)

@@ -10,17 +10,18 @@ from anyflow_train.plan.dry_run import DryRun, dry_run
 from anyflow_train.plan.fit import nearest_fit
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.text import memory_size
-from anyflow_train.training.memory_check import GpuMemory
+from anyflow_train.training.memory_check import Forecast, GpuMemory
 
 
-def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> tuple[str | None, tuple[float, ...]]:
-    """Dry-run a config that its rules accept. Returns `memory_warning`, and `DryRun.stages`.
+def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Forecast:
+    """Dry-run a config that its rules accept.
 
     Raises:
         UserError: no step can fit on one of the GPUs, however empty it is.
     """
     found = dry_run(config, len(gpus))
-    return memory_warning(config, found, strategy, gpus), found.stages
+    memory = plan_memory(config, found, strategy, len(gpus))
+    return Forecast(memory_warning(config, found, strategy, gpus), memory.total, found.stages)
 
 
 def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:

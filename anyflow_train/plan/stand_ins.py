@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from anyflow_train.config.derived import latent_shape
+from anyflow_train.config.derived import largest, latent_shape
 from anyflow_train.config.network import Architecture, Student, published
 from anyflow_train.config.original import architecture, is_weights_file, read_shapes
 from anyflow_train.config.pipelines import read_object
@@ -157,9 +157,9 @@ def radical_inverse(number: int, base: int) -> float:
 
 
 def fake_batch(config: RunConfig, positions: tuple[int, ...], text_length: int) -> Batch:
-    """A micro-batch of these samples of the global batch."""
+    """A micro-batch of these samples of the global batch, of the largest size."""
     architecture = config.student.architecture
-    latents = torch.empty(len(positions), *latent_shape(config.data, architecture.in_channels))
+    latents = torch.empty(len(positions), *latent_shape(largest(config.data), architecture.in_channels))
 
     def text(rows: int) -> Condition:
         return Condition(torch.empty(rows, text_length, architecture.text_dim))

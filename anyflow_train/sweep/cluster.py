@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,22 @@ class Training:
 
     Args:
         arguments: arguments of `anyflow`.
+        spent: CPU seconds of earlier starts.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str], spent: float = 0.0) -> None:
+        self.arguments, self.spent = list(arguments), spent
 
-    def __call__(self) -> int:
-        """Train to the end. Returns the exit code."""
+    def __call__(self) -> tuple[int, float]:
+        """Train to the end. Returns the exit code, and the CPU seconds of all starts."""
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         command = [sys.executable, "-m", "anyflow_train", *self.arguments]
-        with subprocess.Popen(command, env=own) as process:
+        # SLURM sends submitit's signal to all processes of the job, and it would end the run at once.
+        ignored = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
+        with subprocess.Popen(command, env=own, preexec_fn=ignored) as process:
             self.pid = process.pid
-            return process.wait()
+            code = process.wait()
+        return code, self._spent()
 
     def checkpoint(self, *_: Any) -> Any:
         """Stop the run cleanly. Returns what submitit queues again; it resumes from the run's checkpoint."""
@@ -42,7 +48,11 @@ class Training:
 
         os.kill(self.pid, signal.SIGTERM)
         os.waitpid(self.pid, 0)
-        return submitit.helpers.DelayedSubmission(Training(self.arguments))
+        return submitit.helpers.DelayedSubmission(Training(self.arguments, self._spent()))
+
+    def _spent(self) -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return self.spent + used.ru_utime + used.ru_stime
 
 
 def finish_all(
@@ -81,7 +91,8 @@ def finish_all(
         for key, (one, job) in list(left.items()):
             if job.done():
                 del left[key]
-                code = 1 if job.exception() else job.result()
+                code, seconds = (1, 0.0) if job.exception() else job.result()
+                one.cpu_seconds += seconds
                 one.update("stopped" if code == 0 else "failed")
                 report()
         time.sleep(POLL_SECONDS * bool(left))

@@ -1,6 +1,7 @@
 """Write the moving shapes as a user would bring data: a folder of mp4 clips with a caption beside each."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -15,11 +16,12 @@ SETTINGS_FILE = "clips.json"
 _BATCH = 48  # clips drawn at once: about 40 MB
 
 
-def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
+def write_clips(folder: Path, count: int, seed: int, advance: Callable[[int], None] = lambda count: None) -> list[Path]:
     """Write `count` clips `00000.mp4`, `00000.txt`, ... of `draw_clips(count, seed)`.
 
     Every file appears under its name only when it is complete, and files that are there already are kept, so an
-    interrupted call is continued by the same call. A finished folder costs no rendering.
+    interrupted call is continued by the same call. A finished folder costs no rendering. `advance` is called with the
+    number of clips that are there, and after each new clip.
 
     Returns:
         The mp4 files in order.
@@ -31,6 +33,7 @@ def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
     _claim(folder, {"world": "shapes", "count": count, "seed": seed})
     paths = [folder / f"{index:05d}.mp4" for index in range(count)]
     missing = [i for i, path in enumerate(paths) if not (path.exists() and path.with_suffix(".txt").exists())]
+    advance(count - len(missing))
     drawn = shapes.draw(count, seed)
     for start in range(0, len(missing), _BATCH):
         part = missing[start : start + _BATCH]
@@ -39,6 +42,7 @@ def write_clips(folder: Path, count: int, seed: int) -> list[Path]:
             _write_video(paths[index], clip, shapes.FRAMES_PER_SECOND)
             with atomic_file(paths[index].with_suffix(".txt")) as file:
                 file.write(f"{shapes.CAPTIONS[drawn.labels[index]]}\n".encode())
+            advance(1)
     return paths
 
 

@@ -16,7 +16,7 @@ from anyflow_train.config.schedule import stages
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible, check_texts
-from anyflow_train.data.mixture import open_training
+from anyflow_train.data.mixture import open_training, split_by_size
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
@@ -101,6 +101,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
             check_compatible(manifest, data, config.student.architecture, vae)
         else:
             check_texts(manifest, data, config.student.architecture)
+    several = clips and (len(data.sizes) > 1 or any(manifest.buckets for manifest in shards.manifests))
     return Loader(
         shards,
         config.seed,
@@ -112,6 +113,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
         device=world.device,
+        buckets=split_by_size(shards, data.sizes) if several else (),
     )
 
 

@@ -23,7 +23,7 @@ from anyflow_train.training.checkpoints.resume import check_finished, find_resum
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.engine import engine_name, set_adam_steps
-from anyflow_train.training.memory_check import Foresee, check_memory
+from anyflow_train.training.memory_check import Forecast, Foresee, check_memory
 from anyflow_train.training.processes.heartbeat import Heartbeat
 from anyflow_train.training.processes.launched import PREEMPTED
 from anyflow_train.training.processes.signals import stop_requests
@@ -76,7 +76,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             check_fp8(config.engine, world.device)
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)
-        work = check_memory(config, world, foresee) if foresee else None
+        forecast = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config, inputs))
         world.on_main(lambda: check_start(config))
         if point is None:  # a resumed run continues offline instead
@@ -95,16 +95,17 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         world.on_main(lambda: directory.begin(config, {**inputs.now, **(inputs.begun if point else {})}))
         progress = stack.enter_context(closing(StepProgress(config.steps, state.step, config.log)))
         trackers = stack.enter_context(closing(Trackers(config, directory if world.is_main else None, state.step)))
-        progress.start(banner(config, world, point))
+        progress.start(banner(config, world, point, kernel, forecast))
         if point is not None:
             progress.say(f"resuming from {point.path}")
             for line in inputs.grown(str(directory.path)):
                 progress.say(line)
-        progress.say(f"attention: {kernel}")
         stream: Iterable[Sequence[Batch]] = loader
         if config.profile:
             profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))
             recipe, stream = profile.timed(recipe), profile.stream(loader)
+        # The prediction is for steps of the largest size.
+        work = forecast.work if forecast and len(config.data.sizes) == 1 else None
         trainer = Trainer(config, directory, recipe, state, progress, trackers, validator, stop, work)
         with attention_by(kernel):
             trainer.train(stream)
@@ -112,7 +113,9 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
         return PREEMPTED if preempted and trainer.state.step < config.steps else 0
 
 
-def banner(config: RunConfig, world: World, point: CheckpointInfo | None) -> list[tuple[str, str]]:
+def banner(
+    config: RunConfig, world: World, point: CheckpointInfo | None, kernel: str, forecast: Forecast | None
+) -> list[tuple[str, str]]:
     """List what a run shows when it starts: names and values."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     return [
@@ -120,6 +123,8 @@ def banner(config: RunConfig, world: World, point: CheckpointInfo | None) -> lis
         ("student", f"{config.student.init or 'random weights'}, {config.student.adapter.kind}"),
         *table(config, world.size),
         ("processes", f"{world.size} on {device}, {engine_name()}, {config.engine.precision}"),
+        ("attention", kernel),
+        *(forecast.rows(config, device, world.size) if forecast else []),
         ("start", "from the beginning" if point is None else f"step {point.state.step} of {config.steps}"),
     ]
 

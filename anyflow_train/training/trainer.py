@@ -55,6 +55,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._step_seconds: list[float] = []  # without saving and validating
+        self._samples = 0
         self._activity = self.recipe.world.activity
         device = self.recipe.world.device
         self._gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -105,7 +106,9 @@ class Trainer:
     def _step(self, batches: Sequence[Batch]) -> None:
         config, step, device = self.config, self.state.step, self.recipe.world.device
         batches = [batch.to(device) for batch in batches]
-        draws = [Draw(config.seed, step, batch.positions, device) for batch in batches]
+        scopes = [f"turn {batch.turn}: " if batch.turn else "" for batch in batches]
+        pairs = zip(batches, scopes, strict=True)
+        draws = [Draw(config.seed, step, batch.positions, device, scope) for batch, scope in pairs]
         values, nonfinite_samples = {"learning_rate": learning_rate(step, config.steps, config.optimizer)}, ()
         for update in self.recipe.updates:
             if not update.due(step):
@@ -118,11 +121,13 @@ class Trainer:
                 trainable.ema.update(step)
             values |= report.values
             nonfinite_samples += report.nonfinite_samples
-        self._advance(values, nonfinite_samples)
+        size = sum(len(batch.positions) for batch in batches) * self.recipe.world.data_size
+        self._advance(size, values, nonfinite_samples)
 
-    def _advance(self, values: dict[str, float], nonfinite_samples: tuple[str, ...]) -> None:
+    def _advance(self, size: int, values: dict[str, float], nonfinite_samples: tuple[str, ...]) -> None:
         """Count the step. A skipped step also consumes its data, but its values are left out of the logged means."""
-        state, size = self.state, self.config.engine.global_batch
+        state = self.state
+        self._samples += size
         self.state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -150,7 +155,7 @@ class Trainer:
         names = dict.fromkeys(name for row in self._window for name in row)
         means = {name: fmean(row[name] for row in self._window if name in row) for name in names}
         seconds = fmean(self._step_seconds)
-        means["samples_per_second"] = self.config.engine.global_batch / seconds
+        means["samples_per_second"] = self._samples / sum(self._step_seconds)
         means["seconds_per_step"] = seconds
         if self._gpu is not None and self.work is not None:
             work = mean_over(self.config, self.work, range(self._logged, self.state.step))
@@ -160,6 +165,7 @@ class Trainer:
         self._loss = means.get("loss", self._loss)
         self._window.clear()
         self._step_seconds.clear()
+        self._samples = 0
         self.progress.show(self.state.step, means)
         self.trackers.log(self.state.step, means)
 
@@ -169,8 +175,8 @@ class Trainer:
         if self.validator is None or done or not self._due(self.config.evaluation.every):
             return
         folder = self.directory.validation(self.state.step)
-        with self._activity.untimed("validating"), self.progress.phase("validating"):
-            validation = self.validator(self.recipe.averaged, folder, self._should_stop)
+        with self._activity.untimed("validating"), self.progress.phase("validating") as show:
+            validation = self.validator(self.recipe.averaged, folder, self._should_stop, show)
         if validation is None:
             return
         metrics = validation.metrics

@@ -114,13 +114,17 @@ def make_update(
     """
     engine, statistics = trainable.engine, StepStatistics()
     global_batch = sum(len(batch.positions) for batch in batches) * engine.world.data_size
-    means = {term.name: DiffusionMean(term.rebalance, term.diffusion, engine.world) for term in update.terms}
+    means = {
+        (term.name, turn): DiffusionMean(term.rebalance, term.diffusion, engine.world)
+        for term in update.terms
+        for turn in {batch.turn for batch in batches}
+    }
     for batch, draw in zip(batches, draws, strict=True):
         for term in update.terms:
             if not term.due(draw):
                 continue
             loss = term.objective(roles, batch, draw)
-            mean = means[term.name].after(loss, batch.positions)
+            mean = means[term.name, batch.turn].after(loss, batch.positions)
             total = loss.per_sample.new_zeros(())
             for part in loss.parts():
                 own = term.weight * rebalanced(part, mean, term.rebalance, term.smallest_mean).sum()

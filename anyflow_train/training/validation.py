@@ -9,6 +9,9 @@ from typing import Protocol
 
 from anyflow_train.flow.types import FlowMap
 
+ShowPart = Callable[[int, int], None]
+"""Shows that part k of n is being done."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -38,6 +41,8 @@ class Validation:
 class Validator(Protocol):
     """Evaluates a student from fixed noise."""
 
-    def __call__(self, student: FlowMap, folder: Path, interrupted: Callable[[], bool]) -> Validation | None:
+    def __call__(
+        self, student: FlowMap, folder: Path, interrupted: Callable[[], bool], show: ShowPart
+    ) -> Validation | None:
         """Sample, measure, and write videos into `folder`. Returns None as soon as `interrupted` returns True."""
         ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from anyflow_train.errors import UserError
 from anyflow_train.watch.runs import Watch
 
 STATIC = Path(__file__).parent / "static"
+CLOSING_SECONDS = 1
+"""Time that open pages have to close their connections after Ctrl-C."""
 HOST, HOSTS = "127.0.0.1", ["127.0.0.1", "localhost"]
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self'"
 FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
@@ -23,17 +27,34 @@ def run(config: WatchConfig) -> None:
     Raises:
         UserError: there are no runs, the port is in use, or the extra `web` is not installed.
     """
-    app = application(Watch(Path(config.runs)))
+    serve(application(Watch(Path(config.runs))), config.port)
+
+
+def serve(app: Any, port: int, at_end: Callable[[], None] = lambda: None) -> None:
+    """Serve a web application on this machine alone, until Ctrl-C, which calls `at_end` first.
+
+    Raises:
+        UserError: the port is in use.
+    """
     import uvicorn
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, config.port))
+            probe.bind((HOST, port))
         except OSError as error:
-            raise UserError("port", f"{config.port} cannot be used ({error.strerror}); give another one") from None
+            raise UserError("port", f"{port} cannot be used ({error.strerror}); give another one") from None
         print(f"http://{HOST}:{probe.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[probe])
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS))
+        end = server.handle_exit
+
+        def end_quietly(sig: int, frame: Any) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open pages are cut off, which is no error
+            at_end()
+            end(sig, frame)
+
+        server.handle_exit = end_quietly
+        server.run(sockets=[probe])
 
 
 def application(watch: Watch) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from anyflow_train.__main__ import main
 from anyflow_train.config.base import Model
 from anyflow_train.config.compose import MODELS, compose, config_folders
 from anyflow_train.config.derived import shares_base, table
@@ -20,6 +21,7 @@ from anyflow_train.config.objective import FlowMatching
 from anyflow_train.config.objectives import FlowMap
 from anyflow_train.config.rules.run import run_warnings
 from anyflow_train.config.run import RunConfig
+from anyflow_train.config.stages import typed_choices
 from anyflow_train.errors import UserErrors
 
 GROUPS = find_groups(config_folders(None))
@@ -250,3 +252,19 @@ def _repeated(model: type[Model], values: dict[Any, Any], own: Model | None = No
             yield from _repeated(inner, value, default if isinstance(default, inner) else None)
         elif value == (list(default) if isinstance(default, tuple) else default):
             yield name
+
+
+@pytest.mark.parametrize("experiment", ["tiny_on_policy", "tiny_teacher", "wan1_3b_teacher"])
+def test_validation_is_switched_off_by_its_group(experiment: str) -> None:
+    off: RunConfig = compose("train", [f"experiment={experiment}", "evaluation=none"])
+    assert (off.evaluation.every, off.evaluation.videos) == (0, 0)
+    on: RunConfig = compose("train", [f"experiment={experiment}", "evaluation.every=7", "evaluation=none"])
+    assert on.evaluation.every == 7
+
+
+def test_help_and_completion_offer_recipes_that_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(typed_choices("recipe", GROUPS)) == ["default", "reference"]
+    assert main(["completion", "words", "train", "recipe="]) == 0
+    assert capsys.readouterr().out.split() == ["recipe=default", "recipe=reference"]
+    assert main(["train", "--help"]) == 0
+    assert "recipe=...            default, reference\n" in capsys.readouterr().out

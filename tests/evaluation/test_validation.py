@@ -104,6 +104,12 @@ def test_every_validation_and_every_start_sees_the_same_noise(folder: Path) -> N
     assert not torch.equal(first.compared.noise, other.noise)
 
 
+def test_it_tells_which_set_of_samples_it_makes(folder: Path) -> None:
+    shown: list[tuple[int, int]] = []
+    validator_of(folder)(stay, folder, go(), lambda part, parts: shown.append((part, parts)))
+    assert shown == [(1, 2), (2, 2)]  # 1 and 2 calls
+
+
 def test_a_stop_request_ends_it_at_once(folder: Path) -> None:
     assert validator_of(folder)(stay, folder, go(interrupted=True)) is None
 

@@ -82,7 +82,12 @@ def test_the_code_of_every_card_runs_as_written(tmp_path: Path) -> None:
         export(make_run(student, FULL), student / "pipeline", prompt='a "red" ball'),
         export(student / "run", student / "transformer", format="transformer"),
         export(make_run(lora, WITH_DELTA), lora / "out", format="lora"),
-        export(make_run(teacher, FULL, gate=0.0, kind="flow_matching"), teacher / "out", format="wan_pipeline"),
+        export(
+            make_run(teacher, FULL, gate=0.0, kind="flow_matching"),
+            teacher / "out",
+            format="wan_pipeline",
+            precision="fp32",
+        ),
     ]
     pipeline, transformer, adapters, wan = outs
     play(pipeline, transformer, wan)
@@ -90,6 +95,8 @@ def test_the_code_of_every_card_runs_as_written(tmp_path: Path) -> None:
     assert all((out / "video.gif").read_bytes().startswith(b"GIF") for out in outs)
     texts = [(out / "README.md").read_text() for out in outs]
     assert all("an any-step video diffusion model" in text for text in texts[:3])
+    assert all('\ndtype = torch.bfloat16 if device == "cuda" else torch.float32\n' in text for text in texts[:3])
+    assert "\ndtype = torch.float32\n" in texts[3]
     assert "a video diffusion teacher" in texts[3]
     assert "num_inference_steps=50" in texts[3]
     assert "guidance_scale=5.0" in texts[3]

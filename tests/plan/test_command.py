@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from anyflow_train.config.commands import GpuName, StrategyName
+from anyflow_train.config.commands.types import GpuName, StrategyName
 from anyflow_train.config.compose import compose
 from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.plan import command, fit
@@ -120,6 +120,7 @@ def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixtu
         run([*given, "optimizer.moments=8bit", "strategy=zero2"], None)
 
 
+@pytest.mark.nightly  # faster: test_what_does_not_fit_gets_the_nearest_that_does
 def test_full_training_that_cannot_fit_is_offered_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["experiment=wan14b_forward", *PLAIN[1:], "gpus=8", "gpu=rtx4090-24"]
     assert run(given, None) == DOES_NOT_FIT

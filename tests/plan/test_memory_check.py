@@ -15,6 +15,7 @@ from anyflow_train.plan import shortage
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.memory import GIB, Memory, plan_memory
 from anyflow_train.plan.shortage import foresee, memory_warning
+from anyflow_train.text import duration, memory_size
 from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 
@@ -80,7 +81,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], World]:
 
 def test_a_start_warns_once_and_knows_its_work(gpu: Callable[..., World], capsys: pytest.CaptureFixture[str]) -> None:
     config, found = plain(1)
-    assert check_memory(config, gpu(80 * GIB, 80 * GIB), foresee) == (found.work,)
+    forecast = check_memory(config, gpu(80 * GIB, 80 * GIB), foresee)
+    assert forecast is not None
+    assert forecast.work == (found.work,)
+    memory = f"{memory_size(plan_memory(config, found, 'ddp', 1).total)} on each GPU (planned)"
+    seconds = found.work * config.steps / 0.4 / 989e12
+    in_time = f"about {duration(seconds)} for {config.steps} steps, at 40% of the peak"
+    assert forecast.rows(config, "NVIDIA H200", 1) == [("memory", memory), ("time", in_time)]
+    assert forecast.rows(config, "a new GPU", 1) == [("memory", memory)]
     assert found.work > 1e15
     assert capsys.readouterr().err == ""
     check_memory(config, gpu(20 * GIB, 80 * GIB), foresee)

@@ -130,6 +130,7 @@ class Run:
 
     def __init__(self, folder: Path, words: list[str]) -> None:
         self.folder, self.overrides, self.label, self.state = folder, words, folder.name, "waiting"
+        self.cpu_seconds = 0.0
 
     def update(self, otherwise: str) -> None:
         self.state = otherwise
@@ -142,11 +143,20 @@ def test_every_run_is_a_job_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     reports: list[int] = []
     cluster.finish_all(runs, SweepOptions(cluster="local", slurm={"timeout_min": 5}), [], lambda: reports.append(1))
     assert [run.state for run in runs] == ["stopped", "failed"]  # of the exit codes 0 and 2
+    assert all(run.cpu_seconds > 0 for run in runs)
     assert len(reports) == 2
     assert any("anyflow_train" in path.read_text() for path in (tmp_path / "jobs").glob("*.out"))
 
 
 Training = cluster.Training
+
+
+def test_the_signal_for_the_job_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -USR2 $$\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(cluster.sys, "executable", str(program))
+    assert Training([])()[0] == 0
 
 
 def test_unknown_parameters_of_a_cluster_are_refused(tmp_path: Path) -> None:

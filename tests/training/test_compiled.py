@@ -67,7 +67,9 @@ def test_a_causal_student_is_compiled_once_for_each_of_its_sequences(tmp_path: P
     assert_same_training(config)
 
 
-@pytest.mark.parametrize("settles", both_backends(4), indirect=True)
+# faster: the run above, and what test_recompute says of blocks
+@pytest.mark.nightly
+@pytest.mark.parametrize("settles", [(4, "eager"), (4, "aot_eager")], indirect=True)
 def test_roles_on_one_base_are_compiled_once_each(tmp_path: Path, settles: None) -> None:
     """Which of them a block computes as is part of what is compiled; rollouts have two jumps in every step."""
     write_latents(tmp_path / "shards")

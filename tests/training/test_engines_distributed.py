@@ -48,9 +48,9 @@ EQUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero3-sequence": ("zero3", "full", {"engine__micro_batch": 4, "engine__sequence_parallel": 2}),
     "offload": ("zero3_offload", "full", {"engine__micro_batch": 2}),
 }
-# The others have the same engine, kind and split, two at a time. `ddp-jvp` accumulates under DDP; a teacher beside
-# adapters under ZeRO-3 is one of `test_on_policy_distributed`.
-NIGHTLY = ("ddp-accumulated", "zero1", "zero2-lora", "zero3-sequence", "zero3-teacher")
+# The others have the same engine, kind and split, two at a time. `ddp-jvp` accumulates under DDP; runs with adapters,
+# and a teacher beside them under ZeRO-3, are those of `test_on_policy_distributed`.
+NIGHTLY = ("ddp-accumulated", "zero1", "zero2-lora", "zero2-sequence", "zero3-sequence", "zero3-teacher")
 # bfloat16 over float32 masters.
 HALF_PRECISION = ("zero2", "zero3")
 # Names and steps of the starts of two equal runs.

@@ -80,7 +80,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Counter[str], int]]:
     return steps
 
 
-@pytest.mark.parametrize(("kind", "precision", "updates"), [("causal", "fp32", 1), ("stage 2", "bf16", 2)])
+@pytest.mark.parametrize(
+    ("kind", "precision", "updates"),
+    [("stage 2", "bf16", 2), pytest.param("causal", "fp32", 1, marks=pytest.mark.nightly)],
+)
 def test_a_step_waits_once_for_each_update(
     kind: str, precision: str, updates: int, tmp_path: Path, counted: list[tuple[Counter[str], int]]
 ) -> None:

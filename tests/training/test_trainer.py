@@ -217,7 +217,7 @@ class Judge:
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def __call__(self, student: FlowMap, folder: Path, interrupted: Any) -> Validation | None:
+    def __call__(self, student: FlowMap, folder: Path, interrupted: Any, show: Any) -> Validation | None:
         step = int(folder.name.removeprefix("step_"))
         self.steps.append(step)
         return Validation({"energy_distance_4": abs(step - 4.0)})
@@ -239,7 +239,7 @@ def test_a_validation_that_fails_costs_no_step_and_is_done_again(tmp_path: Path)
     write_latents(tmp_path / "shards")
     config = RunConfig.model_validate(settings(tmp_path, evaluation__every=4, checkpoint__every=4, checkpoint__keep=1))
 
-    def fail(student: FlowMap, folder: Path, interrupted: Any) -> Validation | None:
+    def fail(student: FlowMap, folder: Path, interrupted: Any, show: Any) -> Validation | None:
         raise RuntimeError("the validation is broken")
 
     for _ in range(2):

@@ -24,6 +24,11 @@ def chunks(config: RunConfig) -> Iterator[Finding]:
     if total != frames:
         problem = f"{partition} sums to {total}, but data.frames={config.data.frames} is {frames} latent frames"
         yield Finding((PARTITION, "data.frames"), f"{problem}; the sum must be equal to them")
+    for number, size in enumerate(config.data.buckets):
+        if size.frames != config.data.frames:
+            problem = f"{size} has other frames than data.frames={config.data.frames}, but {PARTITION}={partition}"
+            advice = "divides all clips; give sizes of these frames"
+            yield Finding((f"data.buckets.{number}", PARTITION), f"{problem} {advice}")
     if len(partition) < limit:
         problem = f"{limit} is more than the {len(partition)} chunks of {PARTITION}={partition}"
         yield Finding((LIMIT, PARTITION), f"{problem}; lower it")
@@ -34,11 +39,13 @@ def chunks(config: RunConfig) -> Iterator[Finding]:
         form = f"the form [1, p, p], with p a multiple of the patch size {patch}"
         yield Finding((COMPRESSED,), f"{list(causal.compressed_patch_size)} must have {form}")
         return
-    for axis in ("height", "width"):
-        pixels = getattr(config.data, axis)
+    data = config.data
+    sides = [(f"data.{axis}", getattr(data, axis)) for axis in ("height", "width")]
+    sides += [(f"data.buckets.{n}", pixels) for n, size in enumerate(data.buckets) for pixels in size[1:]]
+    for key, pixels in sides:
         if (latents := pixels // SPATIAL_FACTOR) % far:
             problem = f"{pixels} pixels are {latents} latents, which is not a multiple of {far}"
-            yield Finding((f"data.{axis}", COMPRESSED), f"{problem}, the patch size in {COMPRESSED}")
+            yield Finding((key, COMPRESSED), f"{problem}, the patch size in {COMPRESSED}")
 
 
 def context(config: RunConfig) -> Iterator[Finding]:
@@ -46,9 +53,10 @@ def context(config: RunConfig) -> Iterator[Finding]:
     causal, follows = config.student.architecture.causal, config.objective.follows_teacher
     key, share, long_share = "context.i2v_probability", config.context.i2v_probability, config.context.long_share
     if causal is None:
-        if share and config.data.frames == 1:
-            problem = f"{share} would give the only latent frame of data.frames=1"
-            yield Finding((key, "data.frames"), f"{problem}; set it to 0")
+        if share and any(size.frames == 1 for size in (config.data.size, *config.data.buckets)):
+            place = "data.frames=1" if config.data.frames == 1 else "a bucket of pictures"
+            problem = f"{share} would give the only latent frame of {place}"
+            yield Finding((key, "data.frames", "data.buckets"), f"{problem}; set it to 0")
         if share and follows:
             problem = f"{share} would give clean frames to a teacher that was not trained on them"
             yield Finding((key, "objective.velocity"), f"{problem}; set it to 0, or objective.velocity=data")

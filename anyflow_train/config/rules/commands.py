@@ -12,7 +12,18 @@ from anyflow_train.config.rules.geometry import frame_count, video_size
 
 def prepare(config: PrepareConfig) -> Iterator[Finding]:
     """Check that there is something to encode, at sizes that Wan's VAE and patches divide."""
-    yield from video_size(config.frames, config.height, config.width)
+    for number, size in enumerate(config.buckets):
+        found = video_size(*size)
+        yield from (Finding((f"buckets.{number}",), f"{size}: {one.text}") for one in found)
+    if not config.buckets:
+        yield from video_size(config.frames, config.height, config.width)
+    if len({*config.buckets}) < len(config.buckets):
+        yield Finding(("buckets",), f"{[str(size) for size in config.buckets]} names a size twice; name each one once")
+    if config.source is None:
+        for key, value in (("buckets", config.buckets), ("windows", config.windows)):
+            if value not in ((), "first"):
+                problem = f"{value if key == 'windows' else [*map(str, value)]} is for clips, but source is null"
+                yield Finding((key, "source"), f"{problem}; leave {key} out")
     try:
         codecs.lookup(config.encoding or "utf-8")
     except (LookupError, ValueError):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent_shape, shares_base, token_grid
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.network import PUBLISHED, Lora, is_in, is_target, published
+from anyflow_train.config.network import PUBLISHED, Architecture, Lora, is_in, is_target, published
 from anyflow_train.config.parameters import layers
-from anyflow_train.config.run import RunConfig
+from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.text import nearest_hint
 
 # Wan2.1's patch size in height and width, for commands that do not know the network.
@@ -43,17 +44,36 @@ def frame_count(key: str, frames: int) -> Iterator[Finding]:
 def run_sizes(config: RunConfig) -> Iterator[Finding]:
     """Check frames, height and width of the training clips against the VAE, the patch and the rotary table."""
     architecture, data = config.student.architecture, config.data
+    yield from _clip_size(data, architecture, None)
+    for number, size in enumerate(data.buckets):
+        yield from _clip_size(data.model_copy(update=size._asdict()), architecture, f"data.buckets.{number}")
+    key = "data.buckets"
+    if len({*data.buckets}) < len(data.buckets):
+        yield Finding((key,), f"{_listed(data.buckets)} names a size twice; name each one once")
+    if data.buckets and data.size not in data.buckets:
+        problem = f"{_listed(data.buckets)} does not have {data.size}, the size of validation"
+        yield Finding((key, "data.frames", "data.height", "data.width"), f"{problem}; add it, or set these keys")
+    if len(data.buckets) > 1 and (config.on_policy.matching or not config.objective.uses_clips):
+        used = "on_policy.kind" if config.on_policy.matching else "objective.source"
+        problem = f"{_listed(data.buckets)} is only for clips, but this run makes its own samples"
+        yield Finding((key, used), f"{problem}, which have one size; set it to []")
+
+
+def _listed(sizes: Iterable[ClipSize]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _clip_size(data: Data, architecture: Architecture, bucket: str | None) -> Iterator[Finding]:
+    """Check one size of training clips. Findings name their own key, or that of a bucket."""
     size = [*video_size(data.frames, data.height, data.width, architecture.patch_size[1], "data.")]
-    yield from size
-    if size:
-        return
-    latent = latent_shape(data, architecture.in_channels)
-    longest = architecture.rope_max_seq_len
-    for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
-        if tokens > longest:
-            key = "student.architecture.rope_max_seq_len"
-            problem = f"{getattr(data, axis)} is {tokens} tokens along this axis, more than {key}={longest}; lower it"
-            yield Finding((f"data.{axis}", key), problem)
+    if not size:
+        latent, longest = latent_shape(data, architecture.in_channels), architecture.rope_max_seq_len
+        for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
+            if tokens > longest:
+                key, value = "student.architecture.rope_max_seq_len", getattr(data, axis)
+                problem = f"{value} is {tokens} tokens along this axis, more than {key}={longest}; lower it"
+                size.append(Finding((f"data.{axis}", key), problem))
+    yield from (Finding((bucket or one.keys[0], *one.keys[1:]), one.text) for one in size)
 
 
 def network_shape(config: RunConfig) -> Iterator[Finding]:

@@ -22,11 +22,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.index import Skipped, index_name
 from anyflow_train.data.manifest import (
+    DIGITS,
     FORMAT,
     MANIFEST,
+    Bucket,
     CodecInfo,
     Manifest,
     ShardInfo,
@@ -48,8 +51,9 @@ from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_a
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
-from anyflow_train.data.prepare.video import Limits, read_clip
+from anyflow_train.data.prepare.video import read_windows
 from anyflow_train.data.prepare.videos import MakeLatents, write_made_shards, write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.windows import Framing, clip_of
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.data.prepare.writing import copy_shard
 from anyflow_train.devices import DTYPES, pick_device
@@ -174,11 +178,10 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     elif config.prompts is not None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
-        shape = config.model_dump(include={"frames", "height", "width", "fps", "hdr"})
-        limits = Limits(config.min_size, config.min_seconds, config.max_upscale)
-        read = partial(read_clip, **shape, limits=limits)
-        encode = job.codec(config.vae_precision).encode_video
-        write_video_shards(read, encode, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
+        read, codec = partial(read_windows, framing=Framing.of(config)), job.codec(config.vae_precision)
+        shapes = [one.latent_shape for one in _buckets(config, codec)] if len(config.sizes) > 1 else []
+        dtype = DTYPES[config.latent_dtype]
+        write_video_shards(read, codec.encode_video, folder, job.shards, config.batch, dtype, progress, shapes)
 
 
 def _finish(job: PrepareJob) -> bool:
@@ -223,6 +226,7 @@ def _shard_infos(ledger: Ledger) -> list[ShardInfo]:
             samples=len(ledger.index(name).entries),
             bytes=(folder / name).stat().st_size,
             index_sha256=file_sha256(folder / index_name(name)),
+            buckets=ledger.index(name).buckets,
         )
         for name in names
     ]
@@ -250,14 +254,23 @@ def _facts(job: PrepareJob) -> Manifest:
 
 def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
     """Add the facts about videos to the manifest of their texts."""
-    frames = (config.frames - 1) // codec.temporal_factor + 1
-    height, width = config.height // codec.spatial_factor, config.width // codec.spatial_factor
-    facts = config.model_dump(include={"latent_dtype", "frames", "height", "width", "fps"}) | {
+    buckets = _buckets(config, codec)
+    facts = dict(buckets[0]) | {
         "kind": "video",
-        "latent_shape": (frames, len(codec.latents_mean), height, width),
+        "latent_dtype": config.latent_dtype,
+        "fps": config.fps,
+        "buckets": buckets if len(buckets) > 1 else (),
         "codec": _codec_info(config, codec),
     }
     return manifest.model_copy(update=facts)
+
+
+def _buckets(config: PrepareConfig, codec: Codec) -> tuple[Bucket, ...]:
+    def latent_shape(size: ClipSize) -> tuple[int, int, int, int]:
+        height, width = size.height // codec.spatial_factor, size.width // codec.spatial_factor
+        return (size.frames - 1) // codec.temporal_factor + 1, len(codec.latents_mean), height, width
+
+    return tuple(Bucket(**size._asdict(), latent_shape=latent_shape(size)) for size in config.sizes)
 
 
 def _codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
@@ -273,9 +286,15 @@ def _codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
 def _summary(plan: PreparePlan) -> str:
     """Describe the folder, and compare it with the source."""
     ledger = plan.ledger()
-    samples = {key for key, one in ledger.outcomes().items() if one.place is not None}
-    here, skipped = len(samples & plan.wanted.records.keys()), plan.skipped()
-    text = f"{len(samples)} samples in {len(ledger.shards)} shards from {len(samples) + len(skipped)} clips"
+    outcomes = ledger.outcomes()
+    encoded = {key for key, one in outcomes.items() if one.places}
+    lost = plan.skipped()
+    skipped = [one for one in lost if clip_of(one.key) not in encoded]
+    here, samples = len(encoded & plan.wanted.records.keys()), sum(len(one.places) for one in outcomes.values())
+    text = f"{samples} samples in {len(ledger.shards)} shards from {len(encoded) + len(skipped)} clips"
+    if len(plan.config.sizes) > 1:
+        digits = Counter("".join(ledger.index(shard.name).buckets for shard in ledger.shards))
+        text += f" ({', '.join(f'{digits[d]} {size}' for d, size in zip(DIGITS, plan.config.sizes, strict=False))})"
     if skipped:
         text += f"; {len(skipped)} skipped ({_reasons(skipped)}), listed in {plan.folder / SKIPPED}"
     if unused := sum(plan.source.unused.values()):
@@ -283,10 +302,12 @@ def _summary(plan: PreparePlan) -> str:
     if skipped or unused:
         found = here + len(skipped) + unused
         text += f"; found {found} = {here} encoded + {len(skipped)} skipped + {unused} not used"
-    if gone := sorted(samples - plan.wanted.records.keys()):
+    if rest := [one for one in lost if clip_of(one.key) in encoded]:
+        text += f"; {len(rest)} clips lost windows ({_reasons(rest)}; for example {rest[0].key})"
+    if gone := sorted(encoded - plan.wanted.records.keys()):
         named = ", ".join(gone[:MOST_NAMED]) + (", ..." if len(gone) > MOST_NAMED else "")
         text += f"; {len(gone)} gone from the source ({named}), whose samples stay until prune=true"
-    if cut := [key for shard in ledger.shards for key in ledger.index(shard.name).cut]:
+    if cut := list({clip_of(key): None for shard in ledger.shards for key in ledger.index(shard.name).cut}):
         length = plan.config.max_text_length
         text += f"; {len(cut)} with a caption of more than {length} tokens, cut there (for example {cut[0]})"
     return text

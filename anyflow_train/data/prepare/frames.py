@@ -50,6 +50,31 @@ def open_video(source: Path | BinaryIO) -> Iterator[tuple[InputContainer, VideoS
         yield container, stream
 
 
+def is_picture(container: InputContainer) -> bool:
+    """Return whether the file is a picture that does not move, such as a JPEG or PNG."""
+    return container.format.name == "image2" or container.format.name.endswith("_pipe")
+
+
+def stated_duration(container: InputContainer, stream: VideoStream) -> float | None:
+    """Return the duration in seconds that the file states; None if it states none."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / av.time_base
+
+
+def duration(container: InputContainer, stream: VideoStream) -> float:
+    """Return the duration of the pictures in seconds. If the file does not state it, all of the file is read."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    packets = [(one.pts, one.duration or 0) for one in container.demux(stream) if one.size]
+    step = 1 / (float(stream.average_rate or 0) or 25.0)
+    times = [(start, start + length) for start, length in packets if start is not None]
+    if stream.time_base is None or not times:
+        return len(packets) * step
+    first, last = min(start for start, _ in times), max(times)
+    return float((last[1] - first) * stream.time_base) + (step if last[0] == last[1] else 0)
+
+
 def shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, float]]:
     """Yield each frame with the time (seconds after the first frame) until which a player shows it.
 

@@ -60,7 +60,7 @@ def find_changes(outcomes: Mapping[str, Outcome], records: Mapping[str, ClipReco
     return Changes(
         new=[key for key in records if key not in outcomes],
         changed=[key for key, (before, record) in known.items() if before.record != record],
-        skipped=[key for key, (before, record) in known.items() if before.record == record and before.place is None],
+        skipped=[key for key, (before, record) in known.items() if before.record == record and not before.places],
         gone=[key for key in outcomes if key not in records],
     )
 
@@ -90,7 +90,7 @@ def next_generation(ledger: Ledger, wanted: Wanted, retry: bool) -> Generation |
         for start in range(0, len(clips), wanted.samples_per_shard)
     ]
     removed = _with_losses(ledger, outcomes, pending.union(changes.gone)) if wanted.prune else {}
-    runs += [(kept, name) for name, kept in removed.items() if any(outcomes[one.key].place is not None for one in kept)]
+    runs += [(kept, name) for name, kept in removed.items() if any(outcomes[one.key].places for one in kept)]
     if not runs and not removed and prompts == before:
         return None
     names = (f"shard-{number:06d}.tar" for number in range(ledger.next_shard, ledger.next_shard + len(runs)))
@@ -110,7 +110,7 @@ def _with_losses(ledger: Ledger, outcomes: Mapping[str, Outcome], lost: Iterable
     found, lost = {}, set(lost)
     for shard in ledger.shards:
         kept = [clip for clip in live_clips(outcomes, shard) if clip.key not in lost]
-        samples = sum(outcomes[clip.key].place is not None for clip in kept)
+        samples = sum(len(outcomes[clip.key].places) for clip in kept)
         if samples < len(ledger.index(shard.name).entries):
             found[shard.name] = kept
     return found

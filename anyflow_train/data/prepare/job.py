@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ MAY_CHANGE = {"source", "prompts", "negative_prompt", "validation_prompts"}
 # These keys do not change the shards (`batch` changes only rounding). `codec` enters as hashes instead.
 FREE_KEYS = MAY_CHANGE | {"out", "codec", "device", "threads", "batch", "prune", "latents", "dry_run"}
 # These keys are newer than some folders. They are written only if they are set, so that such a folder can go on.
-LATER_KEYS = {"hdr", "caption_key", "encoding", "min_size", "min_seconds", "max_upscale"}
+LATER_KEYS = {"buckets", "windows", "hdr", "caption_key", "encoding", "min_size", "min_seconds", "max_upscale"}
 TEACHER_KEYS = {"teacher", "steps", "guidance_scale", "shift", "seed"}
 
 
@@ -96,10 +96,10 @@ class PreparePlan:
         return find_changes(ledger.complete().outcomes(), self.wanted.records)
 
     def skipped(self) -> list[Skipped]:
-        """List all clips of the source that were skipped, and those that could not be listed."""
+        """List all clips of the source that were skipped, or some windows of them; and those that were not listed."""
         outcomes = self.ledger().outcomes().items()
-        lost = [(key, one.reason) for key, one in outcomes if one.place is None and key in self.wanted.records]
-        return [*self.source.problems, *(Skipped(key, reason) for key, reason in lost)]
+        lost = [one.lost for key, one in outcomes if key in self.wanted.records]
+        return [*self.source.problems, *chain.from_iterable(lost)]
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,10 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
     """List the clips. Raises UserError if there are none."""
     reader = CaptionReader(config.caption_key, config.encoding)
     prompts = config.prompts
-    source = list_clips(config.source or "", reader) if prompts is None else list_prompts(prompts, reader)
-    settings: dict[str, object] = {
-        key: value
-        for key, value in config.model_dump(mode="json").items()
-        if key not in FREE_KEYS and (key not in LATER_KEYS or value != PrepareConfig.model_fields[key].default)
-    }
+    pictures = any(size.frames == 1 for size in config.sizes)
+    source = list_prompts(prompts, reader) if prompts else list_clips(config.source or "", reader, pictures)
+    unset = {key for key in LATER_KEYS if getattr(config, key) == PrepareConfig.model_fields[key].default}
+    settings: dict[str, object] = config.model_dump(mode="json", exclude=FREE_KEYS | unset)
     if config.teacher is not None:
         settings["teacher"] = public_fingerprint(config.teacher, "transformer")
     else:

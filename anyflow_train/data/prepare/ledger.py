@@ -17,6 +17,7 @@ from anyflow_train.data.index import ShardIndex, Skipped, index_name, parse_inde
 from anyflow_train.data.manifest import TEXT, State
 from anyflow_train.data.prepare.captions import CaptionError
 from anyflow_train.data.prepare.sources import Clip
+from anyflow_train.data.prepare.windows import clip_of
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file
 
@@ -116,12 +117,19 @@ class Generation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a clip: a sample at a place of a shard, or, if place is None, a reason why it was skipped."""
+    """What became of a clip.
+
+    Attributes:
+        record: the clip as it was.
+        shard: shard of its samples.
+        places: places of its samples in the shard; empty if it was skipped.
+        lost: why it was skipped, or which windows of it.
+    """
 
     record: ClipRecord
     shard: str
-    place: int | None
-    reason: str = ""
+    places: tuple[int, ...] = ()
+    lost: tuple[Skipped, ...] = ()
 
 
 @dataclass
@@ -194,14 +202,14 @@ class Ledger:
                 if shard.name not in removed:
                     names.append(shard.name)
                     for before in self._add_outcomes(found, shard):
-                        dropped.setdefault(before.shard, []).append(before.place or 0)
+                        dropped.setdefault(before.shard, []).extend(before.places)
             gone, problems = set(generation.gone), len(generation.problems)
-            skipped = sum(one.place is None and key not in gone for key, one in found.items()) + problems
+            skipped = sum(not one.places and key not in gone for key, one in found.items()) + problems
             state = State(
                 shards=len(names),
                 dropped={shard: tuple(_ranges(dropped[shard])) for shard in sorted(dropped)},
                 longest_text=max((self.index(name).longest_text or 0 for name in names), default=0),
-                clips=sum(one.place is not None for one in found.values()) + skipped,
+                clips=sum(bool(one.places) for one in found.values()) + skipped,
                 skipped=skipped,
                 negative_prompt=generation.prompts.negative,
                 validation_prompts=generation.prompts.validation,
@@ -211,13 +219,20 @@ class Ledger:
         return states
 
     def _add_outcomes(self, found: dict[str, Outcome], shard: ShardRecord) -> list[Outcome]:
-        """Add the outcomes of a shard. Returns the samples that they replace."""
+        """Add the outcomes of a shard. Returns those that they replace."""
         index, records = self.index(shard.name), {record.key: record for record in shard.clips}
-        ends: list[tuple[str, int | None, str]] = [(one.key, place, "") for place, one in enumerate(index.entries)]
-        ends += [(one.key, None, one.reason) for one in index.skipped]
-        before = [found.pop(key) for key, _, _ in ends if key in found]  # so that the order is that of the shards
-        found.update({key: Outcome(records[key], shard.name, place, reason) for key, place, reason in ends})
-        return [one for one in before if one.place is not None]
+        ends: dict[str, Outcome] = {}
+        for place, entry in enumerate(index.entries):
+            key = clip_of(entry.key)
+            end = ends.get(key, Outcome(records[key], shard.name))
+            ends[key] = replace(end, places=(*end.places, place))
+        for skipped in index.skipped:
+            key = clip_of(skipped.key)
+            end = ends.get(key, Outcome(records[key], shard.name))
+            ends[key] = replace(end, lost=(*end.lost, skipped))
+        before = [found.pop(key) for key in ends if key in found]  # so that the order is that of the shards
+        found.update(ends)
+        return before
 
 
 def record_of(clip: Clip) -> ClipRecord:

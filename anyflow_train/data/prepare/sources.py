@@ -28,6 +28,7 @@ VIDEOS = (
     *("m1v", "m2v", "wmv", "asf", "flv", "f4v", "gif", "apng", "ogv", "mxf", "dv", "divx", "rm", "rmvb", "nut", "ivf"),
     *("y4m", "mjpeg", "mjpg", "h264", "264", "hevc", "h265", "265", "obu", "wtv", "vc1"),
 )
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 TARS = (".tar", ".tar.gz", ".tgz")
 # Lists with these names describe the videos of the folder in which they are.
 LISTS = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "videos2caption.json")
@@ -130,23 +131,25 @@ class Source:
     unpacked: tempfile.TemporaryDirectory[str] | None = None
 
 
-def list_clips(source: str, reader: CaptionReader | None = None) -> Source:
+def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool = False) -> Source:
     """List a folder of videos, a tar or a folder of tars (WebDataset), or a list of videos.
 
     Args:
         source: the folder or file.
         reader: reads captions and lists.
+        pictures: whether pictures are clips of one frame, except next to a video of the same name.
 
     Raises:
         UserError: the source does not exist, has another format, or contains no clips; or a list in it is broken.
     """
     path, reader = Path(source), reader or CaptionReader()
+    kinds = (*VIDEOS, *PICTURES) if pictures else VIDEOS
     if _is_tar(path) and path.is_file():
-        found = _from_tars([path], reader)
+        found = _from_tars([path], reader, kinds)
     elif path.suffix.lower() in SUFFIXES and path.is_file():
         found = _from_list(path, reader)
     elif path.is_dir():
-        found = _from_folder(path, reader)
+        found = _from_folder(path, reader, kinds)
     else:
         lists = ", ".join((*TARS, *SUFFIXES))
         raise UserError("source", f"{source} is not a folder, and not a file of type {lists}")
@@ -186,9 +189,11 @@ def format_counts(counts: Mapping[str, int], most: int = 8) -> str:
     return ", ".join([*parts, *(["others"] if len(counts) > most else [])])
 
 
-def _from_folder(root: Path, reader: CaptionReader) -> Source:
+def _from_folder(root: Path, reader: CaptionReader, kinds: tuple[str, ...]) -> Source:
     files, unused = _walk(root)
-    videos = [path for path in files if path.suffix[1:].lower() in VIDEOS]
+    moving = {path.with_suffix("") for path in files if path.suffix[1:].lower() in VIDEOS}
+    videos = [path for path in files if path.suffix[1:].lower() in kinds]
+    videos = [path for path in videos if path.suffix[1:].lower() in VIDEOS or path.with_suffix("") not in moving]
     tars = [path for path in files if _is_tar(path)]
     if videos and tars:
         found = f"({videos[0].name}, {tars[0].name})"
@@ -218,7 +223,7 @@ def _from_folder(root: Path, reader: CaptionReader) -> Source:
             continue
         clips.append(Clip(key, Blob(video), caption or _caption_file(file, reader)))
     unused.update(path.suffix.lower() or "without extension" for path in files if path not in used)
-    found = _from_tars(tars, reader) if tars else Source(tuple(clips), tuple(problems))
+    found = _from_tars(tars, reader, kinds) if tars else Source(tuple(clips), tuple(problems))
     return replace(found, unused=unused + Counter(found.unused))
 
 
@@ -263,7 +268,7 @@ def _video_path(path: Path, name: str) -> Path:
     return beside if path.name.lower() == "videos2caption.json" and beside.exists() else found
 
 
-def _from_tars(paths: list[Path], reader: CaptionReader) -> Source:
+def _from_tars(paths: list[Path], reader: CaptionReader, kinds: tuple[str, ...]) -> Source:
     clips: list[Clip] = []
     problems: list[Skipped] = []
     unused: Counter[str] = Counter()
@@ -281,7 +286,7 @@ def _from_tars(paths: list[Path], reader: CaptionReader) -> Source:
             problems.append(Skipped(printable(path.name), reason))
         for key, members in samples.items():
             if not key.endswith("/"):  # as those of hidden files do
-                found, others = _from_sample(members)
+                found, others = _from_sample(members, kinds)
                 unused.update(others)
                 for suffix, video, kind, text in found:
                     blob = text and Blob(plain, text.offset, text.size)
@@ -296,7 +301,9 @@ def _from_tars(paths: list[Path], reader: CaptionReader) -> Source:
     return Source(tuple(clips), tuple(problems), unused, unpacked)
 
 
-def _from_sample(members: Mapping[str, Member]) -> tuple[list[tuple[str, Member, str, Member | None]], Counter[str]]:
+def _from_sample(
+    members: Mapping[str, Member], kinds: tuple[str, ...]
+) -> tuple[list[tuple[str, Member, str, Member | None]], Counter[str]]:
     """Find the videos in a sample of a WebDataset, whose files are equal up to the first dot of their names.
 
     Returns:
@@ -307,7 +314,7 @@ def _from_sample(members: Mapping[str, Member]) -> tuple[list[tuple[str, Member,
     found = []
     used = set()
     for stem in dict.fromkeys(stem for stem, _ in by_name):
-        video = next((kind for kind in VIDEOS if (stem, kind) in by_name), None)
+        video = next((kind for kind in kinds if (stem, kind) in by_name), None)
         if video is not None:
             places = [(name, kind) for name in dict.fromkeys((stem, "")) for kind in FILES]
             text = next((place for place in places if place in by_name), ("", ""))

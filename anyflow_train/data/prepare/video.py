@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import av
 import av.error
 import numpy as np
 import torch
@@ -16,40 +17,24 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from torch.nn import functional
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.data.prepare.colour import Hdr, sdr_pixels
-from anyflow_train.data.prepare.frames import ClipError, open_video, shown_frames
+from anyflow_train.data.prepare.frames import (
+    ClipError,
+    duration,
+    is_picture,
+    open_video,
+    shown_frames,
+    stated_duration,
+)
+from anyflow_train.data.prepare.windows import Framing, Limits, too_short
 
-__all__ = ["ClipError", "Limits", "fit", "read_clip"]
+__all__ = ["ClipError", "Limits", "fit", "read_clip", "read_windows"]
 
 # Presentation times are rounded to the container's time base. A frame that is this close (seconds) counts as shown.
 TIME_TOLERANCE = 1e-3
 # Widths of a pixel that files are believed. Others are mistakes of the file's writer, and its pixels are square.
 PIXEL_ASPECTS = (1 / 8, 8)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Which clips are good enough.
-
-    Attributes:
-        size: least length of the shorter side in pixels.
-        seconds: least duration, as the file states it.
-        upscale: largest factor by which pictures may be enlarged; None allows any.
-    """
-
-    size: int = 0
-    seconds: float = 0.0
-    upscale: float | None = None
-
-    def check(self, height: float, width: float, scale: float) -> None:
-        """Check the size of a picture as shown, and the scale that the target needs. Raises ClipError."""
-        if min(height, width) < self.size:
-            raise ClipError(f"smaller than min_size: {width:.0f}x{height:.0f} pixels, but min_size={self.size}")
-        if self.upscale is not None and scale > self.upscale:
-            needs = f"{width:.0f}x{height:.0f} pixels must be enlarged by {scale:.2f}"
-            raise ClipError(f"over max_upscale: {needs}, but max_upscale={self.upscale:g}")
-
-
 ANY = Limits()
 
 
@@ -84,27 +69,67 @@ def read_clip(
         ClipError: the video cannot be read, ends before the last frame, has a damaged frame or a hole before it, or is
             outside of the limits.
     """
-    chosen: list[Tensor] = []
-    end = 0.0
+    framing = Framing((ClipSize(frames, height, width),), fps, hdr=hdr, limits=limits)
+    return next(read_windows(source, "", framing))[1]
+
+
+def read_windows(source: Path | BinaryIO, key: str, framing: Framing) -> Iterator[tuple[str, Tensor]]:
+    """Yield the windows of a clip in order, as `read_clip` would read them from a file that begins there.
+
+    The file is read once, and each frame is converted once, also if windows overlap.
+
+    Args:
+        source: a video or picture, or its bytes.
+        key: key of the clip, on which the places of the windows depend.
+        framing: what is cut out.
+
+    Yields:
+        Key of the sample, and pixels (3, frames, height, width) float32 in [-1, 1].
+
+    Raises:
+        ClipError: as `read_clip`; after the windows before the first damaged frame or hole.
+    """
     try:
+        length = _length(source, framing.fps) if framing.needs_length else None
         with open_video(source) as (container, stream):
-            aspect = float(stream.sample_aspect_ratio or 1)
-            if (known := _seconds(container, stream)) is not None and known < limits.seconds:
-                raise ClipError(f"under min_seconds: {known:.2f} s, but min_seconds={limits.seconds:g}")
-            for frame, end in shown_frames(container, stream):
-                pixels = None
-                while len(chosen) < frames and len(chosen) / fps < end - TIME_TOLERANCE:
-                    pixels = _upright(frame, aspect, height, width, hdr, limits) if pixels is None else pixels
-                    chosen.append(pixels)
-                if len(chosen) == frames:
-                    return torch.stack(chosen, dim=1) / 127.5 - 1
+            known, least = stated_duration(container, stream), framing.limits.seconds
+            if known is not None and known < least and not is_picture(container):
+                raise ClipError(f"under min_seconds: {known:.2f} s, but min_seconds={least:g}")
+            yield from _windows(container, stream, key, framing, length)
     except (av.error.FFmpegError, OSError) as error:  # without the path, as the reason is stored with the shards
         raise ClipError(f"unreadable: {error.strerror or type(error).__name__}") from error
     except (ValueError, IndexError) as error:
         raise ClipError(f"unreadable: {error}") from error
-    needed = (frames - 1) / fps
-    needs = f"{frames} frames at {fps:g} fps need more than {needed:.2f} s"
-    raise ClipError(f"too short: it lasts {end:.2f} s, but {needs}")
+
+
+def _windows(
+    container: InputContainer, stream: VideoStream, key: str, framing: Framing, length: int | None
+) -> Iterator[tuple[str, Tensor]]:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    size, index, number, end = framing.sizes[0], 0, 0, 0.0
+    waiting, begun = deque[int](), list[list[Tensor]]()
+    for frame, end in shown_frames(container, stream):
+        upright = picture = None
+        while index / framing.fps < end - TIME_TOLERANCE:
+            if index == 0:
+                upright = pixels, wide = _upright(frame, aspect, framing.hdr)
+                size = framing.size(pixels.shape[1], pixels.shape[2] * wide, length, is_picture(container))
+                waiting.extend(framing.starts(key, size.frames, length))
+            if waiting and waiting[0] == index:
+                waiting.popleft()
+                begun.append([])
+            if begun:
+                if picture is None:
+                    picture = _fitted(*upright or _upright(frame, aspect, framing.hdr), framing.limits, size)
+                for window in begun:
+                    window.append(picture)
+                if len(begun[0]) == size.frames:
+                    yield framing.key(key, number), torch.stack(begun.pop(0), dim=1) / 127.5 - 1
+                    number += 1
+                if not begun and not waiting:
+                    return
+            index += 1
+    raise ClipError(too_short(size.frames, framing.fps, end))
 
 
 def fit(pixels: Tensor, height: int, width: int, aspect: float = 1.0) -> Tensor:
@@ -129,15 +154,21 @@ def fit(pixels: Tensor, height: int, width: int, aspect: float = 1.0) -> Tensor:
     return pixels[:, top : top + height, left : left + width]
 
 
-def _seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """Return the duration that the file states; None if it states none."""
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return None if container.duration is None else container.duration / av.time_base
+def _length(source: Path | BinaryIO, fps: float) -> int:
+    """Count the frames of a clip at a rate."""
+    with open_video(source) as (container, stream):
+        length = 1 if is_picture(container) else math.ceil((duration(container, stream) - TIME_TOLERANCE) * fps)
+    if not isinstance(source, Path):
+        source.seek(0)
+    return length
 
 
-def _upright(frame: VideoFrame, aspect: float, height: int, width: int, hdr: Hdr, limits: Limits) -> Tensor:
-    """Convert a frame to (3, height, width) float32 in 0..255, turned and mirrored as its display matrix says."""
+def _upright(frame: VideoFrame, aspect: float, hdr: Hdr) -> tuple[Tensor, float]:
+    """Convert a frame to (3, h, w) in 0..255, turned and mirrored as its display matrix says.
+
+    Returns:
+        The pixels, and the width of one divided by its height.
+    """
     pixels = sdr_pixels(frame, hdr)
     aspect = aspect if PIXEL_ASPECTS[0] <= aspect <= PIXEL_ASPECTS[1] else 1.0
     if (data := frame.side_data.get("DISPLAYMATRIX")) is not None:
@@ -146,6 +177,10 @@ def _upright(frame: VideoFrame, aspect: float, height: int, width: int, hdr: Hdr
         if abs(b) > abs(a):
             pixels, aspect, (a, d) = pixels.mT, 1 / aspect, (c, b)
         pixels = pixels.flip([axis for axis, sign in ((2, a), (1, d)) if sign < 0])
-    shown = pixels.shape[1], pixels.shape[2] * aspect
-    limits.check(*shown, max(height / shown[0], width / shown[1]))
-    return fit(pixels, height, width, aspect)
+    return pixels, aspect
+
+
+def _fitted(pixels: Tensor, aspect: float, limits: Limits, size: ClipSize) -> Tensor:
+    """Scale and crop pixels to (3, height, width) float32. Raises ClipError if they are outside of the limits."""
+    limits.check(pixels.shape[1], pixels.shape[2] * aspect, size)
+    return fit(pixels, size.height, size.width, aspect)

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from anyflow_train.data.index import Skipped
-from anyflow_train.data.loader import map_ahead
 from anyflow_train.data.prepare.job import ShardPlan
 from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import Clip
 from anyflow_train.data.prepare.texts import read_cut, read_shard_texts
 from anyflow_train.data.prepare.video import ClipError
+from anyflow_train.data.prepare.windows import clip_of, window_key
 from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
 
 DECODERS = 2
-ReadVideo = Callable[[Path | BinaryIO], Tensor]
-"""Video file, or its bytes -> pixels (3, F, H, W) in [-1, 1]. Raises ClipError."""
+# Windows of a clip that may wait to be encoded: more would only take memory.
+MOST_WAITING = 2
+STOP_SECONDS = 0.2
+ReadVideo = Callable[[Path | BinaryIO, str], Iterator[tuple[str, Tensor]]]
+"""Video file, or its bytes, and key of the clip -> key and pixels (3, F, H, W) in [-1, 1] of each window. Raises
+ClipError."""
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W')."""
 MakeLatents = Callable[[list[Sample]], Tensor]
@@ -54,6 +61,7 @@ def write_video_shards(
     batch: int,
     dtype: torch.dtype,
     progress: ClipProgress,
+    shapes: Sequence[tuple[int, ...]],
 ) -> None:
     """Write shards with video. Later clips are decoded while the VAE encodes.
 
@@ -65,6 +73,7 @@ def write_video_shards(
         batch: clips per call of `encode`.
         dtype: dtype of the stored latents.
         progress: counts the clips.
+        shapes: shapes of latents (F, C, H, W) of the buckets, if there are several.
     """
 
     def from_pixels(samples: list[Sample]) -> Tensor:
@@ -72,46 +81,106 @@ def write_video_shards(
 
     pool = ThreadPoolExecutor(DECODERS, "decode")
     clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
-    decoded = map_ahead(pool, partial(_with_pixels, read), clips, batch + DECODERS)
     try:
-        for shard in shards:
-            _write(folder, shard, _encoded(from_pixels, islice(decoded, len(shard.clips)), batch, dtype), progress)
+        with closing(_read_ahead(pool, read, clips, batch + DECODERS)) as decoded:
+            for shard in shards:
+                windows = chain.from_iterable(islice(decoded, len(shard.clips)))
+                _write(folder, shard, _encoded(from_pixels, windows, batch, dtype), progress, shapes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write(folder: Path, shard: ShardPlan, outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> None:
-    write_shard(folder, shard.name, _counted(outcomes, progress), read_cut(folder, shard))
+def _write(
+    folder: Path,
+    shard: ShardPlan,
+    outcomes: Iterable[Sample | Skipped],
+    progress: ClipProgress,
+    shapes: Sequence[tuple[int, ...]] = (),
+) -> None:
+    write_shard(folder, shard.name, _counted(outcomes, progress), read_cut(folder, shard), shapes)
     (folder / shard.text_name).unlink()
 
 
 def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> Iterator[Sample | Skipped]:
-    for outcome in outcomes:
-        yield outcome
-        progress.advance(1, isinstance(outcome, Skipped))
+    """Count clips when all of their windows are written. A clip is skipped if it has no sample."""
+    for _, windows in groupby(outcomes, lambda outcome: clip_of(outcome.key)):
+        first = None
+        for window in windows:
+            first = first or window
+            yield window
+        progress.advance(1, isinstance(first, Skipped))
 
 
-def _with_pixels(read: ReadVideo, pair: tuple[Clip, Sample | Skipped]) -> Sample | Skipped:
-    """Add the pixels of a clip to its sample in place of the latents, or state why it is skipped."""
-    clip, sample = pair
+def _read_ahead(
+    pool: ThreadPoolExecutor, read: ReadVideo, clips: Iterable[tuple[Clip, Sample | Skipped]], ahead: int
+) -> Generator[Iterator[Sample | Skipped]]:
+    """Yield the windows of each clip in order, while the pool reads up to `ahead` later clips.
+
+    A thread waits when some windows of its clip have not been taken. So a long film does not fill the memory.
+    """
+    stopped, begun = Event(), deque[tuple[Queue[Sample | Skipped | None], Future[None]]]()
+
+    def fill(queue: Queue[Sample | Skipped | None], clip: Clip, sample: Sample | Skipped) -> None:
+        try:
+            for window in _with_pixels(read, clip, sample):
+                put(queue, window)
+                if stopped.is_set():
+                    return
+        finally:
+            put(queue, None)
+
+    def put(queue: Queue[Sample | Skipped | None], window: Sample | Skipped | None) -> None:
+        while not stopped.is_set():
+            with suppress(Full):
+                return queue.put(window, timeout=STOP_SECONDS)
+
+    def taken(queue: Queue[Sample | Skipped | None], thread: Future[None]) -> Iterator[Sample | Skipped]:
+        while (window := queue.get()) is not None:
+            yield window
+        thread.result()
+
+    try:
+        for clip, sample in clips:
+            queue = Queue[Sample | Skipped | None](MOST_WAITING)
+            begun.append((queue, pool.submit(fill, queue, clip, sample)))
+            if len(begun) > ahead:
+                yield taken(*begun.popleft())
+        while begun:
+            yield taken(*begun.popleft())
+    finally:
+        stopped.set()
+
+
+def _with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Iterator[Sample | Skipped]:
+    """Yield a sample for each window of a clip, with pixels in place of latents; and why the clip, or the rest of it,
+    is skipped."""
     if isinstance(sample, Skipped):
-        return sample
+        yield sample
+        return
+    number = 0
     try:
         assert clip.video is not None
-        return replace(sample, latents=read(clip.video.seekable()))
+        for key, pixels in read(clip.video.seekable(), clip.key):
+            yield replace(sample, key=key, latents=pixels)
+            number += 1
     except ClipError as error:
-        return Skipped(clip.key, str(error))
+        yield Skipped(window_key(clip.key, number) if number else clip.key, str(error))
     except OSError as error:
-        return Skipped(clip.key, f"unreadable: {error.strerror}")
+        yield Skipped(clip.key, f"unreadable: {error.strerror}")
 
 
 def _encoded(
     make: MakeLatents, clips: Iterable[Sample | Skipped], batch: int, dtype: torch.dtype
 ) -> Iterator[Sample | Skipped]:
-    """Make latents in batches. A skipped clip is yielded before the samples of the batch that it interrupts."""
+    """Make latents in batches of one shape. A skipped clip is yielded before the samples of the batch that it
+    interrupts, but not before windows of its own."""
     waiting: list[Sample] = []
     for clip in clips:
-        if isinstance(clip, Skipped):
+        lost = isinstance(clip, Skipped)
+        if waiting and (clip_of(waiting[-1].key) == clip_of(clip.key) if lost else _shape(waiting[0]) != _shape(clip)):
+            yield from _make_batch(make, waiting, dtype)
+            waiting = []
+        if lost:
             yield clip
             continue
         waiting.append(clip)
@@ -128,3 +197,7 @@ def _make_batch(make: MakeLatents, samples: list[Sample], dtype: torch.dtype) ->
             yield replace(sample, latents=latents.clone())
         else:
             yield Skipped(sample.key, "non-finite latents")
+
+
+def _shape(sample: Sample) -> torch.Size | None:
+    return None if sample.latents is None else sample.latents.shape

@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from safetensors.torch import save
 
 from anyflow_train.data.index import SampleEntry, ShardIndex, Skipped, index_name, parse_index, write_index
+from anyflow_train.data.manifest import DIGITS
+from anyflow_train.data.prepare.windows import clip_of
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import TarWriter
 from anyflow_train.files import atomic_file, open_inside, read_inside
 
 
 def write_shard(
-    folder: Path, name: str, outcomes: Iterable[Sample | Skipped], cut: frozenset[str] = frozenset()
+    folder: Path,
+    name: str,
+    outcomes: Iterable[Sample | Skipped],
+    cut: frozenset[str] = frozenset(),
+    shapes: Sequence[tuple[int, ...]] = (),
 ) -> ShardIndex:
     """Write the samples in their order. A skipped clip appears in the index only.
 
@@ -29,10 +36,11 @@ def write_shard(
         name: name of the tar.
         outcomes: samples, and clips that were skipped.
         cut: keys of clips with a caption that was cut.
+        shapes: shapes of latents (F, C, H, W) of the buckets, if there are several.
     """
     entries: list[SampleEntry] = []
     skipped: list[Skipped] = []
-    longest = 0
+    longest, buckets = 0, ""
     with atomic_file(folder / name) as file:
         tar = TarWriter(file)
         for outcome in outcomes:
@@ -40,29 +48,36 @@ def write_shard(
                 skipped.append(outcome)
             else:
                 entries.append(_add(tar, outcome))
+                if shapes and outcome.latents is not None:
+                    buckets += DIGITS[shapes.index(tuple(outcome.latents.shape))]
                 longest = max(longest, len(outcome.text), *(len(text) for text, _ in outcome.others))
         tar.finish()
     index = ShardIndex(
-        tuple(entries), tuple(skipped), longest, tuple(entry.key for entry in entries if entry.key in cut)
+        tuple(entries),
+        tuple(skipped),
+        longest,
+        tuple(entry.key for entry in entries if clip_of(entry.key) in cut),
+        buckets,
     )
     write_index(folder / index_name(name), index)
     return index
 
 
 def copy_shard(folder: Path, name: str, origin: str, keys: frozenset[str]) -> None:
-    """Write a shard of some of the samples of another one, with the same bytes, and with its skipped clips.
+    """Write a shard of the samples of some clips of another one, with the same bytes, and with its skipped clips.
 
     Args:
         folder: folder of both shards.
         name: name of the new tar.
         origin: name of the other tar.
-        keys: keys of the samples and skipped clips to copy.
+        keys: keys of the clips to copy.
     """
     index = parse_index(read_inside(folder, index_name(origin)))
     entries: list[SampleEntry] = []
+    kept = [clip_of(entry.key) in keys for entry in index.entries]
     with os.fdopen(open_inside(folder, origin), "rb") as source, atomic_file(folder / name) as file:
         tar = TarWriter(file)
-        for entry in (entry for entry in index.entries if entry.key in keys):
+        for entry in compress(index.entries, kept):
             data, caption = (
                 os.pread(source.fileno(), size, offset)
                 for size, offset in ((entry.size, entry.offset), (entry.caption_size, entry.caption_offset))
@@ -70,9 +85,10 @@ def copy_shard(folder: Path, name: str, origin: str, keys: frozenset[str]) -> No
             first, second = tar.add(f"{entry.key}.safetensors", data), tar.add(f"{entry.key}.json", caption)
             entries.append(replace(entry, offset=first.offset, caption_offset=second.offset))
         tar.finish()
-    skipped = tuple(one for one in index.skipped if one.key in keys)
-    cut = tuple(key for key in index.cut if key in keys)
-    write_index(folder / index_name(name), replace(index, entries=tuple(entries), skipped=skipped, cut=cut))
+    skipped = tuple(one for one in index.skipped if clip_of(one.key) in keys)
+    cut, buckets = tuple(key for key in index.cut if clip_of(key) in keys), "".join(compress(index.buckets, kept))
+    index = ShardIndex(tuple(entries), skipped, index.longest_text, cut, buckets)
+    write_index(folder / index_name(name), index)
 
 
 def _add(tar: TarWriter, sample: Sample) -> SampleEntry:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anyflow_train.text import duration
-from anyflow_train.training.validation import Validation
+from anyflow_train.training.validation import ShowPart, Validation
 
 SHORT = {
     "gradient_norm": "grad",
@@ -31,8 +31,8 @@ SHORT = {
 # Values with this in their name go to the trackers only; a line has no room for them.
 HIDDEN = "/rollout_"
 TRAINING = "training"
-BAR_WIDTH = 24
-"""Columns of the bar. With the numbers of steps and the time left it fits into 80 columns."""
+PHASE_WIDTH, BAR_WIDTH = 14, 24
+"""Columns of what the run does, and of the bar. With the numbers of steps and the time left it fits into 80 columns."""
 
 Log = Literal["auto", "plain", "json"]
 
@@ -77,6 +77,14 @@ class Screen(Protocol):
         ...
 
 
+def choose_screen(total: int, done: int, log: Log, console: Console | None, unit: str = "step") -> tuple[Screen, bool]:
+    """Choose the screen of `log`, and whether it is a bar on a terminal. `unit` is what plain lines and JSON count."""
+    console = console or Console(stderr=True)
+    people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
+    screen: Screen = Json(unit) if log == "json" else Bar(console, total, done) if people else Lines(total, unit)
+    return screen, people
+
+
 class StepProgress:
     """Shows the progress of a run. The time left is that of training steps alone.
 
@@ -88,58 +96,61 @@ class StepProgress:
     """
 
     def __init__(self, steps: int, done: int, log: Log = "auto", console: Console | None = None) -> None:
-        self._steps, self._step, self._seconds = steps, done, 0.0
-        console = console or Console(stderr=True)
-        people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
-        self._screen: Screen = Json() if log == "json" else Bar(console, steps, done) if people else Lines(steps)
+        self._steps, self._step = steps, done
+        self._screen, _ = choose_screen(steps, done, log, console)
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show facts about the run that begins: names and values."""
-        with _surviving():
+        with surviving():
             self._screen.start(rows)
 
     def advance(self) -> None:
         """Count one step."""
         self._step += 1
-        with _surviving():
+        with surviving():
             self._screen.advance(self._step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
         left = (self._steps - step) * values.get("seconds_per_step", 0.0)
-        with _surviving():
+        with surviving():
             self._screen.numbers(step, values, left)
 
     def validated(self, step: int, validation: Validation) -> None:
         """Show the result of a validation after `step` steps."""
-        with _surviving():
+        with surviving():
             self._screen.validated(step, validation)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Show what the run does inside the block instead of training."""
-        with _surviving():
+    def phase(self, name: str) -> Iterator[ShowPart]:
+        """Show what the run does inside the block instead of training. Yields a function that shows the part of it."""
+
+        def show(part: int, parts: int) -> None:
+            with surviving():
+                self._screen.phase(f"{name} {part}/{parts}")
+
+        with surviving():
             self._screen.phase(name)
-        yield
-        with _surviving():
+        yield show
+        with surviving():
             self._screen.phase(TRAINING)
 
     def say(self, text: str) -> None:
         """Show a line above the bar. It is never wrapped."""
-        with _surviving():
+        with surviving():
             self._screen.say(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        with _surviving():
+        with surviving():
             self._screen.close()
 
 
 class Lines:
     """Plain lines on stdout."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, unit: str) -> None:
+        self._steps, self._unit = steps, unit
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self.say("\n".join(f"{name:<14} {value}" for name, value in rows))
@@ -147,7 +158,7 @@ class Lines:
     def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
-        self.say(f"step {step}/{self._steps}  {number_line(values)}  eta {duration(left)}")
+        self.say("  ".join([f"{self._unit} {step}/{self._steps}", *numbers(values), f"eta {duration(left)}"]))
 
     def validated(self, step: int, validation: Validation) -> None:
         self.say(f"step {step}  {validation.summary()}")
@@ -163,13 +174,16 @@ class Lines:
 class Json:
     """One JSON object per line on stdout. Each has `event` and, where it applies, `step`."""
 
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self._write("start", **dict(rows))
 
     def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
-        self._write("step", step=step, seconds_left=left, **values)
+        self._write(self._unit, step=step, seconds_left=left, **values)
 
     def validated(self, step: int, validation: Validation) -> None:
         self._write("validation", step=step, **validation.metrics, **validation.intervals)
@@ -189,13 +203,13 @@ class Json:
 
 
 class Bar:
-    """A bar with the present numbers on a line below it, and tables above it."""
+    """A bar with the present numbers on lines below it, and tables above it."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
-        self._console, self._numbers = console, Text(no_wrap=True, overflow="ellipsis")
+        self._console, self._numbers = console, Text(no_wrap=True)
         columns = [
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn(f"{{task.description:<{PHASE_WIDTH}}}"),
             BarColumn(BAR_WIDTH),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[left]}"),
@@ -220,7 +234,7 @@ class Bar:
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
         self._bar.update(self._task, left=f"{duration(left)} left")
-        self._numbers.plain = number_line(values)
+        self._numbers.plain = "\n".join(filled(numbers(values), self._console.width))
 
     def validated(self, step: int, validation: Validation) -> None:
         self._console.print(validation_table(step, validation))
@@ -247,14 +261,23 @@ def validation_table(step: int, validation: Validation) -> Table:
     return table
 
 
-def number_line(values: Mapping[str, float]) -> str:
-    """Format the numbers of a step in one line, with short names."""
+def numbers(values: Mapping[str, float]) -> list[str]:
+    """Format the numbers of a step with short names: `loss 0.25`."""
     shown = {name: value for name, value in values.items() if HIDDEN not in name}
-    return "  ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items())
+    return [f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items()]
+
+
+def filled(parts: Sequence[str], width: int) -> list[str]:
+    """Distribute parts over lines of at most `width` columns; no part is divided."""
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]}  {part}" if lines[-1] else part
+        lines = [*lines[:-1], joined] if len(joined) <= width else [*lines, part]
+    return lines
 
 
 @contextmanager
-def _surviving() -> Iterator[None]:
+def surviving() -> Iterator[None]:
     """Print inside the block. If that fails, drop further output: a reader that ended must not end the run."""
     try:
         yield

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands import Calls
+from anyflow_train.config.commands.types import Calls
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import video_size
 

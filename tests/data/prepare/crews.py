@@ -41,7 +41,7 @@ def begin(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 def prepare_interruptibly(config: PrepareConfig) -> None:
     """Prepare with SIGINT enabled. Shells ignore it for background jobs, and the test suite may be one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command.read_clip = held
+    command.read_windows = held
     run(config)
 
 
@@ -90,7 +90,7 @@ def _work(rank: int, size: int, port: int, log: Path, config: PrepareConfig) -> 
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "localhost"}
-    command.read_clip = held
+    command.read_windows = held
     claim.VISIBLE_SECONDS = 2.0  # this is no network file system
     try:
         run(config)

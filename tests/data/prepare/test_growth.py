@@ -18,7 +18,7 @@ from anyflow_train.data.prepare import command, older
 from anyflow_train.data.prepare.command import run
 from anyflow_train.data.prepare.job import make_plan
 from anyflow_train.data.prepare.ledger import Ledger
-from anyflow_train.data.prepare.video import read_clip
+from anyflow_train.data.prepare.video import read_windows
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.tiny.clips import write_clips
@@ -107,7 +107,8 @@ def test_skipped_clips_are_tried_again_and_leave_nothing_behind(folder: Path, mo
     before = contents(folder / "out")
     prepare(folder)
     assert contents(folder / "out") == before
-    monkeypatch.setattr(command, "read_clip", lambda source, **how: read_clip(folder / "clips" / "00000.mp4", **how))
+    good = folder / "clips" / "00000.mp4"
+    monkeypatch.setattr(command, "read_windows", lambda source, *how, **more: read_windows(good, *how, **more))
     assert "short" in samples(prepare(folder))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import av
 import numpy as np
 import torch
 
-from anyflow_train.data.prepare.video import ClipError, read_clip
+from anyflow_train.data.prepare.video import ClipError, read_windows
 
 
 def write_video(path: Path, greys: Iterable[int], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
@@ -37,13 +37,13 @@ def hold(clip: Path) -> Path:
     return fifo
 
 
-def held(source: Path, **options: Any) -> torch.Tensor:
-    """Read a clip like `read_clip`, after waiting at its FIFO, if it has one."""
+def held(source: Path, *options: Any, **named: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read a clip like `read_windows`, after waiting at its FIFO, if it has one."""
     fifo = source.with_name(f".{source.name}.hold")
     if fifo.exists():
         fifo.read_bytes()
         raise ClipError("held")
-    return read_clip(source, **options)
+    return read_windows(source, *options, **named)
 
 
 def real_clip(name: str) -> Path:
