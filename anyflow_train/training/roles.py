@@ -72,6 +72,8 @@ def build_roles(config: RunConfig, world: World, materials: Materials = REAL) ->
     frozen = start_teacher(config.teacher.source, shape, world, materials, dtype)
     if config.engine.fp8 == "frozen":
         store_in_fp8(frozen)
+    if config.engine.compile:
+        _compile_blocks(frozen)
     fake_score = None
     if settings is not None:
         network = start_role("on_policy.fake_score.init", settings.fake_score.init, shape, world, materials)
@@ -114,13 +116,19 @@ def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
         network.split_sequence(world.sequence_group)
     recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
     if config.engine.compile:
-        # Blocks are compiled one by one, together with their recomputation: all of them share one compiled function.
-        # It is compiled again for every role, sequence of chunks, number of samples and text length, with and without
-        # gradient. That is dozens of times; torch's default limit is 8.
-        limits: Any = torch._dynamo.config
-        limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
-        network.compile_repeated_blocks(fullgraph=True)
+        _compile_blocks(network)
         recompute = recompute and torch.compile(recompute, fullgraph=True)
     if recompute is not None:
         network.enable_gradient_checkpointing(recompute)
     return network
+
+
+def _compile_blocks(network: Backbone) -> None:
+    """Compile the blocks of a network one by one, together with their recomputation. They share a compiled function.
+
+    It is compiled again for every role, sequence of chunks, number of samples and text length, with and without
+    gradient. That is dozens of times; torch's default limit is 8.
+    """
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
+    network.compile_repeated_blocks(fullgraph=True)
