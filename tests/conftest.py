@@ -40,10 +40,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave the nightly tests out, unless -m speaks of them."""
-    chosen = config.option.markexpr
-    if "nightly" not in chosen:
-        config.option.markexpr = f"({chosen}) and not nightly" if chosen else "not nightly"
+    """Leave the nightly tests and those for the pretended GPU out, unless -m speaks of them."""
+    for mark in ("nightly", "pretended_gpu"):
+        chosen = config.option.markexpr
+        if mark not in chosen:
+            config.option.markexpr = f"({chosen}) and not {mark}" if chosen else f"not {mark}"
 
 
 def with_nightly(names: Iterable[str], nightly: Iterable[str]) -> list[Any]:

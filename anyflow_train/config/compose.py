@@ -89,7 +89,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
     every_group = find_groups(folders)
     groups = groups_of(command, every_group)
     settings, stage_errors = name_experiment(settings, groups)
-    if any((setting.key, setting.text) == ("evaluation", "none") for setting in settings):
+    if [setting.text for setting in settings if setting.key == "evaluation"][-1:] == ["none"]:
         settings = [*parse(["evaluation.every=0"])[0], *settings]  # also if the experiment sets the key
     choice_errors = [*stage_errors, *check(settings, command, groups)]
     refused = {error.where for error in choice_errors}

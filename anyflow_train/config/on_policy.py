@@ -10,6 +10,8 @@ from anyflow_train.config.base import Model
 from anyflow_train.config.network import FullTraining, Lora
 from anyflow_train.config.objective import Share
 
+Backward = Literal["clip", "chunk"]
+
 
 class NoOnPolicy(Model):
     """Stages 0 and 1: train only on data."""
@@ -60,6 +62,9 @@ class DistributionMatching(Model):
     calls: numbers of network calls to draw from; a rollout uses a sampler with that many.
     shift: timestep shift of that sampler.
     first_jump: whether the gradient also flows through the jump from noise to the middle of the rollout.
+    backward: clip keeps the graph of a whole rollout for one backward pass. chunk rolls out without a graph, and
+        computes each chunk of a causal student again for a backward pass of its own: less memory, more time, equal
+        gradients.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance. The published k = 3 is w = 4.
     weight: weight of this loss.
     objective_weight: weight of the loss of `objective`, which is trained at the same time; 0 leaves it out.
@@ -70,6 +75,7 @@ class DistributionMatching(Model):
     calls: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 4, 8, 16, 50)
     shift: PositiveFloat = 5.0
     first_jump: Literal["gradient", "detached"] = "gradient"
+    backward: Backward = "clip"
     guidance_scale: PositiveFloat = 1.0
     weight: PositiveFloat = 1.0
     objective_weight: NonNegativeFloat = 1.0

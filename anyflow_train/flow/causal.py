@@ -47,12 +47,24 @@ def chunk_by_chunk(
     known = 0 if conditioning is None else chunks.whole(conditioning.shape[1])
     x = z[:, :0] if conditioning is None else conditioning
     for seen in list(chunks.growing())[known:]:
-        cache = None  # free the context of the chunk before while the next one is encoded
-        if len(seen) > 1:
-            cache = flow_map.encode_context(x.detach(), seen[:-1], condition)
-        noise = z[:, sum(seen[:-1]) : sum(seen)]
-        x = torch.cat((x, generate(noise, condition.after(CachedContext(seen, cache)))), dim=1)
+        x = torch.cat((x, next_chunk(flow_map, x, z, condition, seen, generate)), dim=1)
     return x
+
+
+def next_chunk(
+    flow_map: CausalFlowMap, x: Tensor, z: Tensor, condition: Condition, seen: tuple[int, ...], generate: Generate
+) -> Tensor:
+    """Generate the newest chunk of a clip. Its cached context is freed when it is done.
+
+    Args:
+        flow_map, condition, generate: as in `chunk_by_chunk`.
+        x: (B, P, C, H, W) frames of the chunks before it.
+        z: (B, F, C, H, W) noise of the whole clip.
+        seen: frames of all chunks so far, the new one last.
+    """
+    before = sum(seen[:-1])
+    cache = flow_map.encode_context(x.detach(), seen[:-1], condition) if before else None
+    return generate(z[:, before : sum(seen)], condition.after(CachedContext(seen, cache)))
 
 
 Sampler = Callable[[FlowMap, Tensor, Condition, int, float], Tensor]

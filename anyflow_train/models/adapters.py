@@ -17,6 +17,7 @@ from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.devices import on_device
+from anyflow_train.models.kernels import transformed
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Backbone)
 _ONLY = "adapter"
@@ -29,15 +30,35 @@ class Switch:
         self.active = active
 
 
+class AddedLinear(nn.Linear):
+    """A linear layer without bias that adds its product to a tensor, in one matrix product.
+
+    It reads its own weight, because ZeRO-3 only gathers the weights of the module that is called.
+    """
+
+    def forward(self, input: Tensor, onto: Tensor, scale: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compute `onto + scale * W input`, if possible in the memory of `onto`.
+
+        input: (N, in_features); onto: (N, out_features), the result of a matrix product that nothing else reads.
+        Returns the dtype of `onto`.
+        """
+        factors = input.to(onto.dtype), self.weight.to(onto.dtype).t()
+        # Engines hand on views of outputs, which autograd does not let change; compilers choose for themselves.
+        if transformed() or (torch.is_grad_enabled() and onto._is_view()):
+            return torch.addmm(onto, *factors, alpha=scale)
+        return onto.addmm_(*factors, alpha=scale)
+
+
 class LowRank(nn.Module):
     """A low-rank layer, `scale * B A x`. The attribute names appear in checkpoints."""
 
-    def __init__(self, lora_A: nn.Linear, lora_B: nn.Linear, scale: float) -> None:
+    def __init__(self, lora_A: nn.Linear, lora_B: AddedLinear, scale: float) -> None:
         super().__init__()
         self.lora_A, self.lora_B, self.scale = lora_A, lora_B, scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lora_B(self.lora_A(x)) * self.scale
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """Compute `onto + scale * B A x` for x (N, in_features); see `AddedLinear.forward`."""
+        return self.lora_B(self.lora_A(x), onto, self.scale)
 
 
 class Adapted(nn.Module):
@@ -56,8 +77,9 @@ class Adapted(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         active = self._active()
         if isinstance(active, LowRank):
-            result = self.base(*inputs)
-            return (result + active(*inputs)).to(result.dtype)
+            (x,) = inputs
+            tokens = x.flatten(0, -2)
+            return active(tokens, self.base(tokens)).unflatten(0, x.shape[:-1])
         return active(*inputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -171,7 +193,7 @@ def _adapters(network: nn.Module) -> Iterator[tuple[str, LowRank]]:
 def _low_rank(layer: Any, settings: Lora) -> LowRank:
     """Create a low-rank layer initialised as in peft: random first factor, zero second factor."""
     first = nn.Linear(layer.in_features, settings.rank, bias=False)
-    second = nn.Linear(settings.rank, layer.out_features, bias=False)
+    second = AddedLinear(settings.rank, layer.out_features, bias=False)
     nn.init.kaiming_uniform_(first.weight, a=5**0.5)
     nn.init.zeros_(second.weight)
     return on_device(LowRank(first, second, settings.alpha / settings.rank), layer.weight.device)

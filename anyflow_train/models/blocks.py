@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anyflow_train.flow.path import at_least_float32
 from anyflow_train.models.attend import AttentionPattern, attend
-from anyflow_train.models.fused import gelu_tanh, modulated_layer_norm, rms_norm
+from anyflow_train.models.fused import (
+    add_gated,
+    gelu_tanh,
+    modulated_layer_norm,
+    rotated_rms_norm,
+    wide_layer_norm,
+)
 from anyflow_train.models.kv_cache import StopAfterKV
-from anyflow_train.models.rotary import rotate
 
 
 class AnyFlowTransformerBlock(nn.Module):
@@ -62,17 +66,6 @@ class AnyFlowTransformerBlock(nn.Module):
         return add_gated(x, self.ffn(normed), gate_ffn)
 
 
-def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Compute `x + update * gate` in float32 or wider. Returns the dtype of x.
-
-    x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
-    """
-    frames = (gate.shape[1], -1)
-    # Convert `update` as autocast on CUDA would, so that a CPU saves the same tensor for the gradient of the gate.
-    x_wide, update = at_least_float32(x).unflatten(1, frames), at_least_float32(update).unflatten(1, frames)
-    return torch.addcmul(x_wide, update, gate).view(x.shape).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys. The norm spans all heads, as in Wan2.1."""
 
@@ -100,38 +93,35 @@ class Attention(nn.Module):
         Returns:
             (B, S, D).
         """
-        query = self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
+        query = self.norm_q(self.to_q(x), self.heads, rotation)
         key, value = self.keys_and_values(context, rotation)
-        if rotation is not None:
-            query = rotate(query, rotation)
         attended = attend(query, key, value) if pattern is None else pattern.attend(query, key, value)
         return self.to_out[0](attended)
 
     def keys_and_values(self, context: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute rotated keys and values: (B, L, D) -> twice (B, L, H, head_dim). Arguments as in `forward`."""
-        key = self.norm_k(self.to_k(context)).unflatten(2, (self.heads, -1))
-        value = self.to_v(context).unflatten(2, (self.heads, -1))
-        return key if rotation is None else rotate(key, rotation), value
+        key = self.norm_k(self.to_k(context), self.heads, rotation)
+        return key, self.to_v(context).unflatten(2, (self.heads, -1))
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last dimension with a learned weight."""
+    """RMS norm of queries or keys over all heads with a learned weight, and their rotation."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, heads: int, rotation: Tensor | None) -> Tensor:
+        """Compute (B, S, D) -> (B, S, heads, head_dim); see `fused.rotated_rms_norm`."""
+        return rotated_rms_norm(x, self.weight, self.eps, heads, rotation)
 
 
 class WideLayerNorm(nn.LayerNorm):
     """Layer norm that computes in float32 or wider, and returns the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
-        return F.layer_norm(at_least_float32(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        return wide_layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class FeedForward(nn.Module):

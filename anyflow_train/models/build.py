@@ -31,8 +31,12 @@ def build_empty(arguments: Mapping[str, Any]) -> Any:
 
 def assemble(arguments: Mapping[str, Any], read: Read) -> Any:
     """Build a network on the CPU from copies of the weights that `read` returns."""
-    network = build_empty(arguments)
-    weights = {name: read(name).clone() for name, _ in network.named_parameters()}
+    return fill(build_empty(arguments), read)
+
+
+def fill(network: Any, read: Read) -> Any:
+    """Give a network on the meta device copies of the weights that `read` returns, in its own dtypes."""
+    weights = {name: read(name).to(parameter.dtype, copy=True) for name, parameter in network.named_parameters()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network
 

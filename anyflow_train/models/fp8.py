@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, linear, scaled_mm
+from torch.nn.functional import ScalingType, scaled_mm
 
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.frozen import frozen_linear
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -38,7 +39,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features); bfloat16 if it multiplies in fp8."""
         if not in_bfloat16(x):
-            return linear(x, self.weight, self.bias)
+            return frozen_linear(x, self.weight, self.bias)
         return _with_bias(_Product.apply(x.flatten(0, -2), self.weight), self.bias, x)
 
 

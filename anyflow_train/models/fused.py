@@ -1,9 +1,9 @@
-"""Three elementwise operations with a custom backward pass.
+"""Elementwise operations of a block, with a custom backward pass.
 
 In eager mode, autograd saves and reads an intermediate for each arithmetic step. These operations take a large part of
 a small network's time and of a large network's activation memory. Each is therefore a single autograd node, which saves
-its input and recomputes the rest. The plain formulas are used under `torch.compile`, which fuses them, and under the
-transforms of `torch.func`, such as the exact time derivative.
+its input and recomputes the rest. On CUDA it is also a single kernel (`models.fused_gpu`). The plain formulas are used
+under `torch.compile`, which fuses them, and under the transforms of `torch.func`, such as the exact time derivative.
 """
 
 from __future__ import annotations
@@ -18,10 +18,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from anyflow_train.flow.path import at_least_float32
-from anyflow_train.models.kernels import for_cpu, pretends_gpu
+from anyflow_train.models.fused_gpu import AddGated, ModulatedLayerNorm, RotatedRMSNorm
+from anyflow_train.models.kernels import for_cpu, launches_triton, pretends_gpu, transformed
+from anyflow_train.models.rotary import rotate
 
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
+
+def rotated_rms_norm(x: Tensor, weight: Tensor, eps: float, heads: int, rotation: Tensor | None) -> Tensor:
+    """Compute queries or keys: `rms_norm` over all heads, then `rotary.rotate` if there is a table.
+
+    x: (B, S, D); rotation: (S, head_dim / 2, 2) float32. Returns (B, S, heads, head_dim) in the dtype of x.
+    """
+    if launches_triton(x):
+        return RotatedRMSNorm.apply(x, weight, rotation, eps).unflatten(2, (heads, -1))
+    normed = rms_norm(x, weight, eps).unflatten(2, (heads, -1))
+    return normed if rotation is None else rotate(normed, rotation)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,15 +62,34 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) ->
     x: (B, S, D), tokens frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for all tokens of a
     frame. Returns (B, S, D) in the dtype of x.
     """
+    if launches_triton(x):
+        return ModulatedLayerNorm.apply(x, shift, scale, 1.0, eps)
     if transformed():
         normed = F.layer_norm(at_least_float32(x), x.shape[-1:], None, None, eps)
         return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
-def transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Compute a layer norm of x (B, S, D) in float32 or wider, with weight and bias (D,). Returns the dtype of x."""
+    if launches_triton(x):
+        return ModulatedLayerNorm.apply(x, bias[None, None, None], weight[None, None, None], 0.0, eps)
+    return F.layer_norm(at_least_float32(x), weight.shape, at_least_float32(weight), at_least_float32(bias), eps).to(
+        x.dtype
+    )
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Compute `x + update * gate` in float32 or wider. Returns the dtype of x.
+
+    x, update: (B, S, D); gate: (B or 1, F or 1, 1, D).
+    """
+    if launches_triton(x):
+        return AddGated.apply(x, update, gate)
+    frames = (gate.shape[1], -1)
+    # Convert `update` as autocast on CUDA would, so that a CPU saves the same tensor for the gradient of the gate.
+    x_wide, update = at_least_float32(x).unflatten(1, frames), at_least_float32(update).unflatten(1, frames)
+    return torch.addcmul(x_wide, update, gate).view(x.shape).to(x.dtype)
 
 
 def _by_hand(x: Tensor) -> bool:

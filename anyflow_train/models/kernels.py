@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -34,6 +36,22 @@ def pretends_gpu(x: Tensor) -> bool:
 def for_cpu(x: Tensor) -> bool:
     """Whether a tensor is on a CPU and takes the branches of a CPU."""
     return x.device.type == "cpu" and not _dry()
+
+
+def launches_triton(x: Tensor) -> bool:
+    """Whether the fused kernels compute with x: in eager mode on CUDA where Triton is installed, and in a dry run."""
+    wanted = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not transformed()
+    return wanted and (_has_triton() if x.is_cuda else pretends_gpu(x))
+
+
+def transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func runs this code, instead of eager mode."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _dry() -> bool:

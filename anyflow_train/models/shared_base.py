@@ -30,7 +30,8 @@ class SharedBase:
 
     Args:
         network: network without adapters. It is frozen, and its layers are wrapped in place. Call it within `as_role`.
-        read: reads weights of the base by model name; required if the network only holds shards of them.
+        read: reads weights of the base by model name; required if the network only holds shards of them, or
+            rounded ones.
 
     Attributes:
         network: the wrapped network.

@@ -5,12 +5,14 @@ It needs a fake score, which learns the velocity of the rollouts by flow matchin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from anyflow_train.config.on_policy import ScoreTimes
+from anyflow_train.config.on_policy import Backward, ScoreTimes
 from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.path import expand_time, interpolate, path_velocity
@@ -49,12 +51,15 @@ class DistributionMatchingObjective:
         times: distribution of the times at which the scores are compared.
         guidance_scale: CFG scale of the teacher.
         endpoints: buffer that hands x to the fake score; None keeps no rollouts.
+        backward: `clip` keeps the graph of the whole rollout; `chunk` rolls out without a graph, and then computes one
+            chunk after the other again. Gradients are equal, because none flows from a chunk to an earlier one.
     """
 
     rollouts: Rollouts
     times: ScoreTimes
     guidance_scale: float
     endpoints: RolloutBuffer | None = None
+    backward: Backward = "clip"
 
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         """Compute the losses of a batch. Gradient flows into the student only.
@@ -65,13 +70,25 @@ class DistributionMatchingObjective:
         if roles.teacher is None or roles.fake_score is None:
             raise ValueError("distribution matching needs a teacher and a fake score among the roles")
         draw = draw.scoped("distribution matching")
-        made = self.rollouts(roles.student, batch.condition, draw)
+        by_chunk = self.backward == "chunk"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not by_chunk):
+            made = self.rollouts(roles.student, batch.condition, draw)
         if self.endpoints is not None:
             self.endpoints.put(draw, made)
         teacher = guided(roles.teacher, batch.negative, self.guidance_scale)
         found = direction(teacher, roles.fake_score, made.x.detach(), batch.condition, draw, self.times)
         per_sample = square_error(made.x, (made.x - found.gradient).detach(), torch.ones_like(found.distance))
-        return Loss(per_sample, torch.ones_like(per_sample), None, _metrics(made, found))
+        pieces = partial(self._pieces, roles.student, batch.condition, draw, made.x, found.gradient)
+        metrics = _metrics(made, found)
+        return Loss(per_sample, torch.ones_like(per_sample), None, metrics, pieces if by_chunk else None)
+
+    def _pieces(
+        self, student: FlowMap, condition: Condition, draw: Draw, x: Tensor, gradient: Tensor
+    ) -> Iterator[Tensor]:
+        """Compute each chunk's share of the losses (B,), with the direction of the whole clip."""
+        for frames, chunk in self.rollouts.replay(student, condition, draw, x):
+            goal = (chunk - gradient[:, frames]).detach()
+            yield (chunk - goal).square().flatten(1).sum(dim=1) / x[0].numel()
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
-from anyflow_train.flow.causal import chunk_by_chunk
+from anyflow_train.flow.causal import Generate, chunk_by_chunk, next_chunk
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.rollout import FirstJump, rollout
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
@@ -50,16 +51,37 @@ class Rollouts:
 
     def __call__(self, student: FlowMap, condition: Condition, draw: Draw) -> Rollout:
         """Roll out one sample per text. Gradient flows into the student, unless gradients are disabled."""
+        z, steps, generate = self._drawn(student, draw)
+        if self.chunks is None:
+            return Rollout(generate(z, condition), steps)
+        return Rollout(chunk_by_chunk(cast(CausalFlowMap, student), z, condition, self.chunks, generate), steps)
+
+    def replay(self, student: FlowMap, condition: Condition, draw: Draw, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Generate each chunk of a clip again, with gradient. The graph of a chunk can be freed before the next one.
+
+        Args:
+            student, condition, draw: those that gave the clip.
+            x: (B, F, C, H, W) the clip.
+
+        Yields:
+            Frames of a chunk in the clip, and the chunk (B, f, C, H, W).
+        """
+        assert self.chunks is not None  # a rule of the config
+        z, _, generate = self._drawn(student, draw)
+        for seen in self.chunks.growing():
+            frames = slice(sum(seen[:-1]), sum(seen))
+            causal = cast(CausalFlowMap, student)
+            yield frames, next_chunk(causal, x[:, : frames.start], z, condition, seen, generate)
+
+    def _drawn(self, student: FlowMap, draw: Draw) -> tuple[Tensor, int, Generate]:
+        """Draw the noise of a clip, the number of steps, and the jumps of a rollout."""
         which, where = draw.shared("steps", 2)
         steps = self.steps[int(which * len(self.steps))]
-        z = draw.normal("noise", self.latent)
 
         def generate(z: Tensor, condition: Condition) -> Tensor:
             return rollout(student, z, condition, steps, int(where * steps), self.shift, self.first_jump)
 
-        if self.chunks is None:
-            return Rollout(generate(z, condition), steps)
-        return Rollout(chunk_by_chunk(cast(CausalFlowMap, student), z, condition, self.chunks, generate), steps)
+        return draw.normal("noise", self.latent), steps, generate
 
 
 class RolloutBuffer:

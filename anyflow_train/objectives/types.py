@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -48,12 +48,22 @@ class Loss:
         weight: (B,) float32 weight w(t).
         branch: (B,) int64 `Branch`; None for an objective without branches.
         metrics: name -> (B,) detached values for the log.
+        pieces: computes `per_sample` once more as a sum of (B,) tensors that carry the gradient, one after the other,
+            so that only one graph is in memory. Only without branches. None if `per_sample` carries it.
     """
 
     per_sample: Tensor
     weight: Tensor
     branch: Tensor | None
     metrics: dict[str, Tensor]
+    pieces: Callable[[], Iterator[Tensor]] | None = None
+
+    def parts(self) -> Iterator[Loss]:
+        """Iterate over losses that carry the gradient and add up to this one. Each needs a backward pass."""
+        if self.pieces is None:
+            yield self
+        else:
+            yield from (replace(self, per_sample=piece) for piece in self.pieces())
 
 
 @dataclass(frozen=True)

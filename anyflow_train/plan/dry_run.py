@@ -153,8 +153,9 @@ def _memory(
         with _dry_step(config, kernels, blocks, first, repeats) as step:
             return step.memory(variant, world)
 
-    # The last block of a causal network ends early when it encodes context: only from two blocks on does one run whole.
-    return deepen(config, figures, 1 if config.student.architecture.causal is None else 2)
+    # With one block, the fullest moment may be another one than with many. And the last block of a causal network ends
+    # early when it encodes context: only from two blocks on does one run whole.
+    return deepen(config, figures, 2)
 
 
 def _dearest(found: Sequence[DryRun]) -> DryRun:

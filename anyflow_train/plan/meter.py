@@ -214,7 +214,7 @@ class Meter(TorchDispatchMode):
         if not isinstance(out, Tensor | list | tuple):
             return out
         packet = func._overloadpacket
-        count = FLASH_ON_CPU.get(packet) or flop_registry.get(packet)
+        count = UNCOUNTED.get(packet) or flop_registry.get(packet)
         if count is not None:
             # Checkpointing repeats a forward inside of a backward, with gradients switched on.
             repeated = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
@@ -264,8 +264,8 @@ class _Record:
     size: int
 
 
-# Torch's counter does not know its own kernels for a CPU.
-FLASH_ON_CPU: Mapping[Any, Any] = MappingProxyType(
+# Torch's counter does not know its own kernels of attention for a CPU, nor products that are added in place.
+UNCOUNTED: Mapping[Any, Any] = MappingProxyType(
     {
         ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
             q.shape, k.shape, v.shape
@@ -273,5 +273,6 @@ FLASH_ON_CPU: Mapping[Any, Any] = MappingProxyType(
         ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
             sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
         ),
+        ATEN.addmm_: flop_registry[ATEN.addmm],
     }
 )

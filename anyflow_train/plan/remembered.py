@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.nn import Parameter
 
 from anyflow_train.flow.types import CachedContext, CausalFlowMap, Condition, FlowMap
-from anyflow_train.models.fused import transformed
+from anyflow_train.models.kernels import transformed
 from anyflow_train.plan.meter import Meter, RecordedGradient
 from anyflow_train.training.recipe import Recipe
 

@@ -63,7 +63,7 @@ def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str
     for name, value in table(config, options.world):
         yield _row(name, value)
     for role, sizes in found.sizes.items():
-        own = sizes.trained + sizes.frozen + sizes.in_fp8
+        own = sizes.trained + sizes.not_trained
         if role == "student":
             yield _row("parameters", f"{sizes.parameters:,}")
             yield _row("trainable", f"{sizes.trained:,}", f"{sizes.trained / sizes.parameters:.1%} of the student's")

@@ -1,8 +1,9 @@
-"""What a process keeps of a network, as `training.engine` lays it out: float32, except what is asked for in 8 bits."""
+"""What a process keeps of a network, as `training.engine` lays it out."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Sizes(NamedTuple):
         small: of those, in tensors that are too small for moments in 8 bits.
         scales: of moments in 8 bits.
         frozen: in float32, not trained.
+        in_bf16: frozen, and stored in bfloat16.
         in_fp8: frozen, and stored in 8 bits.
         largest: of the largest tensor.
     """
@@ -39,13 +41,19 @@ class Sizes(NamedTuple):
     small: int
     scales: int
     frozen: int
+    in_bf16: int
     in_fp8: int
     largest: int
 
     @property
     def parameters(self) -> int:
         """Of the network without its adapters."""
-        return self.trained - self.adapters + self.frozen + self.in_fp8
+        return self.trained - self.adapters + self.not_trained
+
+    @property
+    def not_trained(self) -> int:
+        """Of all frozen tensors."""
+        return self.frozen + self.in_bf16 + self.in_fp8
 
 
 def network_sizes(recipe: Recipe) -> dict[str, Sizes]:
@@ -67,7 +75,9 @@ def network_sizes(recipe: Recipe) -> dict[str, Sizes]:
 
 def _sizes(trained: dict[str, Tensor], frozen: Iterable[Tensor]) -> Sizes:
     frozen = list(frozen)
-    fp8 = [tensor.numel() for tensor in frozen if tensor.dtype == torch.float8_e4m3fn]
+    kept: Counter[torch.dtype] = Counter()
+    for tensor in frozen:
+        kept[tensor.dtype] += tensor.numel()
     sizes = {name: tensor.numel() for name, tensor in trained.items()}
     large = [size for size in sizes.values() if size >= SMALLEST]
     every = [*sizes.values(), *(tensor.numel() for tensor in frozen), 0]
@@ -76,8 +86,9 @@ def _sizes(trained: dict[str, Tensor], frozen: Iterable[Tensor]) -> Sizes:
         adapters=sum(size for name, size in sizes.items() if ".lora_" in name),
         small=sum(sizes.values()) - sum(large),
         scales=sum(math.ceil(size / BLOCK) for size in large),
-        frozen=sum(tensor.numel() for tensor in frozen) - sum(fp8),
-        in_fp8=sum(fp8),
+        frozen=kept[torch.float32],
+        in_bf16=kept[torch.bfloat16],
+        in_fp8=kept[torch.float8_e4m3fn],
         largest=max(every),
     )
 
@@ -120,6 +131,7 @@ class States:
         return (
             ("weights, trained (float32)", self.share(trained, 3)),
             ("weights, frozen (float32)", self.share(sizes.frozen, 3)),
+            ("weights, frozen (bfloat16)", self.share(sizes.in_bf16, 3) // 2),
             ("weights, frozen (fp8)", sizes.in_fp8),
             ("masters (float32)", masters),
             ("Adam's moments (float32)", 2 * self.share(trained - in_8_bits, 1)),

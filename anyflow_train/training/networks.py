@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from anyflow_train.config.network import Architecture, FullTraining, Lora, Stude
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.backbone import Backbone
-from anyflow_train.models.build import Read, assemble, build_network, network_class
+from anyflow_train.models.build import Read, assemble, build_empty, build_network, fill, network_class
 from anyflow_train.models.devices import on_device
+from anyflow_train.models.frozen import store_in_bfloat16
 from anyflow_train.models.shared_base import SharedBase
 from anyflow_train.training.differences import other_interface
 from anyflow_train.training.engine import build_sharded, shard_frozen
@@ -25,9 +27,18 @@ from anyflow_train.training.weight_source import (
     open_source,
 )
 
+Prepare = Callable[[Any], Any]
+"""Changes the layers of an empty network, before its weights are read."""
 
-def start_student(config: Student, seed: int, world: World = ALONE, materials: Materials = REAL) -> Backbone:
-    """Build the student on its device in float32, with its adapters. Under ZeRO-3 `init` is read into shards.
+
+def start_student(
+    config: Student, seed: int, world: World = ALONE, materials: Materials = REAL, frozen: torch.dtype = torch.float32
+) -> Backbone:
+    """Build the student on its device, with its adapters. Under ZeRO-3 `init` is read into shards.
+
+    Args:
+        frozen: dtype of the linear layers under its adapters. Random weights and everything that is trained are
+            float32.
 
     Raises:
         UserError: `student.init` cannot be loaded. UserErrors: its shape or times differ from the student's.
@@ -35,7 +46,8 @@ def start_student(config: Student, seed: int, world: World = ALONE, materials: M
     if config.init is not None:
         with world.together():
             start = materials.open_student(config)
-        network = _on_device(start.arguments, start.read_trained, world, materials)
+        whole = config.adapter.full_modules if isinstance(config.adapter, Lora) else None
+        network = _on_device(start.arguments, start.read_trained, world, materials, _storing(frozen, whole))
         with world.together():
             return _adapted(network, config.adapter, seed, start.adapter)
     times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
@@ -44,8 +56,10 @@ def start_student(config: Student, seed: int, world: World = ALONE, materials: M
         return on_device(_adapted(network, config.adapter, seed, None), world.device)
 
 
-def start_shared(config: Student, seed: int, world: World, materials: Materials = REAL) -> SharedBase:
-    """Build the student as the role `student` on a base that other roles can share. Adapters as in `start_student`.
+def start_shared(
+    config: Student, seed: int, world: World, materials: Materials = REAL, frozen: torch.dtype = torch.float32
+) -> SharedBase:
+    """Build the student as the role `student` on a base that other roles can share. Arguments as in `start_student`.
 
     Raises:
         UserError: the student has no adapters, or `student.init` cannot be loaded.
@@ -55,8 +69,9 @@ def start_shared(config: Student, seed: int, world: World, materials: Materials 
         raise UserError("student.adapter", problem)
     with world.together():
         start = materials.open_student(config)
-    network = _on_device(start.arguments, start.read, world, materials)
-    shared = SharedBase(network, start.read if materials.zero_stage() == 3 else None)
+    network = _on_device(start.arguments, start.read, world, materials, _storing(frozen, ()))
+    # Modules that a role trains whole start from the weights of the source, which the base may not hold.
+    shared = SharedBase(network, start.read)
     shared.add("student", config.adapter, seed, "student.adapter")
     if start.adapter is not None:
         _copy_trained(start.adapter, shared.parameters("student"))
@@ -95,16 +110,29 @@ def share_frozen(
     return role
 
 
-def start_teacher(source: str | None, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
+def start_teacher(
+    source: str | None,
+    student: Architecture,
+    world: World,
+    materials: Materials = REAL,
+    frozen: torch.dtype = torch.float32,
+) -> Backbone:
     """Build the frozen teacher like `start_role`. It is only called at r = t, so its gate is unused."""
     assert source is not None  # a rule of the config
-    network = start_role("teacher.source", source, student, world, materials)
+    network = start_role("teacher.source", source, student, world, materials, _storing(frozen, ()))
     network.split_sequence(world.sequence_group)
     network.requires_grad_(False)
     return network if materials.zero_stage() < 3 else shard_frozen(network)
 
 
-def start_role(key: str, source: str, student: Architecture, world: World, materials: Materials = REAL) -> Backbone:
+def start_role(
+    key: str,
+    source: str,
+    student: Architecture,
+    world: World,
+    materials: Materials = REAL,
+    prepare: Prepare = lambda network: network,
+) -> Backbone:
     """Build the network of a role other than the student on its device, in shards under ZeRO-3.
 
     Raises:
@@ -115,7 +143,7 @@ def start_role(key: str, source: str, student: Architecture, world: World, mater
         if "chunk_partition" in start.arguments:
             raise UserError(key, f"{source} is a causal student; choose a network that generates whole clips")
         raise_all(other_interface(key, source, start.arguments, student))
-    return _on_device(start.arguments, start.read, world, materials)
+    return _on_device(start.arguments, start.read, world, materials, prepare)
 
 
 def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbone:
@@ -133,13 +161,27 @@ def load_trained_network(checkpoint: str | Path, weights: str = "ema") -> Backbo
     return _adapted(assemble(source.arguments, source.read_trained), settings, 0, source.adapter).eval()
 
 
-def _on_device(arguments: Mapping[str, Any], read: Read, world: World, materials: Materials) -> Backbone:
+def _on_device(
+    arguments: Mapping[str, Any], read: Read, world: World, materials: Materials, prepare: Prepare
+) -> Backbone:
     """Build a network and read its weights one by one. Under ZeRO-3 rank 0 reads each once, straight into shards."""
     if materials.zero_stage() < 3:
         with world.together():
-            network = assemble(arguments, read)
+            network = fill(prepare(build_empty(arguments)), read)
         return on_device(network, world.device)
-    return build_sharded(lambda: network_class(arguments)(**arguments), read, world)
+    return build_sharded(lambda: prepare(network_class(arguments)(**arguments)), read, world)
+
+
+def _storing(frozen: torch.dtype, trained: tuple[str, ...] | None) -> Prepare:
+    """Store a network as `engine.frozen_precision` says.
+
+    Args:
+        frozen: dtype of its frozen linear layers.
+        trained: names of modules that are trained; None means the whole network.
+    """
+    if frozen == torch.float32 or trained is None:
+        return lambda network: network
+    return partial(store_in_bfloat16, trained=trained)
 
 
 def _adapted(

@@ -143,7 +143,9 @@ def _on_policy_updates(
     chunks = Chunks.of(config.student.architecture)
     rollouts = Rollouts(latent, on_policy.calls, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
-    matching = DistributionMatchingObjective(rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints)
+    matching = DistributionMatchingObjective(
+        rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints, on_policy.backward
+    )
     weight, every = on_policy.objective_weight, on_policy.fake_score.updates
     main = Term(name="distribution_matching", objective=matching, weight=on_policy.weight)
 

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from anyflow_train.config.derived import adapter_on_shared_base, needs_teacher, shares_base
 from anyflow_train.config.run import RunConfig
+from anyflow_train.devices import DTYPES
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.adapters import trainable_parameters
 from anyflow_train.models.backbone import Backbone
@@ -64,12 +65,15 @@ def build_roles(config: RunConfig, world: World, materials: Materials = REAL) ->
     settings, shape = config.on_policy.matching, config.student.architecture
     if shares_base(config):
         return _on_one_base(config, world, materials)
-    student = _role_network(start_student(config.student, config.seed, world, materials), config, world)
+    dtype = DTYPES[config.engine.stored_frozen]
+    student = _role_network(start_student(config.student, config.seed, world, materials, dtype), config, world)
     if not needs_teacher(config):
         return RoleNetworks(student, None, None)
-    frozen = start_teacher(config.teacher.source, shape, world, materials)
+    frozen = start_teacher(config.teacher.source, shape, world, materials, dtype)
     if config.engine.fp8 == "frozen":
         store_in_fp8(frozen)
+    if config.engine.compile:
+        _compile_blocks(frozen)
     fake_score = None
     if settings is not None:
         network = start_role("on_policy.fake_score.init", settings.fake_score.init, shape, world, materials)
@@ -85,7 +89,7 @@ def _role_network(network: Backbone, config: RunConfig, world: World) -> RoleNet
 
 def _on_one_base(config: RunConfig, world: World, materials: Materials) -> RoleNetworks:
     """Build the student, and the fake score if there is one, as adapters on the teacher's frozen network."""
-    shared = start_shared(config.student, config.seed, world, materials)
+    shared = start_shared(config.student, config.seed, world, materials, DTYPES[config.engine.stored_frozen])
     shared.compiled = config.engine.compile
     network, fake_adapter = _prepared(shared.network, config, world), adapter_on_shared_base(config)
     if fake_adapter is not None:
@@ -112,13 +116,19 @@ def _prepared(network: Backbone, config: RunConfig, world: World) -> Backbone:
         network.split_sequence(world.sequence_group)
     recompute = RECOMPUTE.get(config.student.gradient_checkpointing)
     if config.engine.compile:
-        # Blocks are compiled one by one, together with their recomputation: all of them share one compiled function.
-        # It is compiled again for every role, sequence of chunks, number of samples and text length, with and without
-        # gradient. That is dozens of times; torch's default limit is 8.
-        limits: Any = torch._dynamo.config
-        limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
-        network.compile_repeated_blocks(fullgraph=True)
+        _compile_blocks(network)
         recompute = recompute and torch.compile(recompute, fullgraph=True)
     if recompute is not None:
         network.enable_gradient_checkpointing(recompute)
     return network
+
+
+def _compile_blocks(network: Backbone) -> None:
+    """Compile the blocks of a network one by one, together with their recomputation. They share a compiled function.
+
+    It is compiled again for every role, sequence of chunks, number of samples and text length, with and without
+    gradient. That is dozens of times; torch's default limit is 8.
+    """
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = MOST_COMPILATIONS
+    network.compile_repeated_blocks(fullgraph=True)

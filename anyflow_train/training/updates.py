@@ -125,8 +125,11 @@ def make_update(
                 continue
             loss = term.objective(roles, batch, draw)
             mean = means[term.name, batch.turn].after(loss, batch.positions)
-            total = term.weight * rebalanced(loss, mean, term.rebalance, term.smallest_mean).sum()
-            engine.backward(total / global_batch)
+            total = loss.per_sample.new_zeros(())
+            for part in loss.parts():
+                own = term.weight * rebalanced(part, mean, term.rebalance, term.smallest_mean).sum()
+                engine.backward(own / global_batch)
+                total = total + own.detach()
             statistics.add(f"{term.name}/" if len(update.terms) > 1 else "", loss, total, batch.keys)
     outcome = engine.step(learning_rate, statistics.sums())
     values = {**statistics.means(outcome.values, global_batch), "gradient_norm": outcome.gradient_norm}

@@ -260,6 +260,8 @@ def test_validation_is_switched_off_by_its_group(experiment: str) -> None:
     assert (off.evaluation.every, off.evaluation.videos) == (0, 0)
     on: RunConfig = compose("train", [f"experiment={experiment}", "evaluation.every=7", "evaluation=none"])
     assert on.evaluation.every == 7
+    last: RunConfig = compose("train", [f"experiment={experiment}", "evaluation=none", "evaluation=wan"])
+    assert last.evaluation.every > 0  # as with any group, the last choice counts
 
 
 def test_help_and_completion_offer_recipes_that_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
             "choose on_policy=none",
         ),
         ({"on_policy.score_times.low": 0.99}, "on_policy.score_times.low", "must be below"),
+        ({"on_policy.backward": "chunk"}, "on_policy.backward", "requires a causal student"),
         ({"on_policy.fake_score.times.high": 0.0}, "on_policy.fake_score.times.low", "must be below"),
         ({"on_policy.calls": [1]}, "on_policy.calls", "above 1"),
         ({"on_policy.fake_score.adapter": LORA}, "on_policy.fake_score.adapter", "student/adapter=lora"),

@@ -95,6 +95,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"student.architecture.out_channels": 8}, "student.architecture.out_channels", "in_channels=16"),
     ({"engine.fp8": "frozen", "engine.precision": "bf16"}, "engine.fp8", "student/adapter=lora"),
     ({"engine.fp8": "frozen", "student.adapter": LORA}, "engine.fp8", "set that to bf16"),
+    ({"engine.frozen_precision": "bf16"}, "engine.frozen_precision", "set it to fp32 or null"),
     (
         EIGHT_BITS | {"objective.derivative_precision": "bf16"},
         "objective.derivative_precision",
@@ -248,6 +249,13 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         1,
         "engine.fp8",
         "'none' is safer",
+    ),
+    (
+        "tiny",
+        EIGHT_BITS | {"engine.device": "cuda", "objective.derivative_precision": "fp16"},
+        1,
+        "engine.fp8",
+        "set engine.compile=true",
     ),
     ("tiny_reference", {"evaluation.guidance_scale": 3.0}, 1, "evaluation.guidance_scale", "is trained with guidance"),
     # 3 processes x micro-batch 2, 18 slots of which 9 are diffusion: the second micro-step holds 3 of 6, one a process;

@@ -21,7 +21,7 @@ from anyflow_train.data.manifest import Bucket, Manifest, PromptTexts, check_com
 from anyflow_train.data.mixture import open_training, split_by_size
 from anyflow_train.data.order import SampleOrder
 from anyflow_train.data.prepare.writing import write_shard
-from anyflow_train.data.shards import Sample, ShardSet
+from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import nearest
 from tests.data.helpers import TEXT_DIM, make_manifest, take
@@ -89,6 +89,13 @@ def test_any_world_and_any_start_see_the_same_samples(data: Data, world: int, mi
 
 def test_steps_have_nearly_equal_tokens_and_samples_come_equally_often(data: Data) -> None:
     loader, used, sizes = make_loader(data, [tuple(range(GLOBAL))]), Counter[str](), Counter[tuple[int, ...]]()
+    read, places = loader._read, Counter[tuple[int, int]]()
+
+    def counted(bucket: int, position: int, bad: list[BadSampleError]) -> Sample:
+        places[bucket, position] += 1
+        return read(bucket, position, bad)
+
+    loader._read = counted
     for step in take(iter(loader), 500):
         shape = tuple(step[0].latents.shape[1:])
         sizes[shape] += 1
@@ -97,6 +104,7 @@ def test_steps_have_nearly_equal_tokens_and_samples_come_equally_often(data: Dat
         assert largest / 2 < tokens <= largest
         used.update(key for batch in step for key in batch.keys)
     assert len(used) == 10
+    assert set(places.values()) == {1}  # no position of a stream is used twice
     # 4 large clips, 2 wide ones, and 4 pictures, of which a step takes twice as many.
     shares = {SHAPES[BIG]: 4 / 8, SHAPES[WIDE]: 2 / 8, SHAPES[PICTURE]: 2 / 8}
     assert all(sizes[shape] == pytest.approx(500 * share, rel=0.2) for shape, share in shares.items())

@@ -32,10 +32,11 @@ def trained(**changes):
     return network
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"targets": ("attn1.to_q",), "full_modules": ("delta_embedder",)}])
 def test_they_start_compute_and_learn_as_those_of_peft(changes, autocast):
-    """They are equal bit for bit, so a run that started with peft's adapters can be resumed."""
+    """They start bit-equal, so a run that started with peft's adapters can be resumed. Values and gradients differ by
+    one rounding: the second product is added as it is computed."""
     network, oracle = adapted(**changes), small()
     add_peft(oracle, settings(**changes), seed=4)
     ours, theirs = trainable_parameters(network), peft_parameters(oracle)
@@ -46,14 +47,21 @@ def test_they_start_compute_and_learn_as_those_of_peft(changes, autocast):
         for name, parameter in ours.items():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
             theirs[name].copy_(parameter)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, expected = network(**inputs()).sample, oracle(**inputs()).sample
-    assert torch.equal(found, expected)
-    for output in (found, expected):
-        output.float().square().sum().backward()
-    assert [name for name in ours if not torch.equal(ours[name].grad, theirs[name].grad)] == []
     merged = peft_merged(oracle)
     assert all(torch.equal(weight, merged[name]) for name, weight in merge_lora(network).state_dict().items())
+    given, dtype, most = inputs(), torch.bfloat16 if autocast else torch.float64, 0.03 if autocast else 1e-12
+    if not autocast:
+        network, oracle = network.double(), oracle.double()
+        given = {name: value.double() for name, value in given.items()}
+    ours, theirs = trainable_parameters(network), peft_parameters(oracle)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = network(**given).sample, oracle(**given).sample
+    assert found.dtype == dtype
+    for output in (found, expected):
+        output.double().square().sum().backward()
+    pairs = {"output": (found, expected), **{name: (ours[name].grad, theirs[name].grad) for name in ours}}
+    for name, (one, other) in pairs.items():
+        assert (one - other).norm() <= most * other.norm(), name
 
 
 def test_adapters_start_at_zero_and_are_all_that_is_trained():

@@ -100,7 +100,8 @@ def test_its_gradients_are_those_of_that_network(role: str) -> None:
     network(**inputs()).sample.square().sum().backward()
     expected = {name: parameter.grad for name, parameter in peft_parameters(network).items()}
     ours = gradients(base, role, torch.Tensor.backward)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)  # pyright: ignore
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name  # pyright: ignore
 
 
 def test_without_a_role_it_is_the_base() -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.on_policy import ScoreTimes
 from anyflow_train.data.batch import Batch
+from anyflow_train.flow.rollout import FirstJump
 from anyflow_train.flow.types import Condition, FlowMap
+from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.objectives.distribution_matching import (
     DistributionMatchingObjective,
     FakeScoreObjective,
@@ -20,6 +23,7 @@ from anyflow_train.objectives.distribution_matching import (
 from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles
 from tests.flow.oracles import NO_TEXT, GaussianData, bulk_draw
+from tests.models.networks import FAR, SMALL, small_far
 from tests.objectives.toys import SHAPE, Recorded, SmallNetwork, batch_of, draw_of
 
 TIMES = ScoreTimes()
@@ -167,6 +171,38 @@ def test_the_fake_score_settles_at_the_velocity_of_the_student_s_samples() -> No
         slopes[name] = [(g.mean() / (g.std() / count**0.5)).abs().item() for g in (a.grad, b.grad) if g is not None]
     assert max(slopes["own"]) < 4  # standard errors
     assert min(slopes["another"]) > 10
+
+
+@pytest.mark.parametrize("first_jump", ["gradient", "detached"])
+def test_a_backward_pass_per_chunk_gives_the_gradient_of_the_whole_graph(first_jump: FirstJump) -> None:
+    """And it never needs more than one chunk's graph: all calls of a chunk go back before those of the next one."""
+    chunks = Chunks(FAR["chunk_partition"], FAR["full_chunk_limit"])
+    made = Rollouts((4, 4, 8, 12), (4,), 5.0, first_jump, chunks)
+    networks = [small_far().double() for _ in range(3)]
+    for number, network in enumerate(networks):
+        torch.manual_seed(number)
+        for parameter in network.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    student, teacher, fake = (NetworkFlowMap(network, None) for network in networks)
+    text = torch.randn(2, 5, SMALL["text_dim"], dtype=torch.float64)
+    batch = Batch(torch.zeros(2, 4, 4, 8, 12), Condition(text), Condition(text[:1]), ("a", "b"), SLOTS[:2])
+    found = {}
+    for backward in ("clip", "chunk"):
+        objective = DistributionMatchingObjective(made, TIMES, 2.0, None, backward)
+        loss = objective(Roles(student, student, teacher, fake), batch, draw_of(SLOTS[:2]))
+        parts = []
+        for part in loss.parts():
+            part.per_sample.mul(torch.tensor([1.0, 0.5])).sum().backward()
+            parts.append(part.per_sample.detach())
+        assert len(parts) == (1 if backward == "clip" else len(chunks.partition))
+        torch.testing.assert_close(sum(parts), loss.per_sample.detach(), rtol=1e-12, atol=0)
+        gradients = {name: parameter.grad for name, parameter in networks[0].named_parameters()}
+        networks[0].zero_grad(set_to_none=True)
+        found[backward] = loss.per_sample.detach(), gradients
+    assert torch.equal(found["clip"][0], found["chunk"][0])
+    whole, replayed = (found[backward][1] for backward in ("clip", "chunk"))
+    assert all(not gradient.equal(torch.zeros_like(gradient)) for gradient in whole.values() if gradient is not None)
+    torch.testing.assert_close(replayed, whole, rtol=1e-9, atol=1e-14)
 
 
 def test_times_stay_in_their_range() -> None:

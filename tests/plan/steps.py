@@ -21,12 +21,13 @@ from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.updates import make_update
 
 ATEN = torch.ops.aten
-# Torch's counter lacks the kernels of a CPU, which compute what those of a GPU do.
+# Torch's counter lacks the kernels of a CPU, which compute what those of a GPU do, and products added in place.
 ON_CPU: dict[Any, Any] = {
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
         g, q, k, v
     ),
+    ATEN.addmm_: lambda _, first, second, **__: 2 * first[0] * first[1] * second[1],
 }
 
 

@@ -100,7 +100,7 @@ def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixtu
     given = [
         "experiment=wan14b_forward",
         "gpus=8",
-        "gpu=h100-80",
+        "gpu=l40s-48",
         "evaluation=none",
         "objective.guidance=none",
         "objective.guidance_scale=1",

@@ -126,6 +126,16 @@ def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig])
     assert planned[0] == pytest.approx(planned[1], rel=1e-3)
 
 
+def test_what_validation_holds_grows_with_the_blocks_too(small: Callable[..., RunConfig]) -> None:
+    """The fullest moment of one block is another one than that of two."""
+    validation = ("evaluation=wan", "evaluation.videos=0", "evaluation.reference_videos=0", "evaluation.batch=24")
+    config = small(*CASES["full"], *validation, "student.architecture.num_layers=6")
+    found = (dry_run_memory(config, 1, 0), dry_run_memory(config, 1, 0, from_all_blocks))
+    planned = [plan_memory(config, each, "ddp", 1) for each in found]
+    assert planned[0].moment == planned[1].moment
+    assert planned[0].tensors == planned[1].tensors
+
+
 @pytest.mark.nightly
 def test_the_graph_of_a_rollout_keeps_every_cached_context(small: Callable[..., RunConfig]) -> None:
     """Two and three blocks with replayed calls tell what four blocks hold that compute every call."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from anyflow_train.flow.draw import Draw
+from anyflow_train.training import trainer
 from anyflow_train.training.checkpoints.reading import list_checkpoints, read_info
+from anyflow_train.training.updates import UpdateReport, make_update
 from tests.training.helpers import assert_equal_runs, final_tensors, settings, train, write_latents
 
 
@@ -23,8 +27,17 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     return found | {"data": found["data"] | shards | {"buckets": [[9, 32, 32], [1, 32, 32]]}}
 
 
-def test_a_run_resumes_exactly_and_splits_do_not_matter(tmp_path: Path) -> None:
-    whole = train(config(tmp_path, name="whole"))
+def test_a_run_resumes_exactly_and_splits_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Counter[Draw]()
+
+    def recorded(*arguments: Any) -> UpdateReport:
+        drawn.update(arguments[4])
+        return make_update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_update", recorded)
+        whole = train(config(tmp_path, name="whole"))
+    assert set(drawn.values()) == {1}  # every global batch of a step has its own random numbers
     train(config(tmp_path, name="parts", steps=3))
     assert_equal_runs(train(config(tmp_path, name="parts")), whole)
     split = train(config(tmp_path, name="split", engine__micro_batch=2))

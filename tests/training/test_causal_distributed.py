@@ -42,6 +42,8 @@ def config(folder: Path, name: str, stage: int, micro_batch: int) -> dict[str, A
         run["teacher"] = {"source": str(folder / "teacher")}
         fake = {"init": str(folder / "teacher"), "lr": 2e-3, "rollout": "student"}
         run["on_policy"] = {"kind": "distribution_matching", "calls": [1, 2], "fake_score": fake}
+        # One process keeps the graph of the whole clip.
+        run["on_policy"]["backward"] = "chunk" if name == "2-zero3" else "clip"
     return run
 
 

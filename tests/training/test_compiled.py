@@ -11,9 +11,23 @@ import pytest
 import torch
 
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.run import RunConfig
 from anyflow_train.flow.draw import Draw
+from anyflow_train.flow.types import Condition
+from anyflow_train.models.flow_map import NetworkFlowMap
+from anyflow_train.training.processes.world import ALONE
+from anyflow_train.training.recipe import build_recipe
 from anyflow_train.training.trainer import Trainer
-from tests.training.helpers import causal, final_tensors, settings, train, write_latents, write_networks
+from tests.training.helpers import (
+    SHAPE,
+    TEXT_DIM,
+    causal,
+    final_tensors,
+    settings,
+    train,
+    write_latents,
+    write_networks,
+)
 
 
 def both_backends(step: int) -> list[Any]:
@@ -51,6 +65,22 @@ def test_a_run_compiles_in_its_first_steps_only(tmp_path: Path, settles: None) -
     options = {"engine__micro_batch": 2, "student__gradient_checkpointing": "selective", "steps": 8}
     options |= {"objective__guidance": "target", "objective__guidance_scale": 3.0, "objective__text_dropout": 0.4}
     assert_same_training(settings(tmp_path, **options))
+
+
+@pytest.mark.parametrize("settles", [(0, "eager")], indirect=True)
+def test_a_teacher_of_its_own_is_compiled_too(tmp_path: Path, settles: None) -> None:
+    write_networks(tmp_path)
+    options = {"teacher": {"source": str(tmp_path / "teacher"), "codec": "none"}, "objective__velocity": "teacher"}
+    found = {}
+    for compiled in (False, True):
+        config = settings(tmp_path, **options, engine__compile=compiled)
+        teacher = build_recipe(RunConfig.model_validate(config), ALONE).roles.teacher
+        assert isinstance(teacher, NetworkFlowMap)
+        assert all((block._compiled_call_impl is not None) == compiled for block in teacher.network.blocks)
+        x, t = torch.ones(1, *SHAPE), torch.tensor([0.5])
+        with torch.no_grad():
+            found[compiled] = teacher(x, t, t, Condition(torch.ones(1, 4, TEXT_DIM)))
+    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5)
 
 
 # faster: test_compiles_whole_and_once of the causal network, test_recompute's compiled causal blocks, and the run above

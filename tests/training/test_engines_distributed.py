@@ -81,6 +81,12 @@ def bf16(folder: Path, name: str, micro_batch: int) -> dict[str, Any]:
     return config(folder, name, "full", engine__precision="bf16", engine__micro_batch=micro_batch)
 
 
+def frozen(folder: Path, name: str, micro_batch: int, **changes: Any) -> dict[str, Any]:
+    """Adapters on a frozen base, and a frozen teacher; both are stored in bfloat16 unless changed."""
+    changes |= {"student__gradient_checkpointing": "block", "engine__precision": "bf16"}
+    return {**config(folder, name, "teacher", engine__micro_batch=micro_batch, **changes), "steps": PART}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, and networks to start from."""
@@ -101,6 +107,7 @@ def first(folder: Path, request: pytest.FixtureRequest) -> Launch:
     whole = config(folder, "offload-resumed", "full", engine__micro_batch=2)
     resumed = [("zero3_offload", {**whole, "steps": PART}), ("zero3_offload", whole)]
     half = [(engine, {**bf16(folder, f"{engine}-bf16", 2), "steps": PART}) for engine in HALF_PRECISION]
+    half += [(engine, frozen(folder, f"{engine}-frozen", 2)) for engine in HALF_PRECISION]
     eight = [("ddp", {**in_8_bits(folder, name), "steps": steps}) for name, steps in EIGHT_BITS]
     return together([*equal, moved, *resumed, *half, *eight], folder / "first")
 
@@ -111,6 +118,7 @@ def runs(folder: Path, first: Launch, request: pytest.FixtureRequest) -> Path:
     for kind in dict.fromkeys(["full", *(EQUAL[name][1] for name in asked_for(request, "name", EQUAL))]):
         alone(config(folder, f"one-{kind}", kind))
     alone({**bf16(folder, "one-bf16", 4), "steps": PART})
+    alone(frozen(folder, "one-frozen", 4, engine__frozen_precision="fp32"))
     alone({**config(folder, "moved", "full"), "steps": PART})
     together([("zero3", config(folder, "moved", "full", engine__micro_batch=4))], folder / "second")
     return folder
@@ -199,8 +207,10 @@ def test_moments_in_8_bits_resume_bit_for_bit(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", HALF_PRECISION)
-def test_bf16_is_that_of_one_process(runs: Path, engine: str) -> None:
-    ours, one = logged(runs / f"{engine}-bf16"), logged(runs / "one-bf16")
+@pytest.mark.parametrize("kind", ["bf16", "frozen"])
+def test_bf16_is_that_of_one_process(runs: Path, engine: str, kind: str) -> None:
+    """Frozen weights that are stored in bfloat16 give the numbers of float32 ones."""
+    ours, one = logged(runs / f"{engine}-{kind}"), logged(runs / f"one-{kind}")
     assert len(ours) == len(one) == PART
     for row, wanted in zip(ours, one, strict=True):
         for key in ("loss", "gradient_norm"):

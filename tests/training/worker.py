@@ -84,6 +84,8 @@ def note_runs(notes: list[dict[str, Any]]) -> None:
     """Record for every run of this process the final checksum of its parameters, the dtypes of its layers' results,
     and whether its masters share the memory of its weights.
     """
+    import torch
+
     from anyflow_train.training.trainer import Trainer
 
     original = Trainer.train
@@ -97,7 +99,7 @@ def note_runs(notes: list[dict[str, Any]]) -> None:
         original(self, stream)
         content = hashlib.sha256()
         for parameter in network.parameters():
-            content.update(parameter.detach().numpy().tobytes())
+            content.update(parameter.detach().flatten().view(torch.uint8).numpy().tobytes())
         results = {name: sorted(found) for name, found in types.items()}
         engine = self.recipe.trainables["student"].engine
         masters, weights = (

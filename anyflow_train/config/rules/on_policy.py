@@ -24,6 +24,9 @@ def on_policy(config: RunConfig) -> Iterator[Finding]:
     if config.teacher.source is None:
         advice = "give a pipeline folder or hub id, or choose on_policy=none"
         yield Finding(("teacher.source", KIND), f"null, {requires} compares rollouts with a teacher; {advice}")
+    if settings.backward == "chunk" and config.student.architecture.causal is None:
+        problem = "chunk requires a causal student, which generates a clip in chunks; set it to clip"
+        yield Finding(("on_policy.backward", "student.architecture.causal"), problem)
     if isinstance(settings.fake_score.adapter, Lora):
         yield from _one_base(config, settings)
     for name, times in (("score_times", settings.score_times), ("fake_score.times", settings.fake_score.times)):

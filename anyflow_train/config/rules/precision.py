@@ -1,4 +1,4 @@
-"""Rules for fp8."""
+"""Rules for the precision of frozen weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from anyflow_train.config.run import RunConfig
 KEY = "engine.fp8"
 # GPU kernels require rows and columns that are multiples of this.
 MULTIPLE = 16
+
+
+def frozen(config: RunConfig) -> Iterator[Finding]:
+    """Check that frozen weights are not rounded in a run that computes in float32."""
+    if config.engine.precision == "fp32" and config.engine.frozen_precision == "bf16":
+        problem = "bf16 rounds the frozen weights of a run in which engine.precision=fp32; set it to fp32 or null"
+        yield Finding(("engine.frozen_precision", "engine.precision"), problem)
 
 
 def fp8(config: RunConfig) -> Iterator[Finding]:
@@ -40,7 +47,10 @@ def fp8(config: RunConfig) -> Iterator[Finding]:
 
 
 def warnings(config: RunConfig) -> Iterator[Finding]:
-    """Warn about fp8 in stage 2: it uses the small difference of two scores, which 8 bits mostly round away."""
+    """Warn about fp8 that is slow, or used in stage 2: 8 bits mostly round away the small difference of two scores."""
+    if config.engine.fp8 == "frozen" and not config.engine.compile and config.engine.device != "cpu":
+        problem = "'frozen' scales each input in separate kernels, and is slower than bfloat16 on a GPU"
+        yield Finding((KEY, "engine.compile"), f"{problem}; set engine.compile=true, which fuses them")
     if config.engine.fp8 == "frozen" and config.on_policy.matching is not None:
         problem = "'frozen' gives the difference of teacher and fake score an error of 24 to 47 %"
         measured = "bfloat16: 6 to 10 %, measured on tiny-wan"

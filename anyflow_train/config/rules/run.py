@@ -39,6 +39,7 @@ def _errors(config: RunConfig, world: int) -> list[Finding]:
         *on_policy.on_policy(config),
         *causal.chunks(config),
         *causal.context(config),
+        *precision.frozen(config),
         *precision.fp8(config),
         *schedule.learning_rate(config),
         *geometry.run_sizes(config),

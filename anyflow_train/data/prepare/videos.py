@@ -27,8 +27,6 @@ from anyflow_train.data.prepare.writing import write_shard
 from anyflow_train.data.shards import Sample
 
 DECODERS = 2
-# Windows of a clip that may wait to be encoded: more would only take memory.
-MOST_WAITING = 2
 STOP_SECONDS = 0.2
 ReadVideo = Callable[[Path | BinaryIO, str], Iterator[tuple[str, Tensor]]]
 """Video file, or its bytes, and key of the clip -> key and pixels (3, F, H, W) in [-1, 1] of each window. Raises
@@ -82,7 +80,7 @@ def write_video_shards(
     pool = ThreadPoolExecutor(DECODERS, "decode")
     clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
     try:
-        with closing(_read_ahead(pool, read, clips, batch + DECODERS)) as decoded:
+        with closing(_read_ahead(pool, read, clips, batch)) as decoded:
             for shard in shards:
                 windows = chain.from_iterable(islice(decoded, len(shard.clips)))
                 _write(folder, shard, _encoded(from_pixels, windows, batch, dtype), progress, shapes)
@@ -112,11 +110,11 @@ def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> It
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, read: ReadVideo, clips: Iterable[tuple[Clip, Sample | Skipped]], ahead: int
+    pool: ThreadPoolExecutor, read: ReadVideo, clips: Iterable[tuple[Clip, Sample | Skipped]], batch: int
 ) -> Generator[Iterator[Sample | Skipped]]:
-    """Yield the windows of each clip in order, while the pool reads up to `ahead` later clips.
+    """Yield the windows of each clip in order, while the pool reads later clips, enough for one more batch.
 
-    A thread waits when some windows of its clip have not been taken. So a long film does not fill the memory.
+    A thread waits when a batch of its clip's windows has not been taken. So a long film does not fill the memory.
     """
     stopped, begun = Event(), deque[tuple[Queue[Sample | Skipped | None], Future[None]]]()
 
@@ -141,9 +139,9 @@ def _read_ahead(
 
     try:
         for clip, sample in clips:
-            queue = Queue[Sample | Skipped | None](MOST_WAITING)
+            queue = Queue[Sample | Skipped | None](batch + 1)
             begun.append((queue, pool.submit(fill, queue, clip, sample)))
-            if len(begun) > ahead:
+            if len(begun) > batch + DECODERS:
                 yield taken(*begun.popleft())
         while begun:
             yield taken(*begun.popleft())

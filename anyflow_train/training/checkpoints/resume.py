@@ -45,10 +45,12 @@ FREE_KEYS = (
     "engine.threads",
     "engine.micro_batch",
     "engine.attention",
+    "engine.frozen_precision",
     "engine.compile",
     "engine.sequence_parallel",
     "engine.timeout_seconds",
     "student.gradient_checkpointing",
+    "on_policy.backward",
     "teacher.codec",
 )
 
