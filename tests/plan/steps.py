@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ def measured(config: RunConfig, step: int) -> int:
 
 
 def peak_bytes(call: Callable[[], None]) -> int:
+    gc.collect()  # what an earlier profile saw allocated must not be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     inner: Any = profiler.profiler
