@@ -45,8 +45,7 @@ from anyflow_train.data.loader import Loader, pad_text
 from anyflow_train.data.mixture import ShardMixture
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.plan.dry_run import dry_run
-from anyflow_train.plan.report import step_seconds
-from anyflow_train.training.gpus import GPUS
+from anyflow_train.training.gpus import GPUS, step_seconds
 
 SHARDS = 2
 MIB = 1 << 20
@@ -82,7 +81,7 @@ def needed(config: RunConfig, options: argparse.Namespace) -> float:
     """Samples per second that one process of the run trains on."""
     seconds, world = options.step_seconds, options.processes
     if seconds is None:
-        operations = dry_run(config, world).operations
+        operations = dry_run(config, world).by_precision
         seconds = sum(step_seconds(operations, GPUS[options.gpu], world, options.utilisation).values())
     return config.engine.global_batch / (seconds * world)
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from anyflow_train.config.base import ClipSize, Model, Sizes
+from anyflow_train.config.base import ClipSize, Log, Model, Sizes
 from anyflow_train.config.network import Student, Teacher
 from anyflow_train.config.objective import Share, Times
 from anyflow_train.config.objectives import Objective
@@ -261,7 +261,7 @@ class RunConfig(Model):
     seed: NonNegativeInt = 0
     steps: PositiveInt
     log_every: PositiveInt = 10
-    log: Literal["auto", "plain", "json"] = "auto"
+    log: Log = "auto"
     max_nonfinite_steps: PositiveInt = 3
     profile: bool = False
     notify: Annotated[str | None, Field(exclude=True, pattern=r"^https?://")] = None

@@ -124,6 +124,7 @@ class Stage:
         given = None if wish.file is None else self._given(wish.file)
         for seed in wish.seeds:
             noise = self.shape.noise(seed)
+            # Without a teacher there is one player, and its number of calls is not used.
             for player, calls in zip(self.players, wish.calls, strict=False):
                 number = seed - wish.seeds.start
                 watched = Watched(player.maker.flow_map, lambda _, p=player, n=number: before_call(p, n))

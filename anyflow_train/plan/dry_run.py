@@ -73,6 +73,14 @@ class DryRun:
         """Operations of a step, without those that gradient checkpointing repeats."""
         return sum(count for work, count in self.operations.items() if not work.repeated)
 
+    @property
+    def by_precision(self) -> dict[str, float]:
+        """Operations of a step in `half` precision and in `float32`, with those that are repeated."""
+        flops = {"half": 0.0, "float32": 0.0}
+        for work, count in self.operations.items():
+            flops["float32" if work.dtype == torch.float32 else "half"] += count
+        return flops
+
 
 def from_two_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
     """The figures of networks with all their blocks, from those of networks with `fewest` blocks and with one more.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
@@ -13,10 +13,10 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.fit import Setting
 from anyflow_train.plan.memory import GIB, Memory
-from anyflow_train.plan.meter import BACKWARD, Work
+from anyflow_train.plan.meter import BACKWARD
 from anyflow_train.plan.validation import STUDENT, TEACHER, compared_samples
 from anyflow_train.text import memory_size
-from anyflow_train.training.gpus import GPUS, TERA, Gpu
+from anyflow_train.training.gpus import GPUS, TERA, step_seconds
 
 HOUR, MINUTE = 3600, 60
 # Smallest share of a step's operations that gets a row: the embedders of times are always in float32.
@@ -48,15 +48,6 @@ def advice(found: tuple[Setting, Memory] | None, options: PlanOptions) -> str:
     if memory.host:
         needs += f", and {memory.host / GIB * options.gpus:.0f} GiB of the host's memory on each node"
     return f"It does not fit. The nearest setting that does ({needs}): {changes}"
-
-
-def step_seconds(operations: Mapping[Work, float], gpu: Gpu, world: int, utilisation: float) -> dict[str, float]:
-    """Seconds of a step, of its products in `half` precision and in `float32`, at a share of the peak of each."""
-    peaks = {"half": gpu.bf16, "float32": gpu.fp32}
-    flops = dict.fromkeys(peaks, 0.0)
-    for work, count in operations.items():
-        flops["float32" if work.dtype == torch.float32 else "half"] += count
-    return {name: flops[name] / (TERA * peak * utilisation * world) for name, peak in peaks.items()}
 
 
 def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
@@ -108,7 +99,7 @@ def _memory(memory: Memory, have: float, gpus: int) -> Iterator[str]:
 
 def _time(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str]:
     gpu = GPUS[options.gpu]
-    by_precision = step_seconds(found.operations, gpu, options.world, options.utilisation)
+    by_precision = step_seconds(found.by_precision, gpu, options.world, options.utilisation)
     seconds = sum(by_precision.values())
     peak = f"{options.utilisation:.0%} of {gpu.bf16:g} TFLOP/s (bfloat16) and {gpu.fp32:g} (float32)"
     yield _row("a step", _seconds(seconds), f"at {peak}")

@@ -21,7 +21,7 @@ def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Fore
     """
     found = dry_run(config, len(gpus))
     memory = plan_memory(config, found, strategy, len(gpus))
-    return Forecast(memory_warning(config, found, strategy, gpus), memory.total, found.stages)
+    return Forecast(memory_warning(config, found, strategy, gpus), memory.total, found.stages, found.by_precision)
 
 
 def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:

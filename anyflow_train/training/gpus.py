@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -42,6 +43,12 @@ TERA = 1e12
 def utilisation(work: float, gpu: Gpu, world: int, seconds: float) -> float:
     """Model FLOPs utilisation: `work` operations in so many seconds on `world` GPUs, over their half-precision peak."""
     return work / (TERA * gpu.bf16 * world * seconds)
+
+
+def step_seconds(operations: Mapping[str, float], gpu: Gpu, world: int, utilisation: float) -> dict[str, float]:
+    """Seconds of a step's operations in `half` precision and in `float32`, at a share of the peak of each."""
+    peaks = {"half": gpu.bf16, "float32": gpu.fp32}
+    return {name: count / (TERA * peaks[name] * utilisation * world) for name, count in operations.items()}
 
 
 def known_gpu(name: str) -> Gpu | None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from anyflow_train.config.commands import PlanOptions
 from anyflow_train.config.run import RunConfig
-from anyflow_train.config.schedule import mean_over
 from anyflow_train.text import duration, memory_size
 from anyflow_train.training.engine import engine_name
-from anyflow_train.training.gpus import TERA, known_gpu
+from anyflow_train.training.gpus import known_gpu, step_seconds
 from anyflow_train.training.processes.world import World
 
-UTILISATION = 0.4
-"""Share of the GPU's peak that a step is foreseen to reach, as in `anyflow plan`."""
+UTILISATION = PlanOptions.model_fields["utilisation"].default
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,19 @@ class Forecast:
         warning: a sentence if a GPU is short of memory.
         memory: bytes on each GPU when it is fullest.
         work: operations of a step of each stage, of all processes, without repeated ones.
+        operations: of the dearest step, in `half` precision and in `float32`, with repeated ones.
     """
 
     warning: str | None
     memory: int
     work: tuple[float, ...]
+    operations: Mapping[str, float]
 
     def rows(self, config: RunConfig, device: str, world: int) -> list[tuple[str, str]]:
-        """List what the start of a run shows. The time is left out for a GPU whose peak is not known."""
+        """List what the start of a run shows, as `anyflow plan` does. A GPU whose peak is not known has no time."""
         rows = [("memory", f"{memory_size(self.memory)} on each GPU (planned)")]
         if (gpu := known_gpu(device)) is not None:
-            work = mean_over(config, self.work, range(config.steps)) * config.steps
-            peak = gpu.bf16 if config.engine.precision == "bf16" else gpu.fp32
-            seconds = work / (TERA * peak * UTILISATION * world)
+            seconds = sum(step_seconds(self.operations, gpu, world, UTILISATION).values()) * config.steps
             rows.append(
                 ("time", f"about {duration(seconds)} for {config.steps} steps, at {UTILISATION:.0%} of the peak")
             )

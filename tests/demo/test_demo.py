@@ -25,7 +25,7 @@ from anyflow_train.demo.play import Player, Stage, Stopped, Wish, check_picture,
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.sampling import Watched
 from anyflow_train.evaluation.video import write_mp4
-from tests.browser import CHROMIUM, Browser
+from tests.browser import Browser, needs_a_browser
 from tests.export.runs import CHUNKS, FULL, LORA, TINY_WAN, make_run
 
 SMALL = {"precision": "fp32", "text_length": 16, "device": "cpu"}
@@ -130,7 +130,6 @@ def counted(stage: Stage) -> tuple[Stage, list[int]]:
 
 STATUS = "document.querySelector('#status textarea').value"
 VIDEOS = "[...document.querySelectorAll('#shown video')]"
-needs_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
 
 @pytest.mark.nightly

@@ -85,7 +85,8 @@ def test_a_start_warns_once_and_knows_its_work(gpu: Callable[..., World], capsys
     assert forecast is not None
     assert forecast.work == (found.work,)
     memory = f"{memory_size(plan_memory(config, found, 'ddp', 1).total)} on each GPU (planned)"
-    seconds = found.work * config.steps / 0.4 / 989e12
+    at_peak = [count / (66.9e12 if work.dtype == torch.float32 else 989e12) for work, count in found.operations.items()]
+    seconds = config.steps * sum(at_peak) / 0.4
     in_time = f"about {duration(seconds)} for {config.steps} steps, at 40% of the peak"
     assert forecast.rows(config, "NVIDIA H200", 1) == [("memory", memory), ("time", in_time)]
     assert forecast.rows(config, "a new GPU", 1) == [("memory", memory)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -20,9 +19,9 @@ from anyflow_train.watch.metrics import Metrics
 from anyflow_train.watch.report import render
 from anyflow_train.watch.runs import Watch
 from anyflow_train.watch.server import application
+from tests.browser import CHROMIUM, needs_a_browser
 
 EVIL = "<img src=x onerror=alert(1)>"
-CHROMIUM = shutil.which("chromium")
 
 
 def row(step: int, **more: Any) -> str:
@@ -210,7 +209,7 @@ def in_chromium(url: str, folder: Path, picture: Path | None = None) -> str:
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@needs_a_browser
 def test_a_browser_shows_runs_and_no_name_becomes_a_tag(tmp_path: Path) -> None:
     import uvicorn
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from anyflow_train.config.base import Model
-from anyflow_train.config.commands.types import Log
+from anyflow_train.config.base import Log, Model
 
 
 class ClipsConfig(Model):

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from anyflow_train.config.base import Model
-from anyflow_train.config.commands.types import Log, Texts
+from anyflow_train.config.base import Log, Model
+from anyflow_train.config.commands.types import Texts
 
 
 class ExportConfig(Model):

@@ -17,5 +17,4 @@ Texts = Annotated[
     ),
 ]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Log = Literal["auto", "plain", "json"]
 Calls = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]

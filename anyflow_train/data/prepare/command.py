@@ -298,7 +298,8 @@ def _summary(plan: PreparePlan) -> str:
     text = f"{samples} samples in {len(ledger.shards)} shards from {len(encoded) + len(skipped)} clips"
     if len(plan.config.sizes) > 1:
         digits = Counter("".join(ledger.index(shard.name).buckets for shard in ledger.shards))
-        text += f" ({', '.join(f'{digits[d]} {size}' for d, size in zip(DIGITS, plan.config.sizes, strict=False))})"
+        counts = (f"{digits[DIGITS[number]]} {size}" for number, size in enumerate(plan.config.sizes))
+        text += f" ({', '.join(counts)})"
     if skipped:
         text += f"; {len(skipped)} skipped ({_reasons(skipped)}), listed in {plan.folder / SKIPPED}"
     if unused := sum(plan.source.unused.values()):

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from rich.console import Console, Group
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from anyflow_train.config.base import Log
 from anyflow_train.text import duration
 from anyflow_train.training.validation import ShowPart, Validation
 
@@ -33,8 +34,6 @@ HIDDEN = "/rollout_"
 TRAINING = "training"
 PHASE_WIDTH, BAR_WIDTH = 14, 24
 """Columns of what the run does, and of the bar. With the numbers of steps and the time left it fits into 80 columns."""
-
-Log = Literal["auto", "plain", "json"]
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -9,7 +9,8 @@ from functools import partial
 
 from rich.console import Console
 
-from anyflow_train.training.reporting.progress import Log, choose_screen, surviving
+from anyflow_train.config.base import Log
+from anyflow_train.training.reporting.progress import choose_screen, surviving
 
 ON_A_TERMINAL, AS_LINES = 0.5, 10.0
 """Seconds between two updates."""
