@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file, replace_file
+from anyflow_train.files import atomic_file, read_json, replace_file
 from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
@@ -52,7 +52,10 @@ def _claim(folder: Path, settings: dict[str, int | str]) -> None:
     if not mark.exists():
         replace_file(mark, json.dumps(settings).encode() + b"\n")
         return
-    found = json.loads(mark.read_text())
+    try:
+        found = read_json(mark)
+    except (OSError, ValueError) as error:
+        raise UserError(str(mark), f"cannot be read ({error}): give another folder") from None
     if found != settings:
         raise UserError(str(mark), f"the folder holds clips of {found}, not of {settings}: give another folder")
 
