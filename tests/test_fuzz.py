@@ -6,6 +6,7 @@ Each kind gets 50 mutations in the suite, and 1,000 with `-m nightly`.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import shutil
@@ -136,8 +137,13 @@ def test_manifest_and_index(tmp_path: Path, name: str, mutations: int) -> None:
     path, before = folder / name, files_in(tmp_path)
     good = path.read_bytes()
 
+    manifest = json.loads((folder / "manifest.json").read_text())
+
     def check(data: bytes) -> None:
         path.write_bytes(data)
+        if name != "manifest.json":  # with the right checksum, otherwise nothing of the index would be used
+            manifest["shards"][0]["index_sha256"] = hashlib.sha256(data).hexdigest()
+            (folder / "manifest.json").write_text(json.dumps(manifest))
         read_all(folder)
 
     content = changed(json.loads(good)).map(lambda value: json.dumps(value).encode())

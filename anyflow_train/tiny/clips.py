@@ -13,6 +13,7 @@ from anyflow_train.files import atomic_file, read_json, replace_file
 from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
+CLIPS = "[0-9][0-9][0-9][0-9][0-9].*"
 _BATCH = 48  # clips drawn at once: about 40 MB
 
 
@@ -50,6 +51,8 @@ def _claim(folder: Path, settings: dict[str, int | str]) -> None:
     """Marks the folder with the settings of its clips, or checks the mark that is there."""
     mark = folder / SETTINGS_FILE
     if not mark.exists():
+        if taken := sorted(path.name for path in folder.glob(CLIPS)):
+            raise UserError("out", f"'{folder}' holds '{taken[0]}' of another origin: give another folder")
         replace_file(mark, json.dumps(settings).encode() + b"\n")
         return
     try:
