@@ -150,7 +150,7 @@ def test_manifest_and_index(tmp_path: Path, name: str, mutations: int) -> None:
 
 
 def test_places_and_checksums_in_an_index(tmp_path: Path, mutations: int) -> None:
-    """An index that is an index, with other numbers and keys."""
+    """An index that is an index, with other numbers and keys: no sample is read from other bytes."""
     folder = make_shards(tmp_path / "shards", [2, 2])
     path, whole = folder / "shard-000000.index.json", (folder / "shard-000000.tar").stat().st_size
     good, before = json.loads(path.read_text()), files_in(tmp_path)
@@ -164,9 +164,9 @@ def test_places_and_checksums_in_an_index(tmp_path: Path, mutations: int) -> Non
         path.write_text(json.dumps(content))
         seal(folder)
         read_all(folder)
+        assert [entry[1:4] for entry in content["entries"]] == [entry[1:4] for entry in good["entries"]]
 
-    results = run_mutations(mutations, st.lists(changes, min_size=1, max_size=3), check)
-    assert results["UserError"] + results["BadSampleError"] > mutations / 2
+    assert run_mutations(mutations, st.lists(changes, min_size=1, max_size=3), check)["BadSampleError"] > 0
     assert files_in(tmp_path) == before
 
 
