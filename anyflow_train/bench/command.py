@@ -93,7 +93,7 @@ def run(config: BenchConfig) -> int:
             found[name] = {"state": "left out", "wrong": f"{left:.0f} s were left"}
         else:
             say(f"{name}: {part.title}")
-            found[name] = _one(name, part, min(part.most, left), config, out)
+            found[name] = _one(name, part, config.limit if config.rehearse else min(part.most, left), config, out)
         state = found[name]["state"]
         say(f"{name}: {state}" + ("" if state == "passed" else f": {found[name].get('wrong', '')}"))
         facts = {"anyflow_train": __version__, "date": date.today().isoformat(), "rehearsal": config.rehearse}

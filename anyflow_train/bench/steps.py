@@ -21,8 +21,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
-from anyflow_train.models.build import build_empty, fill
-from anyflow_train.models.devices import on_device
+from anyflow_train.models.build import build_empty
 from anyflow_train.models.flow_map import TIME_SCALE
 from anyflow_train.models.pretrained import PretrainedWeights
 from anyflow_train.objectives.types import Roles
@@ -31,6 +30,7 @@ from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.stand_ins import fake_batch
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.ema import Ema
+from anyflow_train.training.engine import build_engine
 from anyflow_train.training.gpus import TERA, known_gpu, utilisation
 from anyflow_train.training.materials import Materials
 from anyflow_train.training.processes.world import World, start_world
@@ -39,7 +39,10 @@ from anyflow_train.training.updates import Trainable, make_update
 from anyflow_train.training.weight_source import WeightSource
 
 MOST_STEPS = 3  # timed ones
-STEP = ("evaluation=none", "data.shards=none", "engine.global_batch=4")
+STEP = (
+    *("evaluation=none", "data.shards=none", "engine.global_batch=4"),
+    *("student.init=random-weights", "teacher.source=random-weights", "teacher.codec=none"),
+)
 OURS = ("experiment=wan1_3b_forward", "objective=flow_map", *STEP)
 PUBLISHED = ("experiment=wan1_3b_forward_reference", "student/adapter=full", "engine.micro_batch=1", *STEP)
 # The published way computes the derivative also for samples with r = t, and multiplies it by zero.
@@ -82,19 +85,17 @@ def published(notes: Notes, rehearse: bool, settings: list[str]) -> None:
     The first setting is the kernel of attention: `own` for diffusers', or `ours`.
     """
     attention, *settings = settings
-    config, world = _start([*settings, *EVERYWHERE], rehearse)
+    config, world = _start(settings, rehearse)
     kernel = choose_kernel(config, world.device) if attention == "ours" else "sdpa"
     notes.add(attention=kernel)
     # The updates are ours. They do not depend on the network that they were built with, so that can be small.
-    architecture = config.student.architecture.model_copy(update={"num_layers": 1})
-    shallow = config.model_copy(update={"student": config.student.model_copy(update={"architecture": architecture})})
+    shallow, _ = _start([*settings, *EVERYWHERE, "student.architecture.num_layers=1"], rehearse)
     recipe = build_recipe(shallow, world, random_materials(shallow, world.device))
-    materials = random_materials(config, world.device)
-    source = materials.open_student(config.student)
-    with torch.device("meta"):
-        network = StockTransformer(**source.arguments)
-    on_device(fill(network, source.read), world.device).enable_gradient_checkpointing()
-    engine = materials.build_engine(world, network, dict(network.named_parameters()), config.optimizer)
+    with torch.device(world.device):
+        network = StockTransformer(**config.student.architecture.arguments())
+    nn.Module.to(network, world.device)  # buffers too
+    network.enable_gradient_checkpointing()
+    engine = build_engine(world, network, dict(network.named_parameters()), config.optimizer)
     flow_map = StockFlowMap(network, autocast_dtype(config.engine.precision))
     student = Trainable(network, engine, config.optimizer, Ema(engine.shards(), config.optimizer.ema))
     _measure(notes, config, replace(recipe, trainables={"student": student}, roles=Roles(flow_map, flow_map)), kernel)
@@ -149,7 +150,7 @@ def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def _start(settings: Sequence[str], rehearse: bool) -> tuple[RunConfig, World]:
-    config = compose("train", [*settings, *(SMALL if rehearse else ())], None, 1)
+    config = compose("train", [*(SMALL if rehearse else ()), *settings], None, 1)
     return config, start_world(config.engine)
 
 
@@ -157,6 +158,7 @@ def _measure(notes: Notes, config: RunConfig, recipe: Recipe, kernel: str) -> No
     """Make a step that is not measured, and up to `MOST_STEPS` measured ones if they fit in the time; then plan it."""
     device, seconds = recipe.world.device, []
     batches = random_batches(config, 0, device)
+    draws = [Draw(0, 0, batch.positions, device) for batch in batches]  # always the same: so is the work
     gpu = device.type == "cuda"
     with attention_by(kernel):
         while len(seconds) <= MOST_STEPS and (len(seconds) < 2 or notes.left > 2 * seconds[-1]):
@@ -165,7 +167,6 @@ def _measure(notes: Notes, config: RunConfig, recipe: Recipe, kernel: str) -> No
             start = _now()
             for update in recipe.updates:
                 trainable = recipe.trainables[update.role]
-                draws = [Draw(0, len(seconds), batch.positions, device) for batch in batches]
                 report = make_update(update, trainable, recipe.roles, batches, draws, 1e-5, "")
                 if not report.applied:
                     notes.add(wrong="a loss or a gradient is not finite")
