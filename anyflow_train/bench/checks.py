@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from anyflow_train.training.checkpoints.reading import list_checkpoints, verify_
 from anyflow_train.training.checkpoints.saving import Saver
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.engine import ReplicatedEngine, adam_steps
+from anyflow_train.training.gpus import TERA
 from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import ALONE, World, start_world
 from anyflow_train.training.recipe import Recipe, build_recipe
@@ -103,16 +103,7 @@ def attention(notes: Notes, rehearse: bool, settings: list[str]) -> None:
                 notes.add(**{name: f"does not run here: {str(error).splitlines()[0]}"})
                 continue
             for keys in (tokens, text):
-                shapes = [(1, heads, n, size) for n in (tokens, keys, keys)]
-                given = [torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
-                gradient = torch.randn_like(given[0])
-                forward = seconds_of(partial(F.scaled_dot_product_attention, *given))
-                both = seconds_of(lambda given=given, gradient=gradient: _back(given, gradient))
-                backward = both - forward
-                work = 4 * heads * size * tokens * keys / 1e12
-                rates = f"{work / forward:.0f} and {2.5 * work / backward:.0f} TFLOP/s"
-                shown = f"{1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} ms backward: {rates}"
-                notes.add(**{f"{name}, {keys} keys": shown})
+                notes.add(**{f"{name}, {keys} keys": _attention_speed(heads, size, tokens, keys, device)})
 
 
 def kernels(notes: Notes, rehearse: bool, settings: list[str]) -> None:
@@ -144,7 +135,6 @@ def kernels(notes: Notes, rehearse: bool, settings: list[str]) -> None:
             found, wanted = (_with_gradients(call, given, kind) for call, kind in ((ours, None), (formula, float)))
             worst = max(difference(a, b) for a, b in zip(found, wanted, strict=True))
             notes.check(f"{name}, {str(dtype).partition('.')[2]}", worst, limit)
-        notes.add(**{f"add gated, {dtype.itemsize} bytes": f"{1e3 * seconds_of(lambda: AddGated.apply(x, y, gate)):.3f} ms"})
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -200,8 +190,19 @@ def _attention_difference(device: torch.device) -> float:
     return difference(found, (query.double() @ key.double().mT / 8).softmax(-1) @ value.double())
 
 
-def _back(given: list[Tensor], gradient: Tensor) -> None:
-    F.scaled_dot_product_attention(*given).backward(gradient)
+def _attention_speed(heads: int, size: int, tokens: int, keys: int, device: torch.device) -> str:
+    """Time of a forward and of a backward, and operations per second."""
+    shapes = [(1, heads, count, size) for count in (tokens, keys, keys)]
+    query, key, value = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value)
+
+    forward = seconds_of(call)
+    backward = seconds_of(lambda: call().backward(query.detach())) - forward
+    work = 4 * heads * size * tokens * keys / TERA
+    rates = f"{work / forward:.0f} and {2.5 * work / backward:.0f} TFLOP/s"
+    return f"{1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} ms backward: {rates}"
 
 
 def _with_gradients(call: Callable[..., Tensor], given: tuple[Tensor, ...], kind: Any) -> list[Tensor]:

@@ -83,7 +83,9 @@ def run(config: BenchConfig) -> int:
         UserError: there is no GPU, and it is not a rehearsal.
     """
     if not torch.cuda.is_available() and not config.rehearse:
-        raise UserError("rehearse", "false, but torch finds no GPU; on a CPU rehearse=true runs all parts at tiny sizes")
+        raise UserError(
+            "rehearse", "false, but torch finds no GPU; rehearse=true runs all parts at tiny sizes"
+        )
     out, say, start = Path(config.out).expanduser(), timed_printer(), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}

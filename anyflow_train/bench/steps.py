@@ -19,6 +19,7 @@ from anyflow_train.config.positions import local_positions
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.devices import autocast_dtype
+from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.build import build_empty
@@ -29,6 +30,7 @@ from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.memory import GIB, plan_memory
 from anyflow_train.plan.stand_ins import fake_batch
 from anyflow_train.training.attention import attention_by, choose_kernel
+from anyflow_train.training.compilation import with_working_compiler
 from anyflow_train.training.ema import Ema
 from anyflow_train.training.engine import build_engine
 from anyflow_train.training.gpus import TERA, known_gpu, utilisation
@@ -76,6 +78,8 @@ def ours(notes: Notes, rehearse: bool, settings: list[str]) -> None:
     config, world = _start(settings, rehearse)
     kernel = choose_kernel(config, world.device)
     notes.add(attention=kernel)
+    if with_working_compiler(config, world).engine.compile != config.engine.compile:
+        raise UserError("engine.compile", "true, but torch.compile does not work here")
     _measure(notes, config, build_recipe(config, world, random_materials(config, world.device)), kernel)
 
 

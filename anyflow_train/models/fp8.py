@@ -115,12 +115,10 @@ class _Product(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Multiply x (N, K) of any dtype by an e4m3 weight (M, K) with scales (M, 1) -> (N, M) bfloat16."""
     values, rows = rows_in_fp8(x)
-    by_row, plain = [ScalingType.RowWise.value], [0]
     # The operator of torch.nn.functional.scaled_mm: torch.compile of torch 2.11 cannot capture that function.
-    multiply = torch.ops.aten._scaled_mm_v2
-    return multiply(
-        values, weight.t(), [rows], by_row, plain, [scales.t()], by_row, plain, None, torch.bfloat16, use_fast_accum=True
-    )
+    multiply, by_row, plain = torch.ops.aten._scaled_mm_v2, [ScalingType.RowWise.value], [0]
+    arguments = (values, weight.t(), [rows], by_row, plain, [scales.t()], by_row, plain, None, torch.bfloat16)
+    return multiply(*arguments, use_fast_accum=True)
 
 
 def _with_bias(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
