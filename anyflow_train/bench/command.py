@@ -83,9 +83,7 @@ def run(config: BenchConfig) -> int:
         UserError: there is no GPU, and it is not a rehearsal.
     """
     if not torch.cuda.is_available() and not config.rehearse:
-        raise UserError(
-            "rehearse", "false, but torch finds no GPU; rehearse=true runs all parts at tiny sizes"
-        )
+        raise UserError("rehearse", "false, but torch finds no GPU; rehearse=true runs all parts at tiny sizes")
     out, say, start = Path(config.out).expanduser(), timed_printer(), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
@@ -112,11 +110,11 @@ def _one(name: str, part: Part, seconds: float, config: BenchConfig, out: Path) 
     request = [name, str(result), f"{seconds - 5:.0f}", str(config.rehearse), *part.settings]
     request += config.settings if part.settings else ()
     with (out / f"{name}.txt").open("w") as log:
+        variables = {**os.environ, **launcher_of_one_process(part)}
         command = [sys.executable, "-m", "anyflow_train.bench.command", *request]
         try:
-            code: int | str = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=_environment(part), timeout=seconds, check=False
-            ).returncode
+            done = subprocess.run(command, stdout=log, stderr=log, env=variables, timeout=seconds, check=False)
+            code: int | str = done.returncode
         except subprocess.TimeoutExpired:
             code = f"ended at its limit of {seconds:.0f} s"
     found = json.loads(result.read_text()) if result.exists() else {}
@@ -127,10 +125,10 @@ def _one(name: str, part: Part, seconds: float, config: BenchConfig, out: Path) 
     return {"state": state, "took": time.monotonic() - start, **found, **({"wrong": wrong} if wrong else {})}
 
 
-def _environment(part: Part) -> dict[str, str]:
-    """Variables of the process: those of a launcher with one process, if the part needs ZeRO."""
+def launcher_of_one_process(part: Part) -> dict[str, str]:
+    """Variables that a launcher sets for a single process, if the part needs ZeRO."""
     if not part.stage:
-        return dict(os.environ)
+        return {}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
@@ -141,7 +139,7 @@ def _environment(part: Part) -> dict[str, str]:
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": device,
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": device,
     }
-    return {**os.environ, **place, **zero, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**place, **zero, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def report(found: Mapping[str, Mapping[str, Any]], rehearsal: bool) -> str:
@@ -174,7 +172,8 @@ def _row(name: str, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"{each['seconds']:.3g}",
         f"{base / each['seconds']:.2f}x" if compared else "",
         f"{each['mfu']:.0%}" if "mfu" in each else "",
-        *(f"{each[key]:.2f}" if key in each else "" for key in ("gib", "planned_gib")),
+        f"{each['gib']:.2f}" if "gib" in each else "",
+        f"{each['planned_gib']:.2f}" if "planned_gib" in each and PARTS[name].call is steps.ours else "",
         each["attention"],
         f"{each['first_step']:.3g}",
     ]
