@@ -73,6 +73,14 @@ def agreement(notes: Notes, rehearse: bool, settings: list[str]) -> None:
 
 
 def zero(notes: Notes, rehearse: bool, settings: list[str]) -> None:
+    """Check steps and a checkpoint under ZeRO."""
+    if torch.cuda.is_available():
+        zero_steps(notes)
+    else:
+        notes.add(skipped="on a CPU DeepSpeed would first compile C++, for minutes")
+
+
+def zero_steps(notes: Notes) -> None:
     """Compare steps of the launcher's ZeRO strategy with those of one CPU process, and save a checkpoint."""
     words = RUNS["adapters"]
     world = start_world(_tiny(words).engine)

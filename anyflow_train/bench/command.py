@@ -25,6 +25,7 @@ from anyflow_train.files import to_json
 from anyflow_train.text import markdown_table, timed_printer
 
 PASSED, FAILED = 0, 1
+KNOWN = ("state", "wrong", "skipped")  # what the table of all parts shows
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def run(config: BenchConfig) -> int:
             found[name] = {"state": "left out", "wrong": f"{left:.0f} s were left"}
         else:
             say(f"{name}: {part.title}")
-            found[name] = _one(name, part, config.limit if config.rehearse else min(part.most, left), config, out)
+            found[name] = _one(name, part, 2 * part.most if config.rehearse else min(part.most, left), config, out)
         state = found[name]["state"]
-        say(f"{name}: {state}" + ("" if state == "passed" else f": {found[name].get('wrong', '')}"))
+        say(": ".join([name, state, *(found[name][key] for key in ("wrong", "skipped") if key in found[name])]))
         facts = {"anyflow_train": __version__, "date": date.today().isoformat(), "rehearsal": config.rehearse}
         (out / "bench.json").write_bytes(to_json({**facts, "settings": config.settings, "parts": found}))
         (out / "bench.md").write_text(report(found, config.rehearse))
@@ -149,7 +150,7 @@ def report(found: Mapping[str, Mapping[str, Any]], rehearsal: bool) -> str:
     lines += ["A rehearsal: sizes are tiny, and times mean nothing.", ""] if rehearsal else []
     rows = [["part", "", "result", "seconds"]]
     for name, each in found.items():
-        shown = each["state"] + (f": {each['wrong']}" if "wrong" in each else "")
+        shown = ": ".join(each[key] for key in KNOWN if key in each)
         rows.append([name, PARTS[name].title, shown, f"{each.get('took', 0):.0f}"])
     lines += markdown_table(rows)
     measured = {name: each for name, each in found.items() if "seconds" in each}
@@ -158,7 +159,7 @@ def report(found: Mapping[str, Mapping[str, Any]], rehearsal: bool) -> str:
         head = ["step", "s", "of published", "MFU", "GiB", "planned", "attention", "first step, s"]
         lines += markdown_table([head, *(_row(name, measured) for name in measured)])
     for name, each in found.items():
-        others = {key: value for key, value in each.items() if isinstance(value, str) and key not in ("state", "wrong")}
+        others = {key: value for key, value in each.items() if isinstance(value, str) and key not in KNOWN}
         lines += ["", f"{name}:", "", *(f"* {key}: {value}" for key, value in others.items())] if others else []
     return "\n".join(lines) + "\n"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._logging._internal import set_logs
 from torch.nn import functional as F
 
 from anyflow_train.config.run import RunConfig
@@ -53,6 +53,5 @@ def _trial(x: Tensor) -> Tensor:
 def _silence() -> None:
     """Keep the compiler's advice to its developers off the terminal, unless the user asks for it with TORCH_LOGS."""
     if "TORCH_LOGS" not in os.environ:
-        logs: Any = torch._logging
-        logs.set_logs(all=logging.ERROR)
+        set_logs(all=logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\._(dynamo|functorch|inductor)\b")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,3 +86,22 @@ def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pyte
     }
     assert "no.such.key" in (tmp_path / "eager.txt").read_text()
     assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_steps_and_a_checkpoint_under_zero(strategy: str, tmp_path: Path) -> None:
+    """In a process of its own, because DeepSpeed keeps its state; on a CPU the benchmark itself leaves them out."""
+    program = (
+        "import sys, pathlib\n"
+        "from anyflow_train.bench.checks import zero_steps\n"
+        "from anyflow_train.bench.notes import Notes\n"
+        "from tests.training.worker import no_compilation\n"
+        "no_compilation()\n"
+        "zero_steps(Notes(pathlib.Path(sys.argv[1]), 100))\n"
+    )
+    file, variables = tmp_path / "found.json", command.launcher_of_one_process(command.PARTS[strategy])
+    subprocess.run([sys.executable, "-c", program, str(file)], env={**os.environ, **variables}, check=True)
+    found = json.loads(file.read_text())
+    assert found["checkpoint"] == "saved"
+    assert "wrong" not in found
