@@ -59,6 +59,7 @@ COMMANDS = {
     "doctor": Command(
         "check whether training can run on this machine", "anyflow_train.commands.doctor:run", decoded=False, alone=True
     ),
+    "bench": Command("check and measure steps on this GPU", "anyflow_train.bench.command:run", alone=True),
     "export": Command("export a checkpoint for diffusers or ComfyUI", "anyflow_train.export:run", subject="model"),
     "runs": Command("list runs, and delete what they do not need", "anyflow_train.commands.runs:run", subject="folder"),
     "watch": Command("watch runs in a browser", "anyflow_train.watch.server:run", subject="runs"),

@@ -29,9 +29,10 @@ from unittest.mock import patch
 import torch
 from common import CLOCKS, heading, in_turns, medians, write_json
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from anyflow_train.bench.steps import StockFlowMap
 from anyflow_train.config.network import Architecture
 from anyflow_train.config.objective import Times
 from anyflow_train.config.objectives import FlowMap as FlowMapConfig
@@ -42,7 +43,7 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.build import build_network
-from anyflow_train.models.flow_map import TIME_SCALE, NetworkFlowMap
+from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.kernels import as_on_gpu
 from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
@@ -91,19 +92,6 @@ SIZES = {
     "1.3b": Size(12, 128, 8960, 30, 4096, 256, (9, 16, 30, 52), 512, 4, 2, checkpointing=True),
     "1.3b-81": Size(12, 128, 8960, 30, 4096, 256, (21, 16, 60, 104), 512, 4, 1, checkpointing=True),
 }
-
-
-@dataclass(frozen=True)
-class StockFlowMap:
-    """diffusers' network as a flow map. It requires times per frame."""
-
-    network: StockTransformer
-    dtype: torch.dtype | None
-
-    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        times = [(TIME_SCALE * time)[:, None].expand(-1, x.shape[1]) for time in (t, r)]
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.network(x, *times, condition.text, return_dict=False)[0].float()
 
 
 @dataclass(frozen=True)

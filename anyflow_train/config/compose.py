@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from anyflow_train.config.base import Model
 from anyflow_train.config.commands import (
+    BenchConfig,
     ClipsConfig,
     DemoConfig,
     DistilOptions,
@@ -60,6 +61,7 @@ MODELS: dict[str, type[Model]] = {
     "watch": WatchConfig,
     "report": ReportConfig,
     "demo": DemoConfig,
+    "bench": BenchConfig,
 }
 # Replaces a missing value while the rest is decoded. It is valid as a name, a path and a hub id.
 _PLACEHOLDER = "missing"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, scaled_mm
+from torch.nn.functional import ScalingType
 
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
@@ -115,8 +115,10 @@ class _Product(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Multiply x (N, K) of any dtype by an e4m3 weight (M, K) with scales (M, 1) -> (N, M) bfloat16."""
     values, rows = rows_in_fp8(x)
-    by_row = ScalingType.RowWise
-    return scaled_mm(values, weight.t(), rows, by_row, scales.t(), by_row, output_dtype=torch.bfloat16)
+    # The operator of torch.nn.functional.scaled_mm: torch.compile of torch 2.11 cannot capture that function.
+    multiply, by_row, plain = torch.ops.aten._scaled_mm_v2, [ScalingType.RowWise.value], [0]
+    arguments = (values, weight.t(), [rows], by_row, plain, [scales.t()], by_row, plain, None, torch.bfloat16)
+    return multiply(*arguments, use_fast_accum=True)
 
 
 def _with_bias(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

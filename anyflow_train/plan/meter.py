@@ -274,5 +274,6 @@ UNCOUNTED: Mapping[Any, Any] = MappingProxyType(
             sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
         ),
         ATEN.addmm_: flop_registry[ATEN.addmm],
+        ATEN._scaled_mm_v2: lambda x, weight, *_, **__: 2 * x.shape[0] * x.shape[1] * weight.shape[1],
     }
 )

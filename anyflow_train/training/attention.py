@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -41,12 +42,15 @@ def choose_kernel(config: RunConfig, device: torch.device) -> str:
 @contextmanager
 def attention_by(name: str) -> Iterator[None]:
     """Compute attention with this kernel inside the block, wherever the kernel supports the inputs."""
-    if name == "sdpa":
-        yield
-        return
-    first = KERNELS[name]
-    with sdpa_kernel([first, *(kernel for kernel in OTHERS if kernel != first)], set_priority=True):
-        yield
+    # torch's cache of compiled graphs does not see the kernel: without the tag, a graph of another kernel is reused.
+    compiler: Any = torch.compiler.config
+    with compiler.patch(cache_key_tag=f"attention {name}"):
+        if name == "sdpa":
+            yield
+            return
+        first = KERNELS[name]
+        with sdpa_kernel([first, *(kernel for kernel in OTHERS if kernel != first)], set_priority=True):
+            yield
 
 
 def _problem(config: RunConfig, device: torch.device, name: str) -> str | None:

@@ -22,6 +22,7 @@ from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_t
 from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
+from anyflow_train.training.compilation import with_working_compiler
 from anyflow_train.training.engine import engine_name, set_adam_steps
 from anyflow_train.training.memory_check import Forecast, Foresee, check_memory
 from anyflow_train.training.processes.heartbeat import Heartbeat
@@ -76,6 +77,7 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             check_fp8(config.engine, world.device)
             check_moments(config.optimizer)
             kernel = choose_kernel(config, world.device)
+        config = with_working_compiler(config, world)
         forecast = check_memory(config, world, foresee) if foresee else None
         point = world.on_main(lambda: find_resume_point(directory.checkpoints, config, inputs))
         world.on_main(lambda: check_start(config))

@@ -116,6 +116,13 @@ def test_operations_are_what_torch_counts(case: str, small: Callable[..., RunCon
     assert sum(on_cpu(config).operations.values()) == pytest.approx(counted(config, (0,)), rel=1e-9)
 
 
+def test_products_in_fp8_count_as_others_do(small: Callable[..., RunConfig]) -> None:
+    """Those of the teacher and of the adapters' base are in fp8; torch's own counter does not know their operator."""
+    half = [*FORWARD, *LORA, "engine.precision=bf16", "student.gradient_checkpointing=none"]
+    plain, eight = (dry_run(small(*half, *more), 1).work for more in ((), ("engine.fp8=frozen",)))
+    assert eight == plain
+
+
 @pytest.mark.parametrize("case", ["full, block", "lora, selective"])
 def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig]) -> None:
     config = small(*CASES[case])

@@ -116,6 +116,7 @@ int cudaDeviceGetStreamPriorityRange(int* a, int* b) { *a = 0; *b = -5; return 0
 int cudaDeviceCanAccessPeer(int* a, int b, int c) { *a = 0; return 0; }
 int cudaDeviceSynchronize(void) { syncs++; return 0; }
 int cudaStreamSynchronize(void* s) { syncs++; return 0; }
+int cudaEventSynchronize(void* e) { syncs++; return 0; }
 int cudaGetLastError(void) { int e = last; last = 0; return e; }
 int cudaPeekAtLastError(void) { return last; }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : "fake"; }

@@ -1,5 +1,6 @@
 """Config of the commands other than `train`, one file per command."""
 
+from anyflow_train.config.commands.bench import BenchConfig as BenchConfig
 from anyflow_train.config.commands.check import CheckOptions as CheckOptions
 from anyflow_train.config.commands.clips import ClipsConfig as ClipsConfig
 from anyflow_train.config.commands.demo import DemoConfig as DemoConfig

@@ -18,6 +18,7 @@ from anyflow_train.errors import NO_ROOM, UserError
 from anyflow_train.files import existing_part
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.reading import list_checkpoints
+from anyflow_train.training.checkpoints.staging import staged
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
 from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint, update_state
@@ -117,19 +118,21 @@ class Saver:
         self._thread.shutdown()
 
     def _begin(self, state: TrainState, adam_steps: Mapping[str, int], streams: Tensors, size: int) -> None:
-        free = free_memory()
+        device, free = self._world.device, free_memory()
+        on_gpu = device.type == "cuda"
+        on_host = {group: staged(each, device) if on_gpu else each for group, each in streams.items()}
         if size > COPY_SHARE * free:
             problem = (
                 f"a copy of {memory_size(size)} would take more than half of the {memory_size(free)} of free memory"
             )
             self._say_once(f"training pauses while checkpoints are written: {problem}")
             try:
-                self._write(state, adam_steps, streams)
+                self._write(state, adam_steps, on_host)
             finally:
                 _read_rest(streams)  # otherwise the other processes would wait forever
             return
         self._say_once(f"checkpoints are written in the background, from a copy of {memory_size(size)} in memory")
-        copies = {group: _drained(deque(_copied(tensors))) for group, tensors in streams.items()}
+        copies = {group: _drained(deque(each if on_gpu else _copied(each))) for group, each in on_host.items()}
         self._writing = self._thread.submit(self._write, state, adam_steps, copies)
 
     def _write(self, state: TrainState, adam_steps: Mapping[str, int], groups: Tensors) -> None:
