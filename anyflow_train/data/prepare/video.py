@@ -76,7 +76,7 @@ def read_clip(
 def read_windows(source: Path | BinaryIO, key: str, framing: Framing) -> Iterator[tuple[str, Tensor]]:
     """Yield the windows of a clip in order, as `read_clip` would read them from a file that begins there.
 
-    The file is read once, and each frame is converted once, also if windows overlap.
+    The file is decoded once, and each frame is converted once, also if windows overlap.
 
     Args:
         source: a video or picture, or its bytes.
@@ -129,6 +129,8 @@ def _windows(
                 if not begun and not waiting:
                     return
             index += 1
+    if number:
+        raise ClipError(f"ends early: at {end:.2f} s, before the end of window {number}")
     raise ClipError(too_short(size.frames, framing.fps, end))
 
 
