@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from anyflow_train.data.prepare.older import SETTINGS
 from anyflow_train.data.prepare.output_lock import compare_settings
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.video import ClipError, read_windows
-from anyflow_train.data.prepare.videos import MakeLatents
+from anyflow_train.data.prepare.videos import Maker, stacked
 from anyflow_train.data.prepare.windows import Framing
 from anyflow_train.data.shards import Sample
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.evaluation.load import load_teacher, on_device
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import to_frames
+from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.sampler import guided
 
 PICTURES = 16
@@ -75,25 +77,28 @@ def dry_run(config: PrepareConfig) -> None:
         print(f"contact sheet of {len(pictures)} clips: {path}")
 
 
-def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tensor) -> MakeLatents:
-    """Load the teacher, and return the function that makes latents from texts.
+def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tensor) -> Maker:
+    """Load the teacher, and return the functions that make latents from texts.
 
-    The noise of a sample depends on (seed, key) alone, so the result does not depend on processes and batches, apart
-    from rounding.
+    Noise and size of a sample depend on (seed, key) alone, so the result does not depend on processes and batches,
+    apart from rounding.
 
     Raises:
         UserError: the teacher cannot be loaded.
     """
     teacher, length = load_teacher(config.teacher or ""), config.max_text_length
-    data = Data(shards="", frames=config.frames, height=config.height, width=config.width)
-    shape = latent_shape(data, teacher.network.config["in_channels"])
+    sized = [Data(shards="", **size._asdict()) for size in config.sizes]
+    shapes = [latent_shape(data, teacher.network.config["in_channels"]) for data in sized]
     flow_map = on_device(teacher.network, device, autocast_dtype(config.precision))
     flow_map = guided(flow_map, padded_condition([negative], length, device), config.guidance_scale)
 
+    def start(sample: Sample) -> Sample:
+        shape = shapes[draw_key(config.seed, sample.key, "size") % len(shapes)]
+        return replace(sample, latents=draw_noise(1, shape, config.seed, f"prepare {sample.key}")[0])
+
     def make(samples: list[Sample]) -> Tensor:
-        noise = [draw_noise(1, shape, config.seed, f"prepare {sample.key}") for sample in samples]
         texts = [sample.text for sample in samples]
-        inputs = Inputs(torch.cat(noise), texts, length, len(samples), device)
+        inputs = Inputs(stacked(samples), texts, length, len(samples), device)
         return sample_all(teacher.sampler, flow_map, inputs, config.steps, config.shift)
 
-    return make
+    return start, make

@@ -65,6 +65,21 @@ def test_the_teacher_makes_a_clip_for_each_prompt(tmp_path: Path, capsys: pytest
         run(make_config(tmp_path, teacher=None))
 
 
+def test_the_teacher_makes_clips_of_several_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n" * 5)
+    sizes: dict[str, Any] = {"buckets": ["5x32x32", "1x48x32"], "samples_per_shard": 3}
+    alone = make_config(tmp_path, **sizes)
+    run(alone)
+    assert "5 samples in 2 shards from 5 clips (2 5x32x32, 3 1x48x32)" in capsys.readouterr().out
+    run(make_config(tmp_path, **sizes, batch=4, out=str(tmp_path / "together")))
+    found, others = (ShardSet.open(str(tmp_path / name)).of_all_sizes() for name in ("out", "together"))
+    for one, other in ((found.read(index), others.read(index)) for index in range(5)):
+        assert one.latents is not None
+        assert other.latents is not None
+        assert one.key == other.key
+        assert torch.allclose(one.latents, other.latents, atol=1e-4)
+
+
 def test_a_teacher_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", f"source={tmp_path}", f"teacher={TINY}", f"out={tmp_path / 'out'}"]) == 2
     assert "makes clips from prompts, but prompts is null; give prompts=FILE" in capsys.readouterr().err
