@@ -85,16 +85,19 @@ def test_a_teacher_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "makes clips from prompts, but prompts is null; give prompts=FILE" in capsys.readouterr().err
 
 
-def test_a_dry_run_writes_only_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_only_a_contact_sheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_clips(tmp_path / "clips", 6, seed=1)
-    (tmp_path / "clips" / "00003.mp4").write_text("no video")
+    (tmp_path / "clips" / "00004.txt").write_text(" ")
+    monkeypatch.setattr("anyflow_train.commands.prepare.PICTURES", 3)  # others take the place of 00004
     config = make_config(tmp_path, prompts=None, teacher=None, source=str(tmp_path / "clips"), dry_run=True)
     run(config)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path / 'out'} would get 6 of 6 clips"
     assert lines[1] == "  6 new: 00000, 00001, 00002, 00003, 00004, ..."
-    assert "  00003 cannot be used: unreadable: Invalid data found when processing input" in lines
-    assert lines[-1] == f"contact sheet of 5 clips: {tmp_path / 'out'}.dry_run.png"
+    assert "  00004 cannot be used: empty caption" in lines
+    assert lines[-1] == f"contact sheet of 3 clips: {tmp_path / 'out'}.dry_run.png"
     with Image.open(tmp_path / "out.dry_run.png") as sheet:
         assert sheet.width > 4 * 128
     assert not (tmp_path / "out").exists()

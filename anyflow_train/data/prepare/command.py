@@ -145,8 +145,9 @@ def _prepare(job: PrepareJob) -> None:
     if not _finish(job):
         print(f"{plan.folder} is complete: {_summary(plan)}")
         return
-    rate = _clips(job.round.shards) / (time.monotonic() - start)
-    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
+    clips = _clips(job.round.shards)
+    rate = f"; {clips / (time.monotonic() - start):.1f} clips/s including start-up" if clips else ""
+    print(f"{plan.folder}: {_summary(plan)}{rate}")
 
 
 def _clips(shards: Sequence[ShardPlan]) -> int:

@@ -142,7 +142,7 @@ def _read_ahead(
 
     def fill(queue: Queue[Sample | Skipped | None], clip: Clip, sample: Sample | Skipped) -> None:
         try:
-            for window in _with_pixels(read, clip, sample):
+            for window in with_pixels(read, clip, sample):
                 put(queue, window)
                 if stopped.is_set():
                     return
@@ -171,7 +171,7 @@ def _read_ahead(
         stopped.set()
 
 
-def _with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Iterator[Sample | Skipped]:
+def with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Iterator[Sample | Skipped]:
     """Yield a sample for each window of a clip, with pixels in place of latents; and why the clip, or the rest of it,
     is skipped."""
     if isinstance(sample, Skipped):
