@@ -60,7 +60,8 @@ def check_files(config: RunConfig) -> Preflight:
             for warning in read(config, key, source) if source is not None else ():
                 warnings.append(UserError(key, warning))
         except UserError as error:
-            errors += error.errors
+            named = f"{source}: " if key == "data.shards" and len(data.locations) > 1 else ""
+            errors += [UserError(one.where, named + one.problem) for one in error.errors]
         except OSError as error:
             errors.append(UserError(key, f"'{error.filename or source}' cannot be read ({error.strerror})"))
     return Preflight(tuple(errors), tuple(warnings))
