@@ -70,7 +70,7 @@ def check_files(config: RunConfig) -> Preflight:
 def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
     if is_remote(location):
         return
-    folder = Path(location)
+    folder = Path(location).expanduser()
     path = folder / MANIFEST
     if not path.is_file():
         yield f"'{location}' has no {MANIFEST} yet; write it with `anyflow prepare`"
@@ -94,7 +94,7 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
 
 
 def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:
-    paths = [Path(location) / MANIFEST for location in config.data.locations]
+    paths = [Path(location).expanduser() / MANIFEST for location in config.data.locations]
     if not config.objective.uses_clips or not all(path.is_file() for path in paths):
         return
     manifests = [parse_manifest(path.read_bytes(), str(path)) for path in paths]

@@ -172,7 +172,7 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
     source = config.codec or shards.manifest.codec.source
     shipped = resource("assets") / source
     try:
-        source = str(shipped) if not Path(source).exists() and shipped.is_dir() else source
+        source = str(shipped) if not Path(source).expanduser().exists() and shipped.is_dir() else source
         codec = Codec.load(source, pick_device(config.device, config.threads), DTYPES["fp32"])
     except UserError as error:
         print(f"no contact sheet, as the codec cannot be loaded; set codec=FOLDER or pictures=0 ({error})")
@@ -188,8 +188,8 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
             frames = to_frames(codec.decode_video(sample.latents.float()[None])[0])
             pictures.append(frames[len(frames) // 2])
             labels.append(f"{sample.key}: {sample.caption}"[:LABEL])
-    path = Path(config.out or "contact_sheet.png") if is_remote(config.folder) or config.out else None
-    path = path or Path(config.folder) / "contact_sheet.png"
+    path = Path(config.out or "contact_sheet.png").expanduser() if is_remote(config.folder) or config.out else None
+    path = path or Path(config.folder).expanduser() / "contact_sheet.png"
     write_contact_sheet(path, pictures, labels)
     print(f"contact sheet of {len(pictures)} samples: {path}")
 

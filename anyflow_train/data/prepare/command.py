@@ -81,7 +81,7 @@ def run(config: PrepareConfig, load_teacher: LoadTeacher | None = None) -> None:
         KeyboardInterrupt: after a message on how to continue.
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
-    check_writable(Path(config.out))
+    check_writable(Path(config.out).expanduser())
     if config.latents is not None:
         return own.convert(config, partial(_codec_info, config), partial(_buckets, config))
     with join_workers() as workers:

@@ -136,8 +136,8 @@ def convert(
     negative, *others = encode_texts(codec, [config.negative_prompt, *validation], config.max_text_length)
     dtype = DTYPES[config.latent_dtype]
     manifest = write_folder(
-        Path(config.out),
-        read_cached(Path(config.latents or ""), codec.latents_mean, codec.latents_std, dtype),
+        Path(config.out).expanduser(),
+        read_cached(Path(config.latents or "").expanduser(), codec.latents_mean, codec.latents_std, dtype),
         codec_info(codec),
         PromptTexts(negative, tuple(others)),
         config.negative_prompt,

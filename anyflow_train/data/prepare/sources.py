@@ -142,7 +142,7 @@ def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool 
     Raises:
         UserError: the source does not exist, has another format, or contains no clips; or a list in it is broken.
     """
-    path, reader = Path(source), reader or CaptionReader()
+    path, reader = Path(source).expanduser(), reader or CaptionReader()
     kinds = (*VIDEOS, *PICTURES) if pictures else VIDEOS
     if _is_tar(path) and path.is_file():
         found = _from_tars([path], reader, kinds)
