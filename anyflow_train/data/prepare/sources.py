@@ -156,6 +156,8 @@ def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool 
     if not found.clips:
         there = f"; it holds {format_counts(found.unused)}" if found.unused else ""
         there += "".join(f"; {problem.key}: {problem.reason}" for problem in found.problems[:1])
+        if {f".{kind}" for kind in PICTURES} & found.unused.keys():
+            there += "; pictures need a bucket of one frame, such as buckets=[1x480x832]"
         kinds = f"videos are files of type {', '.join(VIDEOS[:6])} or one of {len(VIDEOS) - 6} others"
         raise UserError("source", f"{source} holds no clip that can be used{there}; {kinds}")
     return replace(found, clips=tuple(_with_unique_keys(found.clips)))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from av import VideoFrame
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 from torch import Tensor
 from torch.nn import functional
@@ -36,6 +37,10 @@ TIME_TOLERANCE = 1e-3
 # Widths of a pixel that files are believed. Others are mistakes of the file's writer, and its pixels are square.
 PIXEL_ASPECTS = (1 / 8, 8)
 ANY = Limits()
+
+# PyAV does not know all kinds of data that FFmpeg adds to frames, such as EXIF, and then gives none of a frame's.
+# Unknown ones count as a kind that is not used here.
+Type._missing_ = classmethod(lambda _type, _value: Type.PANSCAN)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_clip(

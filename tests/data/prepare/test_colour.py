@@ -12,6 +12,7 @@ import pytest
 import torch
 from av import VideoFrame
 from av.filter import Graph
+from PIL import ExifTags, Image, ImageOps
 
 from anyflow_train.data.prepare.colour import sdr_pixels
 from anyflow_train.data.prepare.frames import ClipError
@@ -181,6 +182,18 @@ def test_display_matrices(tmp_path: Path, matrix: tuple[int, int, int, int], wan
     names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B", (True, True, True): "W"}
     places = [(5, 5), (5, 26), (26, 5), (26, 26)]
     assert "".join(names[tuple((shown[:, y, x] > 0).tolist())] for y, x in places) == wanted
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_photos_are_turned_as_their_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(corners()).save(path, exif=exif)
+    with Image.open(path) as photo:
+        wanted = np.array(ImageOps.exif_transpose(photo).convert("RGB"))
+    shown = read_clip(path, 1, wanted.shape[0], wanted.shape[1], 16.0)[:, 0]
+    assert (shown - torch.from_numpy(wanted).movedim(2, 0) / 127.5 + 1).abs().mean() < 0.1
 
 
 def test_anamorphic_pixels_become_square(tmp_path: Path) -> None:
