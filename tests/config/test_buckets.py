@@ -62,6 +62,7 @@ def test_sizes_that_cannot_work_are_refused_by_key(tmp_path: Path) -> None:
         ({"source": None, "prompts": "p.txt", "windows": "all"}, "windows"),
         ({"source": None, "prompts": "p.txt", "teacher": "t", "min_seconds": 2.0}, "min_seconds"),
         ({"steps": 8}, "steps"),
+        ({"source": None, "latents": "l", "dry_run": True}, "dry_run"),
     ],
 )
 def test_prepare_refuses_sizes_and_keys_without_effect_by_key(changes: dict[str, object], where: str) -> None:

@@ -12,6 +12,7 @@ from anyflow_train.config.rules.geometry import frame_count, video_size
 # Keys of `anyflow prepare` that work only with another one.
 OF_TEACHER = ("steps", "guidance_scale", "shift", "seed")
 OF_SOURCE = ("windows", "hdr", "min_size", "min_seconds", "max_upscale")
+NOT_OF_LATENTS = ("caption_key", "encoding", "prune", "dry_run")
 
 
 def prepare(config: PrepareConfig, typed: Collection[str] = ()) -> Iterator[Finding]:
@@ -36,6 +37,9 @@ def prepare(config: PrepareConfig, typed: Collection[str] = ()) -> Iterator[Find
         for key in keys if getattr(config, owner) is None else ():
             if (value := getattr(config, key)) != PrepareConfig.model_fields[key].default:
                 yield Finding((key, owner), f"{value} has no effect, as {owner} is null; leave {key} out")
+    for key in NOT_OF_LATENTS if config.latents else ():
+        if value := getattr(config, key):
+            yield Finding((key, "latents"), f"{value} has no effect on latents that exist; leave {key} out")
     if config.buckets and config.prompts and not config.teacher:
         yield Finding(("buckets", "teacher"), "prompts have no size, and teacher is null; leave buckets out")
     try:

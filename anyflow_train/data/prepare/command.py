@@ -145,7 +145,7 @@ def _prepare(job: PrepareJob) -> None:
     if not _finish(job):
         print(f"{plan.folder} is complete: {_summary(plan)}")
         return
-    clips = _clips(job.round.shards)
+    clips = _clips([shard for shard in job.round.shards if shard.origin is None])
     rate = f"; {clips / (time.monotonic() - start):.1f} clips/s including start-up" if clips else ""
     print(f"{plan.folder}: {_summary(plan)}{rate}")
 

@@ -177,7 +177,7 @@ def list_prompts(path: str, reader: CaptionReader | None = None) -> Source:
             lines = reader.decode(regular(file).read_bytes(), path).splitlines()
             prompts = [text for line in lines for text in reader.from_value(line)]
     except OSError as error:
-        raise UserError("prompts", f"'{path}' cannot be read: {error}") from None
+        raise UserError("prompts", f"'{path}' cannot be read: {error.strerror or error}") from None
     except CaptionError as error:
         raise UserError("prompts", f"{path} {error}") from None
     if not prompts:
