@@ -52,6 +52,8 @@ def open_video(source: Path | BinaryIO) -> Iterator[tuple[InputContainer, VideoS
 
 def is_picture(container: InputContainer) -> bool:
     """Return whether the file is a picture that does not move, such as a JPEG or PNG."""
+    if container.name.lower().endswith((".mjpeg", ".mjpg")):  # a row of JPEGs, which FFmpeg takes for one
+        return False
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
