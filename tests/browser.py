@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,25 @@ class Browser:
 
     Args:
         url: address of the page.
-        folder: folder for the browser's profile.
         size: width and height of the window in pixels.
     """
 
-    def __init__(self, url: str, folder: Path, size: tuple[int, int] = (1280, 1000)) -> None:
+    def __init__(self, url: str, size: tuple[int, int] = (1280, 1000)) -> None:
         assert CHROMIUM
+        # The path of a socket in there has at most 107 characters: too few for pytest's folders.
+        self._folder = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
+        folder = self._folder.name
         theirs, self._to = os.pipe()
         self._from, answers = os.pipe()
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        options += [f"--user-data-dir={folder / 'profile'}", f"--window-size={size[0]},{size[1]}", "about:blank"]
+        options += [f"--user-data-dir={folder}/profile", f"--window-size={size[0]},{size[1]}", "about:blank"]
         # Chromium reads commands from descriptor 3 and writes answers to 4.
         script = f'exec "$0" --remote-debugging-pipe "$@" 3<&{theirs} 4>&{answers}'
         self._process = subprocess.Popen(
             ["bash", "-c", script, CHROMIUM, *options],
             pass_fds=(theirs, answers),
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": str(folder)},
+            env={**os.environ, "TMPDIR": folder},
         )
         os.close(theirs)
         os.close(answers)
@@ -60,6 +63,7 @@ class Browser:
         self._process.wait(20)
         os.close(self._to)
         os.close(self._from)
+        self._folder.cleanup()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and return its result."""

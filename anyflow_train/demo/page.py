@@ -77,6 +77,13 @@ def build(stage: Stage, stops: dict[str, threading.Event]) -> gr.Blocks:
     """Build the page of a model, with its teacher if it has one."""
     model, *teachers = stage.players
 
+    def begin(request: gr.Request) -> str:
+        """Make the event that stops this page's sampling, also while another page has the device."""
+        session = str(request.session_hash)
+        if session not in stops or stops[session].is_set():
+            stops[session] = threading.Event()
+        return "waiting"
+
     def make(
         prompt: str,
         calls: float,
@@ -88,7 +95,7 @@ def build(stage: Stage, stops: dict[str, threading.Event]) -> gr.Blocks:
         progress: gr.Progress = gr.Progress(),  # noqa: B008  # gradio finds it by this default
     ) -> Iterator[Any]:
         """Make the clips, and show each one when it is ready."""
-        stop = stops[str(request.session_hash)] = threading.Event()
+        stop = stops[str(request.session_hash)]
         counts, first = (int(calls), int(teachers_calls)), 0 if seed is None else int(seed)
         wish = Wish(prompt.strip(), counts, range(first, first + int(clips)), Path(file) if file else None)
         total, figures, current = len(wish.seeds) * len(stage.players), dict[tuple[int, str], str](), [0]
@@ -156,7 +163,10 @@ def build(stage: Stage, stops: dict[str, threading.Event]) -> gr.Blocks:
                 shown = gr.HTML(show(stage.players, {}), elem_id="shown")
         inputs, outputs = [prompt, calls, taught, seed, clips, file], [shown, status]
         options = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
-        gr.on([go.click, prompt.submit], make, inputs, outputs, trigger_mode="once", show_progress_on=status, **options)
+        asked = gr.on(
+            [go.click, prompt.submit], begin, None, status, trigger_mode="once", queue=False, api_visibility="private"
+        )
+        asked.then(make, inputs, outputs, trigger_mode="once", show_progress_on=status, **options)
         halt.click(stop, queue=False, api_visibility="private")
         page.unload(stop)
     return page

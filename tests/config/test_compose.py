@@ -211,10 +211,8 @@ def test_empty_values_from_unset_shell_variables_are_refused(text: str) -> None:
 
 def test_the_launchers_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert (
-        "x 3 processes = 96; nearest are 96"
-        in errors(TINY, "engine.global_batch=32", "engine.micro_batch=32")["engine.global_batch"]
-    )
+    problem = errors(TINY, "engine.global_batch=32", "engine.micro_batch=16")["engine.global_batch"]
+    assert "x 3 processes = 48; nearest are 48; or start 2 processes (anyflow plan: gpus=2)" in problem
     monkeypatch.setenv("WORLD_SIZE", "none")
     assert "not a number of processes" in errors(TINY)["WORLD_SIZE"]
 

@@ -114,13 +114,13 @@ def served(stage: Stage, folder: Path) -> Iterator[str]:
         thread.join(20)
 
 
-def counted(stage: Stage) -> tuple[Stage, list[int]]:
-    """Count the network calls of a stage."""
+def counted(stage: Stage, seconds: float = 0.05) -> tuple[Stage, list[int]]:
+    """Count the network calls of a stage, and make each take so much longer."""
     calls: list[int] = []
 
     def count(_: int) -> None:
         calls.append(1)
-        time.sleep(0.05)
+        time.sleep(seconds)
 
     def player(one: Player) -> Player:
         return replace(one, maker=replace(one.maker, flow_map=Watched(one.maker.flow_map, count)))
@@ -137,7 +137,7 @@ VIDEOS = "[...document.querySelectorAll('#shown video')]"
 def test_a_browser_compares_with_the_teacher_and_stops(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     stage, calls = counted(load(DemoConfig(model=str(TINY_WAN), teacher=str(TINY_WAN), **SMALL)))
-    with served(stage, tmp_path) as url, Browser(url, tmp_path) as browser:
+    with served(stage, tmp_path) as url, Browser(url) as browser:
         browser.wait("document.querySelector('#prompt textarea')")
         assert not browser.run("document.querySelector('#file')")  # this model cannot continue a file
         browser.run("document.querySelector('#make').click()")
@@ -168,6 +168,27 @@ def test_a_browser_compares_with_the_teacher_and_stops(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @needs_a_browser
+def test_a_page_that_waits_can_be_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    stage, calls = counted(load(DemoConfig(model=str(TINY_WAN), teacher=str(TINY_WAN), **SMALL)), 0.3)
+    with served(stage, tmp_path) as url, Browser(url) as one, Browser(url) as other:
+        for browser in (one, other):
+            browser.wait("document.querySelector('#prompt textarea') && document.querySelector('#make')")
+            browser.type("#prompt textarea", "a red ball moving left")
+        for browser in (one, other):
+            browser.run("document.querySelector('#make').click()")
+            browser.wait(f"{STATUS}.length > 0")
+        assert other.run(STATUS) == "waiting"
+        other.run("document.querySelector('#stop').click()")
+        one.wait(f"{STATUS} == '2 clips'")
+        other.wait(f"{STATUS} == 'stopped after 0 of 2 clips'")
+        assert len(calls) == 4 + 50
+        other.run("document.querySelector('#make').click()")
+        other.wait(f"{STATUS} == '2 clips'")
+
+
+@pytest.mark.nightly
+@needs_a_browser
 def test_ctrl_c_ends_it_before_the_clip_is_made(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     options = ["port=0", "guidance_scale=3", "text_length=16", "precision=fp32", "frames=81", "height=128", "width=128"]
@@ -178,7 +199,7 @@ def test_ctrl_c_ends_it_before_the_clip_is_made(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stdout is not None
     url = process.stdout.readline().split()[0]
-    with Browser(url, tmp_path) as browser:
+    with Browser(url) as browser:
         browser.wait("document.querySelector('#prompt textarea')")
         browser.run("document.querySelector('#calls input[type=number]').focus()")
         browser.run("document.querySelector('#calls input[type=number]').select()")
@@ -208,7 +229,7 @@ def test_a_browser_continues_a_video_with_a_run(tmp_path: Path) -> None:
     clip, text = tmp_path / "clip.mp4", tmp_path / "text.mp4"
     write_mp4(clip, np.full((9, 48, 64, 3), 200, np.uint8), 16)
     text.write_text("#EXTM3U\nhttp://127.0.0.1/secret")
-    with served(stage, tmp_path) as url, Browser(url, tmp_path) as browser:
+    with served(stage, tmp_path) as url, Browser(url) as browser:
         browser.wait("document.querySelector('#file input[type=file]')")
         assert browser.run("document.body.innerText.includes('teacher')") is False
         browser.type("#prompt textarea", "a red ball")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -238,4 +239,6 @@ def test_a_browser_shows_runs_and_no_name_becomes_a_tag(tmp_path: Path) -> None:
         assert body.count("<video") == 1
         assert "optimizer.lr" in body
         assert "<img" not in body
+        loss = re.findall(r"<text[^>]*>([^<]+)</text>", body.split('aria-label="Loss"')[1].split("</svg>")[0])
+        assert loss == ["0.01", "0.1", "1", "100", "200", "step"]  # 1 / step, 299 steps
         assert "&lt;img src=x" in body

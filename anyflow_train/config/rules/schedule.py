@@ -35,6 +35,10 @@ def batches(config: RunConfig, world: int) -> Iterator[Finding]:
     nearest = f"{lower} and {lower + width}" if lower else f"{width}"
     product = f"engine.micro_batch={engine.micro_batch} x {world} process{'es' * (world > 1)} = {width}"
     problem = f"{engine.global_batch} is not a multiple of {product}; nearest are {nearest}"
+    parts = engine.global_batch // engine.micro_batch
+    if world > 1 and parts * engine.micro_batch == engine.global_batch:
+        fewer = max(count for count in range(1, world) if parts % count == 0) * engine.sequence_parallel
+        problem += f"; or start {fewer} process{'es' * (fewer > 1)} (anyflow plan: gpus={fewer})"
     yield Finding(("engine.global_batch", "engine.micro_batch"), problem)
 
 

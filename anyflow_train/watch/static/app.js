@@ -41,6 +41,23 @@ function table(head, rows) {
   return element("table", {}, element("thead", {}, element("tr", {}, ...head.map((t) => element("th", {}, t)))), element("tbody", {}, ...body));
 }
 
+// Round numbers between two values: 3 to 6 of them, if the values are not equal.
+function rounded(low, high) {
+  const power = 10 ** Math.floor(Math.log10((high - low) / 5));
+  const step = power * [1, 2, 5, 10].find((factor) => (high - low) / (power * factor) <= 5);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => +((first + i) * step).toPrecision(12));
+}
+// The same for a log axis: 0.5, 1, 2, 5, or powers of 10 over many decades.
+function roundedLog(low, high) {
+  const powers = Array.from({ length: 61 }, (_, i) => i - 30);
+  for (const factors of [[1, 2, 5], [1]]) {
+    const found = powers.flatMap((power) => factors.map((factor) => +`${factor}e${power}`)).filter((v) => v >= low && v <= high);
+    if (found.length <= 7 && found.length > 2) return found;
+  }
+  return rounded(low, high);
+}
+
 // lines: [{colour, dash, points: [[x, y, low, high]]}]
 function chart(title, lines, { log = false, xlog = false, ticks = null, xlabel = "step" } = {}) {
   const W = 460, H = 230, L = 52, R = 10, T = 8, B = 30;
@@ -51,19 +68,19 @@ function chart(title, lines, { log = false, xlog = false, ticks = null, xlabel =
   let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
   for (const [x, y, low, high] of all) {
     x0 = Math.min(x0, fx(x)); x1 = Math.max(x1, fx(x));
-    for (const v of [y, low, high]) if (v !== undefined && v !== null && (!log || v > 0)) { y0 = Math.min(y0, fy(v)); y1 = Math.max(y1, fy(v)); }
+    // An interval that reaches down to zero does not decide on a log axis.
+    for (const v of [y, log && low !== undefined ? Math.max(low, y / 1.5) : low, high]) if (v !== undefined && v !== null) { y0 = Math.min(y0, fy(v)); y1 = Math.max(y1, fy(v)); }
   }
   if (x1 === x0) { x0 -= 0.5; x1 += 0.5; }
   if (y1 - y0 < 1e-12) { y0 -= Math.abs(y0) * 0.1 + 1e-6; y1 += Math.abs(y1) * 0.1 + 1e-6; }
   const X = (v) => L + (fx(v) - x0) / (x1 - x0) * (W - L - R);
   const Y = (v) => H - B - (Math.max(fy(v), y0) - y0) / (y1 - y0) * (H - T - B);
   const svg = drawn("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title });
-  for (let i = 0; i <= 4; i++) {
-    const v = y0 + (y1 - y0) * i / 4, y = H - B - i / 4 * (H - T - B);
-    svg.append(drawn("line", { class: "axis", x1: L, x2: W - R, y1: y, y2: y }), drawn("text", { x: L - 6, y: y + 4, "text-anchor": "end" }, number(log ? 10 ** v : v)));
+  for (const v of log ? roundedLog(10 ** y0, 10 ** y1) : rounded(y0, y1)) {
+    svg.append(drawn("line", { class: "axis", x1: L, x2: W - R, y1: Y(v), y2: Y(v) }), drawn("text", { x: L - 6, y: Y(v) + 4, "text-anchor": "end" }, number(v)));
   }
-  for (const v of ticks || [0, 1, 2, 3, 4].map((i) => x0 + (x1 - x0) * i / 4))
-    svg.append(drawn("text", { x: X(v), y: H - B + 15, "text-anchor": "middle" }, number(Math.round(v))));
+  for (const v of ticks || rounded(x0, x1).filter(Number.isInteger))
+    svg.append(drawn("text", { x: X(v), y: H - B + 15, "text-anchor": "middle" }, String(v)));
   svg.append(drawn("text", { x: (L + W - R) / 2, y: H - 2, "text-anchor": "middle" }, xlabel));
   for (const line of lines) {
     const points = line.points.filter((p) => p[1] !== null && (!log || p[1] > 0));
@@ -137,7 +154,10 @@ function drawQuality() {
         .map((n) => { calls.add(n); const key = `validation/${metric}_${n}`; return [n, row[key], row[`${key}_low`] ?? row[key], row[`${key}_high`] ?? row[key]]; });
       lines.push({ colour: colour(name), points, label: `${name}, step ${row.step}` });
       const taught = Object.entries(run.teacher);
-      if (metric === "energy_distance" && taught.length) lines.push({ colour: "#868e96", dash: "6 3", label: `teacher (${name})`, points: taught.map(([n, [v, low, high]]) => [+n, v, low, high]) });
+      if (metric === "energy_distance" && taught.length) {
+        taught.forEach(([n]) => calls.add(+n));
+        lines.push({ colour: "#868e96", dash: "6 3", label: `teacher (${name})`, points: taught.map(([n, [v, low, high]]) => [+n, v, low, high]) });
+      }
     }
     grid.append(chart(metric.replaceAll("_", " "), lines, { log: lines.every((l) => l.points.every((p) => p[1] > 0)), xlog: true, ticks: [...calls], xlabel: "network calls" }));
   }
@@ -181,7 +201,7 @@ function take(found) {
   }
   Object.assign(state, { serial: found.serial, differences: found.differences, embedded: found.embedded || {} });
   if (changed) draw();
-  document.getElementById("status").textContent = `${Object.keys(state.runs).length} runs${report ? "" : ", followed live"}`;
+  document.getElementById("status").textContent = `${Object.keys(state.runs).length} run${Object.keys(state.runs).length === 1 ? "" : "s"}${report ? "" : ", followed live"}`;
   document.body.dataset.ready = "yes";
 }
 async function poll() {
