@@ -172,10 +172,15 @@ def parse_json(data: str | bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from None
 
 
+def read_json(path: Path) -> Any:
+    """Read JSON from a regular file. Raises OSError or ValueError."""
+    return parse_json(regular(path).read_bytes())
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing or damaged, or holds anything else."""
     with suppress(OSError, ValueError):
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return content if isinstance(content, dict) else {}
     return {}
 

@@ -132,18 +132,50 @@ def files_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ["manifest.json", "shard-000000.index.json"])
 def test_manifest_and_index(tmp_path: Path, name: str, mutations: int) -> None:
+    """An index that cannot be decoded is made again from the tar, so most of its mutations are accepted."""
     folder = make_shards(tmp_path / "shards", [2, 2])
     path, before = folder / name, files_in(tmp_path)
     good = path.read_bytes()
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
+        if name != "manifest.json":
+            seal(folder)
         read_all(folder)
 
     content = changed(json.loads(good)).map(lambda value: json.dumps(value).encode())
     results = run_mutations(mutations, content | damaged(good), check)
     assert results.keys() <= {"UserError", "BadSampleError", "accepted"}
     assert files_in(tmp_path) == before
+
+
+def test_places_and_checksums_in_an_index(tmp_path: Path, mutations: int) -> None:
+    """An index that is an index, with other numbers and keys: no sample is read from other bytes."""
+    folder = make_shards(tmp_path / "shards", [2, 2])
+    path, whole = folder / "shard-000000.index.json", (folder / "shard-000000.tar").stat().st_size
+    good, before = json.loads(path.read_text()), files_in(tmp_path)
+    numbers = st.sampled_from([0, 1, 8, 511, 512, 1024, whole - 1, whole, whole + 1, 2**31, 2**63, 2**64, 10**30])
+    changes = st.tuples(st.integers(0, 1), st.integers(0, 5), numbers, TEXTS)
+
+    def check(chosen: list[tuple[int, int, int, str]]) -> None:
+        content = copy.deepcopy(good)
+        for entry, place, number, text in chosen:
+            content["entries"][entry][place] = number if place else text
+        path.write_text(json.dumps(content))
+        seal(folder)
+        read_all(folder)
+        assert [entry[1:4] for entry in content["entries"]] == [entry[1:4] for entry in good["entries"]]
+
+    assert run_mutations(mutations, st.lists(changes, min_size=1, max_size=3), check)["BadSampleError"] > 0
+    assert files_in(tmp_path) == before
+
+
+def seal(folder: Path) -> None:
+    """Put the checksum of the first shard's index into the manifest, as whoever means harm does."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["index_sha256"] = file_sha256(folder / "shard-000000.index.json")
+    path.write_text(json.dumps(manifest))
 
 
 def run_config() -> RunConfig:

@@ -5,7 +5,8 @@ Local folders are read, and the configs of hub ids. Remote shards are checked wh
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
-from anyflow_train.files import check_writable, existing_part
+from anyflow_train.files import check_writable, existing_part, open_inside, read_json
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.differences import differences, mismatches, other_interface
@@ -81,9 +82,13 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
     else:
         check_texts(manifest, config.data, config.student.architecture, key)
     for shard in manifest.shards:
-        size = (folder / shard.name).stat().st_size if (folder / shard.name).is_file() else None
-        if size is None or shard.bytes not in (None, size):
-            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+        try:
+            with os.fdopen(open_inside(folder, shard.name), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+            found = f"has {size} bytes instead of {shard.bytes}" if shard.bytes not in (None, size) else None
+        except OSError as error:
+            found = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+        if found:
             raise UserError(key, f"{folder / shard.name} {found}; copy it again, or prepare the shards again")
     if not manifest.samples:
         raise UserError(key, f"'{location}' contains no samples")
@@ -109,7 +114,11 @@ def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:
 def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
-        found = [path] if (path / "state.json").is_file() else sorted((path / "checkpoints").glob("step_*"))
+        found = (
+            [path]
+            if (path / "state.json").is_file()
+            else sorted(one for one in (path / "checkpoints").iterdir() if one.name.startswith("step_"))
+        )
         if not found:
             raise UserError(key, f"'{source}' contains no checkpoint; train it first")
         # All checkpoints of a run have the same network.
@@ -220,6 +229,6 @@ def _json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read ({error})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from anyflow_train.devices import autocast_dtype
 from anyflow_train.evaluation.load import load_teacher, on_device
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import to_frames
+from anyflow_train.files import read_json
 from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.sampler import guided
 
@@ -52,7 +52,7 @@ def dry_run(config: PrepareConfig) -> None:
     """
     plan = make_plan(config)
     if (plan.folder / SETTINGS).exists() and next(plan.folder.glob("*.index.json"), None) is not None:
-        compare_settings(plan, json.loads((plan.folder / SETTINGS).read_text()))
+        compare_settings(plan, read_json(plan.folder / SETTINGS))
     changes = plan.changes()
     print(f"{plan.folder} would get {len(changes.new) + len(changes.changed)} of {len(plan.source.clips)} clips")
     for name in ("new", "changed", "skipped", "gone"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from anyflow_train.config.commands import RunsConfig
 from anyflow_train.errors import UserError
 from anyflow_train.files import json_lines, read_object
 from anyflow_train.text import markdown_table, printable
+from anyflow_train.training.checkpoints.state import CHECKPOINT
 
 GIB = 2**30
 
@@ -82,7 +83,7 @@ def find_runs(root: Path) -> list[Path]:
 def read_state(folder: Path) -> RunState:
     """Read the state of a run from its directory. Damaged files count as missing."""
     config, done = read_object(folder / "config.json"), read_object(folder / "done.json")
-    step, quality, metric = done.get("step"), "", (config.get("evaluation") or {}).get("best_metric")
+    step, quality, metric = done.get("step"), "", _get(config, "evaluation", "best_metric")
     for row in json_lines(folder / "metrics.jsonl"):
         step = row.get("step", step) if not done else step
         value = row.get(f"validation/{metric}")
@@ -107,10 +108,14 @@ def unneeded(folder: Path, runs: Iterable[Path]) -> Iterator[Path]:
     Needed are the last and the best checkpoint, the milestones of `checkpoint.keep_every`, and the checkpoints that
     other runs started from.
     """
-    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
-    every = (read_object(folder / "config.json").get("checkpoint") or {}).get("keep_every") or 0
-    kept = {path.name for path in checkpoints[-1:]} | {f"step_{int(_best(folder)):08d}"}
-    kept |= {path.name for path in checkpoints if every and int(path.name.removeprefix("step_")) % every == 0}
+    found = sorted(path for path in (folder / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name))
+    checkpoints = [path for path in found if path.is_dir() and not path.is_symlink()]  # a run wrote nothing else
+    last = checkpoints[-1] if checkpoints else folder
+    every = _get(read_object(folder / "config.json") or read_object(last / "config.json"), "checkpoint", "keep_every")
+    best = read_object(folder / "checkpoints" / "best") or _get(read_object(last / "state.json"), "state", "best") or {}
+    steps = {path.name: int(path.name.removeprefix("step_")) for path in checkpoints}
+    kept = {name for name, step in steps.items() if step == best.get("step") or (every and step % every == 0)}
+    kept.add(last.name)
     used = {source for run in runs for source in _sources(read_object(run / "config.json"))}
     for path in checkpoints:
         if path.name not in kept and os.path.realpath(path) not in used:
@@ -119,9 +124,10 @@ def unneeded(folder: Path, runs: Iterable[Path]) -> Iterator[Path]:
         yield from sorted(path for path in folder.glob(pattern) if path.is_dir() and not path.is_symlink())
 
 
-def _best(folder: Path) -> int:
-    best = read_object(folder / "checkpoints" / "best").get("step")
-    return best if isinstance(best, int) else -1
+def _get(content: Mapping[str, Any], group: str, key: str) -> Any:
+    """Read a key of a group; None if there is no such group or key."""
+    found = content.get(group)
+    return found.get(key) if isinstance(found, Mapping) else None
 
 
 def _sources(config: Any) -> Iterator[str]:

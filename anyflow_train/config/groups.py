@@ -61,7 +61,11 @@ def choices_for(command: str, group: str, choices: dict[str, Choice]) -> dict[st
 def config_files(folder: Path) -> list[Path]:
     """List the YAML files of a config folder. Hidden files, such as an editor's lock files, are left out."""
     found = folder.rglob("*.yaml")
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    return sorted(
+        path
+        for path in found
+        if (path.is_file() or path.is_symlink()) and not any(part[0] == "." for part in path.relative_to(folder).parts)
+    )
 
 
 def _read_choice(path: Path) -> Choice:

@@ -37,16 +37,27 @@ def check_pipeline(source: str | Path, transformer: Mapping[str, Any], read: Rea
 
 
 def folder_reader(transformer: Path) -> ReadJson:
-    """Read the JSON files of the pipeline folder around a transformer's folder, if there is one."""
+    """Read the JSON files of the pipeline folder around a transformer's folder, if there is one.
+
+    The returned function raises UserError if a file is damaged, because half of a model could not be told from a whole.
+    """
     root = transformer.resolve().parent
-    return lambda name: read_object(root / name) if (root / INDEX).is_file() else {}
+    return lambda name: _read_intact(root / name) if (root / INDEX).is_file() else {}
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. It is empty if there is no such file, or the file holds anything else."""
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    with suppress(UserError):
+        return _read_intact(path)
     return {}
+
+
+def _read_intact(path: Path) -> dict[str, Any]:
+    """Read a JSON object. It is empty if there is no such file. Raises UserError if the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(str(path), f"cannot be read ({error}); copy or download it again") from None
 
 
 def _problems(

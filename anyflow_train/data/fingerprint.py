@@ -8,6 +8,9 @@ import os
 from io import BufferedReader
 from pathlib import Path
 
+from anyflow_train.errors import UserError
+from anyflow_train.files import read_json, regular
+
 # For larger files only both ends are read: hashing UMT5-XXL's 11 GiB would take longer than loading it.
 WHOLE_FILE_BYTES = 1 << 30
 END_BYTES = 64 << 20
@@ -31,18 +34,24 @@ def component_fingerprint(source: str, component: str) -> str:
     Args:
         source: pipeline folder or hub id. The component is downloaded if it is not in the cache. If the hub cannot be
             reached, the name takes the place of the hash.
+
+    Raises:
+        UserError: its config is damaged. OSError: a file of weights cannot be read.
     """
     folder = _folder(source, component)
     if folder is None:
         return f"{NAMED}{source}"
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(str(folder / "config.json"), f"cannot be read ({error}); copy or download it again") from None
     # These keys name the origin of the files. They do not change what the component computes.
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             _update(digest, file)
     return digest.hexdigest()[:16]
 
@@ -50,7 +59,7 @@ def component_fingerprint(source: str, component: str) -> str:
 def file_fingerprint(path: Path) -> str:
     """Hash one file of weights. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         _update(digest, file)
     return digest.hexdigest()[:16]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.evaluation.sampling import clip_sampler
-from anyflow_train.files import EXPORT_MARKER
+from anyflow_train.files import EXPORT_MARKER, read_json
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.backbone import Backbone
@@ -118,7 +117,7 @@ def _load(source: str, weights: str, wan_times: Mapping[str, Any]) -> LoadedNetw
 def _sampling_of_export(folder: Path) -> Sampling:
     """Read the facts that `anyflow export` wrote into its folder; other folders get the defaults."""
     try:
-        marker = json.loads((folder / EXPORT_MARKER).read_text())
+        marker = read_json(folder / EXPORT_MARKER)
         return Sampling.model_validate(marker["sampling"]) if "sampling" in marker else Sampling.of(marker["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Sampling()

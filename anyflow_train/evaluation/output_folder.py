@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import check_writable, write_json
+from anyflow_train.files import check_writable, read_json, write_json
 
 
 def check_results(out: Path, index: str, owner: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -42,6 +41,6 @@ def begin_results(out: Path, index: str, owner: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError("out", f"'{path}' cannot be read ({error}); remove it or name another folder") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from anyflow_train import __version__
 from anyflow_train.errors import UserError
 from anyflow_train.files import EXPORT_MARKER as MARKER
 from anyflow_train.files import check_writable as check_parent
-from anyflow_train.files import write_json
+from anyflow_train.files import read_json, write_json
 
 
 @contextmanager
@@ -76,7 +75,7 @@ def write_marker(folder: Path, provenance: dict[str, Any]) -> None:
 def _written_files(folder: Path) -> set[str] | None:
     """Read the names of files from an export's marker; None if there is no marker."""
     try:
-        marker = json.loads((folder / MARKER).read_text())
+        marker = read_json(folder / MARKER)
         return set(marker["files"]) if marker["package"] == "anyflow_train" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

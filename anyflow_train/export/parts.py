@@ -8,8 +8,9 @@ from typing import Any
 
 import diffusers
 
+from anyflow_train import files
 from anyflow_train.errors import UserError
-from anyflow_train.files import inside, parse_json, regular, write_json
+from anyflow_train.files import inside, regular, write_json
 from anyflow_train.models.weight_files import check_weight_files
 
 INDEX = "model_index.json"
@@ -112,7 +113,7 @@ def _snapshot(source: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file cannot be read."""
     try:
-        content = parse_json(path.read_text())
+        content = files.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 from anyflow_train import text
 from anyflow_train.config.commands import ExportConfig
+from anyflow_train.files import read_json
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 
 # Paths on the training machine are private, and of no use to others.
 _LOCAL: dict[str, tuple[str, ...]] = {
     "student": ("init",),
-    "data": ("shards", "cache", "cache_gib", "workers"),
+    "data": ("shards", "cache", "cache_gib", "workers", "generations"),
     "evaluation": ("held_out",),
 }
 _LOCAL_GROUPS = ("out", "tracker", "teacher", "format")
@@ -57,11 +57,20 @@ class Provenance:
 
 def public_config(checkpoint: Path) -> dict[str, Any]:
     """Read the saved config of a checkpoint's run, without paths on the training machine."""
-    saved = json.loads((checkpoint / "config.json").read_text())
+    saved = read_json(checkpoint / "config.json")
     kept = {name: value for name, value in saved.items() if name not in _LOCAL_GROUPS}
     for group, names in _LOCAL.items():
         kept[group] = {name: value for name, value in kept.get(group, {}).items() if name not in names}
-    return kept
+    return _without_paths(kept)
+
+
+def _without_paths(value: Any) -> Any:
+    """Shorten the paths in other keys, such as those of the fake score, to names."""
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return public_name(value) if isinstance(value, str) and "/" in value else value
 
 
 def public_name(source: str | None) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export.folder import MARKER
+from anyflow_train.files import read_json
 from anyflow_train.training.checkpoints.reading import read_network, read_step
 
 SAME = ("format", "weights", "precision", "shift")
@@ -54,7 +54,7 @@ def push(folder: Path, repository: str, private: bool) -> None:
 def is_same_export(folder: Path, config: ExportConfig, checkpoint: Path) -> bool:
     """Whether a folder already holds the export of this checkpoint with these settings."""
     with suppress(OSError, ValueError, TypeError):
-        marker = json.loads((folder / MARKER).read_text())
+        marker = read_json(folder / MARKER)
         wanted = {"run": read_network(checkpoint).run, "step": read_step(checkpoint)}
         wanted |= {name: getattr(config, name) for name in SAME}
         return all(marker.get(name) == value for name, value in wanted.items())

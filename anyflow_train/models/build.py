@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor
 
+from anyflow_train.errors import UserError
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
+
+MOST_LAYERS = 1000
+"""Layers of a network that others describe. Each takes memory, also on the meta device."""
 
 Read = Callable[[str], Tensor]
 """Model name -> weight, float32, on the CPU. It may be mapped from a file: clone it before you change it."""
@@ -27,6 +32,25 @@ def build_empty(arguments: Mapping[str, Any]) -> Any:
     """Build a network on the meta device, which takes no memory and draws no random numbers."""
     with torch.device("meta"):
         return network_class(arguments)(**arguments)
+
+
+def build_described(arguments: Mapping[str, Any], where: str | Path) -> Any:
+    """Build a network on the meta device from a config that others wrote.
+
+    Args:
+        where: file or folder of the config, for errors.
+
+    Raises:
+        UserError: the config does not describe a network.
+    """
+    layers = arguments.get("num_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(str(where), f"has num_layers = {layers} in its config, which are more than {MOST_LAYERS}")
+    try:
+        return build_empty(arguments)
+    except Exception as error:  # the config can be wrong in any way
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"
+        raise UserError(str(where), f"has a config that does not describe a network ({problem})") from error
 
 
 def assemble(arguments: Mapping[str, Any], read: Read) -> Any:

@@ -196,10 +196,11 @@ def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: 
     try:
         folder = source if Path(source).is_dir() else _download(str(source), part)
         return part_class.from_pretrained(folder, subfolder=part, **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(str(source), f"cannot load the {part}: {str(error).splitlines()[0]}") from error
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the files can be wrong in any way
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(str(source), f"cannot load the {part}: {reason}") from error
 
 
 def _download(source: str, part: str) -> Path:

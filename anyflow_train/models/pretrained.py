@@ -21,7 +21,7 @@ from anyflow_train.config.network import Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
 from anyflow_train.errors import UserError
 from anyflow_train.files import FileName, inside, parse_json, regular
-from anyflow_train.models.build import build_empty
+from anyflow_train.models.build import build_described
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
@@ -112,7 +112,7 @@ def open_pretrained(
         stored_name = lambda name: prefix + original.original_name(name)  # noqa: E731
     check_pipeline(source, config, _pipeline_reader(source, place))
     kind, arguments = config.get("_class_name"), _arguments(source, config, times, causal, wan_times)
-    files, network = files or _open_files(source, place), build_empty(arguments)
+    files, network = files or _open_files(source, place), build_described(arguments, source)
     is_wan = kind == WanTransformer3DModel.__name__
     tensors, left = {}, set(files)
     for name, parameter in network.named_parameters():
@@ -171,7 +171,7 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
         try:
             config: Any = AnyFlowTransformer3DModel.load_config(source, subfolder=place)
             return place, dict(config)
-        except OSError as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             if path.is_dir():
                 raise UserError(str(source), f"cannot read its config: {reason}") from error

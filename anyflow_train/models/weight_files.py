@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import read_json, regular
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -23,7 +23,7 @@ def open_weights(path: Path) -> Any:
         UserError: the file cannot be read, is a Git LFS pointer, is truncated, or has another format.
     """
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(regular(path), framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(str(path), _reason(path, error)) from error
 
@@ -77,14 +77,14 @@ def component_files(folder: Path) -> Iterator[Path]:
 def read_index(path: Path) -> dict[str, str]:
     """Read an index of weight files: weight name -> file name. Raises UserError if it is not one."""
     try:
-        return dict(json.loads(path.read_text())["weight_map"])
+        return dict(read_json(path)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(str(path), f"is not an index of weight files ({_reason(path, error)})") from error
 
 
 def _reason(path: Path, error: Exception) -> str:
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 return "is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository"
     except OSError as unread:

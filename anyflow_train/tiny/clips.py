@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file, replace_file
+from anyflow_train.files import atomic_file, read_json, replace_file
 from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
+CLIPS = "[0-9][0-9][0-9][0-9][0-9].*"
 _BATCH = 48  # clips drawn at once: about 40 MB
 
 
@@ -50,9 +51,14 @@ def _claim(folder: Path, settings: dict[str, int | str]) -> None:
     """Marks the folder with the settings of its clips, or checks the mark that is there."""
     mark = folder / SETTINGS_FILE
     if not mark.exists():
+        if taken := sorted(path.name for path in folder.glob(CLIPS)):
+            raise UserError("out", f"'{folder}' holds '{taken[0]}' of another origin: give another folder")
         replace_file(mark, json.dumps(settings).encode() + b"\n")
         return
-    found = json.loads(mark.read_text())
+    try:
+        found = read_json(mark)
+    except (OSError, ValueError) as error:
+        raise UserError(str(mark), f"cannot be read ({error}): give another folder") from None
     if found != settings:
         raise UserError(str(mark), f"the folder holds clips of {found}, not of {settings}: give another folder")
 

@@ -11,9 +11,10 @@ from anyflow_train.config.objective import Derivative
 from anyflow_train.config.pipelines import VAE, read_object
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
+from anyflow_train.data.remote import is_remote
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
-from anyflow_train.training.checkpoints.reading import DamagedCheckpoint, read_network, resolve_checkpoint
+from anyflow_train.training.checkpoints.reading import read_network, resolve_checkpoint
 from anyflow_train.training.differences import differences
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.reporting.tracking import has_key
@@ -106,7 +107,7 @@ def check_start(config: RunConfig) -> None:
 def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
     try:
         before = read_network(checkpoint)
-    except (DamagedCheckpoint, UserError) as error:
+    except UserError as error:
         return [UserError("student.init", f"cannot be read: {error}")]
     errors = differences(config.student, before.arguments, checkpoint)
     vae = _vae(config.teacher.codec_source, config.data.locations[0], config.data)
@@ -132,7 +133,8 @@ def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
 def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:
     """Fingerprint of a run's VAE, from its files or from its shards. None if neither can be read."""
     found = known_fingerprint(codec, "vae")
-    if found is None and shards is not None:
+    # A checkpoint's location of shards was written by others: a shell would run the command of a `pipe:` location.
+    if found is None and shards is not None and (shards in data.locations or not is_remote(shards)):
         with suppress(UserError):
             found = ShardSet.open(shards, data.cache, data.cache_gib).manifest.codec.known_vae
     return found

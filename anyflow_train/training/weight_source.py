@@ -19,7 +19,7 @@ from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
-from anyflow_train.models.build import build_empty
+from anyflow_train.models.build import build_described
 from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
 from anyflow_train.models.weight_files import read_weight
 from anyflow_train.training.checkpoints.config_file import under_new_names
@@ -190,7 +190,7 @@ def resolve_init_checkpoint(config: RunConfig, directory: RunDirectory) -> RunCo
 
 
 def _init_of_first_start(directory: RunDirectory, init: Path) -> Path | None:
-    with suppress(OSError, ValueError, KeyError, TypeError, DamagedCheckpoint):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         saved = under_new_names(directory.read_config() or {}, str(directory.path))
         begun = Path(saved["student"]["init"])
         moved = init / "checkpoints" / begun.name
@@ -250,13 +250,13 @@ def _trained(source: str, group: str, seen: tuple[Path, ...]) -> TrainedWeights:
         files = open_tensors(path, group)
     except DamagedCheckpoint as damage:
         raise UserError(str(path), f"is damaged: {damage}") from damage
-    check_shapes(path, group, _trained_shapes(network))
+    check_shapes(path, group, _trained_shapes(network, path))
     return TrainedWeights(path, network, {name: partial(read_weight, file, name, path) for name, file in files.items()})
 
 
-def _trained_shapes(network: NetworkFile) -> dict[str, Size]:
-    """Shapes of all weights that a run trains, by model name."""
-    built = build_empty(network.arguments)
+def _trained_shapes(network: NetworkFile, path: Path) -> dict[str, Size]:
+    """Shapes of all weights that a run trains, by model name. `path` is its checkpoint, for errors."""
+    built = build_described(network.arguments, path)
     if network.adapter is not None:
         with device("meta"):
             add_lora(built, network.adapter, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from anyflow_train.files import atomic_file, check_writable
 from anyflow_train.watch.runs import Watch
 from anyflow_train.watch.server import STATIC
 
+DATA = '<script type="application/json" id="data">'
+"""Beginning of the data in a report, by which an earlier report is known."""
 MOST_BYTES = 19_000_000
 """Size of the file. Videos of the latest validations come first; what does not fit is left out."""
 
@@ -21,12 +24,14 @@ def run(config: ReportConfig) -> None:
     """Write the file.
 
     Raises:
-        UserError: there is no run, or the file cannot be written.
+        UserError: there is no run, or the file cannot be written, or it exists and is no report.
     """
     out = Path(config.out).expanduser()
     if out.suffix != ".html" or out.is_dir():
         raise UserError("out", f"'{config.out}' is not the name of an .html file; give out=report.html")
     check_writable(out.parent)
+    if os.path.lexists(out) and not (out.is_file() and DATA.encode() in out.read_bytes()):
+        raise UserError("out", f"'{config.out}' exists and is no report; name another file")
     page = render(Watch(Path(config.run)))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as file:
@@ -48,7 +53,7 @@ def render(watch: Watch) -> bytes:
     for name, run in state["runs"].items():
         run["videos"] = [step for step in run["videos"] if f"{name} {step}" in state["embedded"]]
     style, program = ((STATIC / name).read_text(encoding="utf-8") for name in ("style.css", "app.js"))
-    data = f'<script type="application/json" id="data">{_script(state)}</script><script>{program}</script>'
+    data = f"{DATA}{_script(state)}</script><script>{program}</script>"
     page = (STATIC / "index.html").read_text(encoding="utf-8").replace('<script src="app.js" defer></script>', "")
     page = page.replace('<link rel="stylesheet" href="style.css">', f"<style>{style}</style>")
     return page.replace("</body>", f"{data}</body>").encode()

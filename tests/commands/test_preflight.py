@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -150,3 +151,13 @@ def test_train_and_check_find_wrong_data_without_torch(folder: Path) -> None:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert "error: data.frames: 17, but the shards of data.shards were made with 5 frames" in done.stderr
+
+
+def test_a_shard_that_the_run_will_not_open_is_named(folder: Path) -> None:
+    shard = next((folder / "shards").glob("*.tar"))
+    elsewhere = shard.rename(folder / shard.name)
+    shard.symlink_to(elsewhere)
+    assert f"{shard} cannot be read (leads out of its folder" in errors(config(folder))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    assert f"{shard} cannot be read (is not a regular file)" in errors(config(folder))[0]

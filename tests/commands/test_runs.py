@@ -187,3 +187,18 @@ def test_an_address_that_does_not_answer_is_a_warning(tmp_path: Path, capsys: py
 
 def test_the_address_is_not_saved_with_the_run(tmp_path: Path) -> None:
     assert "secret" not in json.dumps(saved_config(config(tmp_path, "https://hook.example/secret")))
+
+
+def test_pruning_deletes_only_what_a_run_wrote_also_if_its_files_are_damaged(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", (1, 2, 3, 4, 5, 6), checkpoint={"keep_every": 3})
+    last, config = run / "checkpoints" / "step_00000006", (run / "config.json").read_text()
+    (last / "config.json").write_text(config)
+    (last / "state.json").write_text('{"state": {"best": {"step": 2}}}')
+    (run / "config.json").write_text(config[:-9])
+    (run / "checkpoints" / "best").write_text("[" * 100_000)
+    (run / "checkpoints" / "step_notes").mkdir()
+    (run / "checkpoints" / "step_00000009").write_text("a file")
+    (run / "checkpoints" / "step_00000008").symlink_to(tmp_path)
+    assert main(["runs", str(tmp_path), "prune=true"]) == 0
+    kept = {"best": "step_00000002", "milestone": "step_00000003", "last": "step_00000006"}
+    assert names(run) == [*kept.values(), "step_00000008", "step_notes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_train.config.compose import compose
+from anyflow_train.config.groups import config_files
 from anyflow_train.config.network import FullTraining, Lora
 from anyflow_train.config.paths import resource
 from anyflow_train.config.run import RunConfig
@@ -262,3 +264,9 @@ def test_the_model_of_an_export_has_an_alias() -> None:
 
 def test_one_model_need_not_be_a_list() -> None:
     assert compose("evaluate", ["out=x", "held_out=y", "teacher=z", "models=runs/a"]).models == ("runs/a",)
+
+
+def test_a_fifo_in_the_config_folder_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    os.mkfifo(tmp_path / "experiment" / "mine.yaml")
+    assert config_files(tmp_path) == []

@@ -11,6 +11,7 @@ import pytest
 
 from anyflow_train.errors import UserError
 from anyflow_train.export.parts import copy_parts, write_index
+from anyflow_train.export.provenance import public_config
 from anyflow_train.models.codec import Codec
 from anyflow_train.models.pretrained import open_pretrained
 
@@ -105,3 +106,13 @@ def test_an_index_of_weights_names_files_of_its_folder(source: Path, weight_map:
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match="does not map weights to files"):
         open_pretrained(source)
+
+
+def test_an_exports_config_contains_no_path_of_this_machine(tmp_path: Path) -> None:
+    place, init = str(tmp_path / "private"), {"fake_score": {"init": str(tmp_path / "private" / "teacher")}}
+    config = {"name": "a", "data": {"generations": {place: 1}, "frames": 5}, "on_policy": {"matching": init}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"teacher": {"source": place}, "hub": "owner/name"}))
+    found = public_config(tmp_path)
+    assert str(tmp_path) not in json.dumps(found)
+    assert found["on_policy"]["matching"]["fake_score"]["init"] == "teacher"
+    assert (found["data"], found["hub"]) == ({"frames": 5}, "owner/name")

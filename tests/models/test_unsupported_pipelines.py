@@ -58,3 +58,20 @@ def test_a_wan21_pipeline_as_published_is_opened(tmp_path: Path) -> None:
     vae = {"_class_name": "AutoencoderKLWan", "z_dim": 4}
     folder = make(tmp_path, {"scheduler/scheduler_config": UNIPC, "vae/config": vae})
     assert open_pretrained(folder).arguments["in_channels"] == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]"])
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_a_damaged_description_hides_no_half_model(tmp_path: Path, name: str, content: str) -> None:
+    folder = make(tmp_path, {"scheduler/scheduler_config": UNIPC})
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read"):
+        open_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]", "\x00"])
+def test_a_damaged_config_of_a_transformer_is_one_sentence(tmp_path: Path, content: str) -> None:
+    folder = make(tmp_path, {})
+    (folder / "transformer" / "config.json").write_text(content)
+    with pytest.raises(UserError, match="cannot read its config"):
+        open_pretrained(folder)

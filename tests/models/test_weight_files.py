@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anyflow_train.data.fingerprint import component_fingerprint
 from anyflow_train.errors import UserError
 from anyflow_train.models.codec import Codec
 from anyflow_train.models.pretrained import open_pretrained
@@ -38,6 +40,7 @@ WRONG = {
     "foreign": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(99)), "is damaged or not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged or not a safetensors file"),
     "absent": (Path.unlink, "no safetensors file|cannot be read|cannot read its weights"),
+    "fifo": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
     "nan": (poisoned(float("nan")), r"the weight '.*weight' contains NaN or inf"),
     "inf": (poisoned(float("-inf")), r"the weight '.*weight' contains NaN or inf"),
 }
@@ -96,3 +99,16 @@ def test_an_index_names_the_file_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"model-2\.safetensors: does not exist, but model\.safetensors\.index\.json"):
         check_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]", "\x00"])
+@pytest.mark.parametrize("name", ["vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json"])
+def test_a_damaged_config_is_one_sentence(tmp_path: Path, name: str, content: str) -> None:
+    folder = shutil.copytree(TINY_WAN, tmp_path / "wan", ignore=shutil.ignore_patterns("build"))
+    (folder / name).write_text(content)
+    with pytest.raises(UserError) as refused:
+        Codec.load(folder, "cpu").encode_text(["a"])
+    assert str(folder) in str(refused.value)
+    if not name.startswith("tokenizer"):
+        with pytest.raises(UserError, match="cannot be read"):
+            component_fingerprint(str(folder), name.partition("/")[0])

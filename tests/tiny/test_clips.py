@@ -54,3 +54,10 @@ def test_a_folder_of_other_clips_is_refused(tmp_path: Path) -> None:
     write_clips(tmp_path, count=1, seed=1)
     with pytest.raises(UserError, match=r"clips\.json"):
         write_clips(tmp_path, count=1, seed=2)
+
+
+def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "00001.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out: .* holds '00001\.txt' of another origin"):
+        write_clips(tmp_path, 2, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["00001.txt"]

@@ -169,7 +169,7 @@ def test_a_stop_is_no_failure_and_a_damaged_checkpoint_gives_way(launch: Launch,
     text, run = refused.text(), refused.folder / "stopped"
     assert "SIGTERM: finishing this step" in text
     assert f"stopped after step 5 of {STEPS}" in text
-    assert "step_00000005/exp_avg-00001.safetensors does not match its checksum" in text
+    assert "step_00000005/exp_avg-00001.safetensors: does not match its checksum" in text
     assert f"resuming from {run / 'checkpoints' / 'step_00000004'}" in text
     assert_equal_runs(run, launch.folder / "whole")
 

@@ -235,7 +235,7 @@ def test_a_changed_bit_of_a_run_is_found_when_its_network_is_opened(tmp_path: Pa
     content = bytearray(path.read_bytes())
     content[-10] ^= 0x40
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"ema-00001\.safetensors does not match its checksum"):
+    with pytest.raises(UserError, match=r"ema-00001\.safetensors: does not match its checksum"):
         open_source(opened)
 
 
@@ -253,5 +253,12 @@ def test_a_file_that_the_checkpoint_does_not_list_is_not_read(tmp_path: Path) ->
     run = trained(tmp_path, "first", network(tmp_path), FULL)
     (path,) = list_checkpoints(run / "checkpoints")[0].glob("ema-*.safetensors")
     shutil.copy(path, path.with_name("ema-00002.safetensors"))
-    with pytest.raises(UserError, match=r"ema-00002\.safetensors is not listed in state\.json"):
+    with pytest.raises(UserError, match=r"ema-00002\.safetensors: is not listed in state\.json"):
         open_source(run)
+
+
+def test_a_checkpoint_of_others_runs_no_command(tmp_path: Path) -> None:
+    pipe = f"pipe:touch {tmp_path}/PWNED #"
+    run = trained(tmp_path, "first", network(tmp_path), FULL, teacher__codec=None, data__shards=pipe)
+    check_start(config(tmp_path, "new", run, FULL))
+    assert not (tmp_path / "PWNED").exists()

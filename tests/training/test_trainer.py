@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     content[-1] ^= 1
     file.write_bytes(content if damage == "flipped" else content[:-1])
     assert_equal_runs(train(settings(tmp_path)), undisturbed)
-    assert "exp_avg-00001.safetensors does not match its checksum" in capsys.readouterr().err
+    assert "exp_avg-00001.safetensors: does not match its checksum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -166,8 +166,13 @@ def test_a_report_is_one_file_without_links_and_escapes_names(tmp_path: Path, ca
     links = page.replace("http://www.w3.org/2000/svg", "")
     assert "http://" not in links
     assert "https://" not in links
-    assert main(["report", str(tmp_path), f"out={tmp_path / 'page.html'}"]) == 0
-    assert "wrote" in capsys.readouterr().out
+    for _ in range(2):  # a report replaces an earlier one
+        assert main(["report", str(tmp_path), f"out={tmp_path / 'page.html'}"]) == 0
+        assert "wrote" in capsys.readouterr().out
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'mine.html'}"]) == 2
+    assert "exists and is no report" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
 
 
 @pytest.mark.parametrize(

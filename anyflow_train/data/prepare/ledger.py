@@ -19,7 +19,7 @@ from anyflow_train.data.prepare.captions import CaptionError
 from anyflow_train.data.prepare.sources import Clip
 from anyflow_train.data.prepare.windows import clip_of
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file
+from anyflow_train.files import atomic_file, parse_json
 
 PATTERN = "generation-*.jsonl"
 
@@ -94,7 +94,7 @@ class Generation:
     def read(cls, path: Path) -> Generation:
         """Read a file that `write` wrote. Raises UserError if it is damaged."""
         try:
-            facts, *shards = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+            facts, *shards = (parse_json(line) for line in path.read_text("utf-8").splitlines())
             negative, validation, text = facts["prompts"]
             return cls(
                 int(path.stem.rpartition("-")[2]),

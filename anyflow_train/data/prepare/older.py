@@ -14,7 +14,7 @@ from anyflow_train.data.prepare.growth import Wanted, next_generation
 from anyflow_train.data.prepare.ledger import ClipRecord, FolderPrompts, Generation, Ledger, ShardRecord, digest
 from anyflow_train.data.prepare.sources import Source
 from anyflow_train.errors import UserError
-from anyflow_train.files import open_inside, read_inside
+from anyflow_train.files import open_inside, parse_json, read_inside
 
 SETTINGS = "prepare.json"
 """File of the settings. In a folder of an older version they contain a digest of the list of clips."""
@@ -27,7 +27,7 @@ def adopt(folder: Path, source: Source, wanted: Wanted) -> Generation | None:
     Raises:
         UserError: the folder is unfinished, and the clips are not those with which it was started.
     """
-    saved = json.loads(read_inside(folder, SETTINGS))
+    saved = parse_json(read_inside(folder, SETTINGS))
     if "source" not in saved:
         return None
     if (folder / MANIFEST).exists():
@@ -54,7 +54,7 @@ def _from_shards(folder: Path, wanted: Wanted) -> Generation:
         shards.append(ShardRecord(shard.name, tuple(clips)))
         listed |= captions.keys()
     lines = read_inside(folder, SKIPPED).decode().splitlines() if (folder / SKIPPED).exists() else []
-    problems = tuple(Skipped(**json.loads(line)) for line in lines)
+    problems = tuple(Skipped(**parse_json(line)) for line in lines)
     prompts = FolderPrompts(manifest.negative_prompt, manifest.validation_prompts)
     return Generation(0, prompts, tuple(shards), tuple(one for one in problems if one.key not in listed))
 

@@ -19,7 +19,7 @@ from anyflow_train.data.prepare.ledger import PATTERN, Ledger
 from anyflow_train.data.prepare.older import SETTINGS, SKIPPED
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
-from anyflow_train.files import TEMPORARY, take_lock, write_json
+from anyflow_train.files import TEMPORARY, read_json, take_lock, write_json
 
 LOCK = ".lock"
 INDICES = "*.index.json"
@@ -67,7 +67,7 @@ def check_settings(plan: PreparePlan) -> None:
     """
     path, folder = plan.folder / SETTINGS, plan.folder
     if path.exists():
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
         indices = (parse_index(index.read_bytes()) for index in folder.glob(INDICES))
         if (folder / MANIFEST).exists() or any(index.entries for index in indices):
             return compare_settings(plan, saved)

@@ -15,13 +15,8 @@ from anyflow_train.config.run import Data, RunConfig
 from anyflow_train.data.fingerprint import component_fingerprint, file_fingerprint, known
 from anyflow_train.data.index import index_name
 from anyflow_train.data.shards import open_shards
-from anyflow_train.errors import UserError
-from anyflow_train.training.checkpoints.reading import (
-    DamagedCheckpoint,
-    read_checksum,
-    read_network,
-    resolve_checkpoint,
-)
+from anyflow_train.files import parse_json
+from anyflow_train.training.checkpoints.reading import read_checksum, read_network, resolve_checkpoint
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 
 AND = " + "
@@ -95,7 +90,7 @@ def network_fact(source: str) -> str | None:
     """Describe the weights of a run, checkpoint, folder or hub id. Returns None if the hub cannot be reached.
 
     Raises:
-        UserError, DamagedCheckpoint, OSError, ValueError: it cannot be read.
+        UserError, OSError, ValueError: it cannot be read.
     """
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
@@ -146,7 +141,7 @@ def shards_fact(data: Data, location: str) -> str:
     sampled = range(INDICES) if any(shard.index_sha256 is None for shard in names) else ()
     for number in sorted({position * len(names) // INDICES for position in sampled}):
         with suppress(OSError):
-            index = json.loads(shards.folder.read_bytes(index_name(names[number].name)))
+            index = parse_json(shards.folder.read_bytes(index_name(names[number].name)))
             # An index that the loader has built has no checksums. It is left out, because it may not exist yet.
             entries = index["entries"] if all(entry[3] is not None for entry in index["entries"]) else []
             digest.update(json.dumps(entries).encode())
@@ -155,6 +150,6 @@ def shards_fact(data: Data, location: str) -> str:
 
 def known_fact(read: Callable[[], str | None]) -> str | None:
     """Read a fact; None if it cannot be read, which whoever uses the source reports."""
-    with suppress(UserError, DamagedCheckpoint, OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return read()
     return None

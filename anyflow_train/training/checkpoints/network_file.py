@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from anyflow_train.config.network import Lora, Student
 from anyflow_train.config.original import is_weights_file
@@ -93,7 +93,7 @@ class NetworkFile(_Stored):
     """
 
     format: int = FORMAT
-    run: str = ""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")] = "unnamed"  # exports name files after it
     arguments: Annotated[dict[str, Any], BeforeValidator(_tuples)]
     adapter: Annotated[Lora | None, BeforeValidator(_adapter)] = None
     init: str | None = None
@@ -141,7 +141,7 @@ class NetworkFile(_Stored):
         objective, source = _part(config, "objective"), teacher.get("source") or ""
         shards = _part(config, "data").get("shards")
         content = {
-            "run": config.get("name", ""),
+            "run": config.get("name") or "unnamed",
             "arguments": {**shape, **causal, "gate_value": 0.25, "deltatime_type": "r", **times},
             "adapter": student.get("adapter"),
             "init": student.get("init"),

@@ -9,7 +9,6 @@ so that it is complete or absent.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -24,19 +23,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import FileName, file_sha256, inside, parse_json, read_inside, regular, to_json
-from anyflow_train.text import printable
+from anyflow_train.files import FileName, file_sha256, inside, parse_json, read_inside, read_json, regular, to_json
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import first_key, under_new_names
 from anyflow_train.training.checkpoints.network_file import NetworkFile
-from anyflow_train.training.checkpoints.state import TrainState
+from anyflow_train.training.checkpoints.state import CHECKPOINT, TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.processes.world import ALONE, World
 
 FORMAT = 1
-_NAME = re.compile(r"step_(\d{8,})")
-
-
 _STATE = TypeAdapter(TrainState)
 
 
@@ -48,11 +43,16 @@ class _StateFile(BaseModel):
     files: dict[FileName, str]
 
 
-class DamagedCheckpoint(Exception):
-    """A checkpoint has a missing, truncated or changed file. Control characters in the message are escaped."""
+class DamagedCheckpoint(UserError):
+    """A checkpoint has a missing, truncated or changed file.
 
-    def __init__(self, problem: str) -> None:
-        super().__init__(printable(problem))
+    Args:
+        path: the file, or the folder of the checkpoint.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(str(path), problem)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -145,7 +145,7 @@ def read_step(checkpoint: Path) -> int:
     """
     step = read_state(checkpoint)["state"].get("step")
     if not isinstance(step, int):
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} has no number of steps")
+        raise DamagedCheckpoint(checkpoint / "state.json", "has no number of steps")
     return step
 
 
@@ -158,9 +158,10 @@ def verify_checkpoint(checkpoint: Path) -> CheckpointInfo:
     """Read the JSON part and compare every file with its checksum.
 
     Raises:
-        DamagedCheckpoint: a file is missing or changed; the message names it.
+        DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
     """
     info = read_info(checkpoint)
+    _check_listed(checkpoint, "*", info.files)
     _verify(checkpoint, info.files)
     return info
 
@@ -172,14 +173,18 @@ def verify_group(checkpoint: Path, group: str) -> None:
         DamagedCheckpoint: a file is missing, changed or unknown; the message names it.
     """
     files = read_state(checkpoint)["files"]
-    listed = {name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)}
-    present = {path.name for path in _group_files(checkpoint, group)}
-    if unknown := sorted(present - listed):
-        raise DamagedCheckpoint(f"{checkpoint / unknown[0]} is not listed in state.json")
-    for name in sorted(listed):
+    _check_listed(checkpoint, group, files)
+    for name in sorted(name for name in files if re.fullmatch(rf"{group}-\d+\.safetensors", name)):
         with _readable(checkpoint / name):
             found = (checkpoint / name).stat()
             _verify_once(checkpoint / name, files[name], found.st_size, found.st_mtime_ns)
+
+
+def _check_listed(checkpoint: Path, group: str, files: Mapping[str, str]) -> None:
+    # A file that is not listed has no checksum, but its tensors would be read.
+    for path in _group_files(checkpoint, group):
+        if path.name not in files:
+            raise DamagedCheckpoint(path, "is not listed in state.json")
 
 
 @cache
@@ -222,7 +227,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not found:
         raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
     try:
-        best = folder / checkpoint_name(json.loads((folder / "best").read_text())["step"])
+        best = folder / checkpoint_name(read_json(folder / "best")["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return found[-1]
     return best if best in found else found[-1]
@@ -262,16 +267,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         content = parse_json(read_inside(checkpoint, "state.json"))
         checksum = content.pop("checksum")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} cannot be read ({error})") from error
+        raise DamagedCheckpoint(checkpoint / "state.json", f"cannot be read ({error})") from error
     if checksum != content_checksum(content):
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} does not match its checksum")
+        raise DamagedCheckpoint(checkpoint / "state.json", "does not match its checksum")
     if content.get("format") != FORMAT:
         raise UserError(str(checkpoint), f"has format {content.get('format')}; this version reads format {FORMAT}")
     try:
         _StateFile.model_validate(content)
     except ValidationError as error:
         problem = f"{first_key(error)}: {error.errors()[0]['msg']}"
-        raise DamagedCheckpoint(f"{checkpoint / 'state.json'} has other content ({problem})") from None
+        raise DamagedCheckpoint(checkpoint / "state.json", f"has other content ({problem})") from None
     return content
 
 
@@ -279,9 +284,9 @@ def _read_object(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         content = parse_json(read_inside(checkpoint, name))
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / name} cannot be read ({error})") from error
+        raise DamagedCheckpoint(checkpoint / name, f"cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{checkpoint / name} is not a JSON object")
+        raise DamagedCheckpoint(checkpoint / name, "is not a JSON object")
     return content
 
 
@@ -293,11 +298,11 @@ def open_tensors(checkpoint: Path, group: str) -> dict[str, Any]:
     """
     paths = _group_files(checkpoint, group)
     if not paths:
-        raise DamagedCheckpoint(f"{checkpoint} contains no '{group}' tensors")
+        raise DamagedCheckpoint(checkpoint, f"contains no '{group}' tensors")
     try:
         files = [safe_open(regular(inside(checkpoint, path.name)), framework="pt") for path in paths]
     except (OSError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{checkpoint} has a file of '{group}' that cannot be read ({error})") from error
+        raise DamagedCheckpoint(checkpoint, f"has a file of '{group}' that cannot be read ({error})") from error
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
@@ -306,7 +311,7 @@ def _verify(checkpoint: Path, files: Mapping[str, str]) -> None:
         with _readable(checkpoint / name):
             actual = file_sha256(checkpoint / name)
         if actual != checksum:
-            raise DamagedCheckpoint(f"{checkpoint / name} does not match its checksum")
+            raise DamagedCheckpoint(checkpoint / name, "does not match its checksum")
 
 
 def _group_files(checkpoint: Path, group: str) -> list[Path]:
@@ -318,4 +323,4 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
+        raise DamagedCheckpoint(path, f"cannot be read ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,11 @@ def check_finished(directory: RunDirectory, config: RunConfig, inputs: Inputs = 
 def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN) -> CheckpointInfo | None:
     """Find the newest intact checkpoint; None if the run has none. Damaged ones are renamed, with a warning.
 
+    A checkpoint without permission is not damaged: the run must not go back to an older one.
+
     Raises:
-        UserError: checkpoints exist but `checkpoint.resume` is `never`, or all of them are damaged, or the config has
-            changed so that the run cannot resume.
+        UserError: checkpoints exist but `checkpoint.resume` is `never`, or all of them are damaged, or the newest one
+            may not be read, or the config has changed so that the run cannot resume.
     """
     found = list_checkpoints(folder)
     if found and config.checkpoint.resume == "never":
@@ -87,6 +90,9 @@ def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN)
         try:
             info = verify_checkpoint(path)
         except DamagedCheckpoint as damage:
+            cause = damage.__cause__
+            if isinstance(cause, OSError) and cause.errno == errno.EACCES:
+                raise UserError.of_file(cause, path) from cause
             damaged[path] = damage
             continue
         check_unchanged(info.config, config, str(path), inputs)

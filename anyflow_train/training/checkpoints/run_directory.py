@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import replace_file, take_lock, to_json
+from anyflow_train.files import read_json, replace_file, take_lock, to_json
 from anyflow_train.training.checkpoints.config_file import saved_config
 
 SHARED_SECONDS = 30.0
@@ -64,7 +63,7 @@ class RunDirectory:
     def read_inputs(self) -> dict[str, str]:
         """Read the facts about the inputs of the first start; empty if there are none."""
         with suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads((self.path / "inputs.json").read_text())
+            found = read_json(self.path / "inputs.json")
             return {str(key): str(fact) for key, fact in found.items()}
         return {}
 
@@ -87,7 +86,9 @@ class RunDirectory:
             UserError: another process holds the lock, or the directory cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.checkpoints, os.W_OK | os.X_OK):  # otherwise found at the first save
+                raise UserError(str(self.checkpoints), "cannot be written; give it write access or choose another out")
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(str(self.path), f"cannot be written ({error.strerror}); choose another out") from None
@@ -111,7 +112,7 @@ class RunDirectory:
         deadline = time.monotonic() + SHARED_SECONDS
         while time.monotonic() < deadline:
             with suppress(OSError, ValueError, KeyError):
-                if json.loads((self.path / "lock").read_text())["start"] == start:
+                if read_json(self.path / "lock")["start"] == start:
                     return
             time.sleep(0.1)
         problem = f"on {socket.gethostname()} is not the run directory of process 0; use a folder that all nodes share"
@@ -119,7 +120,7 @@ class RunDirectory:
 
     def _holder(self) -> str:
         with suppress(OSError, ValueError, KeyError):
-            holder = json.loads((self.path / "lock").read_text())
+            holder = read_json(self.path / "lock")
             return f"process {holder['pid']} on {holder['host']}"
         return "another process"
 
@@ -131,7 +132,7 @@ def runs_of_sweep(source: str) -> list[Path]:
     """
     folder, runs = Path(source).expanduser(), []
     with suppress(OSError, ValueError, TypeError, KeyError):
-        for row in json.loads((folder / "sweep.json").read_text()):
+        for row in read_json(folder / "sweep.json"):
             place = folder / Path(row["label"]).name
             runs += [place] if _read_json(place / "done.json") else []
     return runs
@@ -139,6 +140,6 @@ def runs_of_sweep(source: str) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     with suppress(FileNotFoundError, ValueError):
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return content if isinstance(content, dict) else None
     return None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+CHECKPOINT = re.compile(r"step_(\d{8,})")
+"""Names of checkpoint folders."""
 
 
 @dataclass(frozen=True)

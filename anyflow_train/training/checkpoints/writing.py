@@ -58,13 +58,13 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(state.step)
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _discard(temporary)
     temporary.mkdir()
     try:
         _fill(temporary, config, state, adam_steps, groups, shard_bytes)
         _replace_folder(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
         raise
     return final
 
@@ -128,7 +128,7 @@ def prune_checkpoints(folder: Path, keep: int, best: Best | None, keep_every: in
         if path.name not in kept and not (keep_every and step_of(path) % keep_every == 0):
             _delete_folder(path)
     for path in folder.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        _discard(path)
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -178,6 +178,13 @@ def _delete_folder(path: Path) -> None:
         set_aside(path)
         return
     hidden = path.with_name(f".{path.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _discard(hidden)
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _discard(temporary: Path) -> None:
+    """Delete a temporary folder, or a file or a link of its name."""
+    if temporary.is_symlink() or temporary.is_file():
+        temporary.unlink()
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
 from anyflow_train.errors import UserError
+from anyflow_train.files import read_json
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.engine.adamw import MOMENTS, adamw, set_rate, start_moments
 from anyflow_train.training.engine.types import Outcome
@@ -61,7 +61,7 @@ def _file_of_launcher() -> dict[str, Any]:
     if path == "none":
         return {}
     try:
-        return dict(json.loads(Path(path).read_text())["zero_optimization"])
+        return dict(read_json(Path(path))["zero_optimization"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{path} cannot be used ({type(error).__name__}: {error})"
         raise UserError("deepspeed_config_file", f"{problem}; give a JSON file with zero_optimization") from error

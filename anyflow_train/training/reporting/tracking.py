@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
-from anyflow_train.files import replace_file
+from anyflow_train.files import parse_json, regular, replace_file
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.reporting.notify import Notifier
 
@@ -120,7 +120,7 @@ class Wandb:
             earlier.rename(earlier.with_name(f"replaced-{earlier.name}"))
         self._run = self._wandb.init(mode="offline", reinit="finish_previous", **self._options)
         self._upload = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
-        for row in map(json.loads, _lines_until(self._directory.metrics)):
+        for row in map(parse_json, _lines_until(self._directory.metrics)):
             step = row.pop("step")
             grid = self._directory.validation(step) / "grid.mp4"
             validated = any(name.startswith("validation/") for name in row) and grid.is_file()
@@ -211,9 +211,9 @@ def _warn(problem: str) -> None:
 def _lines_until(path: Path, step: float = math.inf) -> list[str]:
     """Read the lines of steps up to `step`. Damaged lines, such as that of a killed process, are dropped too."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in regular(path).read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(f"{line}\n")
     return kept
 

@@ -20,6 +20,7 @@ from anyflow_train.training.checkpoints.reading import (
     list_checkpoints,
     open_tensors,
     read_info,
+    read_network,
     resolve_checkpoint,
     restore_tensors,
     verify_checkpoint,
@@ -185,3 +186,17 @@ def test_any_shape_and_floating_dtype_comes_back(tmp_path: Path) -> None:
     for name, tensor in odd.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
+
+
+def test_a_file_without_a_checksum_is_found_at_a_resume(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (path / "weights-00009.safetensors").write_bytes((path / "weights-00001.safetensors").read_bytes())
+    with pytest.raises(DamagedCheckpoint, match=r"weights-00009\.safetensors: is not listed in state\.json"):
+        verify_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_is_a_user_error_wherever_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json: cannot be read"):
+        read_network(path)

@@ -25,6 +25,7 @@ from anyflow_train.training.checkpoints.reading import (
 )
 from anyflow_train.training.networks import load_trained_network
 from anyflow_train.training.start_checks import check_start
+from anyflow_train.training.weight_source import open_source
 from tests.training.started import config, network, trained
 
 LORA: dict[str, Any] = {"kind": "lora", "rank": 2, "alpha": 4.0, "full_modules": ["delta_embedder"]}
@@ -157,3 +158,29 @@ def test_keys_of_another_version_are_named_in_one_sentence(tmp_path: Path) -> No
     ):
         with pytest.raises(UserError, match=message):
             decode_saved({**saved, **change}, "here")
+
+
+def test_a_name_in_the_file_of_another_cannot_lead_out_of_a_folder(checkpoint: Path) -> None:
+    rewrite(checkpoint, "network.json", lambda content: content.update(run="../../elsewhere"))
+    with pytest.raises(UserError, match="run does not describe a network"):
+        read_network(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "does not describe a network"),
+        ({"num_layers": "x"}, "does not describe a network"),
+        ({"num_layers": 10**12}, "num_layers = 1000000000000"),
+    ],
+)
+def test_arguments_of_another_type_are_one_sentence(
+    checkpoint: Path, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rewrite(checkpoint, "network.json", lambda content: content["arguments"].update(changes))
+    with pytest.raises(UserError, match=message):
+        open_source(checkpoint)
+    rewrite_config = tmp_path / "network" / "config.json"
+    rewrite_config.write_text(json.dumps({**json.loads(rewrite_config.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "network")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.training.checkpoints import reading
 from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.resume import check_finished, check_unchanged, find_resume_point
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -145,3 +147,16 @@ def test_a_damaged_summary_lets_the_run_resume_and_be_finished_again(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert check_finished(directory, config()) is None
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(tmp_path, 1, 2)
+    monkeypatch.setattr(reading, "file_sha256", refuse)
+    with pytest.raises(UserError, match=r"step_00000002/.*\(Permission denied\); mend that and start again"):
+        find_resume_point(tmp_path, config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]

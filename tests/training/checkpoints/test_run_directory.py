@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,31 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another out"), RunDirectory(tmp_path / "file" / "run").locked():
         pass
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_written_is_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").write_text("x")
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\)"), RunDirectory(tmp_path).locked():
+        pass
+    (tmp_path / "checkpoints").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written"), RunDirectory(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.json", "done.json", "inputs.json"])
+def test_deep_json_and_a_fifo_in_a_run_directory_are_neither_a_traceback_nor_a_hang(tmp_path: Path, name: str) -> None:
+    directory = RunDirectory(tmp_path)
+    read = {
+        "config.json": directory.read_config,
+        "done.json": directory.read_done,
+        "inputs.json": directory.read_inputs,
+    }
+    (tmp_path / name).write_text("[" * 100_000)
+    assert not read[name]()
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with suppress(OSError):
+        read[name]()

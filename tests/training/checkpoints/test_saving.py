@@ -250,3 +250,15 @@ def test_too_little_space_is_said_before_the_first_step(
         saver.check_room(groups)
         assert len(lines) == said
     assert "has 5.50 GiB of free space, but a checkpoint takes 1.00 GiB, and the run keeps up to 6 of them" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_foreign_file_with_a_temporary_name_is_no_obstacle(saver: Saver, tmp_path: Path, kind: str) -> None:
+    folder, place = tmp_path / "checkpoints", tmp_path / "checkpoints" / ".step_00000001.tmp"
+    folder.mkdir()
+    (tmp_path / "mine").write_text("x")
+    place.write_text("x") if kind == "file" else place.symlink_to(tmp_path)
+    begin(saver, 1, torch.zeros(3))
+    saver.wait()
+    assert [path.name for path in folder.iterdir()] == ["step_00000001"]
+    assert (tmp_path / "mine").exists()
