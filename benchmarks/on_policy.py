@@ -97,9 +97,9 @@ def one_step(recipe: Recipe, batch: Batch, draw: Draw, meter: Meter) -> None:
     assert roles.fake_score is not None
     scoped = draw.scoped("distribution matching")
     with meter.part("rollout, with its graph"):
-        made = objective.rollouts(roles.student, batch.condition, scoped)
+        made = objective.rollouts(roles.student, batch.condition, scoped, tuple(batch.latents.shape[1:]))
     if objective.endpoints is not None:
-        objective.endpoints.put(scoped, made)
+        objective.endpoints.put(scoped, batch.turn, made)
     with meter.part("scores of teacher and fake score"):
         found = direction(roles.teacher, roles.fake_score, made.x.detach(), batch.condition, scoped, objective.times)
     with meter.part("back through the rollout"):

@@ -16,7 +16,7 @@ def run(config: ClipsConfig) -> None:
     Raises:
         UserError: the folder cannot be written, or has clips of a different count or seed.
     """
-    check_writable(Path(config.out))
+    check_writable(Path(config.out).expanduser())
     with TaskProgress("clips", config.count, config.log) as progress:
-        paths = write_clips(Path(config.out), config.count, config.seed, progress.advance)
+        paths = write_clips(Path(config.out).expanduser(), config.count, config.seed, progress.advance)
     progress.result(f"{len(paths)} clips with captions in {config.out}")

@@ -8,21 +8,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.base import ClipSize
 from anyflow_train.config.derived import needs_teacher
 from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.pipelines import INDEX, SCHEDULER, VAE, check_pipeline, folder_reader
 from anyflow_train.config.run import RunConfig
-from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest
+from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import check_writable, existing_part, open_inside, read_json
@@ -63,7 +61,8 @@ def check_files(config: RunConfig) -> Preflight:
             for warning in read(config, key, source) if source is not None else ():
                 warnings.append(UserError(key, warning))
         except UserError as error:
-            errors += error.errors
+            named = f"{source}: " if key == "data.shards" and len(data.locations) > 1 else ""
+            errors += [UserError(one.where, named + one.problem) for one in error.errors]
         except OSError as error:
             errors.append(UserError(key, f"'{error.filename or source}' cannot be read ({error.strerror})"))
     return Preflight(tuple(errors), tuple(warnings))
@@ -72,7 +71,7 @@ def check_files(config: RunConfig) -> Preflight:
 def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
     if is_remote(location):
         return
-    folder = Path(location)
+    folder = Path(location).expanduser()
     path = folder / MANIFEST
     if not path.is_file():
         yield f"'{location}' has no {MANIFEST} yet; write it with `anyflow prepare`"
@@ -100,20 +99,16 @@ def _shards(config: RunConfig, key: str, location: str) -> Iterator[str]:
 
 
 def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:
-    paths = [Path(location) / MANIFEST for location in config.data.locations]
+    paths = [Path(location).expanduser() / MANIFEST for location in config.data.locations]
     if not config.objective.uses_clips or not all(path.is_file() for path in paths):
         return
-    held, sizes = Counter[ClipSize](), config.data.sizes
-    for path in paths:
-        held.update(parse_manifest(path.read_bytes(), str(path)).counts)
-    named = ", ".join(str(size) for size, count in held.items() if count)
-    if missing := [str(size) for size in sizes if not held[size]]:
-        problem = f"data.shards holds no clips of {', '.join(missing)}, only of {named}"
+    manifests = [parse_manifest(path.read_bytes(), str(path)) for path in paths]
+    held = dict.fromkeys(size for manifest in manifests for size, count in manifest.counts.items() if count)
+    if missing := [str(size) for size in config.data.sizes if size not in held]:
+        problem = f"data.shards holds no clips of {', '.join(missing)}, only of {', '.join(map(str, held))}"
         advice = "remove the others" if config.data.buckets else "set it to some of these"
         raise UserError(key, f"{problem}; {advice}, or add shards that do")
-    if unused := {size: count for size, count in held.items() if count and size not in sizes}:
-        count = f"{sum(unused.values())} of {held.total()} samples"
-        yield f"{count} are not used, as they are {', '.join(map(str, unused))}; name all sizes to train on"
+    yield from unused_samples(manifests, config.data.sizes)
 
 
 def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,14 +13,15 @@ from anyflow_train.commands.shards import LABEL, MOST_NAMED, write_contact_sheet
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.run import Data
+from anyflow_train.data.index import Skipped
 from anyflow_train.data.prepare import command
-from anyflow_train.data.prepare.captions import CaptionError
 from anyflow_train.data.prepare.job import make_plan
 from anyflow_train.data.prepare.older import SETTINGS
 from anyflow_train.data.prepare.output_lock import compare_settings
 from anyflow_train.data.prepare.sources import format_counts
-from anyflow_train.data.prepare.video import ClipError, read_windows
-from anyflow_train.data.prepare.videos import MakeLatents
+from anyflow_train.data.prepare.texts import captions_of
+from anyflow_train.data.prepare.video import read_windows
+from anyflow_train.data.prepare.videos import Maker, stacked, with_pixels
 from anyflow_train.data.prepare.windows import Framing
 from anyflow_train.data.shards import Sample
 from anyflow_train.devices import autocast_dtype
@@ -26,9 +29,11 @@ from anyflow_train.evaluation.load import load_teacher, on_device
 from anyflow_train.evaluation.sampling import Inputs, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import to_frames
 from anyflow_train.files import read_json
+from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.sampler import guided
 
 PICTURES = 16
+MOST_TRIED = 64
 
 
 def run(config: PrepareConfig) -> None:
@@ -60,40 +65,48 @@ def dry_run(config: PrepareConfig) -> None:
         print(f"  not used: {format_counts(plan.source.unused)}")
     pending = {*changes.new, *changes.changed}
     clips = [clip for clip in plan.source.clips if clip.key in pending and clip.video is not None]
-    pictures, labels, framing = [], [], Framing.of(config)
-    for clip in clips[:: max(1, len(clips) // PICTURES)][:PICTURES]:
-        assert clip.video is not None
-        try:
-            pixels = next(read_windows(clip.video.seekable(), clip.key, framing))[1][:, :1]
-            labels.append(f"{clip.key}: {clip.read_caption()}"[:LABEL])
-            pictures.append(to_frames(pixels)[0])
-        except (ClipError, CaptionError, OSError) as error:
-            print(f"  {clip.key} cannot be used: {error}")
+    pictures, labels, read = [], [], partial(read_windows, framing=Framing.of(config))
+    # Evenly spaced clips, and some others in place of those that cannot be used.
+    tried = {clip.key: clip for clip in [*clips[:: max(1, len(clips) // PICTURES)], *clips[:MOST_TRIED]]}
+    for key, clip in tried.items():
+        if len(pictures) == PICTURES:
+            break
+        captions = captions_of(clip)
+        texts = Skipped(key, captions) if isinstance(captions, str) else Sample(key, None, torch.empty(0), captions[0])
+        found = next(with_pixels(read, clip, texts))
+        if isinstance(found, Skipped):
+            print(f"  {key} cannot be used: {found.reason}")
+        elif found.latents is not None:
+            labels.append(f"{key}: {found.caption}"[:LABEL])
+            pictures.append(to_frames(found.latents[:, :1])[0])
     if pictures:
         path = plan.folder.with_name(f"{plan.folder.name}.dry_run.png")
         write_contact_sheet(path, pictures, labels)
         print(f"contact sheet of {len(pictures)} clips: {path}")
 
 
-def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tensor) -> MakeLatents:
-    """Load the teacher, and return the function that makes latents from texts.
+def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tensor) -> Maker:
+    """Load the teacher, and return the functions that make latents from texts.
 
-    The noise of a sample depends on (seed, key) alone, so the result does not depend on processes and batches, apart
-    from rounding.
+    Noise and size of a sample depend on (seed, key) alone, so the result does not depend on processes and batches,
+    apart from rounding.
 
     Raises:
         UserError: the teacher cannot be loaded.
     """
     teacher, length = load_teacher(config.teacher or ""), config.max_text_length
-    data = Data(shards="", frames=config.frames, height=config.height, width=config.width)
-    shape = latent_shape(data, teacher.network.config["in_channels"])
+    sized = [Data(shards="", **size._asdict()) for size in config.sizes]
+    shapes = [latent_shape(data, teacher.network.config["in_channels"]) for data in sized]
     flow_map = on_device(teacher.network, device, autocast_dtype(config.precision))
     flow_map = guided(flow_map, padded_condition([negative], length, device), config.guidance_scale)
 
+    def start(sample: Sample) -> Sample:
+        shape = shapes[draw_key(config.seed, sample.key, "size") % len(shapes)]
+        return replace(sample, latents=draw_noise(1, shape, config.seed, f"prepare {sample.key}")[0])
+
     def make(samples: list[Sample]) -> Tensor:
-        noise = [draw_noise(1, shape, config.seed, f"prepare {sample.key}") for sample in samples]
         texts = [sample.text for sample in samples]
-        inputs = Inputs(torch.cat(noise), texts, length, len(samples), device)
+        inputs = Inputs(stacked(samples), texts, length, len(samples), device)
         return sample_all(teacher.sampler, flow_map, inputs, config.steps, config.shift)
 
-    return make
+    return start, make

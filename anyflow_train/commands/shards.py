@@ -6,6 +6,8 @@ import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ from anyflow_train.text import printable
 MOST_NAMED = 5
 MOST_READ = 64
 """Samples of which texts are counted if not all samples are read."""
+EQUAL = 0.02
+"""Difference of latents, per number, below which clips count as equal."""
 COLUMNS = 4
 LABEL = 60
 MIB = 2**20
@@ -103,8 +107,8 @@ def _equal_clips(shards: ShardSet, hashes: dict[int, str]) -> Iterator[str]:
         groups.setdefault(found, []).append(index)
     equal = [group for group in groups.values() if len(group) > 1]
     count = sum(len(group) for group in equal)
-    named = (" = ".join(shards.key(index) for index in group[:MOST_NAMED]) for group in equal[:MOST_NAMED])
-    yield f"equal clips: {count}" + (f" in {len(equal)} groups: {'; '.join(named)}" if equal else "")
+    named = (" = ".join(_some(map(shards.key, group))) for group in equal)
+    yield f"equal clips: {count}" + (f" in {len(equal)} groups: {'; '.join(_some(named))}" if equal else "")
 
 
 def _in_both(shards: ShardSet, held_out: ShardSet, hashes: Mapping[int, str]) -> Iterator[str]:
@@ -115,8 +119,14 @@ def _in_both(shards: ShardSet, held_out: ShardSet, hashes: Mapping[int, str]) ->
             known |= {_hash_at(shards, index): index for number, index in pairs if number == 0}
     others = ((index, _hash_at(held_out, index)) for index in range(len(held_out)))
     both = [(known[found], index) for index, found in others if found in known]
-    named = ", ".join(f"{shards.key(ours)} = {held_out.key(theirs)}" for ours, theirs in both[:MOST_NAMED])
+    named = ", ".join(_some(f"{shards.key(ours)} = {held_out.key(theirs)}" for ours, theirs in both))
     yield f"clips that are in {held_out.location} too: {len(both)}" + (f" ({named})" if both else "")
+
+
+def _some(names: Iterable[str]) -> list[str]:
+    """Take the first names, and dots for the others."""
+    first = [*islice(names, MOST_NAMED + 1)]
+    return [*first[:MOST_NAMED], "..."] if len(first) > MOST_NAMED else first
 
 
 def _candidates(sets: Iterable[ShardSet]) -> dict[tuple[int | None, int], list[tuple[int, int]]]:
@@ -141,10 +151,20 @@ def _hash_at(shards: ShardSet, index: int) -> str:
 
 
 def _hash(sample: Sample) -> str:
-    """Shorten the latents, or the caption of a prompt without video."""
+    """Shorten the latents, or the caption of a prompt without video.
+
+    Latents of equal clips differ in their last digits if the VAE encoded them in other batches.
+    """
     if sample.latents is None:
         return hashlib.sha256(sample.caption.encode()).hexdigest()
-    return hashlib.sha256(sample.latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    found = _directions(sample.latents.numel()) @ sample.latents.float().flatten() / EQUAL
+    return str(found.round().int().tolist())
+
+
+@lru_cache(maxsize=4)
+def _directions(size: int) -> torch.Tensor:
+    """Draw directions (8, size), along which different latents differ by about their distance per number."""
+    return torch.randn(8, size, generator=torch.Generator().manual_seed(0)) / size**0.5
 
 
 def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
@@ -152,7 +172,7 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
     source = config.codec or shards.manifest.codec.source
     shipped = resource("assets") / source
     try:
-        source = str(shipped) if not Path(source).exists() and shipped.is_dir() else source
+        source = str(shipped) if not Path(source).expanduser().exists() and shipped.is_dir() else source
         codec = Codec.load(source, pick_device(config.device, config.threads), DTYPES["fp32"])
     except UserError as error:
         print(f"no contact sheet, as the codec cannot be loaded; set codec=FOLDER or pictures=0 ({error})")
@@ -168,8 +188,8 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
             frames = to_frames(codec.decode_video(sample.latents.float()[None])[0])
             pictures.append(frames[len(frames) // 2])
             labels.append(f"{sample.key}: {sample.caption}"[:LABEL])
-    path = Path(config.out or "contact_sheet.png") if is_remote(config.folder) or config.out else None
-    path = path or Path(config.folder) / "contact_sheet.png"
+    path = Path(config.out or "contact_sheet.png").expanduser() if is_remote(config.folder) or config.out else None
+    path = path or Path(config.folder).expanduser() / "contact_sheet.png"
     write_contact_sheet(path, pictures, labels)
     print(f"contact sheet of {len(pictures)} samples: {path}")
 

@@ -126,7 +126,7 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
         def unchanged() -> dict[str, Any]:
             return _plain(_compose_files(command, to_hydra(choices, groups), folders))[0]
 
-        rules = extension.rules if extension else _rules(command, world)
+        rules = extension.rules if extension else _rules(command, world, {setting.key for setting in settings})
         config, field_errors = decode(model, values, rules, known, unchanged)
     better = {error.where for error in kind_errors} | set(empty)
     field_errors = [*kind_errors, *(error for error in field_errors if error.where not in better)]
@@ -167,11 +167,11 @@ def _shadowed(config_dir: Path, folders: Sequence[Path]) -> Iterator[Path]:
                 yield path
 
 
-def _rules(command: str, world: int | None) -> Callable[[Any], Iterable[Finding]]:
+def _rules(command: str, world: int | None, typed: set[str]) -> Callable[[Any], Iterable[Finding]]:
     if command == "train":
         return partial(run_errors, world=world_size() if world is None else world)
     return {
-        "prepare": command_rules.prepare,
+        "prepare": partial(command_rules.prepare, typed=typed),
         "sample": command_rules.sample,
         "evaluate": command_rules.evaluate,
         "distil": command_rules.distil,

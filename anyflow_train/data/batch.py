@@ -16,7 +16,7 @@ class Batch:
     """B samples of the step's global batch.
 
     Attributes:
-        latents: (B, F, C, H, W) float32, normalised.
+        latents: (B, F, C, H, W) float32, normalised; NaN in a run that makes its own samples, of this shape.
         condition: texts (B, L, D), padded with zeros to the step's length.
         negative: condition of the negative prompt, text (1, L, D), with the same padding.
         keys: names of the samples in the shards.

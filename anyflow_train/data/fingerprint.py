@@ -65,7 +65,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def _folder(source: str, component: str) -> Path | None:
-    root = Path(source)
+    root = Path(source).expanduser()
     if not root.is_dir():
         # Imported here, because `anyflow check` reads manifests and has no time for the hub.
         from huggingface_hub import snapshot_download

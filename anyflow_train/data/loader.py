@@ -142,9 +142,10 @@ class Loader:
         length = step_text_length(self.seed, request.step, self.text_lengths)
         text = torch.stack([pad_text(sample.text, length) for sample in samples])
         negative = pad_text(self.shards.texts.negative, length)[None]
-        latents = torch.stack([_latents(sample) for sample in samples])
+        shape = self.buckets[request.bucket].latent
+        latents = [_latents(sample) if shape is None else torch.full(shape, torch.nan) for sample in samples]
         keys = tuple(sample.key for sample in samples)
-        batch = Batch(latents, Condition(text), Condition(negative), keys, request.positions, request.turn)
+        batch = Batch(torch.stack(latents), Condition(text), Condition(negative), keys, request.positions, request.turn)
         pinned = self.device is not None and self.device.type == "cuda"
         return batch.map(Tensor.pin_memory) if pinned else batch, bad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,17 @@ class PromptTexts:
 
     negative: Tensor
     validation: tuple[Tensor, ...]
+
+
+def unused_samples(manifests: Iterable[Manifest], sizes: Sequence[ClipSize]) -> list[str]:
+    """Say how many samples have other sizes than those to train on; nothing if there are none."""
+    held = Counter[ClipSize]()
+    for manifest in manifests:
+        held.update(manifest.counts)
+    unused = {size: count for size, count in held.items() if count and size not in sizes}
+    named = ", ".join(f"{count} of {size}" for size, count in unused.items())
+    count = f"{sum(unused.values())} of {held.total()} samples are not used"
+    return [f"{count}, as their sizes are not in data.buckets: {named}"] if unused else []
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

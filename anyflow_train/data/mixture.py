@@ -80,11 +80,13 @@ class Bucket:
         shards: the samples, of one or of several sets.
         turns: global batches that a step of this bucket takes, so that all steps have nearly the same number of tokens.
         share: share of the steps, relative to those of the other buckets.
+        latent: shape (F, C, H, W) of the samples that the run makes from the texts; None takes the clips.
     """
 
     shards: ShardMixture
     turns: int = 1
     share: float = 1.0
+    latent: tuple[int, ...] | None = None
 
 
 def split_by_size(shards: ShardMixture, sizes: Sequence[ClipSize]) -> tuple[Bucket, ...]:
@@ -113,6 +115,12 @@ def split_by_size(shards: ShardMixture, sizes: Sequence[ClipSize]) -> tuple[Buck
         Bucket(ShardMixture(tuple(sets), tuple(own) if shards.weights else ()), number, sum(own) / number)
         for (sets, own), number in zip(found, turns, strict=True)
     )
+
+
+def size_prompts(shards: ShardMixture, shapes: Sequence[tuple[int, ...]]) -> tuple[Bucket, ...]:
+    """Use all texts at each shape of latents (F, C, H, W), equally often."""
+    turns = [max(map(math.prod, shapes)) // math.prod(shape) for shape in shapes]
+    return tuple(Bucket(shards, number, 1 / number, shape) for number, shape in zip(turns, shapes, strict=True))
 
 
 def open_training(data: Data) -> ShardMixture:

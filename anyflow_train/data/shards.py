@@ -109,7 +109,7 @@ class ShardSet:
         """
         root = Path(cache or DEFAULT_CACHE).expanduser()
         remote = RemoteFolder(location, root, int(cache_gib * GIB), "") if is_remote(location) else None
-        folder = remote or LocalFolder(Path(location))
+        folder = remote or LocalFolder(Path(location).expanduser())
         version, location = location.encode(), public_location(location)
         data = _read(folder, location, MANIFEST)
         grown = parse_manifest(data, f"{location}/{MANIFEST}")

@@ -65,6 +65,7 @@ class Codec:
         Raises:
             UserError: the source has no VAE of Wan2.1.
         """
+        source = folder if (folder := Path(source).expanduser()).is_dir() else source
         vae = _load_weights(AutoencoderKLWan, source, "vae", dtype)
         for module in vae.modules():
             if isinstance(module, WanRMS_norm):

@@ -72,9 +72,9 @@ class DistributionMatchingObjective:
         draw = draw.scoped("distribution matching")
         by_chunk = self.backward == "chunk"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not by_chunk):
-            made = self.rollouts(roles.student, batch.condition, draw)
+            made = self.rollouts(roles.student, batch.condition, draw, tuple(batch.latents.shape[1:]))
         if self.endpoints is not None:
-            self.endpoints.put(draw, made)
+            self.endpoints.put(draw, batch.turn, made)
         teacher = guided(roles.teacher, batch.negative, self.guidance_scale)
         found = direction(teacher, roles.fake_score, made.x.detach(), batch.condition, draw, self.times)
         per_sample = square_error(made.x, (made.x - found.gradient).detach(), torch.ones_like(found.distance))
@@ -113,7 +113,7 @@ class FakeScoreObjective:
         """
         if roles.fake_score is None:
             raise ValueError("the fake score's objective needs a fake score among the roles")
-        x0 = self._samples(roles.student, batch.condition, draw)
+        x0 = self._samples(roles.student, batch, draw)
         draw = draw.scoped("fake score")
         t = draw_score_time(draw, self.times)
         z = draw.normal("score noise", tuple(x0.shape[1:]))
@@ -122,9 +122,10 @@ class FakeScoreObjective:
         return Loss(per_sample, torch.ones_like(per_sample), None, {})
 
     @torch.no_grad()
-    def _samples(self, student: FlowMap, condition: Condition, draw: Draw) -> Tensor:
-        made = None if self.endpoints is None else self.endpoints.pop(draw)
-        made = made or self.rollouts(student, condition, draw.scoped("fake score"))
+    def _samples(self, student: FlowMap, batch: Batch, draw: Draw) -> Tensor:
+        made = None if self.endpoints is None else self.endpoints.pop(draw, batch.turn)
+        latent = tuple(batch.latents.shape[1:])
+        made = made or self.rollouts(student, batch.condition, draw.scoped("fake score"), latent)
         return made.x
 
 

@@ -22,7 +22,7 @@ from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.flow.weights import beta08, uniform
 from anyflow_train.objectives.guidance import Noised, Regression, regression
-from anyflow_train.objectives.source import Latent, draw_points
+from anyflow_train.objectives.source import draw_points
 from anyflow_train.objectives.types import Loss, Roles, Setting
 
 
@@ -39,7 +39,6 @@ class FlowMapObjective:
         times: how t and r are drawn; `times.distribution` must be `uniform`.
         counts: number of samples of each branch in the global batch.
         world: number of data-parallel processes.
-        latent: (F, C, H, W) of one sample; only needed for `objective.source=student`.
 
     Raises:
         ValueError: `times.distribution` is not `uniform`.
@@ -51,12 +50,11 @@ class FlowMapObjective:
     times: Times
     counts: BranchCounts
     world: int = 1
-    latent: Latent | None = None
 
     @classmethod
     def build(cls, config: options.FlowMap, setting: Setting) -> FlowMapObjective:
         """Build the objective of a run."""
-        return cls(config, setting.times, setting.counts, setting.world, setting.latent)
+        return cls(config, setting.times, setting.counts, setting.world)
 
     def __post_init__(self) -> None:
         if self.times.distribution != "uniform":
@@ -65,7 +63,7 @@ class FlowMapObjective:
     def __call__(self, roles: Roles, batch: Batch, draw: Draw) -> Loss:
         config, shift = self.config, self.times.shift
         interval = draw_interval(draw, self.counts, shift, self.times.precision)
-        sample = draw_points(config, self.latent, roles, batch, draw, interval)
+        sample = draw_points(config, roles, batch, draw, interval)
         start = regression(roles, sample, config.guidance, config.guidance_scale, config.velocity)
         rows = rows_with_second_term(self.counts, draw.positions, self.world)
         goal = start.velocity if rows == 0 else self._corrected(roles.derivative, sample, start, rows)

@@ -68,7 +68,7 @@ def map_loss(
     """
     times = setting.times
     interval = draw_interval(draw, setting.counts, times.shift, times.precision)
-    sample = draw_points(config, setting.latent, roles, batch, draw, interval)
+    sample = draw_points(config, roles, batch, draw, interval)
     goal = _goal(config, setting, parts, roles, sample, draw)
     u = roles.student(sample.x, sample.t, sample.r, sample.condition)
     weight = beta08(sample.t, times.shift) if config.weight == "beta08" else uniform(sample.t)

@@ -36,22 +36,23 @@ class Rollouts:
     would hang.
 
     Attributes:
-        latent: shape (F, C, H, W) of one sample.
         steps: choices of N; g is drawn from 0..N-1.
         shift: time shift of the sampler.
         first_jump: see `flow.rollout.rollout`.
         chunks: chunks of a causal student, which rolls out one after the other; None rolls out all frames together.
     """
 
-    latent: tuple[int, int, int, int]
     steps: tuple[int, ...]
     shift: float
     first_jump: FirstJump
     chunks: Chunks | None = None
 
-    def __call__(self, student: FlowMap, condition: Condition, draw: Draw) -> Rollout:
-        """Roll out one sample per text. Gradient flows into the student, unless gradients are disabled."""
-        z, steps, generate = self._drawn(student, draw)
+    def __call__(self, student: FlowMap, condition: Condition, draw: Draw, latent: tuple[int, ...]) -> Rollout:
+        """Roll out one sample of shape `latent` (F, C, H, W) per text.
+
+        Gradient flows into the student, unless gradients are disabled.
+        """
+        z, steps, generate = self._drawn(student, draw, latent)
         if self.chunks is None:
             return Rollout(generate(z, condition), steps)
         return Rollout(chunk_by_chunk(cast(CausalFlowMap, student), z, condition, self.chunks, generate), steps)
@@ -67,13 +68,13 @@ class Rollouts:
             Frames of a chunk in the clip, and the chunk (B, f, C, H, W).
         """
         assert self.chunks is not None  # a rule of the config
-        z, _, generate = self._drawn(student, draw)
+        z, _, generate = self._drawn(student, draw, tuple(x.shape[1:]))
         for seen in self.chunks.growing():
             frames = slice(sum(seen[:-1]), sum(seen))
             causal = cast(CausalFlowMap, student)
             yield frames, next_chunk(causal, x[:, : frames.start], z, condition, seen, generate)
 
-    def _drawn(self, student: FlowMap, draw: Draw) -> tuple[Tensor, int, Generate]:
+    def _drawn(self, student: FlowMap, draw: Draw, latent: tuple[int, ...]) -> tuple[Tensor, int, Generate]:
         """Draw the noise of a clip, the number of steps, and the jumps of a rollout."""
         which, where = draw.shared("steps", 2)
         steps = self.steps[int(which * len(self.steps))]
@@ -81,19 +82,19 @@ class Rollouts:
         def generate(z: Tensor, condition: Condition) -> Tensor:
             return rollout(student, z, condition, steps, int(where * steps), self.shift, self.first_jump)
 
-        return draw.normal("noise", self.latent), steps, generate
+        return draw.normal("noise", latent), steps, generate
 
 
 class RolloutBuffer:
     """Hands the rollouts of the student's update to the fake score's update in the same step."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, tuple[int, ...]], Rollout] = {}
+        self._kept: dict[tuple[int, int, tuple[int, ...]], Rollout] = {}
 
-    def put(self, draw: Draw, rollout: Rollout) -> None:
-        """Store the detached samples of a micro-batch."""
-        self._kept[draw.step, draw.positions] = Rollout(rollout.x.detach(), rollout.steps)
+    def put(self, draw: Draw, turn: int, rollout: Rollout) -> None:
+        """Store the detached samples of a micro-batch. turn: see `data.batch.Batch`."""
+        self._kept[draw.step, turn, draw.positions] = Rollout(rollout.x.detach(), rollout.steps)
 
-    def pop(self, draw: Draw) -> Rollout | None:
+    def pop(self, draw: Draw, turn: int) -> Rollout | None:
         """Remove and return the samples of a micro-batch; None in a step without an update of the student."""
-        return self._kept.pop((draw.step, draw.positions), None)
+        return self._kept.pop((draw.step, turn, draw.positions), None)

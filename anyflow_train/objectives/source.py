@@ -13,42 +13,35 @@ from anyflow_train.flow.types import FlowMap, put, take
 from anyflow_train.objectives.guidance import Noised, drop_texts, noised
 from anyflow_train.objectives.types import Branch, Roles
 
-Latent = tuple[int, int, int, int]
 
-
-def draw_points(
-    config: AverageVelocity, latent: Latent | None, roles: Roles, batch: Batch, draw: Draw, interval: Interval
-) -> Noised:
+def draw_points(config: AverageVelocity, roles: Roles, batch: Batch, draw: Draw, interval: Interval) -> Noised:
     """Draw the points of B samples, as `objective.source` says.
 
     Args:
         config: keys of the objective.
-        latent: (F, C, H, W) of one sample; only needed for points from the student.
         roles: flow maps of the run.
-        batch: B samples.
+        batch: B samples; for points from the student, only the shape of their latents is used.
         draw: random numbers of the same positions.
         interval: times of the samples.
 
     Raises:
-        ValueError: batch and random numbers have different positions, or the shape of the latents is not given.
+        ValueError: batch and random numbers have different positions, or the latents have no shape (B, F, C, H, W).
     """
     if config.source == "data":
         return noised(batch, draw, interval.t, interval.r, config.text_dropout)
-    if latent is None:
-        raise ValueError("points from the student need the shape of the latents, Setting(latent=(F, C, H, W))")
-    return from_student(config, latent, roles.derivative, batch, draw, interval)
+    if batch.latents.ndim != 5:
+        raise ValueError(f"points from the student need the shape of the latents, not {tuple(batch.latents.shape)}")
+    return from_student(config, roles.derivative, batch, draw, interval)
 
 
 @torch.no_grad()
-def from_student(
-    config: AverageVelocity, latent: Latent, student: FlowMap, batch: Batch, draw: Draw, interval: Interval
-) -> Noised:
+def from_student(config: AverageVelocity, student: FlowMap, batch: Batch, draw: Draw, interval: Interval) -> Noised:
     """Draw noise at t = 1 for a share of the samples, and `X(z, 1, t)` for the others, with one call of the student.
 
     A sample that starts at noise gets t = 1; its r is then 1 if it was t. Arguments are those of `draw_points`.
     """
     starts = tuple(chance < config.noise_share for chance in draw.chances("start at noise"))
-    z = at_least_float32(draw.normal("noise", latent))
+    z = at_least_float32(draw.normal("noise", tuple(batch.latents.shape[1:])))
     t, r = interval.t.to(z.dtype), interval.r.to(z.dtype)
     one = torch.ones_like(t)
     t = torch.where(torch.tensor(starts).to(t.device, non_blocking=True), one, t)

@@ -74,13 +74,11 @@ class Setting:
         global_batch: number of samples per step, over all processes.
         times: how t and r are drawn.
         world: number of data-parallel processes.
-        latent: (F, C, H, W) of one sample; None if the objective takes it from the clips.
     """
 
     global_batch: int
     times: Times = field(default_factory=Times)
     world: int = 1
-    latent: tuple[int, int, int, int] | None = None
 
     @property
     def counts(self) -> BranchCounts:

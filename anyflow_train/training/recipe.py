@@ -16,7 +16,7 @@ from anyflow_train.config.schedule import stages
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible, check_texts
-from anyflow_train.data.mixture import open_training, split_by_size
+from anyflow_train.data.mixture import open_training, size_prompts, split_by_size
 from anyflow_train.devices import autocast_dtype
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
@@ -101,7 +101,13 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
             check_compatible(manifest, data, config.student.architecture, vae)
         else:
             check_texts(manifest, data, config.student.architecture)
-    several = clips and (len(data.sizes) > 1 or any(manifest.buckets for manifest in shards.manifests))
+    if clips:
+        several = len(data.sizes) > 1 or any(manifest.buckets for manifest in shards.manifests)
+        buckets = split_by_size(shards, data.sizes) if several else ()
+    else:
+        sized = [data.model_copy(update=size._asdict()) for size in data.sizes]
+        channels = config.student.architecture.in_channels
+        buckets = size_prompts(shards, [latent_shape(one, channels) for one in sized])
     return Loader(
         shards,
         config.seed,
@@ -113,7 +119,7 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
         device=world.device,
-        buckets=split_by_size(shards, data.sizes) if several else (),
+        buckets=buckets,
     )
 
 
@@ -139,9 +145,8 @@ def _on_policy_updates(
     config: RunConfig, on_policy: DistributionMatching, student: tuple[Update, ...]
 ) -> tuple[Update, ...]:
     """Add distribution matching before the terms of the student's updates, and the update of the fake score."""
-    latent = latent_shape(config.data, config.student.architecture.in_channels)
     chunks = Chunks.of(config.student.architecture)
-    rollouts = Rollouts(latent, on_policy.calls, on_policy.shift, on_policy.first_jump, chunks)
+    rollouts = Rollouts(on_policy.calls, on_policy.shift, on_policy.first_jump, chunks)
     endpoints = RolloutBuffer() if on_policy.fake_score.rollout == "student" else None
     matching = DistributionMatchingObjective(
         rollouts, on_policy.score_times, on_policy.guidance_scale, endpoints, on_policy.backward
@@ -177,8 +182,7 @@ def _main_term(config: RunConfig, world: World) -> Term:
     """Build the term of the run's objective."""
     objective, size = config.objective, config.engine.global_batch
     counts, balance = objective.branch_counts(config.times, size), objective.rebalancing
-    latent = latent_shape(config.data, config.student.architecture.in_channels)
-    setting = Setting(size, config.times, world.data_size, latent)
+    setting = Setting(size, config.times, world.data_size)
     return Term(
         name=objective.kind.rpartition(":")[2],
         objective=objective_class(objective).build(objective, setting),

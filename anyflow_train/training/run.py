@@ -14,7 +14,7 @@ from anyflow_train import __version__
 from anyflow_train.config.derived import table
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
-from anyflow_train.data.manifest import Manifest
+from anyflow_train.data.manifest import Manifest, unused_samples
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.checkpoints.inputs import Inputs
@@ -102,6 +102,8 @@ def run(config: RunConfig, build_validator: BuildValidator | None = None, forese
             progress.say(f"resuming from {point.path}")
             for line in inputs.grown(str(directory.path)):
                 progress.say(line)
+        for line in unused_samples(loader.shards.manifests, config.data.sizes) if config.objective.uses_clips else ():
+            progress.say(line)
         stream: Iterable[Sequence[Batch]] = loader
         if config.profile:
             profile = stack.enter_context(closing(Profile(directory.profile, world, progress.say)))

@@ -65,21 +65,39 @@ def test_the_teacher_makes_a_clip_for_each_prompt(tmp_path: Path, capsys: pytest
         run(make_config(tmp_path, teacher=None))
 
 
+def test_the_teacher_makes_clips_of_several_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n" * 5)
+    sizes: dict[str, Any] = {"buckets": ["5x32x32", "1x48x32"], "samples_per_shard": 3}
+    alone = make_config(tmp_path, **sizes)
+    run(alone)
+    assert "5 samples in 2 shards from 5 clips (2 5x32x32, 3 1x48x32)" in capsys.readouterr().out
+    run(make_config(tmp_path, **sizes, batch=4, out=str(tmp_path / "together")))
+    found, others = (ShardSet.open(str(tmp_path / name)).of_all_sizes() for name in ("out", "together"))
+    for one, other in ((found.read(index), others.read(index)) for index in range(5)):
+        assert one.latents is not None
+        assert other.latents is not None
+        assert one.key == other.key
+        assert torch.allclose(one.latents, other.latents, atol=1e-4)
+
+
 def test_a_teacher_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", f"source={tmp_path}", f"teacher={TINY}", f"out={tmp_path / 'out'}"]) == 2
     assert "makes clips from prompts, but prompts is null; give prompts=FILE" in capsys.readouterr().err
 
 
-def test_a_dry_run_writes_only_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_only_a_contact_sheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_clips(tmp_path / "clips", 6, seed=1)
-    (tmp_path / "clips" / "00003.mp4").write_text("no video")
+    (tmp_path / "clips" / "00004.txt").write_text(" ")
+    monkeypatch.setattr("anyflow_train.commands.prepare.PICTURES", 3)  # others take the place of 00004
     config = make_config(tmp_path, prompts=None, teacher=None, source=str(tmp_path / "clips"), dry_run=True)
     run(config)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path / 'out'} would get 6 of 6 clips"
     assert lines[1] == "  6 new: 00000, 00001, 00002, 00003, 00004, ..."
-    assert "  00003 cannot be used: unreadable: Invalid data found when processing input" in lines
-    assert lines[-1] == f"contact sheet of 5 clips: {tmp_path / 'out'}.dry_run.png"
+    assert "  00004 cannot be used: empty caption" in lines
+    assert lines[-1] == f"contact sheet of 3 clips: {tmp_path / 'out'}.dry_run.png"
     with Image.open(tmp_path / "out.dry_run.png") as sheet:
         assert sheet.width > 4 * 128
     assert not (tmp_path / "out").exists()

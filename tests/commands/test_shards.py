@@ -19,13 +19,13 @@ TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny-wan"
 SHAPE = (2, 16, 4, 4)
 
 
-def make(folder: Path, numbers: Sequence[int], caption: str = "clip {}") -> Path:
+def make(folder: Path, numbers: Sequence[int], caption: str = "clip {}", noise: float = 0.0) -> Path:
     """Write a shard of clips, which are equal if their numbers are."""
     names = itertools.count()
     samples = [
         Sample(
             f"k{next(names)}",
-            torch.full(SHAPE, number / 9),
+            torch.full(SHAPE, number / 9) + noise,
             torch.full((number % 3 + 1, 6), float(len(caption))),
             caption.format(number),
         )
@@ -55,7 +55,7 @@ def test_equal_clips_with_other_captions_are_found_if_all_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anyflow_train.commands.shards.MOST_READ", 1)
-    folder, other = make(tmp_path / "a", [1, 2, 3]), make(tmp_path / "b", [3, 5], "another caption {}")
+    folder, other = make(tmp_path / "a", [1, 2, 3]), make(tmp_path / "b", [3, 5], "another caption {}", 1e-6)
     for verify, found in (("false", 0), ("true", 1)):
         assert main(["shards", f"folder={folder}", "pictures=0", f"verify={verify}", f"held_out={other}"]) == 0
         assert f"clips that are in {other} too: {found}" in capsys.readouterr().out

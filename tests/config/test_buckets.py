@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import table
 from anyflow_train.config.rules import commands
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import UserError
 from tests.training.helpers import causal, on_policy, settings
 
 SIZES = [[9, 32, 32], [9, 16, 48], [1, 32, 32]]
@@ -48,8 +50,7 @@ def test_sizes_that_cannot_work_are_refused_by_key(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in found] == ["data.buckets.2"]
     found = errors(causal(config))
     assert {line.partition(":")[0] for line in found} == {"data.buckets.1", "data.buckets.2"}
-    (found,) = errors(on_policy(tmp_path))
-    assert found.startswith("data.buckets: [9x32x32, 9x16x48, 1x32x32] is only for clips")
+    assert errors(on_policy(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -59,11 +60,21 @@ def test_sizes_that_cannot_work_are_refused_by_key(tmp_path: Path) -> None:
         ({"buckets": ["17x64x64", "17x48x40"]}, "buckets.1"),
         ({"source": None, "prompts": "p.txt", "buckets": ["17x64x64"]}, "buckets"),
         ({"source": None, "prompts": "p.txt", "windows": "all"}, "windows"),
+        ({"source": None, "prompts": "p.txt", "teacher": "t", "min_seconds": 2.0}, "min_seconds"),
+        ({"steps": 8}, "steps"),
+        ({"source": None, "latents": "l", "dry_run": True}, "dry_run"),
     ],
 )
-def test_prepare_refuses_sizes_and_windows_by_key(changes: dict[str, object], where: str) -> None:
+def test_prepare_refuses_sizes_and_keys_without_effect_by_key(changes: dict[str, object], where: str) -> None:
     config = PrepareConfig.model_validate({"out": "o", "source": "s", "codec": "c", **changes})
     assert [finding.keys[0] for finding in commands.prepare(config)] == [where]
+
+
+def test_prepare_refuses_a_size_next_to_buckets_if_the_user_gave_both() -> None:
+    arguments = ["experiment=tiny_prepare", "source=s", "out=o", "buckets=[17x64x64,17x48x80]"]
+    assert compose("prepare", arguments).frames == 17  # of the experiment
+    with pytest.raises(UserError, match=r"^height: 48 has no effect, as buckets say the sizes"):
+        compose("prepare", [*arguments, "height=48"])
 
 
 @pytest.mark.parametrize("windows", ["0", "0s", "-1", "2 s", "s", "half", 1.5])

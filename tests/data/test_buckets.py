@@ -163,7 +163,7 @@ def test_check_finds_buckets_without_clips_and_counts_clips_without_a_bucket(dat
         student = config.student.model_copy(update={"architecture": architecture})
         changed = {"data": data.model_copy(update=changes), "student": student}
         files = check_files(config.model_copy(update=changed))
-        return [str(one) for one in (*files.errors, *files.warnings) if one.where == "data.buckets"]
+        return [str(one) for one in (*files.errors, *files.warnings) if one.where in ("data.buckets", "data.shards")]
 
     assert found() == []
     alone = str(tmp_path / "b")
@@ -172,5 +172,7 @@ def test_check_finds_buckets_without_clips_and_counts_clips_without_a_bucket(dat
     (unset,) = found(shards=alone, buckets=(), height=16, width=48)
     assert "; set it to some of these, or add shards that do" in unset
     (unused,) = found(buckets=(BIG, PICTURE))
-    assert "2 of 10 samples are not used, as they are 5x16x48; name all sizes to train on" in unused
+    assert "2 of 10 samples are not used, as their sizes are not in data.buckets: 2 of 5x16x48" in unused
     assert "6 of 10 samples are not used" in found(buckets=())[0]
+    _, lacking = found(buckets=(), height=48)
+    assert lacking.startswith(f"data.shards: {alone}: the sizes of data.shards are 5x32x32; 5x16x48; 1x32x32, but")

@@ -32,7 +32,7 @@ REAL, FAKE = GaussianData(mean=0.7, std=0.5), GaussianData(mean=-0.2, std=0.8)
 
 
 def rollouts(steps: tuple[int, ...] = (2, 4, 8)) -> Rollouts:
-    return Rollouts(SHAPE, steps, 5.0, "gradient")
+    return Rollouts(steps, 5.0, "gradient")
 
 
 def matching(scale: float = 1.0, endpoints: RolloutBuffer | None = None) -> DistributionMatchingObjective:
@@ -108,7 +108,7 @@ def test_the_teacher_is_guided_by_the_usual_scale_and_the_fake_score_is_not() ->
         span = s.reshape(-1, 1, 1, 1, 1)
         real = x - span * (conditional + 3 * (conditional - bare))  # k = 3 is w = 4
         predicted = x - span * roles.fake_score(x, s, s, text)
-        made = rollouts()(student, text, draw_of(SLOTS).scoped("distribution matching"))
+        made = rollouts()(student, text, draw_of(SLOTS).scoped("distribution matching"), SHAPE)
         distance = (made.x - real).abs().mean(dim=(1, 2, 3, 4))
         wanted = ((predicted - real).square().mean(dim=(1, 2, 3, 4))) / distance.square()
     torch.testing.assert_close(loss.per_sample.detach(), wanted, rtol=1e-9, atol=0)
@@ -165,7 +165,7 @@ def test_the_fake_score_settles_at_the_velocity_of_the_student_s_samples() -> No
             return data.average_velocity(x, t, r) + a + b * x
 
         student = REAL.average_velocity
-        make = Rollouts((1, 1, 1, 4), (2, 4), 5.0, "gradient")
+        make = Rollouts((2, 4), 5.0, "gradient")
         roles = Roles(student, student, None, fake)
         FakeScoreObjective(make, TIMES)(roles, batch, draw).per_sample.sum().backward()
         slopes[name] = [(g.mean() / (g.std() / count**0.5)).abs().item() for g in (a.grad, b.grad) if g is not None]
@@ -177,7 +177,7 @@ def test_the_fake_score_settles_at_the_velocity_of_the_student_s_samples() -> No
 def test_a_backward_pass_per_chunk_gives_the_gradient_of_the_whole_graph(first_jump: FirstJump) -> None:
     """And it never needs more than one chunk's graph: all calls of a chunk go back before those of the next one."""
     chunks = Chunks(FAR["chunk_partition"], FAR["full_chunk_limit"])
-    made = Rollouts((4, 4, 8, 12), (4,), 5.0, first_jump, chunks)
+    made = Rollouts((4,), 5.0, first_jump, chunks)
     networks = [small_far().double() for _ in range(3)]
     for number, network in enumerate(networks):
         torch.manual_seed(number)

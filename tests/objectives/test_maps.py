@@ -78,7 +78,7 @@ def gradient(kind: str, flow_map: Map, velocity: Map, guided: bool = False, **ke
     batch = Batch(latents, text, Condition(0 * text.text[:1]), ("",) * SAMPLES, draw.positions)
     free = torch.zeros(SAMPLES, *SHAPE, dtype=torch.float64, requires_grad=True)
     guidance: dict[str, Any] = {"guidance": "target", "guidance_scale": GUIDED.scale} if guided else {}
-    objective = OBJECTIVES[kind](Setting(SAMPLES, latent=SHAPE), text_dropout=0.0, **guidance, **keys)
+    objective = OBJECTIVES[kind](Setting(SAMPLES), text_dropout=0.0, **guidance, **keys)
     seen = Recorded(lambda x, t, r, condition: flow_map(x, t, r, condition) + free)
     loss = objective(Roles(seen, flow_map, velocity), batch, draw)
     (loss.per_sample * loss.weight).sum().backward()
@@ -195,7 +195,7 @@ CONFIGS: list[AverageVelocity] = [
 
 
 def built(config: AverageVelocity, world: int = 1) -> Objective:
-    return objective_class(config).build(config, Setting(12, world=world, latent=TOY))
+    return objective_class(config).build(config, Setting(12, world=world))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -246,12 +246,15 @@ def test_without_a_teacher_the_misuse_is_named() -> None:
 
 def test_points_from_the_student_need_no_clips_but_their_shape() -> None:
     positions, network = tuple(range(12)), SmallNetwork()
-    roles, texts = Roles(network, network, network), replace(batch_of(positions), latents=torch.empty(12, 0))
+    roles, texts = (
+        Roles(network, network, network),
+        replace(batch_of(positions), latents=torch.full((12, *TOY), torch.nan)),
+    )
     config = Lagrangian(source="student")
     loss = built(config)(roles, texts, draw_of(positions)).per_sample
     assert torch.equal(loss, built(config)(roles, batch_of(positions), draw_of(positions)).per_sample)
     with pytest.raises(ValueError, match="need the shape of the latents"):
-        LagrangianObjective.build(config, Setting(12))(roles, texts, draw_of(positions))
+        built(config)(roles, replace(texts, latents=torch.empty(12, 0)), draw_of(positions))
 
 
 @pytest.mark.parametrize("shares", [THIRDS, MixShares(), MixShares(flow_map=0.25, lagrangian=0.5, semigroup=0.25)])

@@ -16,12 +16,12 @@ STEPS = (2, 4, 8, 16, 50)
 
 
 def rollouts(steps: tuple[int, ...] = STEPS) -> Rollouts:
-    return Rollouts(SHAPE, steps, 5.0, "gradient")
+    return Rollouts(steps, 5.0, "gradient")
 
 
 def made(positions: tuple[int, ...], step: int) -> tuple[Rollout, Recorded]:
     student = Recorded(DATA.average_velocity)
-    return rollouts()(student, NO_TEXT, draw_of(positions, step)), student
+    return rollouts()(student, NO_TEXT, draw_of(positions, step), SHAPE), student
 
 
 def test_processes_share_the_sampler_and_nothing_else() -> None:
@@ -51,7 +51,7 @@ def test_two_or_three_calls_without_an_empty_jump() -> None:
         jumps = [(t.item(), r.item()) for _, t, r, _ in student.calls]
         assert jumps in [list(rollout_jumps(result.steps, index, 5.0)) for index in range(result.steps)]
     single = Recorded(DATA.average_velocity)
-    rollouts((1,))(single, NO_TEXT, draw_of((0,)))
+    rollouts((1,))(single, NO_TEXT, draw_of((0,)), SHAPE)
     assert len(single.calls) == 1
 
 
@@ -81,8 +81,8 @@ def test_the_choice_of_jumps_reaches_the_rollout() -> None:
     a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     slopes = []
     for first_jump in ("gradient", "detached"):
-        make = Rollouts(SHAPE, (50,), 5.0, first_jump)
-        x = make(lambda x, t, r, condition: a * x, NO_TEXT, draw_of((0, 1))).x
+        make = Rollouts((50,), 5.0, first_jump)
+        x = make(lambda x, t, r, condition: a * x, NO_TEXT, draw_of((0, 1)), SHAPE).x
         slopes.append(torch.autograd.grad(x.sum(), a)[0] / x.sum().detach())
     assert slopes[0] < slopes[1] < 0
 
@@ -90,14 +90,15 @@ def test_the_choice_of_jumps_reaches_the_rollout() -> None:
 def test_endpoints_are_those_of_this_step_and_used_once() -> None:
     endpoints = RolloutBuffer()
     x = torch.ones(1, *SHAPE, requires_grad=True) * 2
-    endpoints.put(draw_of((0,), step=4), Rollout(x, 8))
-    assert endpoints.pop(draw_of((0,), step=5)) is None
-    assert endpoints.pop(draw_of((1,), step=4)) is None
-    kept = endpoints.pop(DoubleDraw(5, 4, (0,), torch.device("cpu"), "another user: "))
+    endpoints.put(draw_of((0,), step=4), 0, Rollout(x, 8))
+    assert endpoints.pop(draw_of((0,), step=5), 0) is None
+    assert endpoints.pop(draw_of((1,), step=4), 0) is None
+    assert endpoints.pop(draw_of((0,), step=4), 1) is None
+    kept = endpoints.pop(DoubleDraw(5, 4, (0,), torch.device("cpu"), "another user: "), 0)
     assert kept is not None
     assert torch.equal(kept.x, x)
     assert not kept.x.requires_grad
-    assert endpoints.pop(draw_of((0,), step=4)) is None
+    assert endpoints.pop(draw_of((0,), step=4), 0) is None
 
 
 def test_shared_numbers_and_scopes() -> None:

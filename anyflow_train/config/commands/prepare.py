@@ -38,7 +38,7 @@ class PrepareConfig(Model):
     frames: frames per clip, 4n + 1.
     height, width: size of the clips in pixels.
     buckets: sizes as frames, height and width, such as [17x64x64,17x48x80,1x64x64], in place of frames, height and
-        width. A clip goes into the one that crops the least of it.
+        width. A clip goes into the one that crops the least of it; the teacher's clips get one by chance.
     fps: frame rate to which clips are resampled.
     windows: parts of a clip that become samples: its beginning (first), whole parts one after the other (all), a number
         of evenly spread ones (8), or one every so many seconds (2s).

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from anyflow_train.config.commands import DistilOptions, EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.rules.geometry import frame_count, video_size
 
+# Keys of `anyflow prepare` that work only with another one.
+OF_TEACHER = ("steps", "guidance_scale", "shift", "seed")
+OF_SOURCE = ("windows", "hdr", "min_size", "min_seconds", "max_upscale")
+NOT_OF_LATENTS = ("caption_key", "encoding", "prune", "dry_run")
 
-def prepare(config: PrepareConfig) -> Iterator[Finding]:
-    """Check that there is something to encode, at sizes that Wan's VAE and patches divide."""
+
+def prepare(config: PrepareConfig, typed: Collection[str] = ()) -> Iterator[Finding]:
+    """Check that there is something to encode, at sizes that Wan's VAE and patches divide.
+
+    Args:
+        config: config of the command.
+        typed: keys that the user gave; one that others make useless must not be ignored.
+    """
     for number, size in enumerate(config.buckets):
         found = video_size(*size)
         yield from (Finding((f"buckets.{number}",), f"{size}: {one.text}") for one in found)
@@ -19,11 +29,19 @@ def prepare(config: PrepareConfig) -> Iterator[Finding]:
         yield from video_size(config.frames, config.height, config.width)
     if len({*config.buckets}) < len(config.buckets):
         yield Finding(("buckets",), f"{[str(size) for size in config.buckets]} names a size twice; name each one once")
-    if config.source is None:
-        for key, value in (("buckets", config.buckets), ("windows", config.windows)):
-            if value not in ((), "first"):
-                problem = f"{value if key == 'windows' else [*map(str, value)]} is for clips, but source is null"
-                yield Finding((key, "source"), f"{problem}; leave {key} out")
+    if config.buckets:
+        for key in {"frames", "height", "width"}.intersection(typed):
+            problem = f"{getattr(config, key)} has no effect, as buckets say the sizes; leave one of them out"
+            yield Finding((key, "buckets"), problem)
+    for owner, keys in (("teacher", OF_TEACHER), ("source", OF_SOURCE)):
+        for key in keys if getattr(config, owner) is None else ():
+            if (value := getattr(config, key)) != PrepareConfig.model_fields[key].default:
+                yield Finding((key, owner), f"{value} has no effect, as {owner} is null; leave {key} out")
+    for key in NOT_OF_LATENTS if config.latents else ():
+        if value := getattr(config, key):
+            yield Finding((key, "latents"), f"{value} has no effect on latents that exist; leave {key} out")
+    if config.buckets and config.prompts and not config.teacher:
+        yield Finding(("buckets", "teacher"), "prompts have no size, and teacher is null; leave buckets out")
     try:
         codecs.lookup(config.encoding or "utf-8")
     except (LookupError, ValueError):

@@ -54,10 +54,6 @@ def run_sizes(config: RunConfig) -> Iterator[Finding]:
         problem = f"{_listed(data.buckets)} does not have {data.size}, the size of validation"
         advice = "add it, or set data.frames, data.height and data.width to one of them"
         yield Finding((key, "data.frames", "data.height", "data.width"), f"{problem}; {advice}")
-    if len(data.buckets) > 1 and (config.on_policy.matching or not config.objective.uses_clips):
-        used = "on_policy.kind" if config.on_policy.matching else "objective.source"
-        problem = f"{_listed(data.buckets)} is only for clips, but this run makes its own samples"
-        yield Finding((key, used), f"{problem}, which have one size; set it to []")
 
 
 def _listed(sizes: Iterable[ClipSize]) -> str:

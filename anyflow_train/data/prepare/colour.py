@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from av import VideoFrame
-from av.video.reformatter import ColorPrimaries, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc
 from torch import Tensor
 
 from anyflow_train.data.prepare.frames import ClipError
@@ -30,6 +30,8 @@ SDR_WHITE = 203.0  # cd/m2, ITU-R BT.2408
 PQ_PEAK = 10_000.0  # cd/m2
 HLG_PEAK, HLG_GAMMA = 1000.0, 1.2  # of the reference display of ITU-R BT.2100
 BT2020_LUMA = (0.2627, 0.6780, 0.0593)
+# FFmpeg's scaler multiplies by 256 to get from 8 to 16 bits, also if it reads 10 bits of limited range.
+MOST, SCALER_WHITE = 0xFFFF, 0xFF00
 HIGHLIGHT = 2.0  # luminance, in units of the white of SDR, from which colours fade to white
 HDR_NAMES = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 
@@ -68,7 +70,9 @@ def sdr_pixels(frame: VideoFrame, hdr: Hdr) -> Tensor:
     matrix = _matrix(frame, name)
     if not name and primaries not in TO_BT709:
         return _rgb(frame, "rgb24", matrix)
-    light = _light(frame.color_trc if name else None)[_rgb(frame, "rgb48le", matrix).long()]
+    full = frame.color_range == ColorRange.JPEG or frame.format.is_rgb
+    white = MOST if full and frame.format.components[0].bits > 8 else SCALER_WHITE
+    light = _light(frame.color_trc if name else None, white)[_rgb(frame, "rgb48le", matrix).long()]
     if primaries in TO_BT709:
         light = torch.einsum("dc,chw->dhw", torch.tensor(TO_BT709[primaries]), light)
     if name:
@@ -101,9 +105,9 @@ def _rgb(frame: VideoFrame, form: str, matrix: int | None) -> Tensor:
 
 
 @lru_cache
-def _light(transfer: int | None) -> Tensor:
-    """Tabulate the linear light of the 65,536 signals of a channel; 1 is the white of SDR."""
-    signal = torch.linspace(0, 1, 1 << 16, dtype=torch.float64)
+def _light(transfer: int | None, white: int) -> Tensor:
+    """Tabulate the linear light of the 65,536 signals of a channel, of which `white` is 1; light 1 is SDR's white."""
+    signal = torch.arange(MOST + 1, dtype=torch.float64) / white
     if transfer == ColorTrc.SMPTE2084:  # the constants of SMPTE ST 2084
         power = signal ** (4096 / (2523 * 128))
         ratio = (power - 3424 / 4096).clamp(min=0) / (2413 / 128 - 2392 / 128 * power)

@@ -52,21 +52,21 @@ from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.video import read_windows
-from anyflow_train.data.prepare.videos import MakeLatents, write_made_shards, write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.videos import Maker, write_made_shards, write_prompt_shards, write_video_shards
 from anyflow_train.data.prepare.windows import Framing, clip_of
 from anyflow_train.data.prepare.workers import Workers, join_workers
-from anyflow_train.data.prepare.writing import copy_shard
+from anyflow_train.data.prepare.writing import copy_shard, describe_shard
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file, check_writable, file_sha256
+from anyflow_train.files import atomic_file, check_writable
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import public_name
 
 MOST_NAMED = 5
 
 
-LoadTeacher = Callable[[PrepareConfig, torch.device, Tensor], MakeLatents]
-"""Config, device and embedding (L, D) of the negative prompt -> function that makes latents."""
+LoadTeacher = Callable[[PrepareConfig, torch.device, Tensor], Maker]
+"""Config, device and embedding (L, D) of the negative prompt -> functions that make latents."""
 
 
 def run(config: PrepareConfig, load_teacher: LoadTeacher | None = None) -> None:
@@ -81,9 +81,9 @@ def run(config: PrepareConfig, load_teacher: LoadTeacher | None = None) -> None:
         KeyboardInterrupt: after a message on how to continue.
         SystemExit: on other processes than 0; process 0 reports the reason.
     """
-    check_writable(Path(config.out))
+    check_writable(Path(config.out).expanduser())
     if config.latents is not None:
-        return own.convert(config, partial(_codec_info, config))
+        return own.convert(config, partial(_codec_info, config), partial(_buckets, config))
     with join_workers() as workers:
         plan, device = make_plan(config), None
         with lock_output(plan, workers):
@@ -145,8 +145,9 @@ def _prepare(job: PrepareJob) -> None:
     if not _finish(job):
         print(f"{plan.folder} is complete: {_summary(plan)}")
         return
-    rate = _clips(job.round.shards) / (time.monotonic() - start)
-    print(f"{plan.folder}: {_summary(plan)}; {rate:.1f} clips/s including start-up")
+    clips = _clips([shard for shard in job.round.shards if shard.origin is None])
+    rate = f"; {clips / (time.monotonic() - start):.1f} clips/s including start-up" if clips else ""
+    print(f"{plan.folder}: {_summary(plan)}{rate}")
 
 
 def _clips(shards: Sequence[ShardPlan]) -> int:
@@ -170,22 +171,27 @@ def _encode_texts(job: PrepareJob) -> None:
 
 
 def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
-    config, folder = job.config, job.plan.folder
+    config, folder, dtype = job.config, job.plan.folder, DTYPES[job.config.latent_dtype]
     for shard in job.copies:
         copy_shard(folder, shard.name, shard.origin or "", frozenset(clip.key for clip in shard.clips))
         progress.advance(len(shard.clips))
     if config.teacher is not None and job.shards:
         assert job.load_teacher is not None
         with safe_open(folder / job.round.text, "pt") as texts:
-            make = job.load_teacher(config, job.device, texts.get_tensor("negative"))
-        write_made_shards(make, folder, job.shards, config.batch, DTYPES[config.latent_dtype], progress)
+            maker = job.load_teacher(config, job.device, texts.get_tensor("negative"))
+        shapes = _shapes(config, job.codec(config.vae_precision)) if config.buckets else []
+        write_made_shards(maker, folder, job.shards, config.batch, dtype, progress, shapes)
     elif config.prompts is not None:
         write_prompt_shards(folder, job.shards, progress)
     elif job.shards:
         read, codec = partial(read_windows, framing=Framing.of(config)), job.codec(config.vae_precision)
-        shapes = [one.latent_shape for one in _buckets(config, codec)] if len(config.sizes) > 1 else []
-        dtype = DTYPES[config.latent_dtype]
+        shapes = _shapes(config, codec)
         write_video_shards(read, codec.encode_video, folder, job.shards, config.batch, dtype, progress, shapes)
+
+
+def _shapes(config: PrepareConfig, codec: Codec) -> list[tuple[int, ...]]:
+    """List the shapes of latents (F, C, H, W) of the buckets, if there are several."""
+    return [one.latent_shape for one in _buckets(config, codec)] if len(config.sizes) > 1 else []
 
 
 def _finish(job: PrepareJob) -> bool:
@@ -223,17 +229,7 @@ def _remove(folder: Path, *names: str) -> None:
 
 
 def _shard_infos(ledger: Ledger) -> list[ShardInfo]:
-    folder, names = ledger.folder, [shard.name for shard in ledger.shards]
-    return [
-        ShardInfo(
-            name=name,
-            samples=len(ledger.index(name).entries),
-            bytes=(folder / name).stat().st_size,
-            index_sha256=file_sha256(folder / index_name(name)),
-            buckets=ledger.index(name).buckets,
-        )
-        for name in names
-    ]
+    return [describe_shard(ledger.folder, shard.name, ledger.index(shard.name)) for shard in ledger.shards]
 
 
 def _facts(job: PrepareJob) -> Manifest:

@@ -52,6 +52,8 @@ def open_video(source: Path | BinaryIO) -> Iterator[tuple[InputContainer, VideoS
 
 def is_picture(container: InputContainer) -> bool:
     """Return whether the file is a picture that does not move, such as a JPEG or PNG."""
+    if container.name.lower().endswith((".mjpeg", ".mjpg")):  # a row of JPEGs, which FFmpeg takes for one
+        return False
     return container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
@@ -63,16 +65,15 @@ def stated_duration(container: InputContainer, stream: VideoStream) -> float | N
 
 
 def duration(container: InputContainer, stream: VideoStream) -> float:
-    """Return the duration of the pictures in seconds. If the file does not state it, all of the file is read."""
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
+    """Return the duration of the pictures in seconds. All of the file is read, as it may state more than it holds."""
     packets = [(one.pts, one.duration or 0) for one in container.demux(stream) if one.size]
     step = 1 / (float(stream.average_rate or 0) or 25.0)
     times = [(start, start + length) for start, length in packets if start is not None]
     if stream.time_base is None or not times:
         return len(packets) * step
     first, last = min(start for start, _ in times), max(times)
-    return float((last[1] - first) * stream.time_base) + (step if last[0] == last[1] else 0)
+    found = float((last[1] - first) * stream.time_base) + (step if last[0] == last[1] else 0)
+    return found if stream.duration is None else min(found, float(stream.duration * stream.time_base))
 
 
 def shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, float]]:

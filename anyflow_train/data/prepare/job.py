@@ -133,7 +133,7 @@ def make_plan(config: PrepareConfig) -> PreparePlan:
         settings = {key: value for key, value in settings.items() if key not in TEACHER_KEYS}
     settings["kind"] = "video" if prompts is None or config.teacher is not None else "prompts"
     settings["codec"] = {part: public_fingerprint(config.codec, part) for part in ("vae", "text_encoder")}
-    return PreparePlan(config, Path(config.out), source, settings)
+    return PreparePlan(config, Path(config.out).expanduser(), source, settings)
 
 
 def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:

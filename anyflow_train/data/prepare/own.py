@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.captions import read_prompts
-from anyflow_train.data.index import Skipped, index_name
+from anyflow_train.data.index import Skipped
 from anyflow_train.data.manifest import (
     FORMAT,
     TEXT,
+    Bucket,
     CodecInfo,
     Manifest,
     PromptTexts,
@@ -26,12 +28,12 @@ from anyflow_train.data.manifest import (
 )
 from anyflow_train.data.prepare.sources import path_key
 from anyflow_train.data.prepare.texts import encode_texts
-from anyflow_train.data.prepare.writing import write_shard
+from anyflow_train.data.prepare.writing import describe_shard, write_shard
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import Member, scan
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
-from anyflow_train.files import file_sha256, regular
+from anyflow_train.files import regular
 from anyflow_train.models.codec import Codec
 
 FASTVIDEO = [f"{part}_{fact}" for part in ("vae_latent", "text_embedding") for fact in ("bytes", "shape", "dtype")]
@@ -48,13 +50,14 @@ def write_folder(
     fps: float = 16.0,
     factors: tuple[int, int] = (4, 8),
     samples_per_shard: int = 256,
+    buckets: Sequence[Bucket] = (),
 ) -> Manifest:
     """Write a folder of shards.
 
     Args:
         folder: folder of the shards; it may exist, and must not contain shards.
         samples: samples with latents (F, C, H, W), normalised per channel, and texts (L, D) without padding. A sample
-            of another shape than the first one is skipped.
+            of another shape than the first one, or than all buckets, is skipped.
         codec: the codec of the latents and texts.
         texts: embeddings of the negative prompt and of the validation prompts.
         negative_prompt: text that replaces a caption when training drops it.
@@ -62,6 +65,7 @@ def write_folder(
         fps: frames per second of the clips.
         factors: frames per latent frame after the first, and pixels per latent, of the codec.
         samples_per_shard: most samples in a shard.
+        buckets: sizes of the samples; needed if there are several.
 
     Returns:
         The manifest, which is written last.
@@ -79,27 +83,27 @@ def write_folder(
     if first.text.shape[1] != texts.negative.shape[1]:
         width = f"{first.text.shape[1]} numbers per token, but the negative prompt {texts.negative.shape[1]}"
         raise UserError(str(folder), f"the text of {first.key} has {width}; use the text encoder of the latents' model")
-    shape, dtype = tuple(first.latents.shape), "bf16" if first.latents.dtype == torch.bfloat16 else "fp32"
+    frames, channels, height, width = first.latents.shape
+    size = ClipSize((frames - 1) * factors[0] + 1, height * factors[1], width * factors[1])
+    sizes = tuple(buckets) or (Bucket(**size._asdict(), latent_shape=(frames, channels, height, width)),)
+    shapes = [one.latent_shape for one in sizes]
     shards, longest, skipped = list[ShardInfo](), 0, 0
     head: Sample | None = first
     while head is not None:
         name, part = f"shard-{len(shards):06d}.tar", chain([head], islice(stream, samples_per_shard - 1))
-        index = write_shard(folder, name, (_of_shape(sample, shape) for sample in part))
+        index = write_shard(folder, name, (_of_shape(sample, shapes) for sample in part), shapes=shapes[1:] and shapes)
         head = next(stream, None)
         longest, skipped = max(longest, index.longest_text or 0), skipped + len(index.skipped)
-        size, checksum = (folder / name).stat().st_size, file_sha256(folder / index_name(name))
-        shards.append(ShardInfo(name=name, samples=len(index.entries), bytes=size, index_sha256=checksum))
+        shards.append(describe_shard(folder, name, index))
     write_prompt_texts(folder / TEXT, texts)
     manifest = Manifest(
         format=FORMAT,
         kind="video",
         shards=tuple(shards),
         text_dim=first.text.shape[1],
-        latent_shape=shape,  # pyright: ignore[reportArgumentType] (checked by pydantic)
-        latent_dtype=dtype,
-        frames=(shape[0] - 1) * factors[0] + 1,
-        height=shape[2] * factors[1],
-        width=shape[3] * factors[1],
+        **dict(sizes[0]),
+        latent_dtype="bf16" if first.latents.dtype == torch.bfloat16 else "fp32",
+        buckets=sizes if len(sizes) > 1 else (),
         fps=fps,
         longest_text=longest,
         codec=codec,
@@ -112,8 +116,17 @@ def write_folder(
     return manifest
 
 
-def convert(config: PrepareConfig, codec_info: Callable[[Codec], CodecInfo]) -> None:
+def convert(
+    config: PrepareConfig,
+    codec_info: Callable[[Codec], CodecInfo],
+    buckets_of: Callable[[Codec], tuple[Bucket, ...]],
+) -> None:
     """Write shards from the latents of `config.latents`, with prompts that the codec encodes.
+
+    Args:
+        config: config of the command.
+        codec_info: describes the codec.
+        buckets_of: returns the sizes of the config.
 
     Raises:
         UserError: the latents cannot be read, or `out` contains shards.
@@ -123,8 +136,8 @@ def convert(config: PrepareConfig, codec_info: Callable[[Codec], CodecInfo]) -> 
     negative, *others = encode_texts(codec, [config.negative_prompt, *validation], config.max_text_length)
     dtype = DTYPES[config.latent_dtype]
     manifest = write_folder(
-        Path(config.out),
-        read_cached(Path(config.latents or ""), codec.latents_mean, codec.latents_std, dtype),
+        Path(config.out).expanduser(),
+        read_cached(Path(config.latents or "").expanduser(), codec.latents_mean, codec.latents_std, dtype),
         codec_info(codec),
         PromptTexts(negative, tuple(others)),
         config.negative_prompt,
@@ -132,6 +145,7 @@ def convert(config: PrepareConfig, codec_info: Callable[[Codec], CodecInfo]) -> 
         config.fps,
         (codec.temporal_factor, codec.spatial_factor),
         config.samples_per_shard,
+        buckets_of(codec) if config.buckets else (),
     )
     skipped = f"; {manifest.skipped} skipped, as they have another shape" if manifest.skipped else ""
     print(f"{config.out}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
@@ -222,6 +236,7 @@ def _valid(text: Tensor) -> Tensor:
     return text[: int(used[-1]) + 1 if len(used) else 1].clone()
 
 
-def _of_shape(sample: Sample, shape: tuple[int, ...]) -> Sample | Skipped:
+def _of_shape(sample: Sample, shapes: Sequence[tuple[int, ...]]) -> Sample | Skipped:
     found = None if sample.latents is None else tuple(sample.latents.shape)
-    return sample if found == shape else Skipped(sample.key, f"another shape: {found} instead of {shape}")
+    wanted = " or ".join(map(str, shapes))
+    return sample if found in shapes else Skipped(sample.key, f"another shape: {found} instead of {wanted}")

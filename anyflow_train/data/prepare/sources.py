@@ -142,7 +142,7 @@ def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool 
     Raises:
         UserError: the source does not exist, has another format, or contains no clips; or a list in it is broken.
     """
-    path, reader = Path(source), reader or CaptionReader()
+    path, reader = Path(source).expanduser(), reader or CaptionReader()
     kinds = (*VIDEOS, *PICTURES) if pictures else VIDEOS
     if _is_tar(path) and path.is_file():
         found = _from_tars([path], reader, kinds)
@@ -156,6 +156,8 @@ def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool 
     if not found.clips:
         there = f"; it holds {format_counts(found.unused)}" if found.unused else ""
         there += "".join(f"; {problem.key}: {problem.reason}" for problem in found.problems[:1])
+        if {f".{kind}" for kind in PICTURES} & found.unused.keys():
+            there += "; pictures need a bucket of one frame, such as buckets=[1x480x832]"
         kinds = f"videos are files of type {', '.join(VIDEOS[:6])} or one of {len(VIDEOS) - 6} others"
         raise UserError("source", f"{source} holds no clip that can be used{there}; {kinds}")
     return replace(found, clips=tuple(_with_unique_keys(found.clips)))
@@ -175,7 +177,7 @@ def list_prompts(path: str, reader: CaptionReader | None = None) -> Source:
             lines = reader.decode(regular(file).read_bytes(), path).splitlines()
             prompts = [text for line in lines for text in reader.from_value(line)]
     except OSError as error:
-        raise UserError("prompts", f"'{path}' cannot be read: {error}") from None
+        raise UserError("prompts", f"'{path}' cannot be read: {error.strerror or error}") from None
     except CaptionError as error:
         raise UserError("prompts", f"{path} {error}") from None
     if not prompts:

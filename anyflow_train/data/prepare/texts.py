@@ -27,7 +27,7 @@ def encode_shard_texts(
 ) -> None:
     """Encode the captions of each shard into its temporary file. Equal captions are encoded once."""
     for shard in shards:
-        captions = [_captions(clip) for clip in shard.clips]
+        captions = [captions_of(clip) for clip in shard.clips]
         different = _different(captions)
         embeddings = encode_texts(codec, different, max_length)
         long = [text for text, x in zip(different, embeddings, strict=True) if _is_cut(codec, text, len(x), max_length)]
@@ -74,7 +74,7 @@ def encode_texts(codec: Codec, texts: list[str], max_length: int) -> list[Tensor
     return found
 
 
-def _captions(clip: Clip) -> list[str] | str:
+def captions_of(clip: Clip) -> list[str] | str:
     """Return the captions of a clip, or the reason why there are none."""
     try:
         return list(clip.read_captions()) or "empty caption"

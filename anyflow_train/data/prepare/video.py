@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from av import VideoFrame
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 from torch import Tensor
 from torch.nn import functional
@@ -36,6 +37,10 @@ TIME_TOLERANCE = 1e-3
 # Widths of a pixel that files are believed. Others are mistakes of the file's writer, and its pixels are square.
 PIXEL_ASPECTS = (1 / 8, 8)
 ANY = Limits()
+
+# PyAV does not know all kinds of data that FFmpeg adds to frames, such as EXIF, and then gives none of a frame's.
+# Unknown ones count as a kind that is not used here.
+Type._missing_ = classmethod(lambda _type, _value: Type.PANSCAN)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_clip(
@@ -76,7 +81,7 @@ def read_clip(
 def read_windows(source: Path | BinaryIO, key: str, framing: Framing) -> Iterator[tuple[str, Tensor]]:
     """Yield the windows of a clip in order, as `read_clip` would read them from a file that begins there.
 
-    The file is read once, and each frame is converted once, also if windows overlap.
+    The file is decoded once, and each frame is converted once, also if windows overlap.
 
     Args:
         source: a video or picture, or its bytes.
@@ -129,6 +134,8 @@ def _windows(
                 if not begun and not waiting:
                     return
             index += 1
+    if number:
+        raise ClipError(f"ends early: at {end:.2f} s, before the end of window {number}")
     raise ClipError(too_short(size.frames, framing.fps, end))
 
 

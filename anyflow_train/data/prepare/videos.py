@@ -34,7 +34,9 @@ ClipError."""
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, F, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W')."""
 MakeLatents = Callable[[list[Sample]], Tensor]
-"""Samples -> their normalised latents (B, F, C, H, W)."""
+"""Samples of one shape -> their normalised latents (B, F, C, H, W)."""
+Maker = tuple[Callable[[Sample], Sample], MakeLatents]
+"""Puts noise of the sample's shape in place of the latents, and makes latents from that."""
 
 
 def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
@@ -44,11 +46,20 @@ def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipPro
 
 
 def write_made_shards(
-    make: MakeLatents, folder: Path, shards: list[ShardPlan], batch: int, dtype: torch.dtype, progress: ClipProgress
+    maker: Maker,
+    folder: Path,
+    shards: list[ShardPlan],
+    batch: int,
+    dtype: torch.dtype,
+    progress: ClipProgress,
+    shapes: Sequence[tuple[int, ...]],
 ) -> None:
     """Write shards with latents that a network makes from the texts. Arguments as those of `write_video_shards`."""
+    start, make = maker
     for shard in shards:
-        _write(folder, shard, _encoded(make, read_shard_texts(folder, shard), batch, dtype), progress)
+        texts = read_shard_texts(folder, shard)
+        begun = (one if isinstance(one, Skipped) else start(one) for one in texts)
+        _write(folder, shard, _encoded(make, begun, batch, dtype), progress, shapes)
 
 
 def write_video_shards(
@@ -75,7 +86,7 @@ def write_video_shards(
     """
 
     def from_pixels(samples: list[Sample]) -> Tensor:
-        return encode(torch.stack([sample.latents for sample in samples if sample.latents is not None]))
+        return encode(stacked(samples))
 
     pool = ThreadPoolExecutor(DECODERS, "decode")
     clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
@@ -83,9 +94,20 @@ def write_video_shards(
         with closing(_read_ahead(pool, read, clips, batch)) as decoded:
             for shard in shards:
                 windows = chain.from_iterable(islice(decoded, len(shard.clips)))
-                _write(folder, shard, _encoded(from_pixels, windows, batch, dtype), progress, shapes)
+                _write(
+                    folder,
+                    shard,
+                    _encoded(from_pixels, windows, batch, dtype),
+                    progress,
+                    shapes,
+                )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def stacked(samples: Iterable[Sample]) -> Tensor:
+    """Join the latents of samples, or what stands in their place, to a batch."""
+    return torch.stack([sample.latents for sample in samples if sample.latents is not None])
 
 
 def _write(
@@ -120,7 +142,7 @@ def _read_ahead(
 
     def fill(queue: Queue[Sample | Skipped | None], clip: Clip, sample: Sample | Skipped) -> None:
         try:
-            for window in _with_pixels(read, clip, sample):
+            for window in with_pixels(read, clip, sample):
                 put(queue, window)
                 if stopped.is_set():
                     return
@@ -149,7 +171,7 @@ def _read_ahead(
         stopped.set()
 
 
-def _with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Iterator[Sample | Skipped]:
+def with_pixels(read: ReadVideo, clip: Clip, sample: Sample | Skipped) -> Iterator[Sample | Skipped]:
     """Yield a sample for each window of a clip, with pixels in place of latents; and why the clip, or the rest of it,
     is skipped."""
     if isinstance(sample, Skipped):

@@ -13,11 +13,11 @@ from pathlib import Path
 from safetensors.torch import save
 
 from anyflow_train.data.index import SampleEntry, ShardIndex, Skipped, index_name, parse_index, write_index
-from anyflow_train.data.manifest import DIGITS
+from anyflow_train.data.manifest import DIGITS, ShardInfo
 from anyflow_train.data.prepare.windows import clip_of
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import TarWriter
-from anyflow_train.files import atomic_file, open_inside, read_inside
+from anyflow_train.files import atomic_file, file_sha256, open_inside, read_inside
 
 
 def write_shard(
@@ -61,6 +61,12 @@ def write_shard(
     )
     write_index(folder / index_name(name), index)
     return index
+
+
+def describe_shard(folder: Path, name: str, index: ShardIndex) -> ShardInfo:
+    """Describe a shard that is complete, for the manifest."""
+    size, checksum = (folder / name).stat().st_size, file_sha256(folder / index_name(name))
+    return ShardInfo(name=name, samples=len(index.entries), bytes=size, index_sha256=checksum, buckets=index.buckets)
 
 
 def copy_shard(folder: Path, name: str, origin: str, keys: frozenset[str]) -> None:

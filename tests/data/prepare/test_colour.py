@@ -12,6 +12,7 @@ import pytest
 import torch
 from av import VideoFrame
 from av.filter import Graph
+from PIL import ExifTags, Image, ImageOps
 
 from anyflow_train.data.prepare.colour import sdr_pixels
 from anyflow_train.data.prepare.frames import ClipError
@@ -74,22 +75,40 @@ def test_pq_is_linear_light_up_to_203_nits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transfer", "signal", "wanted", "limit"),
+    ("transfer", "codes", "wanted"),
     [  # from FFmpeg: zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=clip,zscale=t=bt709:m=bt709:r=pc
-        (PQ, (0.5315, 0.3267, 0.2193), (255, 5, 0), 10),
-        (PQ, (0.4676, 0.5702, 0.3459), (27, 255, 0), 10),
-        (PQ, (0.996, 0.0, 0.0), (255, 204, 208), 3),  # a highlight fades to white
-        (PQ, (0.8779, 0.0, 0.9941), (204, 143, 255), 3),
-        (HLG, (0.5536, 0.7334, 0.323), (14, 255, 8), 18),
-        (HLG, (0.0, 0.9963, 0.0), (0, 255, 113), 6),
-        (HLG, (0.7471, 0.7471, 0.7471), (255, 255, 255), 3),
+        (PQ, (393, 438, 608), (255, 5, 0)),
+        (PQ, (530, 424, 474), (27, 255, 0)),
+        (PQ, (559, 415, 518), (253, 255, 0)),
+        (PQ, (277, 667, 540), (0, 5, 254)),
+        (HLG, (646, 350, 446), (14, 255, 8)),
+        (HLG, (240, 765, 537), (11, 4, 255)),
+        (HLG, (444, 654, 663), (254, 8, 253)),
+        (HLG, (721, 512, 512), (255, 255, 255)),
     ],
 )
-def test_hdr_is_within_a_few_steps_of_ffmpeg(
-    transfer: int, signal: tuple[float, ...], wanted: tuple[int, ...], limit: float
+def test_hdr_is_as_ffmpeg_shows_it(transfer: int, codes: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    frame = VideoFrame(32, 32, "yuv444p10le")
+    for plane, code in zip(frame.planes, codes, strict=True):
+        plane.update(np.full(plane.buffer_size // 2, code, np.uint16).tobytes())
+    frame.color_trc, frame.color_range = transfer, 1
+    found = sdr_pixels(frame, "tonemap")[:, 16, 16]
+    assert (found - torch.tensor(wanted)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("transfer", "signal", "wanted"),
+    [  # a highlight fades to white
+        (PQ, (0.996, 0.0, 0.0), (255, 204, 208)),
+        (PQ, (0.8779, 0.0, 0.9941), (204, 143, 255)),
+        (HLG, (0.7471, 0.7471, 0.7471), (255, 255, 255)),
+    ],
+)
+def test_rgb_in_hdr_is_within_a_few_steps_of_ffmpeg(
+    transfer: int, signal: tuple[float, ...], wanted: tuple[int, ...]
 ) -> None:
     found = sdr_pixels(rgb_frame([signal], transfer, UNSPECIFIED), "tonemap")[:, 0, 0]
-    assert (found - torch.tensor(wanted)).abs().max() <= limit
+    assert (found - torch.tensor(wanted)).abs().max() <= 3
 
 
 def test_wide_gamuts_become_bt709() -> None:
@@ -163,6 +182,18 @@ def test_display_matrices(tmp_path: Path, matrix: tuple[int, int, int, int], wan
     names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B", (True, True, True): "W"}
     places = [(5, 5), (5, 26), (26, 5), (26, 26)]
     assert "".join(names[tuple((shown[:, y, x] > 0).tolist())] for y, x in places) == wanted
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+def test_photos_are_turned_as_their_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(corners()).save(path, exif=exif)
+    with Image.open(path) as photo:
+        wanted = np.array(ImageOps.exif_transpose(photo).convert("RGB"))
+    shown = read_clip(path, 1, wanted.shape[0], wanted.shape[1], 16.0)[:, 0]
+    assert (shown - torch.from_numpy(wanted).movedim(2, 0) / 127.5 + 1).abs().mean() < 0.1
 
 
 def test_anamorphic_pixels_become_square(tmp_path: Path) -> None:

@@ -93,6 +93,19 @@ def test_the_manifest_says_what_the_shards_are(prepared: Path, codec: str) -> No
     check_compatible(manifest, data, Architecture(text_dim=manifest.text_dim), manifest.codec.vae)
 
 
+def test_a_tilde_is_the_home_folder(
+    prepared: Path, codec: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, place in (("clips", clips), ("codec", Path(codec))):
+        (tmp_path / name).symlink_to(place.resolve())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prompts = {"negative_prompt": "red ball", "validation_prompts": ("wide", "blue square")}
+    run(make_config("~/codec", Path("~/clips"), Path("~/out"), **prompts))
+    assert len(ShardSet.open("~/out")) == 8
+    for name, data in contents(prepared).items():
+        assert name == "manifest.json" or contents(tmp_path / "out")[name] == data
+
+
 def test_a_second_run_does_nothing(prepared: Path, codec: str, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(prepared)
     run(make_config(codec, clips, prepared, negative_prompt="red ball", validation_prompts=("wide", "blue square")))

@@ -82,6 +82,22 @@ def test_latents_of_rcm_become_shards(tmp_path: Path) -> None:
         run(config)
 
 
+def test_cached_latents_of_several_sizes_go_into_buckets(tmp_path: Path) -> None:
+    for name, latents in (("a", LATENTS[:, :1]), ("b", LATENTS), ("c", LATENTS[:, :, :2])):
+        write_rcm(tmp_path / f"{name}.tar", latents)
+    places = {"latents": str(tmp_path), "out": str(tmp_path / "out"), "codec": TINY}
+    sizes = {"buckets": ["5x32x32", "1x32x32", "9x32x32"], "samples_per_shard": 3}
+    run(PrepareConfig.model_validate({**places, **sizes, "precision": "fp32", "device": "cpu", "threads": 1}))
+    shards = ShardSet.open(str(tmp_path / "out")).of_all_sizes()
+    assert {str(size): count for size, count in shards.manifest.counts.items()} == {
+        "5x32x32": 2,
+        "1x32x32": 2,
+        "9x32x32": 0,
+    }
+    assert (shards.manifest.frames, shards.manifest.skipped) == (5, 2)
+    assert [len(sample.latents) for sample in map(shards.read, range(4)) if sample.latents is not None] == [1, 1, 2, 2]
+
+
 def test_texts_of_another_encoder_are_refused(tmp_path: Path) -> None:
     sample = Sample("a", LATENTS.transpose(0, 1), torch.ones(3, 32), "a")
     with pytest.raises(UserError, match="the text of a has 32 numbers per token, but the negative prompt 64"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
+from PIL import Image
 
 from anyflow_train.data.prepare.frames import shown_frames
 from anyflow_train.data.prepare.video import ClipError, Limits, fit, read_clip
@@ -91,6 +92,14 @@ def test_the_default_stream_is_read_and_no_cover(tmp_path: Path) -> None:
     assert abs(greys(read_clip(cover, 1, 64, 64, 16.0))[0] - 200) < 3
     with pytest.raises(ClipError, match="no video: the file holds cover art"):
         read_clip(write_frames(tmp_path / "b.mp4", [{0: 50}], [Disposition.attached_pic]), 1, 64, 64, 16.0)
+
+
+def test_a_row_of_jpegs_is_a_video(tmp_path: Path) -> None:
+    path, noise = tmp_path / "a.mjpeg", np.random.default_rng(0).integers(0, 20, (256, 256, 3), dtype=np.uint8)
+    with path.open("wb") as file:  # so large that FFmpeg does not see the second one when it guesses the format
+        for grey in range(0, 200, 20):
+            Image.fromarray(noise + np.uint8(grey)).save(file, "JPEG", quality=95)
+    assert greys(read_clip(path, 9, 32, 32, 25.0)) == pytest.approx([9.5 + 20 * number for number in range(9)], abs=2)
 
 
 def test_a_hole_ends_a_clip_and_a_slow_clip_has_none(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
+from av.video.stream import VideoStream
 from PIL import Image
 
 from anyflow_train.config.base import ClipSize
@@ -62,6 +65,26 @@ def test_a_window_is_the_clip_that_begins_there(tmp_path: Path, windows: str, su
         assert pixels.shape == (3, 5, 16, 16)
         wanted = torch.tensor(greys[start : start + 5]) / 127.5 - 1
         torch.testing.assert_close(pixels.mean(dim=(0, 2, 3)), wanted, atol=0.03, rtol=0)
+
+
+def test_windows_of_a_file_that_was_cut_off_are_spread_over_what_is_left(tmp_path: Path) -> None:
+    path, noise = tmp_path / "clip.mp4", np.random.default_rng(0)
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:  # states 8 s before the pictures
+        stream = file.add_stream("libx264", rate=8, width=96, height=96, pix_fmt="yuv420p")
+        assert isinstance(stream, VideoStream)
+        for _ in range(64):
+            picture = noise.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        file.mux(stream.encode())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    windows = read_windows(path, "clip", Framing((SMALL,), 8.0, "4"))
+    assert [next(windows)[0] for _ in range(3)] == ["clip@w00", "clip@w01", "clip@w02"]
+    with pytest.raises(ClipError, match=r"^ends early: at 3.\d\d s, before the end of window 3$"):
+        next(windows)
+    # Without windows, the longest size that the rest has room for is taken.
+    sizes = (ClipSize(61, 16, 16), ClipSize(21, 16, 16))
+    ((_, pixels),) = read_windows(path, "clip", Framing(sizes, 8.0))
+    assert pixels.shape[1] == 21
 
 
 def test_the_size_that_crops_the_least_is_chosen() -> None:
