@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from anyflow_train.commands.preflight import check_files, trained_parameters
 from anyflow_train.config.network import Lora
+from anyflow_train.config.pipelines import WEIGHTS
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
@@ -88,6 +90,24 @@ def test_a_network_of_another_shape_is_no_start_and_no_teacher(folder: Path) -> 
     index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "transformer_2": ["diffusers", "Wan"]}
     (folder / "other" / "model_index.json").write_text(json.dumps(index))
     assert "has two transformers" in errors(config(folder, **taught))[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged or not a safetensors file ("),
+        (lambda path: path.write_bytes(path.read_bytes() + b"0"), "is damaged or not a safetensors file ("),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read (is not a regular file)"),
+        (Path.unlink, "cannot be read (No such file or directory)"),
+    ],
+    ids=["pointer", "truncated", "longer", "fifo", "absent"],
+)
+def test_weights_that_are_not_whole_are_named(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder / "teacher" / WEIGHTS)
+    (found,) = errors(config(folder, objective__velocity="teacher", teacher__source=str(folder / "teacher")))
+    assert str(folder / "teacher" / WEIGHTS) in found
+    assert message in found
 
 
 @pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 3, "full_modules": ["delta_embedder"]}])
