@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.derived import needs_teacher
+from anyflow_train.config.derived import most_checkpoints, needs_teacher
 from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
 from anyflow_train.config.parameters import layers
@@ -195,13 +195,13 @@ def _folder(path: Path, source: str) -> Path:
 
 
 def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
-    """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
+    """Warn if the disk has no room for the checkpoints that the run keeps, and the one being written."""
     out = Path(folder).expanduser()
     check_writable(out)
     free = shutil.disk_usage(existing_part(out)).free
-    copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
+    copies, size = most_checkpoints(config), BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
-        needed = f"{copies} checkpoints of {memory_size(size)} (checkpoint.keep={config.checkpoint.keep})"
+        needed = f"{copies} checkpoints of {memory_size(size)} (checkpoint.keep and keep_every)"
         yield f"'{config.out}' has {memory_size(free)} of free disk, but {needed} need more; free some space"
 
 

@@ -209,12 +209,9 @@ def _check_text_to_video(source: str | Path, config: Given) -> None:
 
 def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     """Open the weight files. Returns weight name -> open file."""
-    folder = Path(source)
-    if original.is_weights_file(folder):
-        return {key: file for file in [open_weights(folder)] for key in file.keys()}  # noqa: SIM118 (safe_open)
-    if not folder.is_dir():
+    folder, alone = Path(source), original.is_weights_file(source)
+    if not alone and not folder.is_dir():
         prefix = f"{place}/" if place else ""
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
-    folder = folder / (place or "")
-    files = [open_weights(path) for path in weight_files(folder)]
+    files = map(open_weights, [folder] if alone else weight_files(folder / (place or "")))
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)

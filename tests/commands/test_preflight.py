@@ -122,8 +122,9 @@ def test_the_number_of_trained_parameters_is_nearly_the_networks(folder: Path, a
 
 def test_a_full_disk_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 2**10}))
-    (warning,) = check_files(config(folder)).warnings
-    assert "4 checkpoints of 0.2 MiB (checkpoint.keep=2) need more" in str(warning)
+    for every, count in ((0, 3), (4, 5)):  # 8 steps
+        (warning,) = check_files(config(folder, checkpoint__keep_every=every)).warnings
+        assert f"{count} checkpoints of 0.2 MiB (checkpoint.keep and keep_every) need more" in str(warning)
 
 
 def test_the_config_of_a_hub_id_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
