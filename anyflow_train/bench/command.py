@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from anyflow_train.bench import checks, steps
 from anyflow_train.bench.notes import Notes
 from anyflow_train.config.commands import BenchConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import to_json
+from anyflow_train.files import read_json, to_json
 from anyflow_train.text import markdown_table, timed_printer
 
 PASSED, FAILED = 0, 1
@@ -118,7 +117,7 @@ def _one(name: str, part: Part, seconds: float, config: BenchConfig, out: Path) 
             code: int | str = done.returncode
         except subprocess.TimeoutExpired:
             code = f"ended at its limit of {seconds:.0f} s"
-    found = json.loads(result.read_text()) if result.exists() else {}
+    found = read_json(result) if result.exists() else {}
     result.unlink(missing_ok=True)
     problem = "" if code == 0 else f"{code if isinstance(code, str) else f'exit code {code}'}; see {name}.txt"
     wrong = "; ".join(filter(None, (found.get("wrong"), problem)))

@@ -43,7 +43,7 @@ EXAMPLES = {
     "watch": ["runs"],
     "demo": ["runs/tiny teacher=assets/tiny-wan text_length=16"],
     "completion": ["bash > ~/.local/share/bash-completion/completions/anyflow"],
-    "bench": ["rehearse=true", "'only=[eager,compiled]' 'settings=[engine.micro_batch=1]'"],
+    "bench": ["rehearse=true", "'only=[eager,compiled]' 'settings=[\"engine.micro_batch=1\"]'"],
     "report": ["runs/tiny out=report.html"],
     "launch": ["zero2 experiment=wan1_3b_forward data.shards=shards"],
     "distil": [

@@ -46,7 +46,7 @@ def test_attention_agrees_with_its_formula(tmp_path: Path) -> None:
     assert found.keys() == {"flash", "flash, 256 keys", "flash, 64 keys"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the parts are the steps of benchmarks/step.py, which the suite runs
 def test_both_ways_make_steps_and_only_ours_has_fewer_operations_than_it_computes(tmp_path: Path) -> None:
     ours, published = part("full", tmp_path), part("published", tmp_path)
     for found in (ours, published):
@@ -76,7 +76,7 @@ def test_the_report() -> None:
 
 @pytest.mark.slow
 def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"out={tmp_path}", "rehearse=true", "only=[machine,eager,attention]", "settings=[no.such.key=1]"]
+    arguments = [f"out={tmp_path}", "rehearse=true", "only=[machine,eager,attention]", 'settings=["no.such.key=1"]']
     assert anyflow(["bench", *arguments]) == 1
     parts = json.loads((tmp_path / "bench.json").read_text())["parts"]
     assert {name: found["state"] for name, found in parts.items()} == {
@@ -88,7 +88,7 @@ def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pyte
     assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_steps_and_a_checkpoint_under_zero(strategy: str, tmp_path: Path) -> None:
     """In a process of its own, because DeepSpeed keeps its state; on a CPU the benchmark itself leaves them out."""

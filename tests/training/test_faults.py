@@ -160,7 +160,7 @@ def test_a_file_that_only_process_0_opens_ends_all_with_its_name(refused: Launch
     text = refused.text()
     assert text.count(f"error: {refused.folder / 'unwritable'}: cannot be written (Is a directory)") == 1
     config = refused.folder / "unreadable" / "config.json"
-    assert text.count(f"error: {config}: cannot be read or written (Is a directory)") == 1
+    assert text.count(f"error: {config}: cannot be read or written (is not a regular file)") == 1
 
 
 @pytest.mark.parametrize("launch", ["ddp"], indirect=True)

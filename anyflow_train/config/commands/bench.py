@@ -33,7 +33,7 @@ class BenchConfig(Model):
     limit: seconds for all parts together; parts that no longer fit are left out. A rehearsal has no such limit.
     only: parts to run, such as [eager,compiled]; an empty list runs all of them.
     rehearse: run all parts at tiny sizes, also on a CPU. Their times mean nothing.
-    settings: more arguments of `anyflow train` for the measured steps, such as [data.height=720,data.width=1280].
+    settings: more arguments of `anyflow train` for the measured steps, such as ["data.height=720","data.width=1280"].
     """
 
     out: str = "runs/bench"
