@@ -16,7 +16,7 @@ ALLOWED = {
     "text": set(),
     "files": {"errors"},
     "devices": {"errors"},
-    "config": {"errors", "text"},
+    "config": {"errors", "text", "files"},
     "flow": {"errors", "config"},
     "models": {"errors", "config", "files", "flow"},
     "data": {"errors", "text", "devices", "config", "files", "flow", "models"},
@@ -36,7 +36,7 @@ ALLOWED = {
         "tiny",
         "training",
     },
-    "plan": {"errors", "text", "devices", "config", "flow", "data", "models", "training", "evaluation"},
+    "plan": {"errors", "text", "devices", "config", "files", "flow", "data", "models", "training", "evaluation"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

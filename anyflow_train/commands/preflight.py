@@ -14,16 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.derived import needs_teacher
+from anyflow_train.config.derived import most_checkpoints, needs_teacher
 from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
 from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
 from anyflow_train.config.parameters import layers
-from anyflow_train.config.pipelines import INDEX, SCHEDULER, VAE, check_pipeline, folder_reader
+from anyflow_train.config.pipelines import (
+    INDEX,
+    SCHEDULER,
+    VAE,
+    check_pipeline,
+    folder_reader,
+    read_intact,
+    weight_files,
+)
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all
-from anyflow_train.files import check_writable, existing_part, open_inside, read_json
+from anyflow_train.files import check_writable, existing_part, open_inside
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.differences import differences, mismatches, other_interface
@@ -122,7 +130,7 @@ def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
         if not found:
             raise UserError(key, f"'{source}' contains no checkpoint; train it first")
         # All checkpoints of a run have the same network.
-        content = _json(found[-1] / NAME)
+        content = read_intact(found[-1] / NAME)
         if not content:
             return  # of an older version, which the run itself can read
         before = NetworkFile.of_file(content, str(found[-1] / NAME))
@@ -147,11 +155,12 @@ def _arguments(key: str, path: Path, source: str) -> Mapping[str, Any]:
     if is_weights_file(path):
         return architecture(read_shapes(path), source)
     folder = _folder(path, source)
-    arguments = _json(folder / "config.json")
+    arguments = read_intact(folder / "config.json")
     if not arguments:
         raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
+    # The run downloads the weights of a hub id.
+    shapes = [read_shapes(file) for file in (weight_files(folder) if path.is_dir() else ())]
     if arguments.get("_class_name") == KIND:
-        shapes = [read_shapes(file) for file in sorted(folder.glob("*.safetensors"))]
         arguments = architecture({name: shape for file in shapes for name, shape in file.items()}, source)
     check_pipeline(source, arguments, folder_reader(folder))
     return arguments
@@ -186,13 +195,13 @@ def _folder(path: Path, source: str) -> Path:
 
 
 def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
-    """Warn if the disk has no room for the checkpoints that are kept, the best one, and the one being written."""
+    """Warn if the disk has no room for the checkpoints that the run keeps, and the one being written."""
     out = Path(folder).expanduser()
     check_writable(out)
     free = shutil.disk_usage(existing_part(out)).free
-    copies, size = config.checkpoint.keep + 2, BYTES_PER_PARAMETER * trained_parameters(config)
+    copies, size = most_checkpoints(config), BYTES_PER_PARAMETER * trained_parameters(config)
     if copies * size > free:
-        needed = f"{copies} checkpoints of {memory_size(size)} (checkpoint.keep={config.checkpoint.keep})"
+        needed = f"{copies} checkpoints of {memory_size(size)} (checkpoint.keep and keep_every)"
         yield f"'{config.out}' has {memory_size(free)} of free disk, but {needed} need more; free some space"
 
 
@@ -222,13 +231,3 @@ def _sides(name: str, shape: Architecture) -> tuple[int, int]:
         "proj_out": (width, patch * shape.out_channels),
     }
     return next((size for ending, size in sides.items() if name.endswith(ending)), (width, width))
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON object; empty if there is no such file. Raises UserError if it is not one."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(read_json(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from anyflow_train.config.commands import ShardsConfig
 from anyflow_train.config.paths import resource
@@ -21,7 +24,7 @@ from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.video import Grid, draw_grid, to_frames
-from anyflow_train.files import atomic_file
+from anyflow_train.files import atomic_file, check_writable, regular
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import printable
 
@@ -32,6 +35,8 @@ EQUAL = 0.02
 """Difference of latents, per number, below which clips count as equal."""
 COLUMNS = 4
 LABEL = 60
+MARK = ("Software", "anyflow contact sheet")
+"""Text in the PNG of a contact sheet, by which an earlier one is known."""
 MIB = 2**20
 
 
@@ -169,6 +174,9 @@ def _directions(size: int) -> torch.Tensor:
 
 def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
     """Decode the middle frames of some samples, evenly spaced, into one PNG."""
+    folder = Path() if is_remote(config.folder) else Path(config.folder)
+    path = Path(config.out or folder / "contact_sheet.png").expanduser()
+    check_contact_sheet(path)
     source = config.codec or shards.manifest.codec.source
     shipped = resource("assets") / source
     try:
@@ -188,10 +196,18 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
             frames = to_frames(codec.decode_video(sample.latents.float()[None])[0])
             pictures.append(frames[len(frames) // 2])
             labels.append(f"{sample.key}: {sample.caption}"[:LABEL])
-    path = Path(config.out or "contact_sheet.png").expanduser() if is_remote(config.folder) or config.out else None
-    path = path or Path(config.folder).expanduser() / "contact_sheet.png"
     write_contact_sheet(path, pictures, labels)
     print(f"contact sheet of {len(pictures)} samples: {path}")
+
+
+def check_contact_sheet(path: Path) -> None:
+    """Check that a contact sheet can be written there. Raises UserError also if a file that is none would be lost."""
+    check_writable(path.parent)
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(regular(path)) as earlier:
+        if MARK in earlier.info.items():
+            return
+    if os.path.lexists(path):
+        raise UserError("out", f"'{path}' exists and is no contact sheet of anyflow; name another file")
 
 
 def write_contact_sheet(path: Path, pictures: list[np.ndarray], labels: list[str]) -> None:
@@ -204,8 +220,12 @@ def write_contact_sheet(path: Path, pictures: list[np.ndarray], labels: list[str
     cells[-1] += [blank[None]] * (COLUMNS - len(cells[-1])) if len(rows) > 1 else []
     names = ["\n".join(labels[row]) for row in rows]
     sheet = draw_grid(Grid(names, [""] * len(cells[0]), cells, 1.0), least=128, most=224)[0]
+    check_contact_sheet(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = PngInfo()
+    mark.add_text(*MARK)
     with atomic_file(path) as file:
-        Image.fromarray(sheet).save(file, "PNG")
+        Image.fromarray(sheet).save(file, "PNG", pnginfo=mark)
 
 
 def _centred(picture: np.ndarray, blank: np.ndarray) -> np.ndarray:

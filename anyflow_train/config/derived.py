@@ -62,6 +62,13 @@ def shares_base(config: RunConfig) -> bool:
     return needs_teacher(config) and isinstance(student.adapter, Lora) and same and student.deltatime_type == "r"
 
 
+def most_checkpoints(config: RunConfig) -> int:
+    """Checkpoints that are on the disk at once: the last ones, the milestones, the best, and the one being written."""
+    keeping = config.checkpoint
+    milestones = config.steps // keeping.keep_every if keeping.keep_every else 0
+    return keeping.keep + milestones + bool(config.evaluation.every) + 1
+
+
 def world_size() -> int:
     """Return the number of processes that the launcher started (`WORLD_SIZE`); 1 without a launcher.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.errors import UserError
+from anyflow_train.files import regular
 
 KIND = "WanModel"
 """Class in the `config.json` of Wan's own repository."""
@@ -17,6 +19,7 @@ HEAD_DIM = 128
 PREFIX = "model.diffusion_model."
 """Prefix of the names in files that ComfyUI wrote."""
 
+_LFS_POINTER = b"version https://git-lfs"
 _PARTS = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
@@ -56,17 +59,30 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the header of a safetensors file: name -> shape.
 
     Raises:
-        UserError: the file cannot be read or is not a safetensors file.
+        UserError: the file cannot be read, is a Git LFS pointer, is truncated, or is not a safetensors file.
     """
+    path = path.expanduser()
     try:
-        with path.expanduser().open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 1 << 28 else None
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}  # pyright: ignore[reportOptionalMemberAccess]
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(str(path), "is damaged or not a safetensors file; copy or download it again") from None
+        with regular(path).open("rb") as file:
+            size, whole = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(size)) if size < min(whole, 1 << 28) else None
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}  # pyright: ignore[reportOptionalMemberAccess]
+        if (needed := 8 + size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)) != whole:
+            raise ValueError(f"{whole} bytes instead of {needed}")
+        return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(str(path), unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Say why a file of weights cannot be read."""
+    try:
+        with regular(path).open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                return "is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository"
+    except OSError as unread:
+        return f"cannot be read ({unread.strerror})"
+    return f"is damaged or not a safetensors file ({str(error).splitlines()[0]}); copy or download it again"
 
 
 def architecture(shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> dict[str, Any]:

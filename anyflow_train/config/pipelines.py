@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_train.errors import UserError
+from anyflow_train.files import FileName, inside, read_json, regular
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX, VAE, SCHEDULER = "model_index.json", "vae/config.json", "scheduler/scheduler_config.json"
 PIPELINES = ("WanPipeline", "AnyFlowPipeline", "AnyFlowFARPipeline")
 SUPPORTED = (
@@ -42,21 +44,35 @@ def folder_reader(transformer: Path) -> ReadJson:
     The returned function raises UserError if a file is damaged, because half of a model could not be told from a whole.
     """
     root = transformer.resolve().parent
-    return lambda name: _read_intact(root / name) if (root / INDEX).is_file() else {}
+    return lambda name: read_intact(root / name) if (root / INDEX).is_file() else {}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. It is empty if there is no such file, or the file holds anything else."""
-    with suppress(UserError):
-        return _read_intact(path)
-    return {}
+class _Index(BaseModel):
+    weight_map: dict[str, FileName]
 
 
-def _read_intact(path: Path) -> dict[str, Any]:
+def weight_files(transformer: Path) -> list[Path]:
+    """List the weight files of a transformer's folder.
+
+    Raises:
+        UserError: the index is damaged, or a file does not exist, is not a regular file, or leads out of the folder.
+    """
+    index = transformer / f"{WEIGHTS}.index.json"
+    try:
+        names = _Index.model_validate_json(index.read_bytes()).weight_map.values() if index.is_file() else [WEIGHTS]
+        return [regular(inside(transformer, name)) for name in sorted(set(names))]
+    except ValidationError as error:
+        raise UserError(str(index), f"does not map weights to files: {error.errors()[0]['msg']}") from None
+    except OSError as error:
+        name = str(error.filename or transformer)
+        raise UserError(name, f"cannot be read ({error.strerror}); copy or download it again") from None
+
+
+def read_intact(path: Path) -> dict[str, Any]:
     """Read a JSON object. It is empty if there is no such file. Raises UserError if the file is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(read_json(path)) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(str(path), f"cannot be read ({error}); copy or download it again") from None
 
 

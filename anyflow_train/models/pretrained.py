@@ -13,14 +13,13 @@ from typing import Any
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from anyflow_train.config import original
 from anyflow_train.config.network import Causal, plain
-from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader
+from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader, weight_files
 from anyflow_train.errors import UserError
-from anyflow_train.files import FileName, inside, parse_json, regular
+from anyflow_train.files import parse_json
 from anyflow_train.models.build import build_described
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
@@ -52,11 +51,6 @@ CAUSAL = Causal().model_dump()
 
 TIME, DELTA = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
 PATCH, FAR = "patch_embedding.", "far_patch_embedding."
-_FILE = "diffusion_pytorch_model.safetensors"
-
-
-class _Index(BaseModel):
-    weight_map: dict[str, FileName]
 
 
 @dataclass(frozen=True)
@@ -215,19 +209,9 @@ def _check_text_to_video(source: str | Path, config: Given) -> None:
 
 def _open_files(source: str | Path, place: str | None) -> dict[str, Any]:
     """Open the weight files. Returns weight name -> open file."""
-    folder = Path(source)
-    if original.is_weights_file(folder):
-        return {key: file for file in [open_weights(folder)] for key in file.keys()}  # noqa: SIM118 (safe_open)
-    if not folder.is_dir():
+    folder, alone = Path(source), original.is_weights_file(source)
+    if not alone and not folder.is_dir():
         prefix = f"{place}/" if place else ""
         folder = Path(snapshot_download(str(source), allow_patterns=[f"{prefix}*.safetensors", f"{prefix}*.json"]))
-    folder = folder / (place or "")
-    index = folder / f"{_FILE}.index.json"
-    try:
-        names = _Index.model_validate_json(index.read_bytes()).weight_map.values() if index.is_file() else [_FILE]
-        files = [open_weights(regular(inside(folder, name))) for name in sorted(set(names))]
-    except ValidationError as error:
-        raise UserError(str(index), f"does not map weights to files: {error.errors()[0]['msg']}") from None
-    except OSError as error:
-        raise UserError(str(source), f"cannot read its weights: {error}") from error
+    files = map(open_weights, [folder] if alone else weight_files(folder / (place or "")))
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)

@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from anyflow_train.config.original import unreadable
 from anyflow_train.errors import UserError
 from anyflow_train.files import read_json, regular
-
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def open_weights(path: Path) -> Any:
@@ -25,7 +24,7 @@ def open_weights(path: Path) -> Any:
     try:
         return safe_open(regular(path), framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(str(path), _reason(path, error)) from error
+        raise UserError(str(path), unreadable(path, error)) from error
 
 
 def read_weight(file: Any, name: str, where: str | Path) -> Tensor:
@@ -79,14 +78,4 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         return dict(read_json(path)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(str(path), f"is not an index of weight files ({_reason(path, error)})") from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    try:
-        with regular(path).open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                return "is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository"
-    except OSError as unread:
-        return f"cannot be read ({unread.strerror})"
-    return f"is damaged or not a safetensors file ({str(error).splitlines()[0]}); copy or download it again"
+        raise UserError(str(path), f"is not an index of weight files ({unreadable(path, error)})") from error

@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from anyflow_train.config.derived import largest, latent_shape
 from anyflow_train.config.network import Architecture, Student, published
 from anyflow_train.config.original import architecture, is_weights_file, read_shapes
-from anyflow_train.config.pipelines import read_object
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
+from anyflow_train.files import read_object
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.build import build_empty

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.derived import latent_shape
-from anyflow_train.config.pipelines import VAE, read_object
+from anyflow_train.config.pipelines import VAE
 from anyflow_train.config.run import RunConfig
 from anyflow_train.evaluation.sampling import EULER, clip_sampler
 from anyflow_train.evaluation.teacher_reference import reference_scale
+from anyflow_train.files import read_object
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import Condition
 from anyflow_train.models.codec import Codec

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from anyflow_train.config.commands import EvaluateConfig, SweepOptions
@@ -16,7 +15,7 @@ from anyflow_train.config.derived import world_size
 from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, UserErrors, raise_all
-from anyflow_train.files import parse_json
+from anyflow_train.files import read_json, read_object, replace_file, write_json
 from anyflow_train.sweep import cluster
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
@@ -153,19 +152,19 @@ def _evaluate(
     path = Path(config.out) / "report.json"
     wanted = config.model_dump(mode="json")
     newest = max((one.folder / "done.json").stat().st_mtime for one in combinations)
-    if not (path.is_file() and path.stat().st_mtime > newest and parse_json(path.read_bytes())["config"] == wanted):
+    if not (path.is_file() and path.stat().st_mtime > newest and read_object(path).get("config") == wanted):
         code, _ = runner.call(["evaluate", *arguments])
         if code:
             return code
-    print(write_board(combinations[0].folder.parent, combinations, parse_json(path.read_bytes())))
+    print(write_board(combinations[0].folder.parent, combinations, read_object(path)))
     return SUCCESS
 
 
 def _read_costs(combinations: Sequence[Combination]) -> None:
-    """Take over the CPU times of earlier starts."""
+    """Take over the CPU times of earlier starts. Without them, if the file is damaged, the times begin at 0."""
     path = combinations[0].folder.parent / "sweep.json"
-    if path.is_file():
-        spent = {row["label"]: row.get("cpu_seconds", 0.0) for row in parse_json(path.read_bytes())}
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        spent = {row["label"]: float(row["cpu_seconds"]) for row in read_json(path)}
         for one in combinations:
             one.cpu_seconds = spent.get(one.label, 0.0)
 
@@ -181,7 +180,7 @@ def _report(combinations: Sequence[Combination]) -> str:
         for one in combinations
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.md").write_text(text, encoding="utf-8")
-    (folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / "sweep.md", text.encode())
+    write_json(folder / "sweep.json", facts)
     failed = "".join(f"failed: {one.label}\n" for one in combinations if one.state == "failed")
     return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}\n"

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from anyflow_train.config.objective import Derivative
-from anyflow_train.config.pipelines import VAE, read_object
+from anyflow_train.config.pipelines import VAE
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.remote import is_remote
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.files import read_object
 from anyflow_train.training.checkpoints.reading import read_network, resolve_checkpoint
 from anyflow_train.training.differences import differences
 from anyflow_train.training.engine.adamw_8bit import library

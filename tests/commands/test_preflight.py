@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from anyflow_train.commands.preflight import check_files, trained_parameters
 from anyflow_train.config.network import Lora
+from anyflow_train.config.pipelines import WEIGHTS
 from anyflow_train.config.run import RunConfig
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_empty
@@ -90,6 +92,24 @@ def test_a_network_of_another_shape_is_no_start_and_no_teacher(folder: Path) -> 
     assert "has two transformers" in errors(config(folder, **taught))[0]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged or not a safetensors file ("),
+        (lambda path: path.write_bytes(path.read_bytes() + b"0"), "is damaged or not a safetensors file ("),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read (is not a regular file)"),
+        (Path.unlink, "cannot be read (No such file or directory)"),
+    ],
+    ids=["pointer", "truncated", "longer", "fifo", "absent"],
+)
+def test_weights_that_are_not_whole_are_named(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder / "teacher" / WEIGHTS)
+    (found,) = errors(config(folder, objective__velocity="teacher", teacher__source=str(folder / "teacher")))
+    assert str(folder / "teacher" / WEIGHTS) in found
+    assert message in found
+
+
 @pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 3, "full_modules": ["delta_embedder"]}])
 def test_the_number_of_trained_parameters_is_nearly_the_networks(folder: Path, adapter: dict[str, Any]) -> None:
     ours = config(folder, student__adapter=adapter, student__architecture__num_attention_heads=20)
@@ -102,8 +122,9 @@ def test_the_number_of_trained_parameters_is_nearly_the_networks(folder: Path, a
 
 def test_a_full_disk_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 2**10}))
-    (warning,) = check_files(config(folder)).warnings
-    assert "4 checkpoints of 0.2 MiB (checkpoint.keep=2) need more" in str(warning)
+    for every, count in ((0, 3), (4, 5)):  # 8 steps
+        (warning,) = check_files(config(folder, checkpoint__keep_every=every)).warnings
+        assert f"{count} checkpoints of 0.2 MiB (checkpoint.keep and keep_every) need more" in str(warning)
 
 
 def test_the_config_of_a_hub_id_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

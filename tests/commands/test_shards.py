@@ -72,6 +72,21 @@ def test_bad_samples_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "1 of 3 samples that were read are bad" in found
 
 
+def test_a_contact_sheet_replaces_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = make(tmp_path / "a", [1, 2]), tmp_path / "new" / "sheet.png"
+    command = ["shards", str(folder), f"codec={TINY}", "device=cpu", "pictures=1"]
+    assert main([*command, f"out={out}"]) == 0
+    assert main([*command, f"out={out}"]) == 0  # its own sheet
+    Image.new("RGB", (4, 4)).save(mine := tmp_path / "mine.png")
+    (link := tmp_path / "link.png").symlink_to(tmp_path / "nothing")
+    (text := tmp_path / "text.png").write_text("mine")
+    for path in (mine, link, text, folder):
+        before = path.lstat().st_mtime_ns
+        assert main([*command, f"out={path}"]) == 2
+        assert f"out: '{path}' exists and is no contact sheet of anyflow" in capsys.readouterr().err
+        assert path.lstat().st_mtime_ns == before
+
+
 def test_a_folder_without_shards_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", str(tmp_path)]) == 2
     assert "cannot read manifest.json" in capsys.readouterr().err

@@ -252,6 +252,9 @@ print("side by side")
     # Finished runs are not started again and keep their cost.
     assert sweep.run([TINY, f"out={tmp_path}", "seed=1,2", "jobs=2"], None) == 0
     assert json.loads((tmp_path / "tiny" / "sweep.json").read_text())[0]["cpu_seconds"] == first > 0
+    for damaged in ("[{", "{}", "[3]", '[{"label": "seed-1", "cpu_seconds": null}]'):
+        (tmp_path / "tiny" / "sweep.json").write_text(damaged)
+        assert sweep.run([TINY, f"out={tmp_path}", "seed=1,2", "jobs=2"], None) == 0
 
 
 def test_missing_held_out_clips_are_named_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

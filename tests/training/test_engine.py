@@ -199,7 +199,9 @@ def test_a_deepspeed_file_that_cannot_be_used_is_refused_by_key(
     own = tmp_path / "own.json"
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(own))
-    for text in (None, "{", "{}", '{"zero_optimization": 3}'):
+    parts = ({"stage": "three"}, {"stage": 4}, {"offload_param": "cpu"}, {"offload_optimizer": {"device": "disk"}})
+    damaged = [json.dumps({"zero_optimization": part}) for part in parts]
+    for text in (None, "{", "{}", '{"zero_optimization": 3}', '{"zero_optimization": []}', *damaged):
         if text is not None:
             own.write_text(text)
         with pytest.raises(UserError, match=r"deepspeed_config_file: .*own\.json cannot be used"):

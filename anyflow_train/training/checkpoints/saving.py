@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anyflow_train.config.derived import most_checkpoints
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import NO_ROOM, UserError
 from anyflow_train.files import existing_part
@@ -67,12 +68,12 @@ class Saver:
         if not self._world.is_main:
             return
         size, found = _size(groups), list_checkpoints(self._folder)
-        count = self._config.checkpoint.keep + 1 + bool(self._config.evaluation.every)  # one is being written
+        count = most_checkpoints(self._config)
         place = existing_part(self._folder)
         free, needed = shutil.disk_usage(place).free, size * max(count - len(found), 1)
         if free < needed:
             problem = f"{place} has {memory_size(free)} of free space, but a checkpoint takes {memory_size(size)}"
-            advice = f"the run keeps up to {count} of them; free some space, or lower checkpoint.keep"
+            advice = f"the run keeps up to {count} of them; free some space, or change checkpoint.keep or keep_every"
             self._say(f"warning: {problem}, and {advice}")
 
     def save(self, state: TrainState, adam_steps: Mapping[str, int], groups: Mapping[str, Mapping[str, Entry]]) -> None:

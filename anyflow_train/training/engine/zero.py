@@ -61,10 +61,15 @@ def _file_of_launcher() -> dict[str, Any]:
     if path == "none":
         return {}
     try:
-        return dict(read_json(Path(path))["zero_optimization"])
+        own = {**read_json(Path(path))["zero_optimization"]}
+        devices = {dict(own.get(f"offload_{part}") or {}).get("device") for part in ("param", "optimizer")}
+        if own.get("stage", "auto") not in ("auto", 0, 1, 2, 3) or not devices <= {None, "none", "cpu", "nvme"}:
+            raise ValueError("unknown stage or device")
+        return own
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{path} cannot be used ({type(error).__name__}: {error})"
-        raise UserError("deepspeed_config_file", f"{problem}; give a JSON file with zero_optimization") from error
+        wanted = 'zero_optimization, whose stage is 0 to 3, and whose offload_... are objects like {"device": "cpu"}'
+        raise UserError("deepspeed_config_file", f"{problem}; give a JSON file with {wanted}") from error
 
 
 def build_sharded(build: Callable[[], Network], read: Callable[[str], Tensor], world: World) -> Network:

@@ -44,7 +44,8 @@ class StopRequest:
         if self.signal is not None:
             if number != signal.SIGINT or time.monotonic() - self._since < self._again_seconds:
                 return
-            os.write(2, b"\nstopped immediately; the last checkpoint is intact\n")
+            with suppress(OSError):
+                os.write(2, b"\nstopped immediately; the last checkpoint is intact\n")
             os._exit(130)
         self.signal, self._since = signal.Signals(number), time.monotonic()
         text = f"\n{self.signal.name}: finishing this step and saving; press Ctrl-C again to stop immediately\n"
