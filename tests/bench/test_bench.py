@@ -74,7 +74,7 @@ def test_the_report() -> None:
     assert "exit code -11; see kernels.txt" in command.report(found, False)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"out={tmp_path}", "rehearse=true", "only=[machine,eager,attention]", 'settings=["no.such.key=1"]']
     assert anyflow(["bench", *arguments]) == 1

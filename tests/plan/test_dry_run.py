@@ -97,8 +97,10 @@ CASES["stage 2, causal"] = [
 ]
 
 
-# A causal stage 2 has adapters; "full" is measured with checkpointing, and "lora" with the selective one.
-@pytest.mark.parametrize("case", with_nightly(CASES, ("full", "lora", "lora, block", "stage 2, full", "stage 2, lora")))
+# "full" is measured with checkpointing, and "lora" with the selective one; stage 2 and causal one by one.
+@pytest.mark.parametrize(
+    "case", with_nightly(CASES, ("full", "lora", "lora, block", "stage 2, full", "stage 2, causal"))
+)
 def test_memory_is_what_a_step_takes(case: str, small: Callable[..., RunConfig]) -> None:
     """Within 2 %, of all tensors together: state, gradients, activations, batches. The rest is what single operations
     allocate for themselves, which only the allocator sees."""
