@@ -66,14 +66,14 @@ class Search:
         )
         self._trials = options.trials
 
-    def run(self, runner: Runner, jobs: int, report: Callable[[Sequence[Combination]], object]) -> list[Combination]:
+    def run(self, runner: Runner, report: Callable[[Sequence[Combination]], object]) -> list[Combination]:
         """Train runs until there are `trials` of them. Those of earlier starts count, and unfinished ones go on."""
         state = self._optuna.trial.TrialState
         combinations = [self._combination(one.number, one.params) for one in self._study.trials]
         for one, trial in zip(combinations, self._study.trials, strict=True):
             one.update("pruned" if trial.state == state.PRUNED else "waiting")
         unfinished = [t for t in self._study.trials if t.state == state.RUNNING]
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(runner.jobs) as pool:
             tasks = [pool.submit(self._one, t.number, combinations, runner, report) for t in unfinished]
             new = range(self._trials - len(combinations))
             tasks += [pool.submit(self._one, None, combinations, runner, report) for _ in new]

@@ -171,7 +171,7 @@ def test_a_report_is_one_file_without_links_and_escapes_names(tmp_path: Path, ca
         assert "wrote" in capsys.readouterr().out
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     assert main(["report", str(tmp_path), f"out={tmp_path / 'mine.html'}"]) == 2
-    assert "exists and is no report" in capsys.readouterr().err
+    assert "exists, and this command did not write it" in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
 
 
