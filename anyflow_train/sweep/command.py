@@ -20,7 +20,7 @@ from anyflow_train.sweep import cluster
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.sweep.search import Search
-from anyflow_train.text import markdown_table
+from anyflow_train.text import fit_terminal, markdown_table
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         code = SUCCESS
         if evaluation and finished:
             code = _evaluate(*evaluation, combinations, runner)
-    print(_report(combinations), end="")
+    print(fit_terminal(_report(combinations)))
     if runner.stopped:
         return INTERRUPTED
     return SUCCESS if finished and code == SUCCESS else FAILURE
@@ -70,7 +70,7 @@ def _search(options: SweepOptions, arguments: Sequence[str], config_dir: Path | 
     runner = _runner(options, config_dir)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM):
         combinations = search.run(runner, _report)
-    print(_report(combinations), end="")
+    print(fit_terminal(_report(combinations)))
     print(search.best())
     failed = any(one.state == "failed" for one in combinations)
     return INTERRUPTED if runner.stopped else FAILURE if failed else SUCCESS
@@ -154,7 +154,7 @@ def _evaluate(
         code, _ = runner.call(["evaluate", *arguments])
         if code:
             return code
-    print(write_board(combinations[0].folder.parent, combinations, read_object(path)))
+    print(fit_terminal(write_board(combinations[0].folder.parent, combinations, read_object(path))))
     return SUCCESS
 
 
@@ -181,4 +181,4 @@ def _report(combinations: Sequence[Combination]) -> str:
     replace_file(folder / "sweep.md", text.encode())
     write_json(folder / "sweep.json", facts)
     failed = "".join(f"failed: {one.label}\n" for one in combinations if one.state == "failed")
-    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}\n"
+    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}"

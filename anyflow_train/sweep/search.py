@@ -12,7 +12,7 @@ from typing import Any
 from anyflow_train.config.commands import SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.overrides import Setting, parse
-from anyflow_train.errors import UserError, raise_all
+from anyflow_train.errors import UserError, raise_all, requires_extra
 from anyflow_train.files import json_lines, read_object
 from anyflow_train.sweep.combinations import Combination, _written
 from anyflow_train.sweep.runner import Runner
@@ -35,12 +35,9 @@ class Search:
     """
 
     def __init__(self, options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> None:
-        try:
+        with requires_extra("sampler", "search"):
             import optuna
             from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            problem = "tpe needs a package that is not installed: pip install 'anyflow_train[search]'"
-            raise UserError("sampler", problem) from None
         self._optuna, self._config_dir, self._lock = optuna, config_dir, threading.Lock()
         settings, errors = parse([*options.train, *arguments])
         last = {setting.key: setting for setting in settings}
