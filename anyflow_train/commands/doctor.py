@@ -50,7 +50,7 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         states.append(line.state)
     ready = "wrong" not in states
     print(
-        "\nTraining can run here." if ready else "\nTraining cannot run here: mend the lines that begin with `wrong`."
+        "\nTraining can run here." if ready else "\nTraining cannot run here: mend each line that begins with `wrong`"
     )
     return READY if ready else NOT_READY
 

@@ -16,6 +16,7 @@ import pytest
 
 from anyflow_train.__main__ import main
 from anyflow_train.errors import UserError
+from anyflow_train.watch import runs
 from anyflow_train.watch.metrics import Metrics
 from anyflow_train.watch.report import render
 from anyflow_train.watch.runs import Watch
@@ -128,6 +129,24 @@ def test_the_state_of_runs_and_their_differences(tmp_path: Path) -> None:
     later = watch.state(state["serial"])
     assert [one["step"] for one in later["runs"]["a"]["rows"]] == [3]
     assert later["runs"]["sweep/b"]["rows"] == []
+
+
+def test_a_page_that_is_open_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    before = runs.read_object
+    monkeypatch.setattr(runs, "read_object", lambda path: read.append(path.name) or before(path))
+    folder = make(tmp_path / "a", row(1))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+    watch = Watch(tmp_path)
+    watch.state()
+    assert {"config.json", "report.json"} <= set(read)
+    read.clear()
+    watch.state()
+    assert read == []
+    (folder / "config.json").write_text('{"steps": 800}')  # a resumed run may have more steps
+    os.utime(folder / "config.json", (1, 1))
+    assert watch.state()["runs"]["a"]["steps"] == 800
 
 
 def test_only_this_machine_reads_and_nothing_outside(tmp_path: Path) -> None:
