@@ -66,9 +66,10 @@ class Runner:
         if self.stopped:
             return
         if combination.state == "finished":
-            print(f"== {place} {combination.label}: already finished", flush=True)
+            print(f"== {place} {combination.label}: already finished\n", end="", flush=True)
             return
-        print(f"== {place} {combination.label}", flush=True)
+        # In one piece, so that the lines of runs that start at the same time do not mix.
+        print(f"== {place} {combination.label}\n", end="", flush=True)
         code, seconds = self.call(["train", *combination.overrides], combination)
         combination.cpu_seconds += seconds
         combination.update("stopped" if code == 0 or self.stopped else "failed")
