@@ -61,7 +61,11 @@ threads=$((cores / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 16 ? 16 : threads))}
 
 # Report mistakes in the config here, once, instead of below the launcher's own output.
-WORLD_SIZE=$world python -m anyflow_train check "$@" >/dev/null || exit $?
+WORLD_SIZE=$world python -m anyflow_train check "$@" >/dev/null || {
+  code=$?
+  [ $# -gt 0 ] || python -m anyflow_train train # shows examples
+  exit "$code"
+}
 
 # The processes write their pids and exit codes to this folder (see `launched` in anyflow_train/training).
 ANYFLOW_LAUNCH=$(mktemp -d) || exit 1

@@ -149,3 +149,11 @@ def test_nothing_is_installed_on_a_node(tmp_path: Path) -> None:
     process = start(tmp_path, "ddp", mode="absent", SLURM_JOB_ID="7")
     assert "nothing is installed on nodes" in process.communicate(timeout=30)[1]
     assert process.returncode == 2
+
+
+def test_a_strategy_alone_shows_how_to_train(tmp_path: Path) -> None:
+    process = start(tmp_path, "ddp", mode="mistake")
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert calls(tmp_path).splitlines()[-2] == "-m anyflow_train train"  # which prints examples
+    assert "accelerate" not in calls(tmp_path)
