@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from anyflow_train.text import printable
 
@@ -50,6 +51,18 @@ class UserErrors(UserError):
 
 class SharedErrors(UserErrors):
     """User errors that every process of a run raises, so that each process ends by itself."""
+
+
+@contextmanager
+def requires_extra(where: str, extra: str) -> Iterator[None]:
+    """Turn a failed import in the block into a UserError that says how to install the extra."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("anyflow_train"):
+            raise
+        problem = f"needs packages that are not installed: pip install 'anyflow_train[{extra}]'"
+        raise UserError(where, problem) from None
 
 
 def raise_all(errors: Sequence[UserError], kind: type[UserErrors] = UserErrors) -> None:

@@ -124,6 +124,25 @@ def check_writable(out: Path) -> None:
         raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
 
 
+def check_own(out: Path, mark: str, index: str, *others: str) -> None:
+    """Check that results can be written into a folder without replacing files of another origin.
+
+    Args:
+        mark: text in every file `index` that the command wrote. If it is there, all files belong to the command.
+        index: name of the first file that the command writes.
+        others: names of its other files.
+
+    Raises:
+        UserError: the folder cannot be written, or one of the files exists and the command did not write it.
+    """
+    check_writable(out)
+    if (out / index).is_file() and mark.encode() in (out / index).read_bytes():
+        return
+    for name in (index, *others):
+        if os.path.lexists(out / name):
+            raise UserError("out", f"'{out / name}' exists, and this command did not write it; give another out")
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a folder's file, with links resolved.
 

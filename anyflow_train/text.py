@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,6 +49,15 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def fit_terminal(text: str) -> str:
+    """Leave out the last columns of Markdown tables that are wider than the terminal. Elsewhere all columns stay."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = text.split("\n")
+    fitted = [line[: line.rfind("|", 0, width) + 1] if line.startswith("|") else line for line in lines]
+    more = ["(columns that this terminal has no room for are in the file)"] if fitted != lines else []
+    return "\n".join(fitted + more)
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,18 @@ def test_a_table_lines_up_and_has_its_rule_under_the_head() -> None:
     ]
 
 
+def test_a_table_fits_into_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "\n".join(["a long line of words", *text.markdown_table([["a", "bc", "d"], ["1", "23", "4"]])])
+    assert text.fit_terminal(table) == table  # not a terminal
+    monkeypatch.setattr(text.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "14")
+    assert text.fit_terminal(table) == table
+    monkeypatch.setenv("COLUMNS", "13")
+    lines = text.fit_terminal(table).splitlines()
+    assert lines[:4] == ["a long line of words", "| a | bc |", "|---|----|", "| 1 | 23 |"]
+    assert lines[4:] == ["(columns that this terminal has no room for are in the file)"]
+
+
 def test_one_call_is_no_plural() -> None:
     assert [text.calls(count) for count in (1, 4)] == ["1 call", "4 calls"]
 

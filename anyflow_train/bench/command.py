@@ -20,10 +20,11 @@ from anyflow_train.bench import checks, steps
 from anyflow_train.bench.notes import Notes
 from anyflow_train.config.commands import BenchConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import read_json, to_json
+from anyflow_train.files import check_own, read_json, to_json
 from anyflow_train.text import markdown_table, timed_printer
 
 PASSED, FAILED = 0, 1
+KINDS = ("txt", "json", "partial")  # of the files of a part
 KNOWN = ("state", "wrong", "skipped")  # what the table of all parts shows
 
 
@@ -80,13 +81,15 @@ def run(config: BenchConfig) -> int:
         1 if a part failed, else 0.
 
     Raises:
-        UserError: there is no GPU, and it is not a rehearsal.
+        UserError: there is no GPU, and it is not a rehearsal; or files of the folder would be lost.
     """
     if not torch.cuda.is_available() and not config.rehearse:
         raise UserError("rehearse", "false, but torch finds no GPU; rehearse=true runs all parts at tiny sizes")
     out, say, start = Path(config.out).expanduser(), timed_printer(), time.monotonic()
+    check_own(out, '"parts"', "bench.json", "bench.md", *(f"{name}.{kind}" for name in PARTS for kind in KINDS))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
+    (out / "bench.json").write_bytes(to_json({"parts": found}))  # the folder is known as ours from now on
     for name in config.only or PARTS:
         part, left = PARTS[name], config.limit - (time.monotonic() - start)
         if left < part.least and not config.rehearse:

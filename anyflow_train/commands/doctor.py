@@ -49,9 +49,7 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         print(f"{line.state:<6}{line.text}", flush=True)
         states.append(line.state)
     ready = "wrong" not in states
-    print(
-        "\nTraining can run here." if ready else "\nTraining cannot run here: mend the lines that begin with `wrong`."
-    )
+    print("\nTraining can run here." if ready else "\nTraining cannot run here: mend the lines that begin with `wrong`")
     return READY if ready else NOT_READY
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -24,7 +22,7 @@ from anyflow_train.data.shards import BadSampleError, Sample, ShardSet
 from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation.video import Grid, draw_grid, to_frames
-from anyflow_train.files import atomic_file, check_writable, regular
+from anyflow_train.files import atomic_file, check_own
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import printable
 
@@ -202,12 +200,7 @@ def _write_contact_sheet(config: ShardsConfig, shards: ShardSet) -> None:
 
 def check_contact_sheet(path: Path) -> None:
     """Check that a contact sheet can be written there. Raises UserError also if a file that is none would be lost."""
-    check_writable(path.parent)
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(regular(path)) as earlier:
-        if MARK in earlier.info.items():
-            return
-    if os.path.lexists(path):
-        raise UserError("out", f"'{path}' exists and is no contact sheet of anyflow; name another file")
+    check_own(path.parent, MARK[1], path.name)
 
 
 def write_contact_sheet(path: Path, pictures: list[np.ndarray], labels: list[str]) -> None:

@@ -63,9 +63,8 @@ OPTIONS = {"check": CheckOptions, "plan": PlanOptions, "sweep": SweepOptions}
 def short_help(command: str, title: str, config_dir: Path | None) -> str:
     """Return usage, examples and experiments of one command, for a command line without arguments."""
     base = "train" if command in OF_A_RUN else command
-    lines = _start(command, title) + list(
-        _experiments(command, groups_of(base, find_groups(config_folders(config_dir))))
-    )
+    groups = groups_of(base, find_groups(config_folders(config_dir)))
+    lines = [*_start(command, title), *_experiments(command, groups)]
     has_keys = command in OF_A_RUN or command not in USAGE
     return "\n".join([*lines, *([f"`anyflow {command} --help` lists all keys."] if has_keys else [])])
 
@@ -114,19 +113,25 @@ def _start(command: str, title: str) -> list[str]:
 
 
 def _containing(lines: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Select the keys whose name contains one of the words, with their texts, each once."""
+    """Select the keys whose name contains one of the words, with their texts, each once, and the kinds that have it."""
     entries: list[tuple[str, ...]] = []
+    kind, kinds = "", list[str]()
     for line in lines:
-        if line.startswith("    ") and line[4] != " ":
+        if line[:1].strip():
+            kind = line.partition(".kind=")[2]
+        elif line.startswith("    ") and line[4] != " ":
             entries.append((line,))
+            kinds.append(kind)
         elif entries and line.startswith("        "):
             entries[-1] += (line,)
+    owners = {entry: [kind for other, kind in zip(entries, kinds, strict=True) if other == entry] for entry in entries}
     names = {entry: entry[0].partition(":")[0].strip() for entry in entries}
     found = [entry for entry in names if any(word in names[entry] for word in words)]
     if not found:
         hint = nearest_hint(words[0], names.values())
         raise UserError("--help", f"no key contains {' or '.join(map(repr, words))}{hint}")
-    return [line for entry in found for line in entry]
+    shown = {entry: f"  [{', '.join(owners[entry])}]" if any(owners[entry]) else "" for entry in found}
+    return [line for entry in found for line in (entry[0] + shown[entry], *entry[1:])]
 
 
 def _experiments(command: str, groups: dict[str, dict[str, Choice]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from anyflow_train.commands.quiet import silence_loading_bars
 from anyflow_train.config.commands import DemoConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import requires_extra
 from anyflow_train.watch.server import serve
 
 
@@ -45,10 +45,5 @@ def import_page(uploads: str) -> Any:
         UserError: the extra `demo` is not installed.
     """
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    try:
+    with requires_extra("demo", "demo"):
         return importlib.import_module("anyflow_train.demo.page")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("anyflow_train"):
-            raise
-        problem = "needs packages that are not installed: pip install 'anyflow_train[demo]'"
-        raise UserError("demo", problem) from None

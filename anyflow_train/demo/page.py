@@ -148,13 +148,8 @@ def build(stage: Stage, stops: dict[str, threading.Event]) -> gr.Blocks:
                 label = "image or video to continue (optional)"
                 if any(not teacher.continues for teacher in teachers):
                     label = f"{label[:-1]}; the teacher generates all frames)"
-                file = gr.File(
-                    label=label,
-                    file_types=["image", "video"],
-                    visible=model.continues,
-                    elem_id="file",
-                    height=120,
-                )
+                kinds = ["image", "video"]
+                file = gr.File(label=label, file_types=kinds, visible=model.continues, elem_id="file", height=120)
                 with gr.Row():
                     go = gr.Button("Make", variant="primary", elem_id="make", min_width=80)
                     halt = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)

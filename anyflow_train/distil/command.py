@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
 from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.errors import UserError, UserErrors, raise_all
-from anyflow_train.files import EXPORT_MARKER, atomic_file, read_object
+from anyflow_train.files import EXPORT_MARKER, check_own, read_object, replace_file
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.text import markdown_table, quoted
 
 INTERRUPTED = 130
+PLAY = "Play it: `anyflow sample"
+"""Beginning of the last line of a summary page, by which an earlier page is known."""
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
 """Arguments of both stages if there are only prompts: the points that the objective learns at come from noise."""
 
@@ -67,10 +68,9 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     options = compose("distil", arguments, config_dir)
     plan = list(parts(options))
     _check(plan, config_dir)
+    _check_files(Path(options.out).expanduser())
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
+    with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for number, part in enumerate(plan, 1):
             code = _finish(part, f"{number}/{len(plan)}", options, runner)
             write_summary(Path(options.out).expanduser(), plan)
@@ -88,9 +88,8 @@ def parts(options: DistilOptions) -> Iterator[Part]:
     """
     out = Path(options.out).expanduser()
     shards, held_out = out / "shards", out / "held_out"
-    given = [("source", options.source, shards, "prepare")]
-    if options.prompts is not None:
-        given = [("prompts", options.prompts, shards, "prepare")]
+    clips = "source" if options.prompts is None else "prompts"
+    given = [(clips, getattr(options, clips), shards, "prepare")]
     if options.held_out is not None:
         given.append(("source", options.held_out, held_out, "prepare held-out clips"))
     for key, value, folder, name in given:
@@ -131,16 +130,9 @@ def write_summary(out: Path, plan: Sequence[Part]) -> None:
     report = out / "report" / "report.md"
     if report.is_file():
         # The pictures lie next to the report.
-        lines += [
-            line.replace("](", "](report/") if line.startswith("![") else line
-            for line in report.read_text().splitlines()
-        ]
-    lines += [
-        "",
-        f"Play it: `anyflow sample {out / 'pipeline'} prompt='...' out=videos`; its README shows how in diffusers.",
-    ]
-    with atomic_file(out / "summary.md") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        lines += report.read_text().replace("](", "](report/").splitlines()
+    lines += ["", f"{PLAY} {out / 'pipeline'} prompt='...' out=videos`; its README shows how in diffusers."]
+    replace_file(out / "summary.md", ("\n".join(lines) + "\n").encode())
 
 
 def _finish(part: Part, place: str, options: DistilOptions, runner: Runner) -> int:
@@ -172,3 +164,10 @@ def _check(plan: Sequence[Part], config_dir: Path | None) -> None:
         except UserError as several:
             errors += [UserError(f"{part.name}: {one.where}", one.problem) for one in several.errors]
     raise_all(errors, UserErrors)
+
+
+def _check_files(out: Path) -> None:
+    """Check, before hours of work, that no file of the user is in the place of a result. Raises UserError."""
+    check_own(out, PLAY, "summary.md")
+    for folder, index in ((out / "pipeline", EXPORT_MARKER), (out / "report", "report.json")):
+        check_own(folder, "", index, *(path.name for path in folder.glob("*")))

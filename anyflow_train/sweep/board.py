@@ -10,7 +10,7 @@ from typing import Any
 from anyflow_train.evaluation.intervals import Estimate
 from anyflow_train.evaluation.plot import Curve, Panel, write_plot
 from anyflow_train.evaluation.report import TEACHER
-from anyflow_train.files import atomic_file
+from anyflow_train.files import replace_file
 from anyflow_train.sweep.combinations import Combination
 from anyflow_train.text import markdown_table
 
@@ -51,8 +51,7 @@ def write_board(folder: Path, combinations: Sequence[Combination], report: Mappi
         floor=floor.high,
     )
     text = "\n".join([*markdown_table(rows), "", note]) + "\n"
-    with atomic_file(folder / "board.md") as file:
-        file.write(text.encode())
+    replace_file(folder / "board.md", text.encode())
     write_plot(folder / "board.png", _panels(curves, names))
     return f"{text}\n{folder / 'board.md'}\n{folder / 'board.png'}"
 

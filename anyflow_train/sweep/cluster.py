@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.commands import SweepOptions
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, requires_extra
 from anyflow_train.sweep.combinations import Combination
 
 POLL_SECONDS = 5.0
@@ -69,11 +69,8 @@ def finish_all(
     Raises:
         UserError: the extra `slurm` is not installed, or submitit refuses the parameters.
     """
-    try:
+    with requires_extra("cluster", "slurm"):
         import submitit
-    except ImportError:
-        problem = "needs a package that is not installed: pip install 'anyflow_train[slurm]'"
-        raise UserError("cluster", problem) from None
     waiting = [one for one in combinations if one.state != "finished"]
     if not waiting:
         return

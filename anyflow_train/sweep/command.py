@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from anyflow_train.config.commands import EvaluateConfig, SweepOptions
@@ -20,7 +20,7 @@ from anyflow_train.sweep import cluster
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.sweep.search import Search
-from anyflow_train.text import markdown_table
+from anyflow_train.text import fit_terminal, markdown_table
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
@@ -48,22 +48,17 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     _read_costs(combinations)
     for combination in combinations:
         combination.update("waiting")
-    gpus = visible_gpus()
-    jobs = options.jobs or max(len(gpus), 1)
-    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs, gpus if jobs <= len(gpus) else ())
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
+    runner = _runner(options, config_dir)
+    with runner.forwarding(signal.SIGINT, signal.SIGTERM):
         if options.cluster == "none":
             runner.finish_all(combinations, lambda: _report(combinations))
         else:
-            more = ["--config-dir", str(config_dir)] if config_dir else []
-            cluster.finish_all(combinations, options, more, lambda: _report(combinations))
+            cluster.finish_all(combinations, options, runner.options, lambda: _report(combinations))
         finished = all(combination.state == "finished" for combination in combinations)
         code = SUCCESS
         if evaluation and finished:
             code = _evaluate(*evaluation, combinations, runner)
-    print(_report(combinations), end="")
+    print(fit_terminal(_report(combinations)))
     if runner.stopped:
         return INTERRUPTED
     return SUCCESS if finished and code == SUCCESS else FAILURE
@@ -72,17 +67,20 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
 def _search(options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> int:
     """Search with Optuna. Returns the exit code."""
     search = Search(options, arguments, config_dir)
-    gpus = visible_gpus()
-    jobs = options.jobs or max(len(gpus), 1)
-    runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs)
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, runner.forward))
-        combinations = search.run(runner, jobs, _report)
-    print(_report(combinations), end="")
+    runner = _runner(options, config_dir)
+    with runner.forwarding(signal.SIGINT, signal.SIGTERM):
+        combinations = search.run(runner, _report)
+    print(fit_terminal(_report(combinations)))
     print(search.best())
     failed = any(one.state == "failed" for one in combinations)
     return INTERRUPTED if runner.stopped else FAILURE if failed else SUCCESS
+
+
+def _runner(options: SweepOptions, config_dir: Path | None) -> Runner:
+    """Make the runner. One run at a time has each GPU for itself, unless more jobs than GPUs were chosen."""
+    gpus = visible_gpus()
+    jobs = options.jobs or max(len(gpus), 1)
+    return Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs, gpus if jobs <= len(gpus) else ())
 
 
 def table(combinations: Sequence[Combination]) -> str:
@@ -156,7 +154,7 @@ def _evaluate(
         code, _ = runner.call(["evaluate", *arguments])
         if code:
             return code
-    print(write_board(combinations[0].folder.parent, combinations, read_object(path)))
+    print(fit_terminal(write_board(combinations[0].folder.parent, combinations, read_object(path))))
     return SUCCESS
 
 
@@ -183,4 +181,4 @@ def _report(combinations: Sequence[Combination]) -> str:
     replace_file(folder / "sweep.md", text.encode())
     write_json(folder / "sweep.json", facts)
     failed = "".join(f"failed: {one.label}\n" for one in combinations if one.state == "failed")
-    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}\n"
+    return f"{text}{failed}{folder / 'sweep.md'}\n{folder / 'sweep.json'}"

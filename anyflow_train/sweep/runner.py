@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from anyflow_train.sweep.combinations import Combination
@@ -27,8 +28,8 @@ class Runner:
     """
 
     def __init__(self, options: Sequence[str], jobs: int, gpus: Sequence[str] = ()) -> None:
-        self._options = options
-        self._jobs = jobs
+        self.options = options
+        self.jobs = jobs
         self._free = list(gpus)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
@@ -39,7 +40,7 @@ class Runner:
         Args:
             report: called after each run.
         """
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             tasks = [
                 pool.submit(self._finish, one, f"{n}/{len(combinations)}") for n, one in enumerate(combinations, 1)
             ]
@@ -47,7 +48,15 @@ class Runner:
                 task.result()
                 report()
 
-    def forward(self, number: int, _frame: FrameType | None) -> None:
+    @contextmanager
+    def forwarding(self, *signals: int) -> Iterator[None]:
+        """Forward signals to the current runs while the block runs."""
+        with ExitStack() as stack:
+            for number in signals:
+                stack.callback(signal.signal, number, signal.signal(number, self._forward))
+            yield
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
         """Forward a signal to the current runs, which finish their step and save."""
         self.stopped = True
         for process in tuple(self._processes):
@@ -57,12 +66,11 @@ class Runner:
         if self.stopped:
             return
         if combination.state == "finished":
-            print(f"== {place} {combination.label}: already finished", flush=True)
+            print(f"== {place} {combination.label}: already finished\n", end="", flush=True)
             return
-        print(f"== {place} {combination.label}", flush=True)
-        gpu = self._free.pop() if self._free else None
-        code, seconds = self.call(["train", *combination.overrides], combination, gpu)
-        self._free += [] if gpu is None else [gpu]
+        # In one piece, so that the lines of runs that start at the same time do not mix.
+        print(f"== {place} {combination.label}\n", end="", flush=True)
+        code, seconds = self.call(["train", *combination.overrides], combination)
         combination.cpu_seconds += seconds
         combination.update("stopped" if code == 0 or self.stopped else "failed")
         if combination.state == "failed":
@@ -73,25 +81,26 @@ class Runner:
         self,
         arguments: Sequence[str],
         logged: Combination | None = None,
-        gpu: str | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[int, float]:
         """Run one command. Returns its exit code and the CPU seconds of its processes.
 
         Args:
             arguments: command and its arguments.
-            logged: run that the command trains.
-            gpu: the only GPU that it sees; None for all.
+            logged: run that the command trains. It sees one of the free GPUs alone, if there are any.
             stop: asked every few seconds; once it returns True, the command is told to end.
         """
         with ExitStack() as stack:
             output = None
-            if logged is not None and self._jobs > 1:
+            if logged is not None and self.jobs > 1:
                 logged.folder.parent.mkdir(parents=True, exist_ok=True)
                 output = stack.enter_context(logged.folder.with_name(f"{logged.label}.log").open("ab"))
-            command = [sys.executable, "-m", "anyflow_train", *arguments, *self._options]
+            command = [sys.executable, "-m", "anyflow_train", *arguments, *self.options]
             # In its own session, so that Ctrl-C reaches the run only once, through this process.
-            environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+            environment = {**os.environ}
+            if logged is not None and self._free:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu = self._free.pop()
+                stack.callback(self._free.append, gpu)
             process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output, env=environment)
             self._processes.add(process)
             if self.stopped:  # a signal arrived while the run was being started

@@ -12,7 +12,7 @@ from typing import Any
 from anyflow_train.config.commands import SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.overrides import Setting, parse
-from anyflow_train.errors import UserError, raise_all
+from anyflow_train.errors import UserError, raise_all, requires_extra
 from anyflow_train.files import json_lines, read_object
 from anyflow_train.sweep.combinations import Combination, _written
 from anyflow_train.sweep.runner import Runner
@@ -35,12 +35,9 @@ class Search:
     """
 
     def __init__(self, options: SweepOptions, arguments: Sequence[str], config_dir: Path | None) -> None:
-        try:
+        with requires_extra("sampler", "search"):
             import optuna
             from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            problem = "tpe needs a package that is not installed: pip install 'anyflow_train[search]'"
-            raise UserError("sampler", problem) from None
         self._optuna, self._config_dir, self._lock = optuna, config_dir, threading.Lock()
         settings, errors = parse([*options.train, *arguments])
         last = {setting.key: setting for setting in settings}
@@ -66,14 +63,14 @@ class Search:
         )
         self._trials = options.trials
 
-    def run(self, runner: Runner, jobs: int, report: Callable[[Sequence[Combination]], object]) -> list[Combination]:
+    def run(self, runner: Runner, report: Callable[[Sequence[Combination]], object]) -> list[Combination]:
         """Train runs until there are `trials` of them. Those of earlier starts count, and unfinished ones go on."""
         state = self._optuna.trial.TrialState
         combinations = [self._combination(one.number, one.params) for one in self._study.trials]
         for one, trial in zip(combinations, self._study.trials, strict=True):
             one.update("pruned" if trial.state == state.PRUNED else "waiting")
         unfinished = [t for t in self._study.trials if t.state == state.RUNNING]
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(runner.jobs) as pool:
             tasks = [pool.submit(self._one, t.number, combinations, runner, report) for t in unfinished]
             new = range(self._trials - len(combinations))
             tasks += [pool.submit(self._one, None, combinations, runner, report) for _ in new]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.commands import ReportConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file, check_writable
+from anyflow_train.files import check_own, replace_file
 from anyflow_train.watch.runs import Watch
 from anyflow_train.watch.server import STATIC
 
@@ -29,13 +28,10 @@ def run(config: ReportConfig) -> None:
     out = Path(config.out).expanduser()
     if out.suffix != ".html" or out.is_dir():
         raise UserError("out", f"'{config.out}' is not the name of an .html file; give out=report.html")
-    check_writable(out.parent)
-    if os.path.lexists(out) and not (out.is_file() and DATA.encode() in out.read_bytes()):
-        raise UserError("out", f"'{config.out}' exists and is no report; name another file")
+    check_own(out.parent, DATA, out.name)
     page = render(Watch(Path(config.run)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as file:
-        file.write(page)
+    replace_file(out, page)
     print(f"wrote {out} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class WatchedRun:
 
     def facts(self) -> dict[str, Any]:
         """State, steps, and warnings."""
-        config, done = read_object(self.folder / "config.json"), read_object(self.folder / "done.json")
+        config, done = read_changed(self.folder / "config.json"), read_changed(self.folder / "done.json")
         latest: dict[str, Any] = {}
         for _, row in self.rows[-50:]:
             latest |= row
@@ -45,17 +47,12 @@ class WatchedRun:
         left = None
         if state == "running" and isinstance(steps, int) and isinstance(seconds, int | float):
             left = (steps - step) * seconds
-        return {
-            "state": state,
-            "step": step,
-            "steps": steps,
-            "seconds_left": left,
-            "warnings": list(self._warnings(latest)),
-        }
+        warnings = list(self._warnings(latest))
+        return {"state": state, "step": step, "steps": steps, "seconds_left": left, "warnings": warnings}
 
     def config(self) -> dict[str, Any]:
         """Return the config, by dotted key."""
-        return flatten(read_object(self.folder / "config.json"))
+        return flatten(read_changed(self.folder / "config.json"))
 
     def videos(self) -> list[int]:
         """Steps of the validations that have a video."""
@@ -69,7 +66,7 @@ class WatchedRun:
     def teacher(self) -> dict[int, list[float]]:
         """Return the teacher's energy distance by number of calls, from an evaluation near the run."""
         for name in REPORTS:
-            cells = read_object(self.folder.parent / name / "report.json").get("cells", [])
+            cells = read_changed(self.folder.parent / name / "report.json").get("cells", [])
             taught = [cell for cell in cells if cell.get("model") == "teacher"]
             found = {cell["steps"]: cell["energy_distance"] for cell in taught}
             if found:
@@ -128,6 +125,18 @@ class Watch:
             "runs": runs,
             "differences": differences({n: r.config() for n, r in self.runs.items()}),
         }
+
+
+def read_changed(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object, as `read_object` does. A file that has not changed since is not read again."""
+    with suppress(OSError):
+        return _read(path, path.stat().st_mtime_ns)
+    return {}
+
+
+@lru_cache(maxsize=1024)
+def _read(path: Path, _changed: int) -> Mapping[str, Any]:
+    return read_object(path)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:

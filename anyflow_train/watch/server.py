@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.commands import WatchConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, requires_extra
 from anyflow_train.watch.runs import Watch
 
 STATIC = Path(__file__).parent / "static"
@@ -65,16 +65,13 @@ def application(watch: Watch) -> Any:
     Raises:
         UserError: the extra `web` is not installed.
     """
-    try:
+    with requires_extra("watch", "web"):
         import uvicorn  # noqa: F401  # both packages are one extra
         from starlette.applications import Starlette
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
         from starlette.responses import FileResponse, JSONResponse, Response
         from starlette.routing import Route
-    except ImportError:
-        problem = "needs packages that are not installed: pip install 'anyflow_train[web]'"
-        raise UserError("watch", problem) from None
     lock = threading.Lock()
     headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 

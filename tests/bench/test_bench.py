@@ -34,6 +34,21 @@ def test_without_a_gpu_only_a_rehearsal_runs(capsys: pytest.CaptureFixture[str],
     assert "rehearse: false, but torch finds no GPU; rehearse=true" in capsys.readouterr().err
 
 
+def test_files_of_the_user_are_never_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "_one", lambda *_: {"state": "passed"})
+    bench = ["bench", "rehearse=true", "only=[machine]", f"out={tmp_path / 'own'}"]
+    assert anyflow(bench) == 0
+    assert anyflow(bench) == 0  # its own files are replaced
+    for name in ("bench.json", "bench.md", "machine.txt"):
+        (mine := tmp_path / name).write_text("{}")
+        assert anyflow([*bench[:-1], f"out={tmp_path}"]) == 2
+        assert f"out: '{mine}' exists, and this command did not write it" in capsys.readouterr().err
+        assert mine.read_text() == "{}"
+        mine.unlink()
+
+
 @pytest.mark.parametrize(("difference", "wrong"), [(1e-5, False), (1e-3, True), (float("nan"), True)])
 def test_a_difference_above_its_limit_is_wrong(difference: float, wrong: bool, tmp_path: Path) -> None:
     Notes(tmp_path / "notes.json", 1).check("output", difference, 1e-4)

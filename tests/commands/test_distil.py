@@ -130,6 +130,16 @@ def test_mistakes_of_all_parts_are_said_before_the_start(
     assert not commands.calls
 
 
+@pytest.mark.parametrize("taken", ["summary.md", "pipeline/thesis.tex", "report/report.md"])
+def test_files_of_the_user_are_never_replaced(tmp_path: Path, commands: Commands, capsys, taken: str) -> None:
+    (tmp_path / taken).parent.mkdir(exist_ok=True)
+    (tmp_path / taken).write_text("mine")
+    assert main(line(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: out: '{tmp_path / taken}' exists, and this command did not")
+    assert (tmp_path / taken).read_text() == "mine"
+    assert not commands.calls
+
+
 def test_every_experiment_of_distil_is_shipped() -> None:
     found = {
         path.stem

@@ -64,6 +64,11 @@ def test_help_of_a_command_lists_its_keys(command: str, capsys: pytest.CaptureFi
         assert "wan1_3b_forward" not in printed
 
 
+def _help_of(word: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert cli.main(["train", "--help", word]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
 def test_help_of_some_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help", "rebalance_floor", "out"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -71,6 +76,8 @@ def test_help_of_some_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"out", "objective.rebalance_floor", "objective.text_dropout"} <= set(keys)
     assert len(keys) == len(set(printed) & {line for line in printed if line[:5].strip()})
     assert all("rebalance_floor" in key or "out" in key for key in keys)
+    assert "    objective.epsilon: float = 0.005  [flow_map, lagrangian, mixed]" in _help_of("epsilon", capsys)
+    assert "    student.gate_value: float = 0.25" in _help_of("gate_value", capsys)
     assert cli.main(["train", "--help", "rebalnce"]) == 2
     assert "no key contains 'rebalnce'; nearest is 'objective.rebalance'" in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ def test_a_contact_sheet_replaces_no_other_file(tmp_path: Path, capsys: pytest.C
     for path in (mine, link, text, folder):
         before = path.lstat().st_mtime_ns
         assert main([*command, f"out={path}"]) == 2
-        assert f"out: '{path}' exists and is no contact sheet of anyflow" in capsys.readouterr().err
+        assert f"out: '{path}' exists, and this command did not write it" in capsys.readouterr().err
         assert path.lstat().st_mtime_ns == before
 
 

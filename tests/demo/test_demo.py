@@ -129,6 +129,9 @@ def counted(stage: Stage, seconds: float = 0.05) -> tuple[Stage, list[int]]:
 
 
 STATUS = "document.querySelector('#status textarea').value"
+READY = " && ".join(
+    f"document.querySelector('{one}')" for one in ("#prompt textarea", "#make", "#stop", "#status textarea")
+)
 VIDEOS = "[...document.querySelectorAll('#shown video')]"
 
 
@@ -138,7 +141,7 @@ def test_a_browser_compares_with_the_teacher_and_stops(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     stage, calls = counted(load(DemoConfig(model=str(TINY_WAN), teacher=str(TINY_WAN), **SMALL)))
     with served(stage, tmp_path) as url, Browser(url) as browser:
-        browser.wait("document.querySelector('#prompt textarea')")
+        browser.wait(READY)
         assert not browser.run("document.querySelector('#file')")  # this model cannot continue a file
         browser.run("document.querySelector('#make').click()")
         browser.wait(f"{STATUS} == 'prompt: is empty; write what the clip shows'")
@@ -173,7 +176,7 @@ def test_a_page_that_waits_can_be_stopped(tmp_path: Path) -> None:
     stage, calls = counted(load(DemoConfig(model=str(TINY_WAN), teacher=str(TINY_WAN), **SMALL)), 0.3)
     with served(stage, tmp_path) as url, Browser(url) as one, Browser(url) as other:
         for browser in (one, other):
-            browser.wait("document.querySelector('#prompt textarea') && document.querySelector('#make')")
+            browser.wait(READY)
             browser.type("#prompt textarea", "a red ball moving left")
         for browser in (one, other):
             browser.run("document.querySelector('#make').click()")
@@ -200,7 +203,7 @@ def test_ctrl_c_ends_it_before_the_clip_is_made(tmp_path: Path) -> None:
     assert process.stdout is not None
     url = process.stdout.readline().split()[0]
     with Browser(url) as browser:
-        browser.wait("document.querySelector('#prompt textarea')")
+        browser.wait(READY)
         browser.run("document.querySelector('#calls input[type=number]').focus()")
         browser.run("document.querySelector('#calls input[type=number]').select()")
         browser.send("Input.insertText", text="50")

@@ -13,7 +13,7 @@ import pytest
 from anyflow_train.__main__ import main
 from anyflow_train.config.commands import SweepOptions
 from anyflow_train.errors import UserError
-from anyflow_train.sweep import cluster
+from anyflow_train.sweep import cluster, runner
 from anyflow_train.sweep.command import visible_gpus
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.sweep.search import Search
@@ -34,7 +34,6 @@ class Trainings:
         runner: Runner,
         arguments: Sequence[str],
         one: object = None,
-        gpu: str | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[int, float]:
         if len(self.rates) >= self.ends_after:
@@ -123,6 +122,17 @@ def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     }
     with pytest.raises(UserError, match=r"pip install 'anyflow_train\[(search|slurm)\]'"):
         starts[extra]()
+
+
+def test_every_run_of_a_search_has_a_gpu_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    alone = "echo $CUDA_VISIBLE_DEVICES >> seen\nmkdir gpu$CUDA_VISIBLE_DEVICES || echo shared >> seen\nsleep 0.3\n"
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}\n{alone}rmdir gpu$CUDA_VISIBLE_DEVICES\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(program))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert main(line(tmp_path, "trials=4")) == 1
+    assert sorted(set((tmp_path / "seen").read_text().split())) == ["5", "7"]
 
 
 class Run:

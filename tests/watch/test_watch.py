@@ -16,6 +16,7 @@ import pytest
 
 from anyflow_train.__main__ import main
 from anyflow_train.errors import UserError
+from anyflow_train.watch import runs
 from anyflow_train.watch.metrics import Metrics
 from anyflow_train.watch.report import render
 from anyflow_train.watch.runs import Watch
@@ -130,6 +131,24 @@ def test_the_state_of_runs_and_their_differences(tmp_path: Path) -> None:
     assert later["runs"]["sweep/b"]["rows"] == []
 
 
+def test_a_page_that_is_open_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    before = runs.read_object
+    monkeypatch.setattr(runs, "read_object", lambda path: read.append(path.name) or before(path))
+    folder = make(tmp_path / "a", row(1))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text("{}")
+    watch = Watch(tmp_path)
+    watch.state()
+    assert {"config.json", "report.json"} <= set(read)
+    read.clear()
+    watch.state()
+    assert read == []
+    (folder / "config.json").write_text('{"steps": 800}')  # a resumed run may have more steps
+    os.utime(folder / "config.json", (1, 1))
+    assert watch.state()["runs"]["a"]["steps"] == 800
+
+
 def test_only_this_machine_reads_and_nothing_outside(tmp_path: Path) -> None:
     from starlette.testclient import TestClient
 
@@ -171,7 +190,7 @@ def test_a_report_is_one_file_without_links_and_escapes_names(tmp_path: Path, ca
         assert "wrote" in capsys.readouterr().out
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     assert main(["report", str(tmp_path), f"out={tmp_path / 'mine.html'}"]) == 2
-    assert "exists and is no report" in capsys.readouterr().err
+    assert "exists, and this command did not write it" in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from rich.console import Console
 
 from anyflow_train.config.base import Log
+from anyflow_train.text import fit_terminal
 from anyflow_train.training.reporting.progress import choose_screen, surviving
 
 ON_A_TERMINAL, AS_LINES = 0.5, 10.0
@@ -38,7 +38,7 @@ class TaskProgress:
         self._name, self._total, self._done, self._clock, self._begun = name, total, 0, clock, clock()
         self._screen, self._on_terminal = choose_screen(total, 0, log, console, name)
         self._shown = self._begun
-        self._result = self._screen.say if log == "json" else partial(print, flush=True)
+        self._result = self._screen.say if log == "json" else lambda text: print(fit_terminal(text), flush=True)
         self.phase(name)
 
     def __enter__(self) -> TaskProgress:

@@ -147,6 +147,7 @@ function drawQuality() {
   for (const metric of metrics) {
     const lines = [];
     const calls = new Set();
+    const teachers = new Map();  // runs of one folder share the teacher's curve
     for (const [name, run] of shown()) {
       const row = validations(run).filter((one) => one.step <= chosen).at(-1);
       if (!row) continue;
@@ -154,11 +155,13 @@ function drawQuality() {
         .map((n) => { calls.add(n); const key = `validation/${metric}_${n}`; return [n, row[key], row[`${key}_low`] ?? row[key], row[`${key}_high`] ?? row[key]]; });
       lines.push({ colour: colour(name), points, label: `${name}, step ${row.step}` });
       const taught = Object.entries(run.teacher);
-      if (metric === "energy_distance" && taught.length) {
+      if (metric === "energy_distance" && taught.length && !teachers.has(JSON.stringify(taught))) {
         taught.forEach(([n]) => calls.add(+n));
-        lines.push({ colour: "#868e96", dash: "6 3", label: `teacher (${name})`, points: taught.map(([n, [v, low, high]]) => [+n, v, low, high]) });
+        teachers.set(JSON.stringify(taught), { colour: "#868e96", dash: "6 3", label: `teacher (${name})`, points: taught.map(([n, [v, low, high]]) => [+n, v, low, high]) });
       }
     }
+    if (teachers.size === 1) [...teachers.values()][0].label = "teacher";
+    lines.push(...teachers.values());
     grid.append(chart(metric.replaceAll("_", " "), lines, { log: lines.every((l) => l.points.every((p) => p[1] > 0)), xlog: true, ticks: [...calls], xlabel: "network calls" }));
   }
   fill("quality", box);
