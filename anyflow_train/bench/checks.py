@@ -157,7 +157,8 @@ def _call(device: torch.device, dtype: torch.dtype | None) -> tuple[Tensor, Tens
 
 
 def _tiny(words: tuple[str, ...]) -> RunConfig:
-    return compose("train", [*words, *TINY, f"student.init={asset('tiny-wan')}"], None, 1)
+    # Experiments named tiny choose the CPU, which must not be compared with itself.
+    return compose("train", [*words, *TINY, "engine.device=auto", f"student.init={asset('tiny-wan')}"], None, 1)
 
 
 def _compare_steps(notes: Notes, name: str, words: tuple[str, ...], world: World) -> Recipe:

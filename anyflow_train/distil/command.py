@@ -75,7 +75,8 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
             code = _finish(part, f"{number}/{len(plan)}", options, runner)
             write_summary(Path(options.out).expanduser(), plan)
             if code:
-                print(f"{part.name} is not finished; start the same line again to go on", flush=True)
+                mend = "mend that, and " * (code == 2)  # the code of a user error
+                print(f"{part.name} is not finished; {mend}start the same line again to go on", flush=True)
                 return code
     print(f"wrote {Path(options.out) / 'summary.md'}")
     return 0

@@ -79,6 +79,12 @@ def test_the_same_line_goes_on_where_it_stopped(tmp_path: Path, commands: Comman
     assert commands.names() == []
 
 
+def test_after_a_mistake_the_same_line_alone_does_not_help(tmp_path: Path, commands: Commands, capsys) -> None:
+    commands.fails = {"prepare": 2}
+    assert main(line(tmp_path)) == 2
+    assert "prepare is not finished; mend that, and start the same line again" in capsys.readouterr().out
+
+
 def test_a_part_is_repeated_if_what_it_was_made_from_is_newer(tmp_path: Path, commands: Commands) -> None:
     assert main(line(tmp_path)) == 0
     commands.calls.clear()
