@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
@@ -28,6 +30,35 @@ class Switch:
 
     def __init__(self, active: str | None = None) -> None:
         self.active = active
+
+
+class PassingLinear(nn.Linear):
+    """A linear layer without bias that also hands on its input, to the layer that it adapts.
+
+    The gradient of that layer's input is then increased in one matrix product, and not by a product and a sum.
+    """
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, in_features) -> (N, out_features), and the input in the dtype of the product."""
+        if transformed() or not (torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input), input
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        return _ProductAndInput.apply(input.to(dtype), self.weight.to(dtype))
+
+
+class _ProductAndInput(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t(), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        # `grad_x` is the result of a product in the backward pass of the adapted layer, and nothing else reads it.
+        return grad_x.addmm_(grad, weight), grad.t() @ x
 
 
 class AddedLinear(nn.Linear):
@@ -52,13 +83,14 @@ class AddedLinear(nn.Linear):
 class LowRank(nn.Module):
     """A low-rank layer, `scale * B A x`. The attribute names appear in checkpoints."""
 
-    def __init__(self, lora_A: nn.Linear, lora_B: AddedLinear, scale: float) -> None:
+    def __init__(self, lora_A: PassingLinear, lora_B: AddedLinear, scale: float) -> None:
         super().__init__()
         self.lora_A, self.lora_B, self.scale = lora_A, lora_B, scale
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """Compute `onto + scale * B A x` for x (N, in_features); see `AddedLinear.forward`."""
-        return self.lora_B(self.lora_A(x), onto, self.scale)
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Compute `base(x) + scale * B A x` for x (N, in_features); see `AddedLinear.forward`."""
+        low, x = self.lora_A(x)
+        return self.lora_B(low, base(x), self.scale)
 
 
 class Adapted(nn.Module):
@@ -78,8 +110,7 @@ class Adapted(nn.Module):
         active = self._active()
         if isinstance(active, LowRank):
             (x,) = inputs
-            tokens = x.flatten(0, -2)
-            return active(tokens, self.base(tokens)).unflatten(0, x.shape[:-1])
+            return active(x.flatten(0, -2), self.base).unflatten(0, x.shape[:-1])
         return active(*inputs)
 
     def __getattr__(self, name: str) -> Any:
@@ -153,7 +184,8 @@ def merge_lora(network: AnyNetwork) -> AnyNetwork:
     """
     weights = {_plain(key): w.detach().clone() for key, w in network.state_dict().items() if ".lora_" not in key}
     for name, own in _adapters(network):
-        weight, product = weights[f"{name}.weight"], _product(own)
+        weight = weights[f"{name}.weight"]
+        product = (own.lora_B.weight.detach().float() @ own.lora_A.weight.detach().float()) * own.scale
         weights[f"{name}.weight"] = (weight.float() + product).to(weight.dtype)
     with torch.device("meta"):
         merged = type(network).from_config(copy.deepcopy(dict(network.config)))
@@ -192,15 +224,11 @@ def _adapters(network: nn.Module) -> Iterator[tuple[str, LowRank]]:
 
 def _low_rank(layer: Any, settings: Lora) -> LowRank:
     """Create a low-rank layer initialised as in peft: random first factor, zero second factor."""
-    first = nn.Linear(layer.in_features, settings.rank, bias=False)
+    first = PassingLinear(layer.in_features, settings.rank, bias=False)
     second = AddedLinear(settings.rank, layer.out_features, bias=False)
     nn.init.kaiming_uniform_(first.weight, a=5**0.5)
     nn.init.zeros_(second.weight)
     return on_device(LowRank(first, second, settings.alpha / settings.rank), layer.weight.device)
-
-
-def _product(own: LowRank) -> Tensor:
-    return (own.lora_B.weight.detach().float() @ own.lora_A.weight.detach().float()) * own.scale
 
 
 def _plain(name: str) -> str:
@@ -222,10 +250,8 @@ def check_adapter(modules: Mapping[str, nn.Module], settings: Lora, where: str) 
         for name in names:
             if not any(is_target(path, (name,)) for path in modules):
                 raise UserError(f"{where}.{key}", f"the network has no module {name!r}")
-    for path, module in modules.items():
-        if not is_target(path, settings.targets):
-            continue
-        if not isinstance(module, nn.Linear):
+    for path in (path for path in modules if is_target(path, settings.targets)):
+        if not isinstance(modules[path], nn.Linear):
             raise UserError(f"{where}.targets", f"{path!r} is not a linear layer, and cannot have an adapter")
         if is_in(f"{path}.", settings.full_modules):
             raise UserError(f"{where}.full_modules", f"{path!r} is also a target; remove it from one of the two")

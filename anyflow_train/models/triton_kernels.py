@@ -13,8 +13,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 @triton.jit
 def layer_norm(
-    x, shift, scale, out, mean, inverse, tokens, per_frame, by_sample, by_frame, width, plus, eps,
-    BLOCK: tl.constexpr,
+    x, shift, scale, out, mean, inverse, tokens, per_frame, by_sample, by_frame, width, plus, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute `(x - mean) * inverse * (plus + scale) + shift`. One program computes a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -44,8 +43,7 @@ def layer_norm_backward(
     inside = columns < width
     at = (frame // frames) * by_sample + (frame % frames) * by_frame + columns
     gain = plus + tl.load(scale + at, inside, other=0.0).to(tl.float32)
-    of_shift = tl.zeros([BLOCK], tl.float32)
-    of_scale = tl.zeros([BLOCK], tl.float32)
+    of_shift, of_scale = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for number in range(ROWS):
         place = part * ROWS + number
         known = inside & (place < per_frame)
@@ -136,8 +134,7 @@ def rms_norm_backward(
     inside = 2 * columns < width
     gain_even = tl.load(weight + 2 * columns, inside, other=0.0).to(tl.float32)
     gain_odd = tl.load(weight + 2 * columns + 1, inside, other=0.0).to(tl.float32)
-    sum_even = tl.zeros([HALF], tl.float32)
-    sum_odd = tl.zeros([HALF], tl.float32)
+    sum_even, sum_odd = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
     for number in range(ROWS):
         place = part * ROWS + number
         known = inside & (place < rows)
@@ -156,8 +153,7 @@ def rms_norm_backward(
         if SUMS:
             sum_even += even * normed_even
             sum_odd += odd * normed_odd
-        even = even * gain_even
-        odd = odd * gain_odd
+        even, odd = even * gain_even, odd * gain_odd
         along = tl.sum(even * normed_even + odd * normed_odd, 0) / width
         tl.store(grad_x + at, ((even - normed_even * along) * factor).to(grad_x.dtype.element_ty), known)
         tl.store(grad_x + at + 1, ((odd - normed_odd * along) * factor).to(grad_x.dtype.element_ty), known)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from anyflow_train.__main__ import main as anyflow
-from anyflow_train.bench import command
+from anyflow_train.bench import checks, command
 from anyflow_train.bench.notes import Notes
 from anyflow_train.config.commands.bench import BenchPart
 
@@ -27,6 +27,11 @@ def part(name: str, folder: Path) -> dict[str, Any]:
 
 def test_every_part_can_be_chosen() -> None:
     assert tuple(command.PARTS) == get_args(BenchPart)
+
+
+def test_what_is_compared_with_a_cpu_runs_on_the_gpu() -> None:
+    """The tiny experiments choose the CPU themselves; compared with itself, it is always right."""
+    assert {name for name, words in checks.RUNS.items() if checks._tiny(words).engine.device != "auto"} == set()
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ def test_the_code_of_every_card_runs_as_written(tmp_path: Path) -> None:
         ),
     ]
     pipeline, transformer, adapters, wan = outs
-    play(pipeline, transformer, wan)
-    assert "delta_embedder" not in play(adapters)  # diffusers loads the adapters of the second time without a warning
+    # diffusers loads the adapters of the second time without a warning
+    assert "delta_embedder" not in play(pipeline, transformer, adapters, wan)
     assert all((out / "video.gif").read_bytes().startswith(b"GIF") for out in outs)
     texts = [(out / "README.md").read_text() for out in outs]
     assert all("an any-step video diffusion model" in text for text in texts[:3])

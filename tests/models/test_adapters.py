@@ -1,10 +1,20 @@
 import diffusers
 import pytest
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from anyflow_train.config.network import Lora
 from anyflow_train.errors import UserError
-from anyflow_train.models.adapters import add_lora, lora_state_dict, merge_lora, trainable_parameters
+from anyflow_train.models.adapters import (
+    AddedLinear,
+    LowRank,
+    PassingLinear,
+    add_lora,
+    lora_state_dict,
+    merge_lora,
+    trainable_parameters,
+)
 from tests.models.networks import inputs, small, stock_twin
 from tests.models.peft_oracle import add_peft, peft_merged, peft_parameters
 
@@ -62,6 +72,20 @@ def test_they_start_compute_and_learn_as_those_of_peft(changes, autocast):
     pairs = {"output": (found, expected), **{name: (ours[name].grad, theirs[name].grad) for name in ours}}
     for name, (one, other) in pairs.items():
         assert (one - other).norm() <= most * other.norm(), name
+
+
+def test_the_gradient_of_the_input_is_the_sum_of_both_layers_gradients():
+    """The backward pass computes it by one product per layer, and no addition."""
+    x, base = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), nn.Linear(4, 3, dtype=torch.float64)
+    own = LowRank(PassingLinear(4, 2, bias=False), AddedLinear(2, 3, bias=False), 0.5).double()
+    expected = 2 * own(x, base).detach() @ (base.weight + 0.5 * own.lora_B.weight @ own.lora_A.weight)
+    loss = own(x, base).square().sum()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        (found,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::addmm_" in names
+    assert not names & {"aten::add", "aten::add_"}
 
 
 def test_adapters_start_at_zero_and_are_all_that_is_trained():

@@ -95,29 +95,26 @@ def test_a_strategy_that_distributes_less_is_never_advised() -> None:
     }
 
 
+EIGHT_BITS = ["experiment=wan14b_forward", "gpus=8", "gpu=l40s-48", "evaluation=none", *PLAIN[2:4], "engine.fp8=frozen"]
+
+
+@pytest.mark.nightly  # faster: the two tests before the next one
 def test_8_bits_are_given_up_where_shards_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    """A start under ZeRO-3 refuses them, and so does its plan."""
-    given = [
-        "experiment=wan14b_forward",
-        "gpus=8",
-        "gpu=l40s-48",
-        "evaluation=none",
-        "objective.guidance=none",
-        "objective.guidance_scale=1",
-    ]
-    eight = "engine.fp8=frozen"
-    assert run([*given, eight], None) == DOES_NOT_FIT
+    assert run(EIGHT_BITS, None) == DOES_NOT_FIT
     advised = capsys.readouterr().out.splitlines()[-1].rpartition(": ")[2].split()
     assert advised[:2] == ["strategy=zero3", "engine.fp8=none"]
-    assert run([*given, *advised], None) == FITS
+    assert run([*EIGHT_BITS[:-1], *advised], None) == FITS
+
+
+def test_a_plan_refuses_8_bits_where_a_start_does() -> None:
     refused = (
         r"engine.fp8: is refused under strategy=zero3, which shards the weights; choose ddp to zero2, or set it to none"
     )
     with pytest.raises(UserErrors, match=refused):
-        run([*given, eight, "strategy=zero3"], None)
+        run([*EIGHT_BITS, "strategy=zero3"], None)
     refused = r"optimizer.moments: is refused under strategy=zero2, which shards the moments; choose ddp, or set it to"
     with pytest.raises(UserErrors, match=refused):
-        run([*given, "optimizer.moments=8bit", "strategy=zero2"], None)
+        run([*EIGHT_BITS[:-1], "optimizer.moments=8bit", "strategy=zero2"], None)
 
 
 @pytest.mark.nightly  # faster: test_what_does_not_fit_gets_the_nearest_that_does

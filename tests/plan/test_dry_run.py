@@ -50,6 +50,7 @@ LORA = ["student/adapter=lora", "student.adapter.rank=16"]
 FULL = ["student/adapter=full"]
 # A mix of objectives needs a larger global batch.
 FORWARD = ["wan1_3b_forward", "objective=flow_map"]
+ONE_ROLLOUT = ["on_policy.calls=[2]", "engine.micro_batch=4"]
 CAUSAL = "student.architecture.causal={chunk_partition: [1, 2, 2], full_chunk_limit: 2}"
 
 
@@ -86,13 +87,13 @@ CASES: dict[str, list[str]] = {
     "lora": [*FORWARD, *LORA, "student.gradient_checkpointing=none"],
     "lora, block": [*FORWARD, *LORA, "student.gradient_checkpointing=block"],
     "lora, selective": [*FORWARD, *LORA, "student.gradient_checkpointing=selective"],
-    "stage 2, full": ["wan1_3b_on_policy", "objective=flow_map", *FULL, "on_policy.calls=[2]", "engine.micro_batch=2"],
-    "stage 2, lora": ["wan1_3b_on_policy", "objective=flow_map", *LORA, "on_policy.calls=[2]", "engine.micro_batch=2"],
+    "stage 2, full": ["wan1_3b_on_policy", "objective=flow_map", *FULL, *ONE_ROLLOUT],
+    "stage 2, lora": ["wan1_3b_on_policy", "objective=flow_map", *LORA, *ONE_ROLLOUT],
     "causal": ["wan1_3b_causal", *FULL, CAUSAL, "context.long_share=1", "context.bidirectional_probability=0"],
 }
 # Every call of a rollout chunk by chunk is computed once for its kind.
 CASES["stage 2, causal"] = [
-    *("wan1_3b_causal_on_policy", *LORA, *CASES["causal"][2:], "on_policy.calls=[2]", "engine.micro_batch=2"),
+    *("wan1_3b_causal_on_policy", *LORA, *CASES["causal"][2:], *ONE_ROLLOUT),
     *("data.height=64", "data.width=96"),
 ]
 

@@ -189,23 +189,17 @@ def killed(start: Start, engine: str, folder: Path, place: Path, *fault: Any) ->
     return launch
 
 
-@pytest.mark.parametrize("launch", ["zero2"], indirect=True)
-def test_a_run_with_a_killed_process_ends_bit_equal(folder: Path, launch: Launch) -> None:
-    place = folder / "one killed"
+@pytest.mark.parametrize("launch", ["ddp", pytest.param("zero2", marks=pytest.mark.nightly)], indirect=True)
+def test_a_run_that_is_killed_three_times_ends_bit_equal(folder: Path, launch: Launch) -> None:
+    """First one of its processes, then its launcher, then all."""
+    engine = launch.folder.name
+    place = folder / f"{engine}-killed"
     place.mkdir()
-    one = killed(fork, "zero2", folder, place, 1, "signal", 5, "itself", signal.SIGKILL)
+    one = killed(fork, engine, folder, place, 1, "signal", 3, "itself", signal.SIGKILL)
     assert "lost contact with another process; start again" in one.text()
-    assert "resuming from" in killed(fork, "zero2", folder, place).text()
-    assert_equal_runs(place / "killed", launch.folder / "whole")
-
-
-@pytest.mark.parametrize("launch", ["ddp"], indirect=True)
-def test_a_killed_launch_ends_bit_equal(folder: Path, launch: Launch) -> None:
-    place = folder / "all killed"
-    place.mkdir()
-    killed(fork, "ddp", folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
-    killed(fork, "ddp", folder, place, 1, "signal", 6, "all", signal.SIGKILL)
-    assert "resuming from" in killed(fork, "ddp", folder, place).text()
+    killed(fork, engine, folder, place, 0, "signal", 4, "launcher", signal.SIGKILL)
+    killed(fork, engine, folder, place, 1, "signal", 6, "all", signal.SIGKILL)
+    assert "resuming from" in killed(fork, engine, folder, place).text()
     assert_equal_runs(place / "killed", launch.folder / "whole")
 
 
