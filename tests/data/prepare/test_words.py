@@ -110,8 +110,8 @@ def test_a_caption_of_the_wrong_type_costs_its_clip_only(tmp_path: Path) -> None
 def test_a_wrong_key_is_said_with_the_columns(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("video,title\na.mp4,red\n")
     assert list_clips(str(tmp_path / "l.csv"), CaptionReader("title")).clips[0].read_caption() == "red"
-    with pytest.raises(UserError, match=r"caption_key: 'titel' is in no row of .*, which has: video, title"):
-        list_clips(str(tmp_path / "l.csv"), CaptionReader("titel"))
+    with pytest.raises(UserError, match=r"caption_key: 'headline' is in no row of .*, which has: video, title"):
+        list_clips(str(tmp_path / "l.csv"), CaptionReader("headline"))
 
 
 def test_parquet(tmp_path: Path) -> None:
