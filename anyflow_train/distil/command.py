@@ -20,6 +20,7 @@ from anyflow_train.text import markdown_table, quoted
 INTERRUPTED = 130
 PLAY = "Play it: `anyflow sample"
 """Beginning of the last line of a summary page, by which an earlier page is known."""
+OWN = ("source", "prompts", "out", "name", "data.shards", "evaluation.held_out", "model", "models", "held_out")
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
 """Arguments of both stages if there are only prompts: the points that the objective learns at come from noise."""
 
@@ -62,12 +63,10 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
         UserErrors: errors of the configs of all parts, before the first one starts.
     """
     if world_size() > 1:
-        raise UserError(
-            "WORLD_SIZE", f"{world_size()}, but distil starts its own processes; start it without a launcher"
-        )
+        raise UserError("WORLD_SIZE", f"{world_size()}, but distil starts its own processes; use no launcher")
     options = compose("distil", arguments, config_dir)
     plan = list(parts(options))
-    _check(plan, config_dir)
+    _check(plan, options, config_dir)
     _check_files(Path(options.out).expanduser())
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -98,26 +97,23 @@ def parts(options: DistilOptions) -> Iterator[Part]:
         yield Part(name, "prepare", made, folder / MANIFEST)
     common = [f"out={quoted(str(out))}", f"data.shards={quoted(str(shards))}"]
     common += [f"evaluation.held_out={quoted(str(held_out))}"] * (options.held_out is not None)
-    done, first = (shards / MANIFEST,), out / "stage1"
+    first = out / "stage1"
     common += WITHOUT_CLIPS if options.prompts else ()
     made = [*options.stage1, *common, "name=stage1"]
-    yield Part("stage 1", "train", made, first / "done.json", (), _is_trained(first))
+    yield Part("stage 1", "train", made, first / "done.json", (), _is_trained)
     student = first
     if options.stage2:
         student, init = out / "stage2", f"student.init={quoted(str(first))}"
-        done = (first / "done.json",)
         made = [*options.stage2, *common, init, "name=stage2"]
-        yield Part("stage 2", "train", made, student / "done.json", done, _is_trained(student))
-    done = (student / "done.json",)
-    pipeline = out / "pipeline"
+        yield Part("stage 2", "train", made, student / "done.json", (first / "done.json",), _is_trained)
+    done, pipeline = (student / "done.json",), out / "pipeline"
     made = [*options.export, f"model={quoted(str(student))}", f"out={quoted(str(pipeline))}", "overwrite=true"]
     yield Part("export", "export", made, pipeline / EXPORT_MARKER, done)
     if options.held_out is not None:
         models = ",".join(quoted(str(place)) for place in dict.fromkeys((first, student)))
         made = [*options.evaluate, f"models=[{models}]", f"held_out={quoted(str(held_out))}"]
-        yield Part(
-            "evaluate", "evaluate", [*made, f"out={quoted(str(out / 'report'))}"], out / "report" / "report.json", done
-        )
+        made.append(f"out={quoted(str(out / 'report'))}")
+        yield Part("evaluate", "evaluate", made, out / "report" / "report.json", done)
 
 
 def write_summary(out: Path, plan: Sequence[Part]) -> None:
@@ -149,16 +145,18 @@ def _finish(part: Part, place: str, options: DistilOptions, runner: Runner) -> i
     return code or (0 if part.finished(part.result) else INTERRUPTED)
 
 
-def _is_trained(folder: Path) -> Callable[[Path], bool]:
-    def finished(result: Path) -> bool:
-        return read_object(result).get("step", -1) >= read_object(folder / "config.json").get("steps", 0)
-
-    return finished
+def _is_trained(result: Path) -> bool:
+    return read_object(result).get("step", -1) >= read_object(result.with_name("config.json")).get("steps", 0)
 
 
-def _check(plan: Sequence[Part], config_dir: Path | None) -> None:
+def _check(plan: Sequence[Part], options: DistilOptions, config_dir: Path | None) -> None:
     """Compose the config of every part. Raises UserErrors with the name of the part before each key."""
-    errors: list[UserError] = []
+    errors = [
+        UserError(key, f"gives {word}, but distil sets this key itself, from source, prompts, held_out and out")
+        for key in ("prepare", "stage1", "stage2", "export", "evaluate")
+        for word in getattr(options, key)
+        if word.partition("=")[0] in OWN
+    ]
     for part in plan:
         try:
             compose(part.command, part.arguments, config_dir)

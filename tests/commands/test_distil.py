@@ -153,3 +153,15 @@ def test_every_experiment_of_distil_is_shipped() -> None:
         if "# anyflow distil:" in path.read_text()
     }
     assert found == {"tiny_distil", "wan1_3b", "wan14b"}
+
+
+def test_keys_that_distil_sets_itself_are_refused(
+    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation that is left out would drop them without a word."""
+    given = ["distil", "experiment=tiny_distil", "source=clips", f"out={tmp_path / 'a'}"]
+    assert main([*given, "evaluate=['held_out=shards']", "stage1=['experiment=tiny','name=mine']"]) == 2
+    printed = capsys.readouterr().err
+    assert "stage1: gives name=mine, but distil sets this key itself" in printed
+    assert "evaluate: gives held_out=shards, but distil sets this key itself" in printed
+    assert commands.calls == []
