@@ -20,7 +20,6 @@ from anyflow_train.text import markdown_table, quoted
 INTERRUPTED = 130
 PLAY = "Play it: `anyflow sample"
 """Beginning of the last line of a summary page, by which an earlier page is known."""
-OWN = ("source", "prompts", "out", "name", "data.shards", "evaluation.held_out", "model", "models", "held_out")
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
 """Arguments of both stages if there are only prompts: the points that the objective learns at come from noise."""
 
@@ -32,7 +31,8 @@ class Part:
     Attributes:
         name: name on the summary page, and of its arguments among the keys of `anyflow distil`.
         command: name of the command whose config the arguments make.
-        arguments: its arguments.
+        given: its arguments that the user may choose.
+        own: its arguments that `anyflow distil` sets, after those.
         result: file that exists when the part is finished.
         after: results that it is made from; if one is newer, the part is repeated.
         finished: whether its result says that it is finished.
@@ -40,10 +40,16 @@ class Part:
 
     name: str
     command: str
-    arguments: Sequence[str]
+    given: Sequence[str]
+    own: Sequence[str]
     result: Path
     after: tuple[Path, ...] = ()
     finished: Callable[[Path], bool] = Path.is_file
+
+    @property
+    def arguments(self) -> list[str]:
+        """All arguments of the command."""
+        return [*self.given, *self.own]
 
     def is_done(self) -> bool:
         """Whether the result is complete and not older than what it is made from."""
@@ -65,8 +71,9 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     if world_size() > 1:
         raise UserError("WORLD_SIZE", f"{world_size()}, but distil starts its own processes; use no launcher")
     options = compose("distil", arguments, config_dir)
-    plan = list(parts(options))
-    _check(plan, options, config_dir)
+    every = list(parts(options))
+    plan = [part for part in every if part.name != "evaluate" or options.held_out is not None]
+    _check(every, plan, config_dir)
     _check_files(Path(options.out).expanduser())
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -82,38 +89,32 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
 
 
 def parts(options: DistilOptions) -> Iterator[Part]:
-    """List the commands, in order.
-
-    Stage 2 is left out if it has no arguments, and the evaluation if there are no clips to compare with.
-    """
+    """List the commands, in order. Stage 2 is left out if it has no arguments."""
     out = Path(options.out).expanduser()
     shards, held_out = out / "shards", out / "held_out"
     clips = "source" if options.prompts is None else "prompts"
     given = [(clips, getattr(options, clips), shards, "prepare")]
-    if options.held_out is not None:
-        given.append(("source", options.held_out, held_out, "prepare held-out clips"))
+    given += [("source", options.held_out, held_out, "prepare held-out clips")] * (options.held_out is not None)
     for key, value, folder, name in given:
-        made = [*options.prepare, f"{key}={quoted(str(value))}", f"out={quoted(str(folder))}"]
-        yield Part(name, "prepare", made, folder / MANIFEST)
+        own = (f"{key}={quoted(str(value))}", f"out={quoted(str(folder))}")
+        yield Part(name, "prepare", options.prepare, own, folder / MANIFEST)
     common = [f"out={quoted(str(out))}", f"data.shards={quoted(str(shards))}"]
     common += [f"evaluation.held_out={quoted(str(held_out))}"] * (options.held_out is not None)
-    first = out / "stage1"
     common += WITHOUT_CLIPS if options.prompts else ()
-    made = [*options.stage1, *common, "name=stage1"]
-    yield Part("stage 1", "train", made, first / "done.json", (), _is_trained)
-    student = first
+    student = first = out / "stage1"
+    own = [*common, "name=stage1"]
+    yield Part("stage 1", "train", options.stage1, own, first / "done.json", (), _is_trained)
     if options.stage2:
-        student, init = out / "stage2", f"student.init={quoted(str(first))}"
-        made = [*options.stage2, *common, init, "name=stage2"]
-        yield Part("stage 2", "train", made, student / "done.json", (first / "done.json",), _is_trained)
-    done, pipeline = (student / "done.json",), out / "pipeline"
-    made = [*options.export, f"model={quoted(str(student))}", f"out={quoted(str(pipeline))}", "overwrite=true"]
-    yield Part("export", "export", made, pipeline / EXPORT_MARKER, done)
-    if options.held_out is not None:
-        models = ",".join(quoted(str(place)) for place in dict.fromkeys((first, student)))
-        made = [*options.evaluate, f"models=[{models}]", f"held_out={quoted(str(held_out))}"]
-        made.append(f"out={quoted(str(out / 'report'))}")
-        yield Part("evaluate", "evaluate", made, out / "report" / "report.json", done)
+        student = out / "stage2"
+        own = [*common, f"student.init={quoted(str(first))}", "name=stage2"]
+        after = (first / "done.json",)
+        yield Part("stage 2", "train", options.stage2, own, student / "done.json", after, _is_trained)
+    done, pipeline, report = (student / "done.json",), out / "pipeline", out / "report"
+    own = [f"model={quoted(str(student))}", f"out={quoted(str(pipeline))}", "overwrite=true"]
+    yield Part("export", "export", options.export, own, pipeline / EXPORT_MARKER, done)
+    models = ",".join(quoted(str(place)) for place in dict.fromkeys((first, student)))
+    own = [f"models=[{models}]", f"held_out={quoted(str(held_out))}", f"out={quoted(str(report))}"]
+    yield Part("evaluate", "evaluate", options.evaluate, own, report / "report.json", done)
 
 
 def write_summary(out: Path, plan: Sequence[Part]) -> None:
@@ -149,14 +150,18 @@ def _is_trained(result: Path) -> bool:
     return read_object(result).get("step", -1) >= read_object(result.with_name("config.json")).get("steps", 0)
 
 
-def _check(plan: Sequence[Part], options: DistilOptions, config_dir: Path | None) -> None:
-    """Compose the config of every part. Raises UserErrors with the name of the part before each key."""
-    errors = [
-        UserError(key, f"gives {word}, but distil sets this key itself, from source, prompts, held_out and out")
-        for key in ("prepare", "stage1", "stage2", "export", "evaluate")
-        for word in getattr(options, key)
-        if word.partition("=")[0] in OWN
-    ]
+def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None) -> None:
+    """Check that the user gives no argument that would be replaced, or dropped with its part, and compose all configs.
+
+    Raises:
+        UserErrors: what is wrong, with the name of the part before each key.
+    """
+    errors: list[UserError] = []
+    for part in every:
+        own = {word.partition("=")[0]: word for word in part.own}
+        replaced = {word: own.get(word.partition("=")[0], word) for word in part.given}
+        problem = "gives {}, but distil sets this key itself, from its own keys: {}"
+        errors += [UserError(part.name, problem.format(word, ours)) for word, ours in replaced.items() if ours != word]
     for part in plan:
         try:
             compose(part.command, part.arguments, config_dir)
@@ -168,5 +173,5 @@ def _check(plan: Sequence[Part], options: DistilOptions, config_dir: Path | None
 def _check_files(out: Path) -> None:
     """Check, before hours of work, that no file of the user is in the place of a result. Raises UserError."""
     check_own(out, PLAY, "summary.md")
-    for folder, index in ((out / "pipeline", EXPORT_MARKER), (out / "report", "report.json")):
-        check_own(folder, "", index, *(path.name for path in folder.glob("*")))
+    for name, mark, index in (("pipeline", '"anyflow_train"', EXPORT_MARKER), ("report", '"held_out"', "report.json")):
+        check_own(out / name, mark, index, *(path.name for path in (out / name).glob("*")))

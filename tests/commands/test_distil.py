@@ -33,7 +33,8 @@ class Commands:
         out.mkdir(parents=True, exist_ok=True)
         results = {"prepare": "manifest.json", "export": "anyflow_export.json", "evaluate": "report.json"}
         (out / "config.json").write_text('{"steps": 5}')
-        (out / results.get(arguments[0], "done.json")).write_text('{"step": 5}')
+        mark = {"package": "anyflow_train", "held_out": "others"}  # as in the files of exports and evaluations
+        (out / results.get(arguments[0], "done.json")).write_text(json.dumps({"step": 5, **mark}))
         if arguments[0] == "evaluate":
             (out / "report.md").write_text("# report\n\n![Videos](grid.gif)\n\n| calls |\n|---|\n")
         return 0, 0.0
@@ -136,7 +137,7 @@ def test_mistakes_of_all_parts_are_said_before_the_start(
     assert not commands.calls
 
 
-@pytest.mark.parametrize("taken", ["summary.md", "pipeline/thesis.tex", "report/report.md"])
+@pytest.mark.parametrize("taken", ["summary.md", "pipeline/thesis.tex", "report/report.md", "report/report.json"])
 def test_files_of_the_user_are_never_replaced(tmp_path: Path, commands: Commands, capsys, taken: str) -> None:
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("mine")
@@ -155,13 +156,24 @@ def test_every_experiment_of_distil_is_shipped() -> None:
     assert found == {"tiny_distil", "wan1_3b", "wan14b"}
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("stage1=['experiment=tiny','name=mine']", "stage 1: gives name=mine, but distil sets this key itself"),
+        ("stage2=['experiment=tiny_on_policy','student.init=a']", "stage 2: gives student.init=a, but distil sets"),
+        ("export=['overwrite=false']", "export: gives overwrite=false, but distil sets this key itself"),
+        # An evaluation that is left out would drop it without a word.
+        ("evaluate=['held_out=shards']", "evaluate: gives held_out=shards, but distil sets this key itself"),
+    ],
+)
 def test_keys_that_distil_sets_itself_are_refused(
-    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str], given: str, message: str
 ) -> None:
-    """An evaluation that is left out would drop them without a word."""
-    given = ["distil", "experiment=tiny_distil", "source=clips", f"out={tmp_path / 'a'}"]
-    assert main([*given, "evaluate=['held_out=shards']", "stage1=['experiment=tiny','name=mine']"]) == 2
-    printed = capsys.readouterr().err
-    assert "stage1: gives name=mine, but distil sets this key itself" in printed
-    assert "evaluate: gives held_out=shards, but distil sets this key itself" in printed
+    assert main(["distil", "experiment=tiny_distil", "source=clips", f"out={tmp_path / 'a'}", given]) == 2
+    assert message in capsys.readouterr().err
     assert commands.calls == []
+
+
+def test_a_key_that_distil_would_set_to_the_same_value_is_no_mistake(tmp_path: Path, commands: Commands) -> None:
+    given = ["prompts=p.txt", f"out={tmp_path / 'a'}", "stage1=['experiment=tiny','evaluation=none']", "stage2=[]"]
+    assert main(["distil", "experiment=tiny_distil", *given]) == 0

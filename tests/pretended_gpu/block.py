@@ -106,6 +106,7 @@ def table(compiled: bool) -> list[str]:
     """Lines of the Markdown table."""
     rows = [["block", "pass", "launches", *(f"{kind}, GB" for kind in KINDS)]]
     for name, settings in CASES.items():
+        # Without a gradient there is a forward pass only.
         for label, (launched, moved) in zip(("forward", "backward"), per_block(*settings, compiled), strict=False):
             rows.append([name, label, str(launched), *(f"{moved[kind] / GIGA:.2f}" for kind in KINDS)])
             print(rows[-1], flush=True)

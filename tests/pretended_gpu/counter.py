@@ -90,6 +90,7 @@ def traffic() -> Iterator[Counter[str]]:
         launch(name, grid, *tensors, **options)
 
     def ran(self: Any, *tensors: Any, **options: Any) -> Any:
+        # The kernel's first arguments are its tensors; sizes and constants follow, which have no entry in `tensors`.
         changed = [tensor for name, tensor in zip(self.fn.arg_names, tensors, strict=False) if "in_out" in name]
         mode.bytes["elementwise"] += size(tensors) + size(changed)
         return run(self, *tensors, **options)
