@@ -72,6 +72,7 @@ class Heartbeat:
             # Communication fails after another process has ended because of a hang. Let the guard report the hang.
             time.sleep(3 * self._interval)
         self._leaving.set()
+        self._threads[1].join()  # it may be reporting a hang, and then ends this process
         if error is None:
             self._world.gather(None)  # process 0 keeps the store until all processes are here
         self._threads[0].join(self._interval)  # otherwise its last report could overwrite this one
@@ -144,6 +145,8 @@ class Heartbeat:
             if (report.host, report.launcher) == (self._own.host, self._own.launcher):
                 with suppress(OSError):
                     os.kill(report.pid, signal.SIGKILL)
+        if self._world.is_main:
+            time.sleep(2 * self._interval)  # until the others, which read its store, have found the same reason
         os._exit(HUNG)
 
 
