@@ -146,7 +146,7 @@ class Heartbeat:
                 with suppress(OSError):
                     os.kill(report.pid, signal.SIGKILL)
         if self._world.is_main:
-            time.sleep(2 * self._interval)  # until the others, which read its store, have found the same reason
+            time.sleep(3 * self._interval)  # until the others, which need its store, have found the same reason
         os._exit(HUNG)
 
 

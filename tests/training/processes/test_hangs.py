@@ -48,6 +48,7 @@ def test_a_process_that_hangs_is_named_in_time(launches: dict[str, Launch], hang
     assert "step 4, " in line
     assert launch.text().count("error: ") == 1
     logs = launch.folder / "run" / "logs"
-    noticed = [path for path in logs.iterdir() if "Stack traces of process" in path.read_text()]
-    assert all(f"error: {words}" in path.read_text() for path in noticed)
-    assert noticed
+    noticed = [text for path in logs.iterdir() if "Stack traces of process" in (text := path.read_text())]
+    assert line in "".join(noticed)
+    # A process that was not given time by a busy machine may only see that process 0 is gone.
+    assert all(f"error: {words}" in text or "error: lost contact with process 0" in text for text in noticed)

@@ -107,6 +107,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     monkeypatch.setattr(heartbeat, "tell_terminal", lambda text: acts.append(("tell", text.strip())))
     monkeypatch.setattr(heartbeat.os, "kill", lambda pid, number: acts.append(("kill", pid, number)))
     monkeypatch.setattr(heartbeat.os, "_exit", leave)
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: acts.append(("sleep", seconds)))
     return acts
 
 
@@ -132,6 +133,15 @@ def test_the_others_only_leave_a_log_of_where_they_stand(done: list[tuple[object
     assert text.startswith("error: no report from process 0")
     assert "Stack traces of process 2" in text
     assert "test_heartbeat.py" in text  # the stacks
+
+
+def test_process_0_keeps_its_store_until_the_others_have_found_the_reason(
+    done: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    beat = beating(0, report(0), report(1), logs=tmp_path)
+    end(beat)
+    # A process finds a reason one interval after process 0 at the latest, if it runs at all.
+    assert done[1:] == [("sleep", 3 * beat._interval), ("exit", HUNG)]
 
 
 def test_one_that_left_does_not_speak(done: list[tuple[object, ...]], tmp_path: Path) -> None:
