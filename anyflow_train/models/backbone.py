@@ -99,7 +99,7 @@ class Backbone(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin
     def _project(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Project tokens to output patches: (B, S, D) and (B or 1, F or 1, D) -> (B, S, patch * patch * C_out)."""
         shift, scale = (at_least_float32(self.scale_shift_table) + embedding.unsqueeze(2)).chunk(2, dim=2)
-        return self.proj_out(modulated_layer_norm(x, shift, scale, self.config.eps))
+        return self.proj_out(modulated_layer_norm(x, shift, scale, self.config.eps)[0])
 
     def _velocity(self, x: Tensor, embedding: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
         """Project tokens to latents: (B, S, D) -> (B, F, C_out, H, W). `grid`: rows and columns of a frame."""

@@ -27,7 +27,7 @@ class AnyFlowTransformerBlock(nn.Module):
         super().__init__()
         self.eps = eps
         self.attn1 = Attention(dim, heads, eps)
-        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else None
         self.attn2 = Attention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -56,13 +56,14 @@ class AnyFlowTransformerBlock(nn.Module):
         modulation = modulation + at_least_float32(self.scale_shift_table)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.chunk(6, dim=2)
 
-        normed = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
+        normed, x = modulated_layer_norm(x, shift_attn, scale_attn, self.eps)
         if isinstance(pattern, StopAfterKV):
             pattern.keep(*self.attn1.keys_and_values(normed, rotation))
             return x
         x = add_gated(x, self.attn1(normed, normed, rotation, pattern), gate_attn)
-        x = x + self.attn2(self.norm2(x), text)
-        normed = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
+        normed, x = (x, x) if self.norm2 is None else self.norm2(x)
+        x = x + self.attn2(normed, text)
+        normed, x = modulated_layer_norm(x, shift_ffn, scale_ffn, self.eps)
         return add_gated(x, self.ffn(normed), gate_ffn)
 
 
@@ -118,9 +119,9 @@ class RMSNorm(nn.Module):
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """Layer norm that computes in float32 or wider, and returns the dtype of its input."""
+    """Layer norm that computes in float32 or wider; see `fused.wide_layer_norm`."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         return wide_layer_norm(input, self.weight, self.bias, self.eps)
 
 

@@ -56,27 +56,30 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return _GeluTanh.apply(x) if _by_hand(x) else F.gelu(x, approximate="tanh")
 
 
-def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute `layer_norm(x) * (1 + scale) + shift` in float32 or wider.
 
     x: (B, S, D), tokens frame by frame; shift, scale: (B or 1, F or 1, 1, D) float32, one row for all tokens of a
-    frame. Returns (B, S, D) in the dtype of x.
+    frame. Returns (B, S, D) in the dtype of x, and x itself. If the residual connection continues from this x, the
+    backward pass adds both gradients while it computes that of the norm.
     """
     if launches_triton(x):
         return ModulatedLayerNorm.apply(x, shift, scale, 1.0, eps)
     if transformed():
         normed = F.layer_norm(at_least_float32(x), x.shape[-1:], None, None, eps)
-        return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype)
+        return torch.addcmul(shift, _by_frame(normed, scale), 1 + scale).view(x.shape).to(x.dtype), x
     return _ModulatedLayerNorm.apply(x, shift, scale, eps)
 
 
-def wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Compute a layer norm of x (B, S, D) in float32 or wider, with weight and bias (D,). Returns the dtype of x."""
+def wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute a layer norm of x (B, S, D) in float32 or wider, with weight and bias (D,).
+
+    Returns it in the dtype of x, and x itself, as `modulated_layer_norm` does.
+    """
     if launches_triton(x):
         return ModulatedLayerNorm.apply(x, bias[None, None, None], weight[None, None, None], 0.0, eps)
-    return F.layer_norm(at_least_float32(x), weight.shape, at_least_float32(weight), at_least_float32(bias), eps).to(
-        x.dtype
-    )
+    weight, bias = at_least_float32(weight), at_least_float32(bias)
+    return F.layer_norm(at_least_float32(x), weight.shape, weight, bias, eps).to(x.dtype), x
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -155,15 +158,18 @@ class _ModulatedLayerNorm(Function):
     """Modulated layer norm that saves x, the modulation and two numbers per token, but not the normalised x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         normed, mean, inverse = _normalise(at_least_float32(x), eps)
         ctx.save_for_backward(x, shift, scale, mean, inverse)
+        ctx.set_materialize_grads(False)
         normed = _by_frame(normed, scale)
-        return torch.addcmul(shift, normed, 1 + scale, out=normed).view(x.shape).to(x.dtype)
+        return torch.addcmul(shift, normed, 1 + scale, out=normed).view(x.shape).to(x.dtype), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return residual, None, None, None
         x, shift, scale, mean, inverse = ctx.saved_tensors
         full = at_least_float32(x)
         grad = _by_frame(at_least_float32(grad), scale)
@@ -178,6 +184,7 @@ class _ModulatedLayerNorm(Function):
             back = torch.ops.aten.native_layer_norm_backward
             wanted = [True, False, False]
             grad_x = back(inner, full, x.shape[-1:], mean, inverse, None, None, wanted)[0].to(x.dtype)
+            grad_x = grad_x if residual is None else grad_x.add_(residual)
         return grad_x, grad_shift, grad_scale, None
 
 

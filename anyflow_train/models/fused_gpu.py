@@ -21,12 +21,16 @@ _WARPS = 8
 
 
 class ModulatedLayerNorm(Function):
-    """`layer_norm(x) * (plus + scale) + shift`. Saves x, the modulation and two numbers per token."""
+    """`layer_norm(x) * (plus + scale) + shift`, and x for the residual connection.
+
+    Saves x, the modulation and two numbers per token.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, plus: float, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, plus: float, eps: float) -> tuple[Tensor, Tensor]:
         """x: (B, S, D); shift, scale: (B or 1, F or 1, 1, D), of equal strides."""
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        same, x = x, x.contiguous()
+        out = torch.empty_like(x)
         mean, inverse = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
         tokens = x.shape[1]
         frame, width = tokens // scale.shape[1], x.shape[-1]
@@ -34,17 +38,22 @@ class ModulatedLayerNorm(Function):
         _launch("layer_norm", (mean.numel(),), *arguments, BLOCK=_block(width))
         ctx.save_for_backward(x, shift, scale, mean, inverse)
         ctx.plus = plus
-        return out
+        ctx.set_materialize_grads(False)
+        return out, same
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return residual, None, None, None, None
         x, shift, scale, mean, inverse = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        added = grad if residual is None else residual.contiguous()
         summed = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grid, sums, place = _partial(x, scale, 2, summed)
-        arguments = (grad, x, scale, mean, inverse, grad_x, sums, grid[0], *place, ctx.plus)
-        _launch("layer_norm_backward", grid, *arguments, ROWS=_ROWS, SUMS=summed, BLOCK=_block(x.shape[-1]))
+        arguments = (grad, added, x, scale, mean, inverse, grad_x, sums, grid[0], *place, ctx.plus)
+        options = {"ROWS": _ROWS, "RESIDUAL": residual is not None, "SUMS": summed, "BLOCK": _block(x.shape[-1])}
+        _launch("layer_norm_backward", grid, *arguments, **options)
         if not summed:
             return grad_x, None, None, None, None
         of_shift, of_scale = _added(sums, scale)

@@ -33,10 +33,13 @@ def layer_norm(
 
 @triton.jit
 def layer_norm_backward(
-    grad, x, scale, mean, inverse, grad_x, sums, samples_frames, frames, per_frame, by_sample, by_frame, width,
-    plus, ROWS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, residual, x, scale, mean, inverse, grad_x, sums, samples_frames, frames, per_frame, by_sample, by_frame,
+    width, plus, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of x, and partial sums of those of shift and scale. A program has `ROWS` rows of a frame."""
+    """Compute the gradient of x, and partial sums of those of shift and scale. A program has `ROWS` rows of a frame.
+
+    With `RESIDUAL`, it adds the gradient of the residual connection.
+    """
     frame = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -53,8 +56,10 @@ def layer_norm_backward(
         factor = tl.load(inverse + row)
         normed = tl.where(known, (values - tl.load(mean + row)) * factor, 0.0)
         inner = given * gain
-        back = inner - tl.sum(inner, 0) / width - normed * (tl.sum(inner * normed, 0) / width)
-        tl.store(grad_x + row * width + columns, (back * factor).to(grad_x.dtype.element_ty), known)
+        back = (inner - tl.sum(inner, 0) / width - normed * (tl.sum(inner * normed, 0) / width)) * factor
+        if RESIDUAL:
+            back += tl.load(residual + row * width + columns, known, other=0.0).to(tl.float32)
+        tl.store(grad_x + row * width + columns, back.to(grad_x.dtype.element_ty), known)
         of_shift += given
         of_scale += given * normed
     if SUMS:

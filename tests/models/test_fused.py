@@ -20,7 +20,16 @@ def plain_gelu(x):
 
 
 def ours_modulated(x, shift, scale):
-    return fused.modulated_layer_norm(x, shift, scale, 1e-6)
+    return fused.modulated_layer_norm(x, shift, scale, 1e-6)[0]
+
+
+def ours_with_residual(x, shift, scale):
+    normed, x = fused.modulated_layer_norm(x, shift, scale, 1e-6)
+    return 2 * x + normed
+
+
+def plain_with_residual(x, shift, scale):
+    return 2 * x + plain_modulated(x, shift, scale)
 
 
 def ours_rms(x, weight):
@@ -32,6 +41,7 @@ CASES = {
     "layer norm, times per frame": (ours_modulated, plain_modulated, [(2, 6, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
     "layer norm, times per token": (ours_modulated, plain_modulated, [(2, 3, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
     "layer norm, one time": (ours_modulated, plain_modulated, [(2, 6, 8), (1, 1, 1, 8), (1, 1, 1, 8)]),
+    "residual and layer norm": (ours_with_residual, plain_with_residual, [(2, 6, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
     "rms norm": (ours_rms, plain_rms, [(2, 6, 8), (8,)]),
     "gelu": (fused.gelu_tanh, plain_gelu, [(2, 6, 8)]),
 }
@@ -90,7 +100,7 @@ def test_the_dtype_of_the_input_is_kept(dtype):
     modulation = torch.randn(2, 3, 1, 8)
     assert fused.gelu_tanh(x).dtype == dtype
     assert fused.rms_norm(x, torch.ones(8), 1e-6).dtype == dtype
-    assert fused.modulated_layer_norm(x, modulation, modulation, 1e-6).dtype == dtype
+    assert fused.modulated_layer_norm(x, modulation, modulation, 1e-6)[0].dtype == dtype
 
 
 def test_layer_norm_keeps_neither_the_normalised_input_nor_an_expanded_modulation():

@@ -63,18 +63,20 @@ def compare(ours: Any, plain: Any, tensors: list[Tensor], dtype: torch.dtype) ->
 def test_modulated_layer_norm(rows: tuple[int, int], dtype: torch.dtype) -> None:
     shift, scale, *_ = modulation(rows)
     compare(
-        lambda x, shift, scale: ModulatedLayerNorm.apply(x, shift, scale, 1.0, EPS),
-        lambda x, shift, scale: fused.modulated_layer_norm(x, shift, scale, EPS),
+        lambda x, shift, scale: ModulatedLayerNorm.apply(x, shift, scale, 1.0, EPS)[0],
+        lambda x, shift, scale: fused.modulated_layer_norm(x, shift, scale, EPS)[0],
         [3 * drawn(BATCH, TOKENS, WIDTH, seed=1) + 1, shift, scale],
         dtype,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_norm_with_weight_and_bias(dtype: torch.dtype) -> None:
+def test_layer_norm_with_weight_and_bias_and_its_residual(dtype: torch.dtype) -> None:
     compare(
-        lambda x, bias, weight: ModulatedLayerNorm.apply(x, bias[None, None, None], weight[None, None, None], 0.0, EPS),
-        lambda x, bias, weight: fused.wide_layer_norm(x, weight, bias, EPS),
+        lambda x, bias, weight: sum(
+            ModulatedLayerNorm.apply(x, *(row[None, None, None] for row in (bias, weight)), 0.0, EPS)
+        ),
+        lambda x, bias, weight: sum(fused.wide_layer_norm(x, weight, bias, EPS)),
         [drawn(BATCH, TOKENS, WIDTH, seed=1), drawn(WIDTH, seed=4), drawn(WIDTH, seed=5)],
         dtype,
     )
@@ -104,11 +106,11 @@ def test_what_needs_no_gradient_gets_none() -> None:
     """Partial sums are neither made nor stored."""
     x = drawn(BATCH, TOKENS, WIDTH, seed=1).requires_grad_()
     shift, scale, gate, *_ = modulation((BATCH, 2))
-    normed = ModulatedLayerNorm.apply(x, shift, scale, 1.0, EPS)
+    normed, _ = ModulatedLayerNorm.apply(x, shift, scale, 1.0, EPS)
     turned = RotatedRMSNorm.apply(AddGated.apply(normed, x, gate), torch.ones(WIDTH), None, EPS)
     (found,) = torch.autograd.grad(turned.sum(), x)
     exact = x.detach().double().requires_grad_()
-    normed = fused.modulated_layer_norm(exact, shift, scale, EPS)
+    normed, _ = fused.modulated_layer_norm(exact, shift, scale, EPS)
     plain = fused.rms_norm(fused.add_gated(normed, exact, gate), torch.ones(WIDTH).double(), EPS)
     (wanted,) = torch.autograd.grad(plain.sum(), exact)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
