@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from anyflow_train.config.derived import world_size
 from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import EXPORT_MARKER, check_own, read_object, replace_file
+from anyflow_train.sweep.command import visible_gpus
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.text import markdown_table, quoted
 
@@ -73,7 +75,7 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     options = compose("distil", arguments, config_dir)
     every = list(parts(options))
     plan = [part for part in every if part.name != "evaluate" or options.held_out is not None]
-    _check(every, plan, config_dir)
+    _check(every, plan, config_dir, _processes(options))
     _check_files(Path(options.out).expanduser())
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -99,7 +101,10 @@ def parts(options: DistilOptions) -> Iterator[Part]:
         own = (f"{key}={quoted(str(value))}", f"out={quoted(str(folder))}")
         yield Part(name, "prepare", options.prepare, own, folder / MANIFEST)
     common = [f"out={quoted(str(out))}", f"data.shards={quoted(str(shards))}"]
-    common += [f"evaluation.held_out={quoted(str(held_out))}"] * (options.held_out is not None)
+    if options.held_out is not None:
+        common.append(f"evaluation.held_out={quoted(str(held_out))}")
+    elif not any(word.startswith("evaluation.held_out=") for word in (*options.stage1, *options.stage2)):
+        common.append("evaluation.held_out=null")  # an experiment may name shards that are not there
     common += WITHOUT_CLIPS if options.prompts else ()
     student = first = out / "stage1"
     own = [*common, "name=stage1"]
@@ -150,8 +155,19 @@ def _is_trained(result: Path) -> bool:
     return read_object(result).get("step", -1) >= read_object(result.with_name("config.json")).get("steps", 0)
 
 
-def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None) -> None:
+def _processes(options: DistilOptions) -> int:
+    """Count the processes of the training, as the launcher will."""
+    if options.strategy in (None, "single"):
+        return 1
+    given = os.environ.get("NPROC", "")
+    return int(given) if given.isdecimal() else max(len(visible_gpus()), 1)
+
+
+def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None, processes: int) -> None:
     """Check that the user gives no argument that would be replaced, or dropped with its part, and compose all configs.
+
+    Args:
+        processes: number of processes that the stages must fit.
 
     Raises:
         UserErrors: what is wrong, with the name of the part before each key.
@@ -164,7 +180,7 @@ def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None)
         errors += [UserError(part.name, problem.format(word, ours)) for word, ours in replaced.items() if ours != word]
     for part in plan:
         try:
-            compose(part.command, part.arguments, config_dir)
+            compose(part.command, part.arguments, config_dir, processes)
         except UserError as several:
             errors += [UserError(f"{part.name}: {one.where}", one.problem) for one in several.errors]
     raise_all(errors, UserErrors)

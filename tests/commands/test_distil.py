@@ -117,6 +117,17 @@ def test_prompts_alone_leave_out_the_evaluation(tmp_path: Path, commands: Comman
     assert all("objective.source=student" in call for call in commands.calls[1:3])
 
 
+def test_without_held_out_clips_no_stage_waits_for_those_of_its_experiment(tmp_path: Path, commands: Commands) -> None:
+    clips = ["distil", "experiment=tiny_distil", "source=clips"]
+    assert main([*clips, f"out={tmp_path / 'a'}"]) == 0
+    assert all("evaluation.held_out=null" in call for call in commands.calls[1:3])
+    commands.calls.clear()
+    own = "['experiment=tiny','evaluation.held_out=mine']"
+    assert main([*clips, f"out={tmp_path / 'b'}", f"stage1={own}"]) == 0
+    assert "evaluation.held_out=mine" in commands.calls[1]
+    assert "evaluation.held_out=null" not in commands.calls[1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -127,11 +138,14 @@ def test_prompts_alone_leave_out_the_evaluation(tmp_path: Path, commands: Comman
             "error: stage 1: stepz: unknown key",
         ),
         (["experiment=tiny_distil", "source=a", "export=['format=zip']"], "error: export: format: 'zip' is wrong"),
+        (["experiment=wan1_3b", "source=a", "strategy=zero9"], "error: strategy: 'zero9' is not one of: ddp, single"),
+        (["experiment=wan1_3b", "source=a", "strategy=zero2"], "error: stage 1: engine.global_batch: 32 is not a"),
     ],
 )
 def test_mistakes_of_all_parts_are_said_before_the_start(
-    commands: Commands, capsys: pytest.CaptureFixture[str], given: list[str], message: str
+    commands: Commands, capsys: pytest.CaptureFixture[str], monkeypatch, given: list[str], message: str
 ) -> None:
+    monkeypatch.setenv("NPROC", "7")
     assert main(["distil", *given]) == 2
     assert message in capsys.readouterr().err
     assert not commands.calls
