@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,20 +109,24 @@ def take_lock(lock: Callable[[int, int], None], descriptor: int, kind: int, fold
 
 
 def existing_part(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest path above it that exists. A link exists even if it leads nowhere."""
     # Unlike `Path.exists`, this does not raise below a folder that may not be entered.
-    return next(part for part in (path.absolute(), *path.absolute().parents) if os.path.exists(part))
+    return next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
 
 
 def check_writable(out: Path) -> None:
-    """Check that a folder can be written, or made. Nothing is made yet.
+    """Check that a folder can be written, or made. Nothing is left there.
 
     Raises:
         UserError: it is not a folder, or cannot be written.
     """
     existing = existing_part(out)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError("out", f"'{out}' cannot be written: '{existing}' is no folder with write access; name another")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # `os.access` does not know all file systems, such as /proc
+            pass
+    except OSError as error:
+        problem = f"cannot be written: '{existing}' is no folder with write access ({error.strerror}); name another"
+        raise UserError("out", f"'{out}' {problem}") from None
 
 
 def check_own(out: Path, mark: str, index: str, *others: str) -> None:

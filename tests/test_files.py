@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_train.files import atomic_file, file_sha256, replace_file, take_lock, to_json, write_json, write_synced
+from anyflow_train.errors import UserError
+from anyflow_train.files import (
+    atomic_file,
+    check_writable,
+    file_sha256,
+    replace_file,
+    take_lock,
+    to_json,
+    write_json,
+    write_synced,
+)
 
 
 def test_a_file_takes_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -30,6 +40,17 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         file.write("text")  # type: ignore[arg-type]  # the wrong type is the test
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("/proc/x", "/proc/x/y", "file", "file/x", "nowhere", "nowhere/x", "loop"):
+        with pytest.raises(UserError, match="out: '.*' cannot be written: '.*' is no folder with write access"):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
 
 
 def test_checksums_are_of_the_content(tmp_path: Path) -> None:

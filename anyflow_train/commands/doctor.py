@@ -152,6 +152,9 @@ def _memory_and_disk() -> Iterator[Line]:
 
     for name, folder in (("this folder", Path.cwd()), ("the hub cache", Path(HF_HUB_CACHE))):
         existing = existing_part(folder)
+        if not existing.exists():
+            yield Line("note", f"{name} ({folder}) cannot be used: the link {existing} leads nowhere")
+            continue
         free = shutil.disk_usage(existing).free / GIB
         writable = os.access(existing, os.W_OK)
         state = "ok" if writable and free >= LEAST_DISK else "note"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +68,9 @@ def test_a_full_disk_and_little_shared_memory_are_notes(monkeypatch: pytest.Monk
     assert "GiB free in this folder" in notes
     assert "/dev/shm has" in notes
     assert lines("wrong") == []
+
+
+def test_a_hub_cache_on_a_disk_that_is_not_there_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "link" / "hub"))
+    assert any(text.startswith("the hub cache") and "leads nowhere" in text for text in lines("note"))
