@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -110,7 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> NoReturn:
     """Run `main` and exit the process."""
+    prepare_streams()
     launched.exit_process(main())
+
+
+def prepare_streams() -> None:
+    """Escape letters that the encoding of an output lacks, and replace an output that the caller closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process lives)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -139,8 +151,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def with_subject(command: Command, arguments: list[str]) -> list[str]:
-    """Give a first argument without `=` the key that it stands for."""
-    if command.subject and arguments and "=" not in arguments[0]:
+    """Give a first argument without `key=` the key that it stands for. A folder's name may contain `=`."""
+    if command.subject and arguments and ("=" not in arguments[0] or os.path.exists(arguments[0])):
         return [f"{command.subject}={quoted(arguments[0])}", *arguments[1:]]
     return arguments
 

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path)
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "folder")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name in ("/proc/x", "/proc/x/y", "file", "file/x", "nowhere", "nowhere/x", "loop"):
-        with pytest.raises(UserError, match="out: '.*' cannot be written: '.*' is no folder with write access"):
+        with pytest.raises(UserError, match=r"out: '.*' cannot be written: '.*' is no folder with write access"):
             check_writable(tmp_path / name)
     check_writable(tmp_path / "new" / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]

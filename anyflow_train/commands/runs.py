@@ -75,7 +75,7 @@ def find_runs(root: Path) -> list[Path]:
         UserError: the folder does not exist.
     """
     if not root.is_dir():
-        raise UserError("folder", f"'{root}' is not a folder")
+        raise UserError(str(root), "is not a folder")
     places = [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
     return [place for place in places if (place / "config.json").is_file() and (place / "lock").is_file()]
 

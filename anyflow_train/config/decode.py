@@ -18,6 +18,10 @@ from anyflow_train.text import nearest_hint
 
 M = TypeVar("M", bound=Model)
 
+NAMES = "use letters, digits and . _ = , + -, and start with a letter or digit"
+FORMS = {"push": "write owner/name", "notify": "write an address that begins with https:// or http://"}
+"""What to write for keys whose text must match a pattern; all others are names of files."""
+
 
 def decode(
     model: type[M],
@@ -85,7 +89,11 @@ def field_errors(
 ) -> Iterator[tuple[str, str, str]]:
     """Iterate over the errors: wrong field, dotted key to report (may be a place inside the field), and message."""
     keys = list(walk(model, values))
+    details = list(details)
+    wrong = {detail["loc"][:-1] for detail in details if isinstance(detail["loc"][-1], int)}
     for detail in details:
+        if detail["loc"] in wrong:
+            continue  # a list that would be too short without its wrong items
         field, dotted = _dotted(detail, values)
         if detail["type"] == "extra_forbidden":
             for leaf in _leaves(dotted, detail["input"]):
@@ -101,8 +109,7 @@ def field_errors(
         elif detail["type"] == "literal_error":
             yield field, dotted, _wrong_choice(detail)
         elif detail["type"] == "string_pattern_mismatch":
-            allowed = "use letters, digits and . _ = , + -, and start with a letter or digit"
-            yield field, dotted, f"{_show(detail['input'])} is wrong: {allowed}"
+            yield field, dotted, f"{_show(detail['input'])} is wrong: {FORMS.get(dotted, NAMES)}"
         else:
             yield field, dotted, f"{_show(detail['input'])} is wrong: {_plain_words(detail['msg'])}"
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
 from anyflow_train.errors import UserError
-from anyflow_train.text import nearest_hint
+from anyflow_train.text import nearest, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def check(settings: Sequence[Setting], command: str, groups: dict[str, dict[str,
             )
         elif item.key in groups:
             yield from _check_choice(command, item, groups[item.key])
+        elif (group := nearest(item.key, groups, 0.8)) and isinstance(item.value, str) and item.value in groups[group]:
+            yield UserError(item.key, f"unknown group; nearest is {group!r}")
 
 
 def _check_choice(command: str, item: Setting, choices: dict[str, Choice]) -> Iterator[UserError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,16 +33,16 @@ def parse_captions(data: bytes) -> list[str]:
 
 
 def read_prompts(prompts: Sequence[str], key: str) -> tuple[str, ...]:
-    """Return the prompts, or the lines of a single `.txt` file that are not empty.
+    """Return the prompts, or the lines of a single file that are not empty.
 
     Args:
-        prompts: prompts, or one name of a file.
+        prompts: prompts, or one name of a file, which ends in `.txt` or exists.
         key: config key of the prompts, for errors.
 
     Raises:
         UserError: the file cannot be read.
     """
-    if len(prompts) != 1 or not prompts[0].endswith(".txt"):
+    if len(prompts) != 1 or not (prompts[0].endswith(".txt") or os.path.isfile(prompts[0])):
         return tuple(prompts)
     return tuple(line for line in read_lines(prompts[0], key) if line)
 

@@ -95,7 +95,7 @@ class Watch:
         self.root, self.runs = root.expanduser(), dict[str, WatchedRun]()
         self._serial = 0
         if not find_runs(self.root):
-            raise UserError("runs", f"'{root}' contains no run; name the folder of your runs, such as runs")
+            raise UserError(str(root), "contains no run; name the folder of your runs, such as runs")
 
     def refresh(self) -> None:
         """Find new runs, and read new rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shlex
 import subprocess
@@ -125,6 +126,11 @@ def test_every_command_exists() -> None:
         (["check", "--lr=3"], "error: --lr=3: is not an option"),
         (["check", TINY, "lr=3"], "error: lr: unknown key; nearest is 'optimizer.lr'"),
         (["check", TINY, "derivative=maybe"], "error: derivative: 'maybe' is wrong"),
+        (["train", "expriment=tiny"], "error: expriment: unknown group; nearest is 'experiment'"),
+        (["train", TINY, "notify=ftp://a"], "error: notify: 'ftp://a' is wrong: write an address that begins with"),
+        (["export", "a", "out=b", "push=name"], "error: push: 'name' is wrong: write owner/name"),
+        (["sample", "a", "out=b", "prompt=c", "calls=[0]"], "error: calls.0: 0 is wrong: it should be greater than"),
+        (["sample", "a", "out=b", "prompt=c", "calls=[]"], "error: calls: [] is wrong: list should have at least 1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +139,32 @@ def test_mistakes_are_one_line_and_exit_2(arguments: list[str], line: str, capsy
     assert printed.out == ""
     assert printed.err.startswith(line)
     assert printed.err.count("\n") == 1
+
+
+def test_one_value_is_a_list_of_one_and_checkpoint_another_name_of_model() -> None:
+    config = compose("sample", ["checkpoint=a", "out=b", "prompt=c", "calls=2", "seeds=3"])
+    assert (config.model, config.calls, config.seeds) == ("a", (2,), (3,))
+    assert compose("demo", ["checkpoint=a"]).model == "a"
+
+
+def test_a_folder_with_an_equals_sign_is_a_subject_too(tmp_path: Path) -> None:
+    place = tmp_path / "lr=1"
+    place.mkdir()
+    command = cli.COMMANDS["report"]
+    assert cli.with_subject(command, [str(place), "out=a.html"]) == [f"run='{place}'", "out=a.html"]
+    assert cli.with_subject(command, ["run=a"]) == ["run=a"]
+
+
+def test_outputs_that_are_closed_or_not_in_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.prepare_streams()
+    print("кот")
+    print("nowhere", file=sys.stderr)
+    sys.stderr.close()
+    sys.stdout.flush()
+    assert file.getvalue() == rb"\u043a\u043e\u0442" + b"\n"
 
 
 @pytest.mark.parametrize(

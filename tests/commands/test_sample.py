@@ -15,6 +15,7 @@ from anyflow_train import export
 from anyflow_train.commands import sample
 from anyflow_train.config.commands import ExportConfig, SampleConfig
 from anyflow_train.config.compose import compose
+from anyflow_train.data import captions
 from anyflow_train.data.prepare.video import read_clip
 from anyflow_train.errors import ConfigWarning, UserError
 from anyflow_train.evaluation.load import load_model
@@ -113,7 +114,7 @@ def test_a_sentence_that_was_cut_is_noticed():
     ("written", "problem"),
     [
         ("prompt_file=x.txt", "prompt_file: is now called prompts"),
-        ("prompts=3", "prompts: 3 is wrong: it should be a list"),
+        ("prompts=3", r"prompts.0: 3 is wrong: it should be a valid string"),
         ("prompt=", "prompt: is empty"),
     ],
 )
@@ -197,3 +198,10 @@ def test_a_model_of_unknown_size_asks_for_it(tmp_path: Path):
     make_run(tmp_path, FULL)
     with pytest.raises(UserError, match="width: is not set"):
         sample.run(config(tmp_path / "base", tmp_path / "out", frames=5, height=32))
+
+
+def test_a_file_of_prompts_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("a cat\n\na dog\n")
+    assert captions.read_prompts([str(path)], "prompts") == ("a cat", "a dog")
+    assert captions.read_prompts([str(tmp_path)], "prompts") == (str(tmp_path),)

@@ -197,8 +197,8 @@ def test_a_report_is_one_file_without_links_and_escapes_names(tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["report", "{}/none"], "error: folder: '{}/none' is not a folder"),
-        (["watch", "{}"], "error: runs: '{}' contains no run"),
+        (["report", "{}/none"], "error: {}/none: is not a folder"),
+        (["watch", "{}"], "error: {}: contains no run"),
         (["report", "{}/run", "out={}/a.txt"], "error: out: '{}/a.txt' is not the name of an .html file"),
         (["watch", "{}/run", "port=70000"], "error: port: 70000 is wrong"),
     ],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -27,6 +28,8 @@ class DemoConfig(Model):
     codec: pipeline folder or hub id of the VAE and text encoder; null uses the model's.
     threads: CPU threads of torch; 0 lets torch choose.
     """
+
+    aliases: ClassVar[Mapping[str, str]] = {"checkpoint": "model"}
 
     model: str
     teacher: str | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands.types import Texts
+from anyflow_train.config.commands.types import StrategyName, Texts
 
 
 class DistilOptions(Model):
@@ -22,7 +24,7 @@ class DistilOptions(Model):
     prompts: str | None = None
     held_out: str | None = None
     out: str = "runs/distil"
-    strategy: str | None = None
+    strategy: Literal["single", StrategyName] | None = None
     prepare: Texts = ()
     stage1: Texts = ()
     stage2: Texts = ()

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from anyflow_train.config.base import Model
-from anyflow_train.config.commands.types import Calls, Texts
+from anyflow_train.config.commands.types import Calls, Seeds, Texts
 
 
 class SampleConfig(Model):
@@ -35,6 +35,7 @@ class SampleConfig(Model):
     threads: CPU threads of torch; 0 lets torch choose.
     """
 
+    aliases: ClassVar[Mapping[str, str]] = {"checkpoint": "model"}
     renamed: ClassVar[Mapping[str, str]] = {"prompt_file": "prompts", "steps": "calls"}
 
     model: str
@@ -46,7 +47,7 @@ class SampleConfig(Model):
     context_frames: PositiveInt | None = None
     chunk_partition: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     calls: Calls = (4,)
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     weights: Literal["ema", "raw"] = "ema"
     frames: PositiveInt | None = None
     height: PositiveInt | None = None

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 
 from anyflow_train.config.commands import DistilOptions, EvaluateConfig, PrepareConfig, SampleConfig
 from anyflow_train.config.findings import Finding
-from anyflow_train.config.paths import resource
 from anyflow_train.config.rules.geometry import frame_count, video_size
 
 # Keys of `anyflow prepare` that work only with another one.
@@ -89,11 +88,8 @@ def evaluate(config: EvaluateConfig) -> Iterator[Finding]:
 
 
 def distil(config: DistilOptions) -> Iterator[Finding]:
-    """Check that there are clips or prompts, a first stage, and a file of the strategy."""
+    """Check that there are clips or prompts, and a first stage."""
     if (config.source is None) == (config.prompts is None):
         yield Finding(("source", "prompts"), "give either source=CLIPS or prompts=FILE")
     if not config.stage1:
         yield Finding(("stage1", "experiment"), "is empty; give experiment=wan1_3b, or arguments of `anyflow train`")
-    strategies = sorted(path.stem for path in resource("launch").glob("*.yaml"))
-    if config.strategy not in (None, *strategies):
-        yield Finding(("strategy",), f"{config.strategy!r} is not one of: {', '.join(strategies)}")
