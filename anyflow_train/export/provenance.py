@@ -19,6 +19,8 @@ _LOCAL: dict[str, tuple[str, ...]] = {
     "evaluation": ("held_out",),
 }
 _LOCAL_GROUPS = ("out", "tracker", "teacher", "format")
+CONTENT = {"format", "weights", "precision", "shift", "rank", "prompt", "license", "datasets", "push"}
+"""Options of an export that change its files and name no path."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Provenance:
         """Return the facts for the marker file, without paths on the training machine."""
         facts = {name: vars(self)[name] for name in ("checkpoint", "step", "base", "difference", "lost", "config")}
         network = self.network.model_dump(mode="json", include={"run", "sampling"})
-        options = self.options.model_dump(mode="json", include={"format", "weights", "precision", "shift"})
+        options = self.options.model_dump(mode="json", include=CONTENT)
         return network | options | facts
 
 

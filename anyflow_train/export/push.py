@@ -8,10 +8,9 @@ from pathlib import Path
 from anyflow_train.config.commands import ExportConfig
 from anyflow_train.errors import UserError
 from anyflow_train.export.folder import MARKER
+from anyflow_train.export.provenance import CONTENT
 from anyflow_train.files import read_json
 from anyflow_train.training.checkpoints.reading import read_network, read_step
-
-SAME = ("format", "weights", "precision", "shift")
 
 
 def push(folder: Path, repository: str, private: bool) -> None:
@@ -56,6 +55,6 @@ def is_same_export(folder: Path, config: ExportConfig, checkpoint: Path) -> bool
     with suppress(OSError, ValueError, TypeError):
         marker = read_json(folder / MARKER)
         wanted = {"run": read_network(checkpoint).run, "step": read_step(checkpoint)}
-        wanted |= {name: getattr(config, name) for name in SAME}
+        wanted |= config.model_dump(mode="json", include=CONTENT)
         return all(marker.get(name) == value for name, value in wanted.items())
     return False

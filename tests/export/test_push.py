@@ -123,9 +123,15 @@ def test_an_upload_that_failed_goes_on_by_the_same_line(tmp_path: Path, hub: Hub
 
 def test_another_export_in_the_folder_is_not_uploaded(tmp_path: Path, hub: Hub) -> None:
     run(config(tmp_path, push=None))
-    with pytest.raises(UserError, match="holds an earlier export"):
-        run(config(tmp_path, precision="fp32"))
+    # Without `push`, the card may name folders of this machine.
+    for options in ({}, {"precision": "fp32"}):
+        with pytest.raises(UserError, match="holds an earlier export"):
+            run(config(tmp_path, **options))
     assert not hub.files
+    run(config(tmp_path, overwrite=True))
+    assert str(tmp_path) not in hub.files.pop("README.md").decode()
+    run(config(tmp_path, overwrite=True, license="mit"))
+    assert "license: mit" in hub.files["README.md"].decode()
 
 
 def test_an_upload_needs_a_token(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
