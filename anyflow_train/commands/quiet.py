@@ -1,9 +1,10 @@
-"""Hide the progress bars of libraries that load models; the command line shows its own progress."""
+"""Hide progress bars and warnings of libraries that load models; the command line shows its own progress."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 
 def silence_loading_bars() -> None:
@@ -11,6 +12,8 @@ def silence_loading_bars() -> None:
 
     Nothing is imported here, so that a command without models starts quickly. Bars of downloads stay visible.
     """
+    # Diffusers 0.42 gives huggingface_hub 2 an argument that it ignores.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
     if "diffusers" in sys.modules:
         importlib.import_module("diffusers.utils.logging").disable_progress_bar()
     if "transformers" in sys.modules:

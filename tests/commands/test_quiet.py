@@ -1,7 +1,9 @@
 """Loading models shows no bar of the libraries; downloads still do."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import sys
@@ -13,9 +15,16 @@ import diffusers.utils.logging, huggingface_hub.utils, transformers.utils.loggin
 assert not diffusers.utils.logging.is_progress_bar_enabled()
 assert not transformers.utils.logging.is_progress_bar_enabled()
 assert not huggingface_hub.utils.are_progress_bars_disabled()
+sys.argv = ["anyflow", "sample", "no-such-model", "prompt=a", f"out={sys.argv[1]}"]
+from anyflow_train.__main__ import script
+script()
 """
 
 
-def test_commands_silence_what_they_import_and_nothing_else() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_commands_silence_what_they_import_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: no-such-model: cannot load"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -160,7 +160,7 @@ class Lines:
         self.say("  ".join([f"{self._unit} {step}/{self._steps}", *numbers(values), f"eta {duration(left)}"]))
 
     def validated(self, step: int, validation: Validation) -> None:
-        self.say(f"step {step}  {validation.summary()}")
+        self.say(f"step {step}  {validation.summary() or 'validated without distances'}")
 
     def phase(self, name: str) -> None: ...
 
