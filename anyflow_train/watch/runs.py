@@ -13,6 +13,7 @@ from typing import Any
 from anyflow_train.commands.runs import find_runs, is_locked
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, read_object, regular
+from anyflow_train.training.checkpoints.state import CHECKPOINT
 from anyflow_train.watch.metrics import VALIDATION, Metrics
 
 POINTS = 12_000
@@ -56,8 +57,8 @@ class WatchedRun:
 
     def videos(self) -> list[int]:
         """Steps of the validations that have a video."""
-        found = (self.folder / "validation").glob("step_*/grid.mp4")
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+        names = (path.parent.name for path in (self.folder / "validation").glob("step_*/grid.mp4"))
+        return sorted(int(name.removeprefix("step_")) for name in names if CHECKPOINT.fullmatch(name))
 
     def video(self, step: int, name: str = "grid.mp4") -> Path:
         """Return the file of a validation's video. Raises OSError if it is missing or leads out of the run."""
@@ -66,11 +67,11 @@ class WatchedRun:
     def teacher(self) -> dict[int, list[float]]:
         """Return the teacher's energy distance by number of calls, from an evaluation near the run."""
         for name in REPORTS:
-            cells = read_changed(self.folder.parent / name / "report.json").get("cells", [])
-            taught = [cell for cell in cells if cell.get("model") == "teacher"]
-            found = {cell["steps"]: cell["energy_distance"] for cell in taught}
-            if found:
-                return {calls: [one["value"], one["low"], one["high"]] for calls, one in found.items()}
+            with suppress(AttributeError, LookupError, TypeError):  # a file of this name may be another program's
+                cells = read_changed(self.folder.parent / name / "report.json")["cells"]
+                taught = {cell["steps"]: cell["energy_distance"] for cell in cells if cell["model"] == "teacher"}
+                if found := {calls: [one["value"], one["low"], one["high"]] for calls, one in taught.items()}:
+                    return found
         return {}
 
     def _warnings(self, latest: Mapping[str, Any]) -> Sequence[str]:
@@ -104,7 +105,8 @@ class Watch:
         for folder in found:
             name = folder.relative_to(self.root).as_posix() if folder != self.root else folder.resolve().name
             if name not in self.runs:
-                every = (read_object(folder / "config.json").get("evaluation") or {}).get("every") or 0
+                evaluation = read_object(folder / "config.json").get("evaluation")
+                every = evaluation.get("every") or 0 if isinstance(evaluation, dict) else 0
                 self.runs[name] = WatchedRun(folder, Metrics(folder / "metrics.jsonl", points, every))
         for run in self.runs.values():
             for row in run.metrics.read():

@@ -131,6 +131,19 @@ def test_the_state_of_runs_and_their_differences(tmp_path: Path) -> None:
     assert later["runs"]["sweep/b"]["rows"] == []
 
 
+@pytest.mark.parametrize("report", [{"cells": 3}, {"cells": [{"model": "teacher"}]}, {"cells": [3]}, {}])
+def test_a_run_that_others_wrote_into_does_not_hide_the_rest(tmp_path: Path, report: Any) -> None:
+    make(tmp_path / "a", row(1), evaluation=3)
+    make(tmp_path / "b", row(2))
+    add_video(tmp_path / "a", 100).parent.rename(tmp_path / "a" / "validation" / "step_old")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(report))
+    found = Watch(tmp_path).state()["runs"]
+    assert found["b"]["step"] == 2
+    assert not found["a"]["videos"]
+    assert not found["a"]["teacher"]
+
+
 def test_a_page_that_is_open_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     before = runs.read_object

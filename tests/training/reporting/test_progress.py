@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -77,6 +78,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
     progress.show(100, VALUES)
     with progress.phase("saving"):
         progress.validated(100, VALIDATION)
+    progress.validated(200, replace(VALIDATION, metrics={}))
     progress.say(LONG)
     progress.close()
     out, err = capsys.readouterr()
@@ -84,6 +86,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
         "run            runs/tiny",
         "step 100/400  lr 0.001  loss 0.25  s/step 2  samples/s 16  eta 10:00",
         "step 100  energy_distance_1 0.51 [0.43, 0.6]  energy_distance_4 0.25  class_error_1 0.1",
+        "step 200  validated without distances",
         LONG,
     ]
     assert not err
