@@ -162,12 +162,16 @@ def _groups(groups: dict[str, dict[str, Choice]]) -> Iterator[str]:
 def _section(model: type[Model], prefix: str, defaults: Model | None) -> Iterator[str]:
     """Yield a model's summary, its own keys, then its nested models with a heading each.
 
+    Required keys come first, and those of its base class last.
+
     Args:
         defaults: default instance of this model in its owner, if there is one.
     """
     yield from _wrapped(summary(model), 2)
     texts, said, nested = field_texts(model), "", list[str]()
-    for name, field in model.model_fields.items():
+    for name, field in sorted(
+        model.model_fields.items(), key=lambda item: (not item[1].is_required(), item[0] not in model.__annotations__)
+    ):
         default = getattr(defaults, name) if defaults else field.get_default(call_default_factory=True)
         if models := variants(field.annotation):
             for inner in models:

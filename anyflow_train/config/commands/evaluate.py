@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from anyflow_train.config.base import Log, Model
+from anyflow_train.config.base import Log
+from anyflow_train.config.commands.sampling import SamplingConfig
 from anyflow_train.config.commands.types import Calls, Texts
 
 
-class EvaluateConfig(Model):
+class EvaluateConfig(SamplingConfig):
     """`anyflow evaluate`: compare teacher and students at several numbers of calls, from the same noise.
 
     out: folder for the report, plots and videos.
@@ -27,7 +28,6 @@ class EvaluateConfig(Model):
     shifts: timestep shifts to try for the teacher; the best one is reported.
     shift: timestep shift of the students' samples and of the teacher's fine solution.
     oracle_samples: number of samples to decode for the oracle; decoding takes longer than sampling.
-    text_length: tokens to which texts are padded with zeros; stock pipelines pad to 512.
     conditioning_frames: latent frames of held-out clips that students continue. Samples are compared with other clips.
     training_shards: shards that the models were trained on; if set, the distance of samples to them is measured too.
     bootstrap: number of bootstrap resamples for the confidence intervals.
@@ -41,26 +41,18 @@ class EvaluateConfig(Model):
     models: Texts
     held_out: str
     teacher: str
-    codec: str | None = None
     training_shards: str | None = None
     reference: Literal["data", "guided_teacher"] = "data"
-    guidance_scale: PositiveFloat = 1.0
-    weights: Literal["ema", "raw"] = "ema"
     calls: Calls = (1, 2, 4, 8, 16)
     samples: PositiveInt = 512
     held_out_samples: PositiveInt = 2048
     fine_steps: PositiveInt = 128
     shifts: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 3.0, 5.0)
-    shift: PositiveFloat = 5.0
     oracle: Literal["none", "shapes"] = "none"
     oracle_samples: PositiveInt = 512
     conditioning_frames: NonNegativeInt = 0
     bootstrap: PositiveInt = 1000
     batch: PositiveInt = 32
     seed: NonNegativeInt = 0
-    text_length: PositiveInt = 512
     videos: NonNegativeInt = 4
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
-    threads: NonNegativeInt = 0
     log: Log = "auto"
