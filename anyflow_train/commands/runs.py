@@ -83,7 +83,7 @@ def find_runs(root: Path) -> list[Path]:
 def read_state(folder: Path) -> RunState:
     """Read the state of a run from its directory. Damaged files count as missing."""
     config, done = read_object(folder / "config.json"), read_object(folder / "done.json")
-    step, quality, metric = done.get("step"), "", _get(config, "evaluation", "best_metric")
+    step, quality, metric = done.get("step"), "", key_of(config, "evaluation", "best_metric")
     for row in json_lines(folder / "metrics.jsonl"):
         step = row.get("step", step) if not done else step
         value = row.get(f"validation/{metric}")
@@ -111,8 +111,9 @@ def unneeded(folder: Path, runs: Iterable[Path]) -> Iterator[Path]:
     found = sorted(path for path in (folder / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name))
     checkpoints = [path for path in found if path.is_dir() and not path.is_symlink()]  # a run wrote nothing else
     last = checkpoints[-1] if checkpoints else folder
-    every = _get(read_object(folder / "config.json") or read_object(last / "config.json"), "checkpoint", "keep_every")
-    best = read_object(folder / "checkpoints" / "best") or _get(read_object(last / "state.json"), "state", "best") or {}
+    every = key_of(read_object(folder / "config.json") or read_object(last / "config.json"), "checkpoint", "keep_every")
+    best = read_object(folder / "checkpoints" / "best")
+    best = best or key_of(read_object(last / "state.json"), "state", "best") or {}
     steps = {path.name: int(path.name.removeprefix("step_")) for path in checkpoints}
     kept = {name for name, step in steps.items() if step == best.get("step") or (every and step % every == 0)}
     kept.add(last.name)
@@ -124,7 +125,7 @@ def unneeded(folder: Path, runs: Iterable[Path]) -> Iterator[Path]:
         yield from sorted(path for path in folder.glob(pattern) if path.is_dir() and not path.is_symlink())
 
 
-def _get(content: Mapping[str, Any], group: str, key: str) -> Any:
+def key_of(content: Mapping[str, Any], group: str, key: str) -> Any:
     """Read a key of a group; None if there is no such group or key."""
     found = content.get(group)
     return found.get(key) if isinstance(found, Mapping) else None

@@ -12,11 +12,6 @@ from anyflow_train.files import parse_json, regular
 NAMES = ("caption", "text", "prompt")
 
 
-def parse_caption(data: bytes) -> str:
-    """Return the first caption of a shard's sample (see `parse_captions`)."""
-    return parse_captions(data)[0]
-
-
 def parse_captions(data: bytes) -> list[str]:
     """Return the captions of a shard's sample: those in JSON, under one of the usual names, or the whole text."""
     text = data.decode("utf-8", "replace").strip()

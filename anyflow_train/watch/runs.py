@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.commands.runs import find_runs, is_locked
+from anyflow_train.commands.runs import find_runs, is_locked, key_of
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, read_object, regular
 from anyflow_train.training.checkpoints.state import CHECKPOINT
@@ -105,8 +105,7 @@ class Watch:
         for folder in found:
             name = folder.relative_to(self.root).as_posix() if folder != self.root else folder.resolve().name
             if name not in self.runs:
-                evaluation = read_object(folder / "config.json").get("evaluation")
-                every = evaluation.get("every") or 0 if isinstance(evaluation, dict) else 0
+                every = key_of(read_object(folder / "config.json"), "evaluation", "every") or 0
                 self.runs[name] = WatchedRun(folder, Metrics(folder / "metrics.jsonl", points, every))
         for run in self.runs.values():
             for row in run.metrics.read():

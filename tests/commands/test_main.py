@@ -126,7 +126,7 @@ def test_every_command_exists() -> None:
         (["check", "--lr=3"], "error: --lr=3: is not an option"),
         (["check", TINY, "lr=3"], "error: lr: unknown key; nearest is 'optimizer.lr'"),
         (["check", TINY, "derivative=maybe"], "error: derivative: 'maybe' is wrong"),
-        (["train", "expriment=tiny"], "error: expriment: unknown group; nearest is 'experiment'"),
+        (["train", "experiments=tiny"], "error: experiments: unknown group; nearest is 'experiment'"),
         (["train", TINY, "notify=ftp://a"], "error: notify: 'ftp://a' is wrong: write an address that begins with"),
         (["export", "a", "out=b", "push=name"], "error: push: 'name' is wrong: write owner/name"),
         (["sample", "a", "out=b", "prompt=c", "calls=[0]"], "error: calls.0: 0 is wrong: it should be greater than"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_train.config.commands import PrepareConfig
-from anyflow_train.data.captions import parse_caption
+from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.prepare.command import run
 from anyflow_train.data.prepare.sources import list_clips, list_prompts
 from anyflow_train.data.prepare.video import ClipError, read_clip
@@ -140,4 +140,4 @@ def test_a_huge_size_allocates_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"caption": "x \\ud83d"}', b"\xff\xfe", b'{"caption": {"a": 1}}'])
 def test_any_caption_is_text(data: bytes) -> None:
-    assert parse_caption(data).encode() is not None
+    assert parse_captions(data)[0].encode() is not None
