@@ -215,10 +215,8 @@ class Mixed(Differentiated):
         yield from super().findings()
         total = sum(share for _, share in self.shares)
         if abs(total - 1) > 1e-6:
-            keys = tuple(f"objective.shares.{name}" for name, _ in self.shares)
-            yield Finding(
-                keys, f"{self.shares.flow_map:g} and the other shares add up to {total:g}; they must add up to 1"
-            )
+            given = " + ".join(f"{name} {share:g}" for name, share in self.shares)
+            yield Finding(("objective.shares",), f"{given} add up to {total:g}; they must add up to 1")
         if self.rebalance == "weighted" and any(weight != 1 for _, weight in self.weights):
             yield Finding(
                 ("objective.rebalance", "objective.weights"),
