@@ -128,7 +128,7 @@ def _evaluation(
     try:
         config = compose("evaluate", arguments, config_dir)
     except UserErrors as several:
-        raise UserErrors([UserError(f"evaluate: {one.where}", one.problem) for one in several.errors]) from None
+        raise UserErrors(several.within("evaluate")) from None
     if not is_remote(config.held_out) and not (Path(config.held_out).expanduser() / MANIFEST).is_file():
         raise UserError("evaluate: held_out", f"'{config.held_out}' has no {MANIFEST}; write it with `anyflow prepare`")
     return arguments, config
