@@ -53,7 +53,7 @@ class AverageVelocity(GuidedObjective):
 
     guidances: ClassVar[str] = "target"
 
-    guidance: Literal["none", "prediction", "target"] = "none"
+    guidance: Literal["none", "target"] = "none"
     velocity: Literal["data", "teacher"] = "teacher"
     source: Literal["data", "student"] = "data"
     noise_share: Share = 0.5
@@ -133,6 +133,7 @@ class FlowMap(Differentiated):
     guidances: ClassVar[str] = "prediction or target"
 
     kind: Literal["flow_map"] = "flow_map"
+    guidance: Literal["none", "prediction", "target"] = "none"
     velocity: Literal["data", "teacher"] = "data"
     derivative_ends: Literal["clamped", "free"] = "clamped"
     weight: Literal["beta08", "uniform"] = "beta08"
@@ -147,14 +148,12 @@ class Lagrangian(Differentiated):
     """Follow the velocity at the end of each jump, `d_r X(x, t, r) = v(X, r)` (Boffi et al., arXiv 2406.07507)."""
 
     kind: Literal["lagrangian"] = "lagrangian"
-    guidance: Literal["none", "target"] = "none"
 
 
 class Semigroup(AverageVelocity):
     """Learn a jump from two shorter jumps, `X(x, t, r) = X(X(x, t, s), s, r)` (shortcut models, arXiv 2410.12557)."""
 
     kind: Literal["semigroup"] = "semigroup"
-    guidance: Literal["none", "target"] = "none"
 
 
 class MixShares(Model):
@@ -183,7 +182,6 @@ class Mixed(Differentiated):
     """Let several objectives share the samples with r < t."""
 
     kind: Literal["mixed"] = "mixed"
-    guidance: Literal["none", "target"] = "none"
     shares: MixShares = MixShares()
     weights: MixWeights = MixWeights()
 

@@ -184,7 +184,7 @@ def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str,
         minus smallest of red, green and blue. `motion`: root mean square difference between consecutive frames, left
         out for images.
     """
-    found: dict[str, list[float]] = {}
+    clips: list[dict[str, Tensor]] = []
     for one in latents.split(1):
         video = decode(one).float().cpu()[0]
         brightness = (video * torch.tensor(LUMA)[:, None, None, None]).sum(0)
@@ -194,6 +194,5 @@ def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str,
         }
         if video.shape[1] > 1:
             values["motion"] = video.diff(dim=1).square().mean().sqrt()
-        for name, value in values.items():
-            found.setdefault(name, []).append(value.item())
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        clips.append(values)
+    return {name: torch.stack([values[name] for values in clips]).double() for name in clips[0]}
