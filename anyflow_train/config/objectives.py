@@ -27,6 +27,7 @@ from anyflow_train.config.objective import (
     Rebalance,
     Rebalancing,
     Share,
+    StageChanges,
     Times,
 )
 from anyflow_train.config.positions import BranchCounts, branch_counts, split_range
@@ -119,7 +120,12 @@ class Differentiated(AverageVelocity):
 
     @property
     def planned(self) -> ObjectiveConfig:
-        return self.model_copy(update={"derivative": "difference"})
+        def difference(stage: StageChanges) -> StageChanges:
+            kept = {key: value for key, value in stage.changes.items() if key != "objective.derivative"}
+            return stage.model_copy(update={"changes": kept})
+
+        stages = tuple(difference(stage) for stage in self.schedule)
+        return self.model_copy(update={"derivative": "difference", "schedule": stages})
 
 
 class FlowMap(Differentiated):
