@@ -32,6 +32,10 @@ class UserError(ValueError):
         self.errors: tuple[UserError, ...] = (self,)
         super().__init__(f"{self.where}: {self.problem}")
 
+    def within(self, place: str) -> list[UserError]:
+        """Return the single errors, each with the place of its config before the key."""
+        return [UserError(f"{place}: {one.where}", one.problem) for one in self.errors]
+
     @classmethod
     def of_file(cls, error: OSError, folder: object) -> UserError:
         """Explain a file that cannot be read or written. `folder` is named if the error does not name a file."""

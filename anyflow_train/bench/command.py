@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +19,8 @@ from anyflow_train import __version__
 from anyflow_train.bench import checks, steps
 from anyflow_train.bench.notes import Notes
 from anyflow_train.config.commands import BenchConfig
-from anyflow_train.errors import UserError
+from anyflow_train.config.compose import compose
+from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.files import check_own, read_json, to_json
 from anyflow_train.text import markdown_table, timed_printer
 
@@ -81,16 +82,18 @@ def run(config: BenchConfig) -> int:
         1 if a part failed, else 0.
 
     Raises:
-        UserError: there is no GPU, and it is not a rehearsal; or files of the folder would be lost.
+        UserError: there is no GPU, and it is not a rehearsal; settings are wrong; or files of the folder would be lost.
     """
     if not torch.cuda.is_available() and not config.rehearse:
         raise UserError("rehearse", "false, but torch finds no GPU; rehearse=true runs all parts at tiny sizes")
     out, say, start = Path(config.out).expanduser(), timed_printer(), time.monotonic()
+    chosen = config.only or tuple(PARTS)
+    _check_settings([PARTS[name] for name in chosen], config.settings)
     check_own(out, '"parts"', "bench.json", "bench.md", *(f"{name}.{kind}" for name in PARTS for kind in KINDS))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     (out / "bench.json").write_bytes(to_json({"parts": found}))  # the folder is known as ours from now on
-    for name in config.only or PARTS:
+    for name in chosen:
         part, left = PARTS[name], config.limit - (time.monotonic() - start)
         if left < part.least and not config.rehearse:
             found[name] = {"state": "left out", "wrong": f"{left:.0f} s were left"}
@@ -104,6 +107,16 @@ def run(config: BenchConfig) -> int:
         (out / "bench.md").write_text(report(found, config.rehearse))
     print(f"\n{report(found, config.rehearse)}\n{out / 'bench.md'}, {out / 'bench.json'}, {out / '*.txt'}")
     return FAILED if any(each["state"] == "failed" for each in found.values()) else PASSED
+
+
+def _check_settings(parts: Sequence[Part], settings: Sequence[str]) -> None:
+    """Compose the config of every measured step. Raises UserErrors of the first one that is wrong."""
+    try:
+        for part in parts:
+            if part.settings:
+                compose("train", [*(word for word in part.settings if "=" in word), *settings], None, 1)
+    except UserError as several:
+        raise UserErrors(several.within("settings")) from None
 
 
 def _one(name: str, part: Part, seconds: float, config: BenchConfig, out: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from anyflow_train.config.objective import (
     Rebalance,
     Rebalancing,
     Share,
+    StageChanges,
     Times,
 )
 from anyflow_train.config.positions import BranchCounts, branch_counts, split_range
@@ -53,7 +54,7 @@ class AverageVelocity(GuidedObjective):
 
     guidances: ClassVar[str] = "target"
 
-    guidance: Literal["none", "prediction", "target"] = "none"
+    guidance: Literal["none", "target"] = "none"
     velocity: Literal["data", "teacher"] = "teacher"
     source: Literal["data", "student"] = "data"
     noise_share: Share = 0.5
@@ -119,7 +120,12 @@ class Differentiated(AverageVelocity):
 
     @property
     def planned(self) -> ObjectiveConfig:
-        return self.model_copy(update={"derivative": "difference"})
+        def difference(stage: StageChanges) -> StageChanges:
+            kept = {key: value for key, value in stage.changes.items() if key != "objective.derivative"}
+            return stage.model_copy(update={"changes": kept})
+
+        stages = tuple(difference(stage) for stage in self.schedule)
+        return self.model_copy(update={"derivative": "difference", "schedule": stages})
 
 
 class FlowMap(Differentiated):
@@ -133,6 +139,7 @@ class FlowMap(Differentiated):
     guidances: ClassVar[str] = "prediction or target"
 
     kind: Literal["flow_map"] = "flow_map"
+    guidance: Literal["none", "prediction", "target"] = "none"
     velocity: Literal["data", "teacher"] = "data"
     derivative_ends: Literal["clamped", "free"] = "clamped"
     weight: Literal["beta08", "uniform"] = "beta08"
@@ -147,14 +154,12 @@ class Lagrangian(Differentiated):
     """Follow the velocity at the end of each jump, `d_r X(x, t, r) = v(X, r)` (Boffi et al., arXiv 2406.07507)."""
 
     kind: Literal["lagrangian"] = "lagrangian"
-    guidance: Literal["none", "target"] = "none"
 
 
 class Semigroup(AverageVelocity):
     """Learn a jump from two shorter jumps, `X(x, t, r) = X(X(x, t, s), s, r)` (shortcut models, arXiv 2410.12557)."""
 
     kind: Literal["semigroup"] = "semigroup"
-    guidance: Literal["none", "target"] = "none"
 
 
 class MixShares(Model):
@@ -183,7 +188,6 @@ class Mixed(Differentiated):
     """Let several objectives share the samples with r < t."""
 
     kind: Literal["mixed"] = "mixed"
-    guidance: Literal["none", "target"] = "none"
     shares: MixShares = MixShares()
     weights: MixWeights = MixWeights()
 
@@ -215,10 +219,8 @@ class Mixed(Differentiated):
         yield from super().findings()
         total = sum(share for _, share in self.shares)
         if abs(total - 1) > 1e-6:
-            keys = tuple(f"objective.shares.{name}" for name, _ in self.shares)
-            yield Finding(
-                keys, f"{self.shares.flow_map:g} and the other shares add up to {total:g}; they must add up to 1"
-            )
+            given = " + ".join(f"{name} {share:g}" for name, share in self.shares)
+            yield Finding(("objective.shares",), f"{given} add up to {total:g}; they must add up to 1")
         if self.rebalance == "weighted" and any(weight != 1 for _, weight in self.weights):
             yield Finding(
                 ("objective.rebalance", "objective.weights"),

@@ -70,7 +70,8 @@ def without_schedule(config: RunConfig) -> RunConfig:
 
 def _changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
     """Decode a stage's config. Raises UserErrors with the dotted keys of the changes."""
-    errors = [UserError(key, _refusal(key)) for key in changes if key in FIXED or key.partition(".")[0] not in GROUPS]
+    inner = tuple(f"{group}." for group in GROUPS)
+    errors = [UserError(key, _refusal(key)) for key in changes if key in FIXED or not key.startswith(inner)]
     groups = {}
     for group in GROUPS:
         now = getattr(config, group)

@@ -182,7 +182,7 @@ def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None,
         try:
             compose(part.command, part.arguments, config_dir, processes)
         except UserError as several:
-            errors += [UserError(f"{part.name}: {one.where}", one.problem) for one in several.errors]
+            errors += several.within(part.name)
     raise_all(errors, UserErrors)
 
 

@@ -28,7 +28,8 @@ from anyflow_train.evaluation.intervals import (
 )
 from anyflow_train.evaluation.metrics import pairwise_distances, self_distances, squared_errors
 from anyflow_train.files import atomic_file
-from anyflow_train.flow.types import FlowMap
+from anyflow_train.flow.sampler import guided
+from anyflow_train.flow.types import Condition, FlowMap
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.processes.world import World
 
@@ -91,27 +92,33 @@ def reference_scale(config: RunConfig) -> float:
     return config.objective.held_scale if config.objective.holds_guidance else config.evaluation.guidance_scale
 
 
-def teacher_reference(config: RunConfig, teacher: FlowMap, texts: Tensor) -> TeacherReference:
+def teacher_reference(config: RunConfig, teacher: FlowMap, negative: Condition, texts: Tensor) -> TeacherReference:
     """Describe the reference of a run.
 
     Args:
         config: config of the run.
-        teacher: velocity of the teacher, guided by `reference_scale`.
+        teacher: velocity of the teacher, not yet guided.
+        negative: the negative prompt, text (1, L, D).
         texts: (n, L, D) float32 text embeddings of the samples, in the order of their noise.
     """
-    evaluation = config.evaluation
+    evaluation, scale = config.evaluation, reference_scale(config)
     common = {
         "teacher": config.teacher.source,
-        "guidance_scale": reference_scale(config),
+        "guidance_scale": scale,
+        "negative": None if scale == 1 else _checksum(negative.text),
         "calls": evaluation.reference_calls,
         "shift": evaluation.shift,
         "seed": evaluation.seed,
         "precision": config.engine.precision,
         "clip": [config.data.frames, config.data.height, config.data.width],
     }
-    checksums = (hashlib.sha256(text.numpy().tobytes()).hexdigest() for text in texts)
-    facts = tuple(json.dumps({**common, "sample": row, "text": each}) for row, each in enumerate(checksums))
-    return TeacherReference(teacher, RunDirectory.of(config).path / "teacher_reference", facts)
+    facts = [json.dumps({**common, "sample": row, "text": _checksum(text)}) for row, text in enumerate(texts)]
+    folder = RunDirectory.of(config).path / "teacher_reference"
+    return TeacherReference(guided(teacher, negative, scale), folder, tuple(facts))
+
+
+def _checksum(text: Tensor) -> str:
+    return hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()
 
 
 def measure_against(
@@ -177,7 +184,7 @@ def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str,
         minus smallest of red, green and blue. `motion`: root mean square difference between consecutive frames, left
         out for images.
     """
-    found: dict[str, list[float]] = {}
+    clips: list[dict[str, Tensor]] = []
     for one in latents.split(1):
         video = decode(one).float().cpu()[0]
         brightness = (video * torch.tensor(LUMA)[:, None, None, None]).sum(0)
@@ -187,6 +194,5 @@ def appearance(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str,
         }
         if video.shape[1] > 1:
             values["motion"] = video.diff(dim=1).square().mean().sqrt()
-        for name, value in values.items():
-            found.setdefault(name, []).append(value.item())
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        clips.append(values)
+    return {name: torch.stack([values[name] for values in clips]).double() for name in clips[0]}

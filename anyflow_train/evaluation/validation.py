@@ -27,12 +27,7 @@ from anyflow_train.evaluation.low_memory import decode_in_parts, free_cache, sam
 from anyflow_train.evaluation.measure import SampleEvaluator
 from anyflow_train.evaluation.oracle import judge_clips
 from anyflow_train.evaluation.sampling import EULER, clip_sampler, draw_noise
-from anyflow_train.evaluation.teacher_reference import (
-    TeacherReference,
-    measure_against,
-    reference_scale,
-    teacher_reference,
-)
+from anyflow_train.evaluation.teacher_reference import TeacherReference, measure_against, teacher_reference
 from anyflow_train.evaluation.video import Grid, to_frames, write_grid
 from anyflow_train.flow.causal import Sampler
 from anyflow_train.flow.sampler import guided
@@ -263,7 +258,7 @@ def build_validator(config: RunConfig, world: World, teacher: FlowMap | None = N
     if evaluation.reference == "teacher":
         assert teacher is not None
         compared, held_out = compared or _training_prompts(config, shards, length), None
-        reference = teacher_reference(config, guided(teacher, negative, reference_scale(config)), compared.text)
+        reference = teacher_reference(config, teacher, negative, compared.text)
     shown, videos = None, min(evaluation.videos, len(shards.texts.validation))
     if videos:
         texts = [pad_text(text, length) for text in shards.texts.validation]

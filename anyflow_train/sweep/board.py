@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,12 +43,11 @@ def write_board(folder: Path, combinations: Sequence[Combination], report: Mappi
         for n, measures in by_calls.items():
             shown = [measures[key].as_distance() if key == DISTANCE else str(measures[key]) for key in names]
             rows.append([name, *(cost or ["", ""]), str(n), *shown])
-    floor = Estimate(0.0, 0.0, report["real"]["energy_floor"])
     seeds = max(map(len, groups.values()))
     note = NOTE.format(
         seeds=f"{seeds} seeds" if seeds > 1 else "one seed",
         reference="real clips" if report["config"]["reference"] == "data" else "the guided teacher's samples",
-        floor=floor.high,
+        floor=report["real"]["energy_floor"],
     )
     text = "\n".join([*markdown_table(rows), "", note]) + "\n"
     replace_file(folder / "board.md", text.encode())
@@ -76,10 +75,9 @@ def _measures(cell: Mapping[str, Any]) -> dict[str, Estimate]:
 def _over_seeds(of_seeds: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
     """Average over runs that differ by the seed; the interval holds those of all seeds."""
 
-    def take(name: str, end: str, reduce: Callable[[Sequence[float]], float]) -> float:
-        return reduce([getattr(measures[name], end) for measures in of_seeds])
-
-    return {
-        name: Estimate(take(name, "value", fmean), take(name, "low", min), take(name, "high", max))
-        for name in of_seeds[0]
-    }
+    found = {}
+    for name in of_seeds[0]:
+        seeds = [measures[name] for measures in of_seeds]
+        value, low = fmean(one.value for one in seeds), min(one.low for one in seeds)
+        found[name] = Estimate(value, low, max(one.high for one in seeds))
+    return found

@@ -121,8 +121,7 @@ def combine(options: SweepOptions, arguments: Sequence[str], config_dir: Path | 
             config = compose("train", [*given, *_written(values)], config_dir)
             combinations.append(Combination("", values, given, config))
         except UserError as error:
-            place = f"arms.{arm}: " if arm else ""
-            found |= {f"{place}{one}": UserError(f"{place}{one.where}", one.problem) for one in error.errors}
+            found |= {str(one): one for one in (error.within(f"arms.{arm}") if arm else error.errors)}
     raise_all([*found.values()])
     out = str(Path(combinations[0].config.out) / combinations[0].config.name)
     for combination, label in zip(combinations, _labels([one.values for one in combinations]), strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from anyflow_train.config.commands import EvaluateConfig, SweepOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
-from anyflow_train.data.manifest import MANIFEST
+from anyflow_train.data.manifest import MANIFEST, parse_manifest
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import read_json, read_object, replace_file, write_json
@@ -118,7 +118,7 @@ def _evaluation(
     """Return the arguments of the evaluation, and its config; None without an evaluation.
 
     Raises:
-        UserErrors: errors of the key `evaluate`, or its held-out shards do not exist.
+        UserErrors: errors of the key `evaluate`, or its held-out shards do not exist or hold too few clips.
     """
     if not options.evaluate:
         return None
@@ -128,9 +128,16 @@ def _evaluation(
     try:
         config = compose("evaluate", arguments, config_dir)
     except UserErrors as several:
-        raise UserErrors([UserError(f"evaluate: {one.where}", one.problem) for one in several.errors]) from None
-    if not is_remote(config.held_out) and not (Path(config.held_out).expanduser() / MANIFEST).is_file():
-        raise UserError("evaluate: held_out", f"'{config.held_out}' has no {MANIFEST}; write it with `anyflow prepare`")
+        raise UserErrors(several.within("evaluate")) from None
+    if not is_remote(config.held_out):
+        manifest = Path(config.held_out).expanduser() / MANIFEST
+        if not manifest.is_file():
+            problem = f"'{config.held_out}' has no {MANIFEST}; write it with `anyflow prepare`"
+            raise UserError("evaluate: held_out", problem)
+        held, needed = parse_manifest(manifest.read_bytes(), str(manifest)).samples, config.held_out_samples
+        if held < needed:
+            problem = f"'{config.held_out}' holds {held} clips, but held_out_samples={needed}; prepare more"
+            raise UserError("evaluate: held_out", f"{problem}, or add held_out_samples={held} to evaluate")
     return arguments, config
 
 

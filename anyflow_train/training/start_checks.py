@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from anyflow_train.config.objective import Derivative
 from anyflow_train.config.pipelines import VAE
 from anyflow_train.config.run import Data, Engine, Optimizer, RunConfig, Tracker, WandbTracker
+from anyflow_train.config.schedule import stages
 from anyflow_train.data.fingerprint import known_fingerprint
 from anyflow_train.data.remote import is_remote
 from anyflow_train.data.shards import ShardSet
@@ -28,10 +28,10 @@ FP8_CAPABILITY = (8, 9)
 
 def refused_under(config: RunConfig, strategy: str) -> dict[str, tuple[str, str]]:
     """Keys that a strategy (a file of `launch/`) refuses -> reason and advice, and the value that it takes instead."""
-    refused = {}
+    refused, roles = {}, [stage.config.objective.derivative_role for stage in stages(config)]
     if strategy.startswith("zero3") and config.engine.fp8 != "none":
         refused["engine.fp8"] = ("which shards the weights; choose ddp to zero2", "none")
-    if strategy.startswith("zero3") and (config.objective.derivative_role or Derivative()).exact:
+    if strategy.startswith("zero3") and any(role is not None and role.exact for role in roles):
         refused["objective.derivative"] = ("because jvp requires whole weights; choose ddp to zero2", "difference")
     if strategy.startswith("zero") and config.optimizer.moments != "fp32":
         refused["optimizer.moments"] = ("which shards the moments; choose ddp", "fp32")

@@ -39,6 +39,18 @@ def test_without_a_gpu_only_a_rehearsal_runs(capsys: pytest.CaptureFixture[str],
     assert "rehearse: false, but torch finds no GPU; rehearse=true" in capsys.readouterr().err
 
 
+def test_wrong_settings_are_found_before_the_first_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "_one", lambda *_: {"state": "passed"})
+    bench = ["bench", "rehearse=true", f"out={tmp_path / 'own'}", 'settings=["engine.no=1","data.height=72"]']
+    assert anyflow(bench) == 2
+    error = capsys.readouterr().err
+    assert re.findall("error: (.*?: .*?:)", error) == ["settings: engine.no:", "settings: data.height:"]
+    assert not (tmp_path / "own").exists()
+    assert anyflow([*bench, "only=[machine]"]) == 0  # no measured step, which alone takes them
+
+
 def test_files_of_the_user_are_never_replaced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -96,7 +108,12 @@ def test_the_report() -> None:
 
 @pytest.mark.nightly
 def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"out={tmp_path}", "rehearse=true", "only=[machine,eager,attention]", 'settings=["no.such.key=1"]']
+    arguments = [
+        f"out={tmp_path}",
+        "rehearse=true",
+        "only=[machine,eager,attention]",
+        'settings=["engine.device=cuda"]',
+    ]
     assert anyflow(["bench", *arguments]) == 1
     parts = json.loads((tmp_path / "bench.json").read_text())["parts"]
     assert {name: found["state"] for name, found in parts.items()} == {
@@ -104,7 +121,7 @@ def test_a_part_that_fails_loses_nothing_but_itself(tmp_path: Path, capsys: pyte
         "eager": "failed",
         "attention": "passed",
     }
-    assert "no.such.key" in (tmp_path / "eager.txt").read_text()
+    assert "engine.device" in (tmp_path / "eager.txt").read_text()
     assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out
 
 

@@ -46,7 +46,7 @@ def validator_of(
 
 
 def curved(x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-    """Return a velocity whose Euler solution depends on the number of steps and on the text."""
+    """Return a velocity whose Euler solution depends on the number of steps and on the text. It ignores r."""
     return x * t[:, None, None, None, None] + by_text(x, t, r, condition) / 10
 
 
@@ -89,6 +89,7 @@ class Counting:
         self.samples, self.calls = 0, calls
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        assert torch.equal(t, r)  # a student that is used as a teacher depends on r
         self.samples, self.calls = self.samples + len(x), self.calls - 1
         return curved(x, t, r, condition)
 
@@ -112,7 +113,9 @@ def test_an_interrupted_reference_is_continued(tmp_path: Path) -> None:
     [
         ({"reference_calls": 4}, {}),
         ({"seed": 1}, {}),
+        ({"shift": 2.0}, {}),
         ({"guidance_scale": 2.0}, {}),
+        ({}, {"teacher__source": "another"}),
         ({}, {"engine": {"global_batch": 8, "micro_batch": 4, "precision": "bf16"}}),
     ],
 )
@@ -123,6 +126,31 @@ def test_solutions_of_other_facts_are_made_again(
     again = Counting()
     measured(validator_of(tmp_path, again, changes, **others), curved, tmp_path)
     assert again.samples > 0
+
+
+def write_texts(folder: Path, value: float, negative: float) -> None:
+    """Replace the shards: equal captions, whose embeddings are encoded again."""
+    samples = [Sample(f"clip-{n}", torch.zeros(SHAPE), torch.full((3, TEXT_DIM), value), "clip") for n in range(5)]
+    texts = PromptTexts(torch.full((1, TEXT_DIM), negative), ())
+    write_shards(folder / "shards", [samples], describe(SHAPE, TEXT_DIM, longest_text=3), texts)
+
+
+@pytest.mark.parametrize(
+    ("value", "negative", "scale", "again"),
+    [(2.0, 0.0, 1.0, True), (1.0, 1.0, 3.0, True), (1.0, 1.0, 1.0, False), (1.0, 0.0, 3.0, False)],
+)
+def test_solutions_of_other_texts_are_made_again(
+    tmp_path: Path, value: float, negative: float, scale: float, again: bool
+) -> None:
+    """The negative prompt matters only if the teacher is guided."""
+    counted = []
+    for texts in ((1.0, 0.0), (value, negative)):
+        write_texts(tmp_path, *texts)
+        teacher = Counting()
+        measured(validator_of(tmp_path, teacher, {"guidance_scale": scale}), curved, tmp_path)
+        counted.append(teacher.samples)
+    assert counted[0] > 0
+    assert (counted[1] > 0) == again
 
 
 def test_a_damaged_solution_is_made_again(tmp_path: Path) -> None:
@@ -194,6 +222,12 @@ def clips() -> Tensor:
 def looks(fine: Tensor, samples: Tensor, decode: Callable[[Tensor], Tensor] | None = identity) -> dict[str, float]:
     found = measure_against(fine, {4: samples}, ["a", "b", "c"], Evaluation(reference_videos=3), decode)
     return {name.removesuffix("_4"): estimate.value for name, estimate in found.items()}
+
+
+def test_rms_is_the_root_of_the_mean_square_of_all_numbers(clips: Tensor) -> None:
+    far = clips.clone()
+    far[0] += 0.6
+    assert looks(clips, far, None)["rms"] == pytest.approx((0.36 / 3) ** 0.5)
 
 
 def test_doubled_contrast_is_two(clips: Tensor) -> None:

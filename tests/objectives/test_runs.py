@@ -131,8 +131,21 @@ def test_the_exact_derivative_trains_and_is_planned(kind: str, tmp_path: Path) -
     assert dry_run(RunConfig.model_validate(config), 1).work > 0
 
 
-def test_the_exact_derivative_is_refused_under_zero_3(tmp_path: Path) -> None:
-    jvp = RunConfig.model_validate(follow(tmp_path, "lagrangian", {"derivative": "jvp"}))
+def test_the_exact_derivative_of_a_stage_is_planned(tmp_path: Path) -> None:
+    """As the difference, like that of a whole run."""
+    write_networks(tmp_path)
+    exact = {"schedule": [{"steps": 2, "changes": {"objective.derivative": "jvp"}}]}
+    configs = [RunConfig.model_validate(follow(tmp_path, "lagrangian", keys)) for keys in ({}, exact)]
+    plain, staged = [dry_run(config, 1) for config in configs]
+    assert staged.stages == plain.stages * 2
+
+
+@pytest.mark.parametrize(
+    "keys", [{"derivative": "jvp"}, {"schedule": [{"steps": 2, "changes": {"objective.derivative": "jvp"}}]}]
+)
+def test_the_exact_derivative_is_refused_under_zero_3(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Also if only some steps take it."""
+    jvp = RunConfig.model_validate(follow(tmp_path, "lagrangian", keys))
     check_strategy(jvp, "zero2")
     check_strategy(RunConfig.model_validate(follow(tmp_path, "lagrangian", {})), "zero3")
     with pytest.raises(UserError, match=r"objective\.derivative: is refused under strategy=zero3"):

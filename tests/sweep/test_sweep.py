@@ -262,6 +262,9 @@ def test_missing_held_out_clips_are_named_before_the_first_run(tmp_path: Path, m
     evaluate = ["experiment=tiny_evaluate", f"held_out={tmp_path}/none"]
     with pytest.raises(UserError, match=r"evaluate: held_out: '.*none' has no manifest\.json"):
         sweep.run([TINY, f"out={tmp_path}", "seed=1,2", f"evaluate={evaluate}"], None)
+    evaluate = ["experiment=tiny_evaluate", f"held_out={write_held_out(tmp_path / 'few', 8)}"]
+    with pytest.raises(UserError, match=r"evaluate: held_out: '.*few' holds 8 clips, but held_out_samples=288"):
+        sweep.run([TINY, f"out={tmp_path}", "seed=1,2", f"evaluate={evaluate}"], None)
     assert not (tmp_path / "starts").exists()
 
 

@@ -46,6 +46,14 @@ def test_the_derivative_has_its_own_network_and_precision(tmp_path: Path) -> Non
     assert isinstance(averaged.roles.derivative, AveragedFlowMap)
 
 
+def test_the_term_of_each_stage_has_the_rebalancing_of_its_config(tmp_path: Path) -> None:
+    """Without the floor, a student that starts as its teacher would train nothing."""
+    schedule = [{"steps": 2, "changes": {"objective.rebalance_floor": 0.5, "objective.rebalance": "sqrt"}}]
+    keys = {"objective__rebalance": "unweighted", "objective__rebalance_floor": 0.07, "objective__schedule": schedule}
+    terms = [update.terms[0] for update in build_recipe(config(tmp_path, **keys), CPU).updates]
+    assert [(term.rebalance, term.smallest_mean) for term in terms] == [("sqrt", 0.5), ("unweighted", 0.07)]
+
+
 def test_the_teacher_is_loaded_only_for_its_velocity_and_frozen(tmp_path: Path) -> None:
     source = saved_network(tmp_path)
     assert build_recipe(config(tmp_path, teacher__source=source), CPU).roles.teacher is None

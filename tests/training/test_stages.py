@@ -65,10 +65,13 @@ def test_a_stage_changes_the_shares_of_a_mix(tmp_path: Path) -> None:
     ]
     rows = [json.loads(line) for line in (train(given) / "metrics.jsonl").read_text().splitlines()]
     assert ["loss_semigroup" in row for row in rows] == [False, False, True, True]
-    wrong = {**mix, "schedule": [{"steps": 2, "changes": {"objective.shares.semi": 0.5, "objective.epsilon.a": 1}}]}
+    changes = {"objective.shares.semi": 0.5, "objective.epsilon.a": 1, "objective": {"epsilon": 0.1}, "optimizer.lr": 1}
+    wrong = {**mix, "schedule": [{"steps": 2, "changes": changes}]}
     with pytest.raises(UserErrors) as caught:
         stages(RunConfig.model_validate(settings(tmp_path, objective=wrong)))
     assert [error.problem.split(":")[0] for error in caught.value.errors] == [
+        "objective",
+        "optimizer.lr",
         "objective.epsilon",
         "objective.shares.semi",
     ]
