@@ -39,8 +39,10 @@ from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls
+from anyflow_train.training.checkpoints.reading import read_network, resolve_checkpoint
 from anyflow_train.training.checkpoints.run_directory import runs_of_sweep
 from anyflow_train.training.reporting.tasks import TaskProgress
+from anyflow_train.training.weight_source import is_run
 
 FILES = ("report.md", "grid.mp4", "grid.gif", "quality.png", "chunks.png")
 GRID_COLUMNS = 3
@@ -103,15 +105,17 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     start = time.monotonic()
     out, device = Path(config.out).expanduser(), pick_device(config.device, config.threads)
     dtype = autocast_dtype(config.precision)
+    sources = [str(run) for source in config.models for run in runs_of_sweep(source) or [source]]
+    teachers_source = config.teacher or _teacher_of(sources)
+    config = config.model_copy(update={"teacher": teachers_source})
     check_results(out, "report.json", owner(config), FILES)
     shards = ShardSet.open(config.held_out)
     training = None if config.training_shards is None else open_training(config.training_shards, shards)
-    sources = [str(run) for source in config.models for run in runs_of_sweep(source) or [source]]
     models = [load_model(source, config.weights) for source in sources]
     check_frames(config, shards, models)
-    taught = load_model(config.teacher, config.weights)
+    taught = load_model(teachers_source, config.weights)
     if taught.chunks is not None:
-        raise UserError("teacher", f"{config.teacher} is a causal student; name a network that is not causal")
+        raise UserError("teacher", f"{teachers_source} is a causal student; name a network that is not causal")
     codec = Codec.load(config.codec or taught.codec_source, device, torch.float32)
     teacher = on_device(taught.network, device, dtype)
     negative = padded_condition([shards.texts.negative], config.text_length, device)
@@ -146,6 +150,16 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         say(f"wrote {out}/report.md with its pictures, and report.json")
     progress.result(page)
     return report
+
+
+def _teacher_of(models: Sequence[str]) -> str:
+    """Return the teacher that runs were trained with. Raises UserError if there is none, or more than one."""
+    runs = [read_network(resolve_checkpoint(model)) for model in models if is_run(model)]
+    found = sorted({run.teacher for run in runs if run.teacher is not None})
+    if len(found) != 1:
+        had = f"the models had several: {', '.join(found)}" if found else "no run among the models says what it had"
+        raise UserError("teacher", f"null, and {had}; name a Wan2.1 folder or hub id")
+    return found[0]
 
 
 def network_calls(config: EvaluateConfig, models: Sequence[LoadedNetwork]) -> int:

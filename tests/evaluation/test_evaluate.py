@@ -71,6 +71,17 @@ def run(folder: Path, out: str, **options) -> EvaluationReport:
     return evaluate.run(EvaluateConfig(out=str(folder / out), **{**settings, **options}))
 
 
+def test_the_teacher_is_that_of_the_runs_if_none_is_named(folder: Path, tmp_path: Path):
+    report = run(folder, "unnamed", teacher=None)
+    assert report.config.teacher == str(folder / "base")
+    with pytest.raises(UserError, match=r"^teacher: null, and no run among the models says what it had; name a Wan2"):
+        run(folder, "none", teacher=None, models=(str(folder / "base"),))
+    make_run(tmp_path, FULL)  # with a teacher of its own
+    with pytest.raises(UserError, match=r"^teacher: null, and the models had several: /.*/base, /.*/base; name"):
+        run(folder, "several", teacher=None, models=(str(folder / "run"), str(tmp_path / "run")))
+    assert not (folder / "several").exists()
+
+
 def test_an_evaluation_leaves_its_report_plot_and_grid(folder: Path):
     run(folder, "whole", oracle="shapes")
     report = json.loads((folder / "whole" / "report.json").read_text())

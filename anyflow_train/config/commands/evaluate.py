@@ -18,7 +18,7 @@ class EvaluateConfig(SamplingConfig):
     out: folder for the report, plots and videos.
     models: runs, checkpoints, sweeps or exported folders of students; an empty list measures only the teacher.
     held_out: shards that samples are compared with.
-    teacher: Wan2.1 pipeline folder or hub id.
+    teacher: Wan2.1 pipeline folder or hub id; null is the teacher that the runs of `models` were trained with.
     guidance_scale: CFG scale w of the teacher; 1 means no guidance.
     calls: numbers of network calls to compare.
     samples: samples per model and number of calls.
@@ -40,7 +40,7 @@ class EvaluateConfig(SamplingConfig):
     out: str
     models: Texts
     held_out: str
-    teacher: str
+    teacher: str | None = None
     training_shards: str | None = None
     reference: Literal["data", "guided_teacher"] = "data"
     calls: Calls = (1, 2, 4, 8, 16)

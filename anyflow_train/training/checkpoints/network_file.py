@@ -89,6 +89,7 @@ class NetworkFile(_Stored):
     adapter: the LoRA adapter that was trained; None if the whole network was trained.
     init: start of the network or base of its adapter: folder, hub id, run or checkpoint; None for random weights.
     codec: pipeline folder or hub id of the VAE and the text encoder.
+    teacher: pipeline folder or hub id of the teacher of the run.
     shards: folder of the training data.
     """
 
@@ -98,6 +99,7 @@ class NetworkFile(_Stored):
     adapter: Annotated[Lora | None, BeforeValidator(_adapter)] = None
     init: str | None = None
     codec: str | None = None
+    teacher: str | None = None
     shards: str | None = None
     sampling: Sampling = Sampling()
     training: Training = Training()
@@ -146,6 +148,7 @@ class NetworkFile(_Stored):
             "adapter": student.get("adapter"),
             "init": student.get("init"),
             "codec": teacher.get("codec") or (None if is_weights_file(source) else source or None),
+            "teacher": source or None,
             "shards": shards if isinstance(shards, str) or not shards else shards[0],
             "sampling": Sampling.of(config),
             "training": {
