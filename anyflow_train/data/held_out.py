@@ -43,7 +43,7 @@ def load_samples(shards: ShardSet, count: int) -> HeldOut:
     """Load the first `count` good samples of shards with video. Raises UserError if there are fewer."""
     samples = list(islice(good_samples(shards, "held-out samples"), count))
     if len(samples) < count:
-        raise UserError(shards.location, f"holds {len(samples)} good samples, but {count} are needed; lower held_out_samples")
+        raise UserError(shards.location, f"holds {len(samples)} good samples of {count}; lower held_out_samples")
     latents = [sample.latents for sample in samples if sample.latents is not None]
     if len(latents) < count:
         raise UserError(shards.location, "holds prompts without video")
