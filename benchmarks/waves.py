@@ -1,7 +1,7 @@
 """Compare the objectives of stage 1 on travelling waves, a world so small that a run takes a minute on one core.
 
-A teacher is trained first (1,500 steps). Every objective then trains a student with as many operations as 600 steps of
-the first one, and stage 2 (120 steps) trains that student further. The energy distance compares 512 samples with 2,048
+A teacher is trained first (1,500 steps). Every objective then trains a student with as many operations as `--steps` steps
+of the first one, and stage 2 (120 steps) trains that student further. The energy distance compares 512 samples with 2,048
 clips that were not trained on, or with as many samples of the guided teacher (64 Euler steps). The error is the rms
 distance to the (guided) teacher's 64 steps from the same noise. Finished students are read from FOLDER, so that an
 interrupted comparison goes on.
@@ -36,7 +36,7 @@ from tests.training import waves
 from tests.training.test_any_step import optimizer, settings, trained
 
 CALLS, FINE, SHIFT, SAMPLES, REAL = (1, 2, 4, 8, 16), 64, 5.0, 512, 2048
-STEPS, STEPS_OF_STAGE_2 = 600, 120
+STEPS_OF_STAGE_2 = 120
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "flow_map": {"kind": "flow_map", "velocity": "teacher", "weight": "uniform", "rebalance": "unweighted"},
     "lagrangian": {"kind": "lagrangian"},
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=600, help="steps of the first objective (default: 600)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of stage 1, values in JSON")
     parser.add_argument("--no-stage-2", action="store_true")
@@ -74,9 +75,9 @@ def main() -> None:
             found: dict[str, list[Measured]] = {"stage 1": [], "stage 2": []}
             seconds: list[float] = []
             for seed in options.seeds:
-                config = student(options.out, teacher, name, scale, seed, changes)
+                config = student(options.out, teacher, name, scale, seed, options.steps, changes)
                 work = dry_run(RunConfig.model_validate(config), 1).work
-                budget = budget or STEPS * work
+                budget = budget or options.steps * work
                 first, cost = made(config | {"steps": round(budget / work)})
                 seconds.append(cost)
                 found["stage 1"].append(judge.of_student(first))
@@ -104,16 +105,16 @@ def train_teacher(folder: Path) -> Path:
 
 
 def student(
-    folder: Path, teacher: Path, name: str, scale: float, seed: int, changes: Sequence[Sequence[str]]
+    folder: Path, teacher: Path, name: str, scale: float, seed: int, steps: int, changes: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     """The config of a student after stage 1, with changes (dotted key, value in JSON)."""
     guidance = {"guidance": "target", "guidance_scale": scale} if scale != 1 else {}
     objective = {"epsilon": 0.02, **OBJECTIVES[name], **guidance}
     if name == "semigroup":
         del objective["epsilon"]
-    words = [name, f"w{scale:g}", f"seed{seed}", *("-".join(change) for change in changes)]
+    words = [name, f"w{scale:g}", f"seed{seed}", f"{steps}steps", *("-".join(change) for change in changes)]
     label = "_".join("".join(letter if letter.isalnum() else "-" for letter in word) for word in words)
-    config = settings(folder, label, seed=seed, steps=STEPS, objective=objective, optimizer=optimizer(1e-3, 0.99))
+    config = settings(folder, label, seed=seed, steps=steps, objective=objective, optimizer=optimizer(1e-3, 0.99))
     config["student"] = config["student"] | {"init": str(teacher)}
     config["teacher"] = {"source": str(teacher)}
     for key, value in changes:
