@@ -1,10 +1,10 @@
 """Compare the objectives of stage 1 on travelling waves, a world so small that a run takes a minute on one core.
 
-A teacher is trained first (1,500 steps). Every objective then trains a student with as many operations as `--steps` steps
-of the first one, and stage 2 (120 steps) trains that student further. The energy distance compares 512 samples with 2,048
-clips that were not trained on, or with as many samples of the guided teacher (64 Euler steps). The error is the rms
-distance to the (guided) teacher's 64 steps from the same noise. Finished students are read from FOLDER, so that an
-interrupted comparison goes on.
+A teacher is trained first (1,500 steps). Every objective then trains a student with as many operations as `--steps`
+steps of the first one, and stage 2 (120 steps) trains that student further. The energy distance compares 512 samples
+with 2,048 clips that were not trained on, or with as many samples of the guided teacher (64 Euler steps). The error is
+the rms distance to the (guided) teacher's 64 steps from the same noise. Finished students are read from FOLDER, so that
+an interrupted comparison goes on.
 
     python benchmarks/waves.py --out runs/waves --seeds 0 1 2 --guidance 1 3
     python benchmarks/waves.py --out runs/waves --objectives lagrangian --set objective.rebalance=none --choose
