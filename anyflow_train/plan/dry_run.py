@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -36,12 +36,10 @@ from anyflow_train.training.updates import Term, Update, make_update
 
 # Draws of a step's shared numbers over which operations are averaged, where an objective asks for such numbers.
 VARIANTS = 8
-Kernels = Callable[[], AbstractContextManager[None]]
 Figures = dict[tuple[str, Hashable], tuple[float, ...]]
 """Everything that a dry run counts, by kind and key: linear in the number of blocks of every network."""
 Count = Callable[[Mapping[int, int]], Figures]
 """Numbers of blocks of networks -> blocks that are built of each -> figures."""
-Deepen = Callable[[RunConfig, Count, int], Figures]
 
 
 @dataclass(frozen=True)
@@ -99,71 +97,37 @@ def from_two_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figur
     return found
 
 
-def from_all_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
-    """The figures of networks that are built with all their blocks: slow if these are many."""
-    return figures({count: count for count in block_counts(config)})
-
-
-def dry_run(
-    config: RunConfig,
-    world: int,
-    kernels: Kernels = as_on_gpu,
-    deepen: Deepen = from_two_blocks,
-    repeats: Repeats = chunk_by_chunk,
-) -> DryRun:
-    """Count a step of a config that its rules accept, on `world` processes: one of the dearest stage.
-
-    Args:
-        kernels: whose branches the networks take.
-        deepen: from how many blocks the figures are found.
-        repeats: which calls with gradient are computed once where memory is found.
-    """
+def dry_run(config: RunConfig, world: int) -> DryRun:
+    """Count a step of a config that its rules accept, on `world` processes: one of the dearest stage."""
 
     def plan(first: int) -> DryRun:
         def operations(blocks: Mapping[int, int]) -> Figures:
-            with _dry_step(config, kernels, blocks, first, everything) as step:
+            with _dry_step(config, blocks, first, everything) as step:
                 return step.operations()
 
-        found = deepen(config, operations, 1)
+        found = from_two_blocks(config, operations)
         costs = {variant: cost for (kind, variant), (cost,) in found.items() if kind == "cost"}
         costliest: Any = max(costs, key=costs.__getitem__)
         # A recipe of its own, in which no rollout waits for an update that was not made.
-        return _unpacked(found | _memory(config, world, first, costliest, kernels, deepen, repeats), costliest)
+        return _unpacked(found | _memory(config, world, first, costliest), costliest)
 
     return _dearest([plan(stage.steps[0]) for stage in stages(config)])
 
 
-def dry_run_memory(
-    config: RunConfig,
-    world: int,
-    variant: int,
-    deepen: Deepen = from_two_blocks,
-    repeats: Repeats = chunk_by_chunk,
-) -> DryRun:
+def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
     """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
-
-    def plan(first: int) -> DryRun:
-        return _unpacked(_memory(config, world, first, variant, as_on_gpu, deepen, repeats), variant)
-
-    return _dearest([plan(stage.steps[0]) for stage in stages(config)])
+    found = [_memory(config, world, stage.steps[0], variant) for stage in stages(config)]
+    return _dearest([_unpacked(figures, variant) for figures in found])
 
 
-def _memory(
-    config: RunConfig,
-    world: int,
-    first: int,
-    variant: int,
-    kernels: Kernels,
-    deepen: Deepen,
-    repeats: Repeats,
-) -> Figures:
+def _memory(config: RunConfig, world: int, first: int, variant: int) -> Figures:
     def figures(blocks: Mapping[int, int]) -> Figures:
-        with _dry_step(config, kernels, blocks, first, repeats) as step:
+        with _dry_step(config, blocks, first, chunk_by_chunk) as step:
             return step.memory(variant, world)
 
     # With one block, the fullest moment may be another one than with many. And the last block of a causal network ends
     # early when it encodes context: only from two blocks on does one run whole.
-    return deepen(config, figures, 2)
+    return from_two_blocks(config, figures, 2)
 
 
 def _dearest(found: Sequence[DryRun]) -> DryRun:
@@ -183,9 +147,7 @@ def block_counts(config: RunConfig) -> set[int]:
 
 
 @contextmanager
-def _dry_step(
-    config: RunConfig, kernels: Kernels, blocks: Mapping[int, int], first: int, repeats: Repeats
-) -> Iterator[_DryStep]:
+def _dry_step(config: RunConfig, blocks: Mapping[int, int], first: int, repeats: Repeats) -> Iterator[_DryStep]:
     """The stage that begins at step `first`; networks have `blocks[n]` blocks in place of n, and are not compiled."""
     architecture = config.student.architecture
     shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
@@ -193,7 +155,7 @@ def _dry_step(
     engine = config.engine.model_copy(update={"compile": False})
     config = config.model_copy(update={"student": student, "engine": engine, "objective": config.objective.planned})
     assumed: list[str] = []
-    with FakeTensorMode(), Meter() as meter, kernels():
+    with FakeTensorMode(), Meter() as meter, as_on_gpu():
         recipe = build_recipe(config, ALONE, fake_materials(meter, blocks.__getitem__, shallow, assumed))
         recipe = replace(recipe, updates=tuple(update for update in recipe.updates if first in update.steps))
         figures: Figures = {("assumed", role): () for role in assumed}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from anyflow_train.data.batch import Batch
 from anyflow_train.flow.draw import Draw
 from anyflow_train.models.build import build_network
 from anyflow_train.objectives.types import Loss, Roles
-from anyflow_train.plan.dry_run import DryRun, dry_run, dry_run_memory, from_all_blocks
+from anyflow_train.plan import dry_run as dry_runs
+from anyflow_train.plan.dry_run import Count, DryRun, Figures, block_counts, dry_run, dry_run_memory
 from anyflow_train.plan.memory import plan_memory
 from anyflow_train.training import recipe
 from anyflow_train.training.updates import Term
@@ -73,11 +74,26 @@ def small(folder: Path) -> Callable[..., RunConfig]:
 _MADE: dict[str, DryRun] = {}
 
 
+def from_all_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
+    """The figures of networks that are built with all their blocks: slow if these are many."""
+    return figures({count: count for count in block_counts(config)})
+
+
+@contextmanager
+def changed(**parts: object) -> Iterator[None]:
+    """Dry runs inside the block use other functions in place of these of their module."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, part in parts.items():
+            patch.setattr(dry_runs, name, part)
+        yield
+
+
 def on_cpu(config: RunConfig) -> DryRun:
-    """One dry run of each config, which several tests look at."""
+    """One dry run of each config with the branches of a CPU, which several tests look at."""
     key = config.model_dump_json()
     if key not in _MADE:
-        _MADE[key] = dry_run(config, 1, nullcontext)
+        with changed(as_on_gpu=nullcontext):
+            _MADE[key] = dry_run(config, 1)
     return _MADE[key]
 
 
@@ -129,7 +145,9 @@ def test_products_in_fp8_count_as_others_do(small: Callable[..., RunConfig]) -> 
 @pytest.mark.parametrize("case", ["full, block", "lora, selective"])
 def test_two_blocks_tell_what_all_do(case: str, small: Callable[..., RunConfig]) -> None:
     config = small(*CASES[case])
-    quick, slow = on_cpu(config), dry_run(config, 1, nullcontext, from_all_blocks)
+    quick = on_cpu(config)
+    with changed(as_on_gpu=nullcontext, from_two_blocks=from_all_blocks):
+        slow = dry_run(config, 1)
     assert quick.operations == pytest.approx(slow.operations)
     assert quick.sizes == slow.sizes
     planned = [plan_memory(config, found, "zero2", 4).tensors for found in (quick, slow)]
@@ -140,8 +158,10 @@ def test_what_validation_holds_grows_with_the_blocks_too(small: Callable[..., Ru
     """The fullest moment of one block is another one than that of two."""
     validation = ("evaluation=wan", "evaluation.videos=0", "evaluation.reference_videos=0", "evaluation.batch=24")
     config = small(*CASES["full"], *validation, "student.architecture.num_layers=6")
-    found = (dry_run_memory(config, 1, 0), dry_run_memory(config, 1, 0, from_all_blocks))
-    planned = [plan_memory(config, each, "ddp", 1) for each in found]
+    quick = dry_run_memory(config, 1, 0)
+    with changed(from_two_blocks=from_all_blocks):
+        slow = dry_run_memory(config, 1, 0)
+    planned = [plan_memory(config, each, "ddp", 1) for each in (quick, slow)]
     assert planned[0].moment == planned[1].moment
     assert planned[0].tensors == planned[1].tensors
 
@@ -152,7 +172,9 @@ def test_the_graph_of_a_rollout_keeps_every_cached_context(small: Callable[..., 
     chunks = "student.architecture.causal={chunk_partition: [1, 2, 2, 2, 2], full_chunk_limit: 3}"
     large = (chunks, "data.frames=33", "data.height=480", "data.width=832", "student.architecture.num_layers=4")
     config = small(*CASES["stage 2, causal"], *large)
-    quick, slow = dry_run_memory(config, 1, 0), dry_run_memory(config, 1, 0, from_all_blocks, lambda condition: False)
+    quick = dry_run_memory(config, 1, 0)
+    with changed(from_two_blocks=from_all_blocks, chunk_by_chunk=lambda condition: False):
+        slow = dry_run_memory(config, 1, 0)
     for part in ("student, earlier chunks", "student, forward"):
         highest = [max(moment.activations for name, moment in found.moments if name == part) for found in (quick, slow)]
         assert highest[0] == pytest.approx(highest[1], rel=0.03), part
@@ -177,7 +199,8 @@ def test_a_new_objective_is_counted_with_nothing_told(
 ) -> None:
     monkeypatch.setattr(recipe, "_main_term", lambda *_: Term(name="half jumps", objective=TwoHalfJumps()))
     config = small(*CASES["full"])
-    found = dry_run(config, 1, nullcontext)  # of another recipe than the other tests'
+    with changed(as_on_gpu=nullcontext):
+        found = dry_run(config, 1)  # of another recipe than the other tests'
     assert sum(found.operations.values()) == pytest.approx(counted(config, (0,)), rel=1e-9)
     assert found.samples["student, without gradient"] == 2 * found.samples["student, forward"] == 8
 
