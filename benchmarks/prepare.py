@@ -113,7 +113,7 @@ def one_by_one(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) -> 
         video = pixels(config, clip)[None].to(device, vae_dtype)
         latents = (vae.encode(video).latent_dist.mode()[0].float().cpu() - mean) / std
         tokens = tokenizer(
-            clean_prompt(clip.read_caption()),
+            clean_prompt(clip.read_captions()[0]),
             padding="max_length",
             max_length=config.max_text_length,
             truncation=True,
@@ -148,7 +148,7 @@ def measure_parts(config: PrepareConfig, clips: tuple[Clip, ...], folder: Path) 
     device = torch.device(config.device)
     texts = Codec.load(config.codec, device, DTYPES[config.precision])
     videos = Codec.load(config.codec, device, DTYPES[config.vae_precision])
-    captions, few = [clip.read_caption() for clip in clips], clips[:PART_CLIPS]
+    captions, few = [clip.read_captions()[0] for clip in clips], clips[:PART_CLIPS]
     different = list(dict.fromkeys(captions))
     encode_texts(texts, different[:1], config.max_text_length)  # loads the text encoder
     made: dict[str, Any] = {}

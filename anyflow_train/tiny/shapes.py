@@ -115,7 +115,7 @@ def render(labels: Tensor, start: Tensor, contrast: Tensor, frames: int = FRAMES
     Returns:
         (B, 3, F, H, W) float32 in [-1, 1].
     """
-    motion, way = _motion(labels), SPEED * (frames - 1)
+    motion, way = motion_of(labels), SPEED * (frames - 1)
     low = _REACH + (motion < 0) * way
     high = size - _REACH - (motion > 0) * way
     return render_from(labels, low + start * (high - low), contrast, frames, size)
@@ -128,16 +128,11 @@ def render_from(labels: Tensor, first: Tensor, contrast: Tensor, frames: int, si
         (B, 3, F, H, W) float32 in [-1, 1].
     """
     _, shape, colour = split(labels)
-    centres = first[:, None] + _motion(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
+    centres = first[:, None] + motion_of(labels)[:, None] * (SPEED * torch.arange(frames))[None, :, None]
     mask = (_coverage(shape, centres, size) * contrast[:, None, None, None])[:, None]
     tint = torch.tensor(_RGB)[colour][:, :, None, None, None]
     background = torch.tensor(BACKGROUND)[None, :, None, None, None]
     return 2 * (background * (1 - mask) + tint * mask) - 1
-
-
-def start_of(labels: Tensor, middle: Tensor, frames: int) -> Tensor:
-    """Where shapes start (B, 2) so that they are at the pixel `middle` (B, 2) halfway through `frames` frames."""
-    return middle - _motion(labels) * SPEED * (frames - 1) / 2
 
 
 @torch.no_grad()
@@ -160,12 +155,7 @@ def recognise(video: Tensor) -> Reading:
     return Reading(labels, purity / _norm(mask), edges / _edge_norm(mask))
 
 
-def accuracy(video: Tensor, labels: Tensor) -> float:
-    """The share of videos (B, 3, F, H, W) whose recognised class is `labels` (B,)."""
-    return (recognise(video).labels == labels).float().mean().item()
-
-
-def _motion(labels: Tensor) -> Tensor:
+def motion_of(labels: Tensor) -> Tensor:
     """(B, 2) unit vector (x, y) of each class's direction."""
     return torch.tensor(_MOTION)[split(labels)[0]]
 
@@ -201,7 +191,7 @@ class _Filters(NamedTuple):
 def _filters(frames: int, size: int) -> _Filters:
     labels = torch.arange(len(SHAPES) * len(DIRECTIONS))
     way = SPEED * (torch.arange(frames) - (frames - 1) / 2)
-    centres = size / 2 + _motion(labels)[:, None] * way[None, :, None]
+    centres = size / 2 + motion_of(labels)[:, None] * way[None, :, None]
     masks = _coverage(split(labels)[1], centres, size)
     return _Filters(torch.fft.rfft2(masks).conj(), _norm(masks), _edge_norm(masks))
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from anyflow_train.errors import UserError
 from anyflow_train.tiny import shapes as world
+from world_vae import accuracy, start_of
 
 MIDDLE = (0.5, 0.5)
 
@@ -53,7 +54,7 @@ def test_the_whole_path_is_inside_of_the_picture(corner: tuple[float, float]) ->
 
 def test_a_start_outside_of_the_picture_cuts_the_shape() -> None:
     label, contrast = torch.tensor([1]), torch.ones(1)
-    first = world.start_of(label, torch.tensor([[0.0, 16.0]]), 9)
+    first = start_of(label, torch.tensor([[0.0, 16.0]]), 9)
     assert first.tolist() == [[-6.0, 16.0]]  # four frames of 1.5 pixels before the middle, moving right
     cut = world.render_from(label, first, contrast, 9, 32)
     whole = world.render_from(label, first + torch.tensor([[16.0, 0.0]]), contrast, 9, 32)
@@ -102,7 +103,7 @@ def test_the_oracle_knows_every_class_under_noise() -> None:
     assert seen.sharpness.min() > 0.8
     assert seen.sharpness.max() < 1.001
     noisy = clips + 0.3 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
-    assert world.accuracy(noisy, labels) == 1.0
+    assert accuracy(noisy, labels) == 1.0
     assert world.recognise(noisy).purity.max() < seen.purity.min()
 
 

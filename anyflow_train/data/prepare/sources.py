@@ -109,10 +109,6 @@ class Clip:
         """Read the captions, without surrounding white space and empty ones. Raises OSError or CaptionError."""
         return self.caption if isinstance(self.caption, tuple) else self.caption.read()
 
-    def read_caption(self) -> str:
-        """Read the first caption; empty if there is none. Raises OSError or CaptionError."""
-        return next(iter(self.read_captions()), "")
-
 
 @dataclass(frozen=True)
 class Source:

@@ -154,11 +154,16 @@ def psnr(seen: Tensor, real: Tensor) -> float:
     return (-10 * torch.log10(error)).mean().item()
 
 
+def accuracy(video: Tensor, labels: Tensor) -> float:
+    """Compute the share of videos (B, 3, F, H, W) whose recognised class is `labels` (B,)."""
+    return (shapes.recognise(video).labels == labels).float().mean().item()
+
+
 def judge(codec: AutoencoderKLWan, video: Tensor, labels: Tensor) -> str:
     """Format a line of progress: quality of clips and first frames, accuracy, latent deviation of the first frame."""
     latents = encode(codec, video)
     seen = decode(codec, latents)
-    spread, right = latents.std(dim=(0, 1, 3, 4)), shapes.accuracy(seen, labels)
+    spread, right = latents.std(dim=(0, 1, 3, 4)), accuracy(seen, labels)
     return (
         f"psnr {psnr(seen, video):.2f} first frame {psnr(seen[:, :, :1], video[:, :, :1]):.2f} "
         f"accuracy {right:.3f} latent spread {spread[0]:.2f} then {spread[1:].mean():.2f}"
@@ -176,7 +181,12 @@ def draw(count: int, frames: int, size: int) -> Tensor:
     if size == shapes.SIZE:
         return shapes.render(labels, place, contrast, frames, size)
     middle = place * (size + 16) - 8
-    return shapes.render_from(labels, shapes.start_of(labels, middle, frames), contrast, frames, size)
+    return shapes.render_from(labels, start_of(labels, middle, frames), contrast, frames, size)
+
+
+def start_of(labels: Tensor, middle: Tensor, frames: int) -> Tensor:
+    """Where shapes start (B, 2) so that they are at the pixel `middle` (B, 2) halfway through `frames` frames."""
+    return middle - shapes.motion_of(labels) * shapes.SPEED * (frames - 1) / 2
 
 
 def _weights(frames: int, settings: CodecSettings) -> Tensor:

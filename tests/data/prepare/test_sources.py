@@ -25,7 +25,7 @@ def test_a_folder_gives_sorted_clips_with_their_captions(tmp_path: Path) -> None
     touch(tmp_path / ".hidden.mp4")
     clips = list_clips(str(tmp_path)).clips
     assert [clip.key for clip in clips] == ["a", "b/two_v1", "c"]
-    assert [clip.read_caption() for clip in clips] == ["a text", "a json caption", ""]
+    assert [clip.read_captions() for clip in clips] == [("a text",), ("a json caption",), ()]
 
 
 def test_names_that_collide_get_numbers(tmp_path: Path) -> None:
@@ -41,7 +41,8 @@ def test_a_webdataset_of_clips(tmp_path: Path) -> None:
             writer.write({"__key__": "two", "mp4": b"video two", "json": {"text": "from json"}})
     clips = list_clips(str(tmp_path)).clips
     assert [clip.key for clip in clips] == ["clips-0/one", "clips-0/two", "clips-1/one", "clips-1/two"]
-    assert [clip.read_caption() for clip in clips] == ["caption 0", "from json", "caption 1", "from json"]
+    found = [clip.read_captions() for clip in clips]
+    assert found == [("caption 0",), ("from json",), ("caption 1",), ("from json",)]
     assert clips[1].video is not None
     assert clips[1].video.read() == b"video two"
     assert len(list_clips(str(tmp_path / "clips-1.tar")).clips) == 2
@@ -69,7 +70,7 @@ def test_a_table_names_videos_beside_it(tmp_path: Path, suffix: str) -> None:
         text = 'video,caption\nv/a.mp4,"one, two"\nv/a.mp4,again\nb.mp4,\n'
     clips = list_clips(str(touch(tmp_path / f"list.{suffix}", text))).clips
     assert [clip.key for clip in clips] == ["v/a", "v/a-2", "b"]
-    assert [clip.read_caption() for clip in clips] == ["one, two", "again", ""]
+    assert [clip.read_captions() for clip in clips] == [("one, two",), ("again",), ()]
     assert clips[0].video is not None
     assert clips[0].video.path == tmp_path / "v" / "a.mp4"
 
@@ -100,7 +101,7 @@ def test_nothing_to_prepare_is_said(tmp_path: Path) -> None:
 
 def test_prompts_are_lines(tmp_path: Path) -> None:
     path = touch(tmp_path / "prompts.txt", "one\n\n  two \n")
-    assert [clip.read_caption() for clip in list_prompts(str(path)).clips] == ["one", "two"]
+    assert [clip.read_captions() for clip in list_prompts(str(path)).clips] == [("one",), ("two",)]
     assert read_prompts((str(path),), "validation_prompts") == ("one", "two")
     assert read_prompts(("one", "b.txt"), "validation_prompts") == ("one", "b.txt")
     with pytest.raises(UserError, match="holds no prompt"):

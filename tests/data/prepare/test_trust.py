@@ -63,7 +63,7 @@ def test_fifos_and_devices_are_not_opened(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     (clip,) = list_clips(str(tmp_path)).clips
     assert clip.video is not None
-    for read in (clip.video.read, clip.video.seekable, clip.read_caption):
+    for read in (clip.video.read, clip.video.seekable, clip.read_captions):
         with pytest.raises(OSError, match="is not a regular file"):
             read()
     with pytest.raises(UserError, match="is not a regular file"):
@@ -81,7 +81,7 @@ def test_a_caption_behind_a_link_out_of_the_folder_is_skipped(tmp_path: Path) ->
         (source / f"{name}.mp4").touch()
         (source / f"{name}.txt").symlink_to(target)
     found = list_clips(str(source))
-    assert [(clip.key, clip.read_caption()) for clip in found.clips] == [("b", "a red ball")]
+    assert [(clip.key, clip.read_captions()) for clip in found.clips] == [("b", ("a red ball",))]
     assert [(problem.key, problem.reason) for problem in found.problems] == [
         ("a", "caption is a link out of the folder")
     ]

@@ -109,7 +109,7 @@ def test_a_caption_of_the_wrong_type_costs_its_clip_only(tmp_path: Path) -> None
 
 def test_a_wrong_key_is_said_with_the_columns(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("video,title\na.mp4,red\n")
-    assert list_clips(str(tmp_path / "l.csv"), CaptionReader("title")).clips[0].read_caption() == "red"
+    assert list_clips(str(tmp_path / "l.csv"), CaptionReader("title")).clips[0].read_captions() == ("red",)
     with pytest.raises(UserError, match=r"caption_key: 'headline' is in no row of .*, which has: video, title"):
         list_clips(str(tmp_path / "l.csv"), CaptionReader("headline"))
 
@@ -157,7 +157,7 @@ def test_tars_with_links_and_dots_and_compression(tmp_path: Path) -> None:
     (tmp_path / "w.tar.gz").write_bytes(gzip.compress((tmp_path / "w.tar").read_bytes()))
     for name in ("w.tar", "w.tar.gz"):
         found = list_clips(str(tmp_path / name))
-        rows = [(clip.key, clip.video.read(), clip.read_caption()) for clip in found.clips if clip.video]
+        rows = [(clip.key, clip.video.read(), *clip.read_captions()) for clip in found.clips if clip.video]
         assert rows == [("w/a_v1", b"1", "red"), ("w/a_low", b"2", "red"), ("w/b", b"1", "blue")]
         assert found.unused == {".pdf": 1}
     cut = (tmp_path / "w.tar.gz").read_bytes()[:-40]
@@ -170,7 +170,7 @@ def test_prompts_may_be_a_list_and_start_with_a_mark(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("one\n\ntwo".encode("utf-8-sig"))
     (tmp_path / "p.csv").write_text("id,prompt\n1,one\n2,two\n")
     for name in ("p.txt", "p.csv"):
-        assert [clip.read_caption() for clip in list_prompts(str(tmp_path / name)).clips] == ["one", "two"]
+        assert [clip.read_captions() for clip in list_prompts(str(tmp_path / name)).clips] == [("one",), ("two",)]
 
 
 def test_all_captions_are_encoded_and_one_is_drawn_per_epoch(tmp_path: Path, capsys) -> None:
