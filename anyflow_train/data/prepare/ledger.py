@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -195,19 +196,19 @@ class Ledger:
         """List the states of the folder after each generation, without those before the last removal of samples."""
         start = max((one.number for one in self.generations if one.removed), default=0)
         found: dict[str, Outcome] = {}
-        dropped: dict[str, list[int]] = {}
+        dropped: defaultdict[str, list[int]] = defaultdict(list)
         removed, names, states = self.removed, list[str](), list[State]()
         for generation in self.generations:
             for shard in generation.shards:
                 if shard.name not in removed:
                     names.append(shard.name)
                     for before in self._add_outcomes(found, shard):
-                        dropped.setdefault(before.shard, []).extend(before.places)
+                        dropped[before.shard].extend(before.places)
             gone, problems = set(generation.gone), len(generation.problems)
             skipped = sum(not one.places and key not in gone for key, one in found.items()) + problems
             state = State(
                 shards=len(names),
-                dropped={shard: tuple(_ranges(dropped[shard])) for shard in sorted(dropped)},
+                dropped={shard: _ranges(dropped[shard]) for shard in sorted(dropped)},
                 longest_text=max((self.index(name).longest_text or 0 for name in names), default=0),
                 clips=sum(bool(one.places) for one in found.values()) + skipped,
                 skipped=skipped,
@@ -221,15 +222,15 @@ class Ledger:
     def _add_outcomes(self, found: dict[str, Outcome], shard: ShardRecord) -> list[Outcome]:
         """Add the outcomes of a shard. Returns those that they replace."""
         index, records = self.index(shard.name), {record.key: record for record in shard.clips}
-        ends: dict[str, Outcome] = {}
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        lost: defaultdict[str, list[Skipped]] = defaultdict(list)
         for place, entry in enumerate(index.entries):
-            key = clip_of(entry.key)
-            end = ends.get(key, Outcome(records[key], shard.name))
-            ends[key] = replace(end, places=(*end.places, place))
+            places[clip_of(entry.key)].append(place)
         for skipped in index.skipped:
-            key = clip_of(skipped.key)
-            end = ends.get(key, Outcome(records[key], shard.name))
-            ends[key] = replace(end, lost=(*end.lost, skipped))
+            lost[clip_of(skipped.key)].append(skipped)
+        ends = {
+            key: Outcome(records[key], shard.name, tuple(places[key]), tuple(lost[key])) for key in [*places, *lost]
+        }
         before = [found.pop(key) for key in ends if key in found]  # so that the order is that of the shards
         found.update(ends)
         return before
@@ -254,14 +255,10 @@ def live_clips(outcomes: Mapping[str, Outcome], shard: ShardRecord) -> list[Clip
     return [clip for clip in shard.clips if clip.key in outcomes and outcomes[clip.key].shard == shard.name]
 
 
-def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+def _ranges(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Join numbers to ranges (first, last + 1)."""
-    start = end = -1
+    found: list[tuple[int, int]] = []
     for number in sorted(numbers):
-        if number != end:
-            if end > start:
-                yield start, end
-            start = number
-        end = number + 1
-    if end > start:
-        yield start, end
+        start = found.pop()[0] if found and found[-1][1] == number else number
+        found.append((start, number + 1))
+    return tuple(found)
