@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from io import BufferedReader
 from pathlib import Path
 
-from anyflow_train.errors import UserError
-from anyflow_train.files import read_json, regular
+from anyflow_train.config.pipelines import read_intact
+from anyflow_train.files import regular
 
 # For larger files only both ends are read: hashing UMT5-XXL's 11 GiB would take longer than loading it.
 WHOLE_FILE_BYTES = 1 << 30
@@ -41,26 +40,20 @@ def component_fingerprint(source: str, component: str) -> str:
     folder = _folder(source, component)
     if folder is None:
         return f"{NAMED}{source}"
-    digest = hashlib.sha256()
-    try:
-        config = dict(read_json(folder / "config.json"))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(str(folder / "config.json"), f"cannot be read ({error}); copy or download it again") from None
+    config = read_intact(folder / "config.json")
     # These keys name the origin of the files. They do not change what the component computes.
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
-    digest.update(json.dumps(kept, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
-        with open(regular(path), "rb") as file:
-            _update(digest, file)
+        _update(digest, path)
     return digest.hexdigest()[:16]
 
 
 def file_fingerprint(path: Path) -> str:
     """Hash one file of weights. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
-    with open(regular(path), "rb") as file:
-        _update(digest, file)
+    _update(digest, path)
     return digest.hexdigest()[:16]
 
 
@@ -79,12 +72,13 @@ def _folder(source: str, component: str) -> Path | None:
     return root / component if (root / component / "config.json").is_file() else None
 
 
-def _update(digest: hashlib._Hash, file: BufferedReader) -> None:
-    size = os.fstat(file.fileno()).st_size
-    digest.update(size.to_bytes(8, "little"))
-    if size <= WHOLE_FILE_BYTES:
-        hashlib.file_digest(file, lambda: digest)
-        return
-    digest.update(file.read(END_BYTES))
-    file.seek(size - END_BYTES)
-    digest.update(file.read(END_BYTES))
+def _update(digest: hashlib._Hash, path: Path) -> None:
+    with open(regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        if size <= WHOLE_FILE_BYTES:
+            hashlib.file_digest(file, lambda: digest)
+            return
+        digest.update(file.read(END_BYTES))
+        file.seek(size - END_BYTES)
+        digest.update(file.read(END_BYTES))
