@@ -79,15 +79,15 @@ class Bucket(Model):
         return ClipSize(self.frames, self.height, self.width)
 
 
-class State(Model):
-    """What changes when a folder grows: its state after one call of `anyflow prepare`.
+class Growing(Model):
+    """What changes when a folder grows, except its shards.
 
-    shards: number of shards, counted from the first.
     dropped: places (first, last + 1) in a shard of samples that a later one replaces, because the clip has changed.
+    longest_text: tokens of the longest caption; None if unknown.
     text: file of the prompts' embeddings.
+    clips, skipped: number of clips in the source, and how many of them were skipped (see `skipped.jsonl`).
     """
 
-    shards: NonNegativeInt
     dropped: dict[FileName, tuple[Range, ...]] = Field(default_factory=dict)
     longest_text: NonNegativeInt | None = None
     negative_prompt: str = ""
@@ -97,16 +97,19 @@ class State(Model):
     skipped: int = 0
 
 
-class Manifest(Model):
+class State(Growing):
+    """State of a folder after one call of `anyflow prepare`. shards: number of its shards, counted from the first."""
+
+    shards: NonNegativeInt
+
+
+class Manifest(Growing):
     """`manifest.json` of a shard folder.
 
     kind: `video` (latents and text) or `prompts` (text alone).
     latent_shape: (F, C, H, W) of every sample, or of those of the first bucket; None for prompts.
     frames, height, width, fps: size and rate of the clips, in pixels and frames per second; None for prompts.
     buckets: all buckets if there are several, the first one included.
-    longest_text: tokens of the longest caption; None if unknown.
-    clips, skipped: number of clips in the source, and how many of them were skipped (see `skipped.jsonl`).
-    dropped, text: see `State`.
     earlier: states of the folder before it grew, the oldest first. A run resumes on the state that it began with.
     """
 
@@ -122,14 +125,7 @@ class Manifest(Model):
     fps: float | None = None
     buckets: tuple[Bucket, ...] = ()
     max_text_length: int | None = None
-    longest_text: NonNegativeInt | None = None
     codec: CodecInfo
-    negative_prompt: str = ""
-    validation_prompts: tuple[str, ...] = ()
-    clips: int | None = None
-    skipped: int = 0
-    dropped: dict[FileName, tuple[Range, ...]] = Field(default_factory=dict)
-    text: FileName = TEXT
     earlier: tuple[State, ...] = ()
 
     @property
