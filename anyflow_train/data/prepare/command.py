@@ -22,17 +22,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from anyflow_train.config.base import ClipSize
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.index import Skipped, index_name
 from anyflow_train.data.manifest import (
     DIGITS,
     FORMAT,
     MANIFEST,
-    Bucket,
     CodecInfo,
     Manifest,
-    ShardInfo,
     parse_manifest,
     write_manifest,
 )
@@ -41,11 +38,12 @@ from anyflow_train.data.prepare.job import (
     PreparePlan,
     Round,
     ShardPlan,
+    codec_buckets,
+    codec_info,
     make_plan,
     public_fingerprint,
     rounds,
 )
-from anyflow_train.data.prepare.ledger import Ledger
 from anyflow_train.data.prepare.older import SKIPPED
 from anyflow_train.data.prepare.output_lock import lock_output, wait_until_all_are_there
 from anyflow_train.data.prepare.progress import ClipProgress
@@ -83,7 +81,7 @@ def run(config: PrepareConfig, load_teacher: LoadTeacher | None = None) -> None:
     """
     check_writable(Path(config.out).expanduser())
     if config.latents is not None:
-        return own.convert(config, partial(_codec_info, config), partial(_buckets, config))
+        return own.convert(config)
     with join_workers() as workers:
         plan, device = make_plan(config), None
         with lock_output(plan, workers):
@@ -191,7 +189,7 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
 
 def _shapes(config: PrepareConfig, codec: Codec) -> list[tuple[int, ...]]:
     """List the shapes of latents (F, C, H, W) of the buckets, if there are several."""
-    return [one.latent_shape for one in _buckets(config, codec)] if len(config.sizes) > 1 else []
+    return [one.latent_shape for one in codec_buckets(config, codec)] if len(config.sizes) > 1 else []
 
 
 def _finish(job: PrepareJob) -> bool:
@@ -215,7 +213,8 @@ def _finish(job: PrepareJob) -> bool:
         for entry in skipped:
             file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
     states = ledger.states()
-    manifest = _facts(job).grown(states, _shard_infos(ledger))
+    infos = [describe_shard(ledger.folder, shard.name, ledger.index(shard.name)) for shard in ledger.shards]
+    manifest = _facts(job).grown(states, infos)
     if manifest.samples == 0:
         raise UserError("source", f"no clip could be used: {_reasons(skipped)}; {plan.folder / SKIPPED} lists them")
     write_manifest(plan.folder, manifest)
@@ -226,10 +225,6 @@ def _finish(job: PrepareJob) -> bool:
 def _remove(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).unlink(missing_ok=True)
-
-
-def _shard_infos(ledger: Ledger) -> list[ShardInfo]:
-    return [describe_shard(ledger.folder, shard.name, ledger.index(shard.name)) for shard in ledger.shards]
 
 
 def _facts(job: PrepareJob) -> Manifest:
@@ -254,33 +249,15 @@ def _facts(job: PrepareJob) -> Manifest:
 
 def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
     """Add the facts about videos to the manifest of their texts."""
-    buckets = _buckets(config, codec)
+    buckets = codec_buckets(config, codec)
     facts = dict(buckets[0]) | {
         "kind": "video",
         "latent_dtype": config.latent_dtype,
         "fps": config.fps,
         "buckets": buckets if len(buckets) > 1 else (),
-        "codec": _codec_info(config, codec),
+        "codec": codec_info(config, codec),
     }
     return manifest.model_copy(update=facts)
-
-
-def _buckets(config: PrepareConfig, codec: Codec) -> tuple[Bucket, ...]:
-    def latent_shape(size: ClipSize) -> tuple[int, int, int, int]:
-        height, width = size.height // codec.spatial_factor, size.width // codec.spatial_factor
-        return (size.frames - 1) // codec.temporal_factor + 1, len(codec.latents_mean), height, width
-
-    return tuple(Bucket(**size._asdict(), latent_shape=latent_shape(size)) for size in config.sizes)
-
-
-def _codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
-    return CodecInfo(
-        source=public_name(config.codec),
-        vae=public_fingerprint(config.codec, "vae"),
-        text_encoder=public_fingerprint(config.codec, "text_encoder"),
-        latents_mean=codec.latents_mean,
-        latents_std=codec.latents_std,
-    )
 
 
 def _summary(plan: PreparePlan) -> str:

@@ -12,11 +12,12 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
 from anyflow_train.data.index import Skipped
-from anyflow_train.data.manifest import MANIFEST, parse_manifest
+from anyflow_train.data.manifest import MANIFEST, Bucket, CodecInfo, parse_manifest
 from anyflow_train.data.prepare.captions import CaptionReader
 from anyflow_train.data.prepare.growth import Changes, Wanted, find_changes, next_generation
 from anyflow_train.data.prepare.ledger import Ledger, record_of
@@ -24,6 +25,7 @@ from anyflow_train.data.prepare.older import SETTINGS, adopt
 from anyflow_train.data.prepare.sources import Clip, Gone, Source, list_clips, list_prompts
 from anyflow_train.data.prepare.workers import Workers
 from anyflow_train.errors import UserError
+from anyflow_train.models.codec import Codec
 from anyflow_train.text import public_name
 
 # These keys may change while a folder grows.
@@ -170,6 +172,27 @@ def public_fingerprint(source: str, part: str) -> str:
     """Return the fingerprint of a component of a codec, for files that are shared: without local folders."""
     found = component_fingerprint(source, part)
     return found if known(found) else NAMED + public_name(source)
+
+
+def codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
+    """Describe the codec, for the manifest."""
+    return CodecInfo(
+        source=public_name(config.codec),
+        vae=public_fingerprint(config.codec, "vae"),
+        text_encoder=public_fingerprint(config.codec, "text_encoder"),
+        latents_mean=codec.latents_mean,
+        latents_std=codec.latents_std,
+    )
+
+
+def codec_buckets(config: PrepareConfig, codec: Codec) -> tuple[Bucket, ...]:
+    """Return the sizes of the samples, with the shapes of their latents."""
+
+    def latent_shape(size: ClipSize) -> tuple[int, int, int, int]:
+        height, width = size.height // codec.spatial_factor, size.width // codec.spatial_factor
+        return (size.frames - 1) // codec.temporal_factor + 1, len(codec.latents_mean), height, width
+
+    return tuple(Bucket(**size._asdict(), latent_shape=latent_shape(size)) for size in config.sizes)
 
 
 def _planned(plan: PreparePlan) -> Iterator[dict[str, Any]]:

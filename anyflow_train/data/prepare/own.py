@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -26,7 +26,9 @@ from anyflow_train.data.manifest import (
     write_manifest,
     write_prompt_texts,
 )
+from anyflow_train.data.prepare.job import codec_buckets, codec_info
 from anyflow_train.data.prepare.sources import path_key
+from anyflow_train.data.prepare.tables import import_parquet
 from anyflow_train.data.prepare.texts import encode_texts
 from anyflow_train.data.prepare.writing import describe_shard, write_shard
 from anyflow_train.data.shards import Sample
@@ -116,17 +118,8 @@ def write_folder(
     return manifest
 
 
-def convert(
-    config: PrepareConfig,
-    codec_info: Callable[[Codec], CodecInfo],
-    buckets_of: Callable[[Codec], tuple[Bucket, ...]],
-) -> None:
+def convert(config: PrepareConfig) -> None:
     """Write shards from the latents of `config.latents`, with prompts that the codec encodes.
-
-    Args:
-        config: config of the command.
-        codec_info: describes the codec.
-        buckets_of: returns the sizes of the config.
 
     Raises:
         UserError: the latents cannot be read, or `out` contains shards.
@@ -138,14 +131,14 @@ def convert(
     manifest = write_folder(
         Path(config.out).expanduser(),
         read_cached(Path(config.latents or "").expanduser(), codec.latents_mean, codec.latents_std, dtype),
-        codec_info(codec),
+        codec_info(config, codec),
         PromptTexts(negative, tuple(others)),
         config.negative_prompt,
         validation,
         config.fps,
         (codec.temporal_factor, codec.spatial_factor),
         config.samples_per_shard,
-        buckets_of(codec) if config.buckets else (),
+        codec_buckets(config, codec) if config.buckets else (),
     )
     skipped = f"; {manifest.skipped} skipped, as they have another shape" if manifest.skipped else ""
     print(f"{config.out}: {manifest.samples} samples in {len(manifest.shards)} shards{skipped}")
@@ -179,11 +172,7 @@ def read_cached(path: Path, mean: tuple[float, ...], std: tuple[float, ...], dty
 
 
 def _fastvideo(path: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports] (an extra)
-    except ImportError:
-        raise UserError("latents", f"{path} needs pyarrow; install it with `pip install pyarrow`") from None
-    with parquet.ParquetFile(path) as file:
+    with import_parquet(path, "latents").ParquetFile(path) as file:
         for batch in file.iter_batches(8, columns=[*FASTVIDEO, "id", "caption"]):
             for row in batch.to_pylist():
                 latents, text = (

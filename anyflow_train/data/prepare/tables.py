@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -68,7 +69,8 @@ def _csv(text: str) -> Iterator[Row]:
     columns: list[str] = []
     line = 0
     try:
-        for line, row in _with_lines(rows):
+        for row in rows:
+            line = rows.line_num  # of the last line of the row
             if not columns:
                 columns = [name.strip().lower() for name in row]
             elif len(row) > len(columns):
@@ -78,12 +80,6 @@ def _csv(text: str) -> Iterator[Row]:
                 yield Row(f"line {line}", dict(zip(columns, row, strict=False)))
     except csv.Error as error:
         raise CaptionError(f"line {line + 1}: the row has a stray quote or a broken field ({error})") from None
-
-
-def _with_lines(rows: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row with the number of its last line."""
-    for row in rows:
-        yield rows.line_num, row
 
 
 def _json_lines(text: str) -> Iterator[Row]:
@@ -117,11 +113,16 @@ def _json(text: str) -> Iterator[Row]:
         yield Row(f"entry {number}", lower_names(row))
 
 
-def _parquet(path: Path, reader: CaptionReader) -> Iterator[Row]:
+def import_parquet(path: Path, key: str) -> Any:
+    """Import pyarrow's reader, which is an extra. Raises UserError about the config's `key` if it is not installed."""
     try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports] (an extra)
+        return importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise UserError("source", f"{path} needs pyarrow; install it with `pip install pyarrow`") from None
+        raise UserError(key, f"{path} needs pyarrow; install it with `pip install pyarrow`") from None
+
+
+def _parquet(path: Path, reader: CaptionReader) -> Iterator[Row]:
+    parquet = import_parquet(path, "source")
     try:
         file = parquet.ParquetFile(path)
         wanted = {*VIDEO_COLUMNS, *NAMES, "key", (reader.key or "").lower()}
