@@ -120,9 +120,7 @@ class StockFlowMap:
 
 def random_materials(config: RunConfig, device: torch.device) -> Materials:
     """Random weights, drawn on the device, in place of those of files."""
-    student = config.student
-    times = {"gate_value": student.gate_value, "deltatime_type": student.deltatime_type}
-    arguments = {**student.architecture.arguments(), **times}
+    arguments = config.student.arguments()
     shapes = {name: each.shape for name, each in build_empty(arguments).named_parameters()}
     # The spread is that of a layer of this width; norms start with it too, which only makes values smaller.
     tensors = {name: lambda shape=shape: 0.02 * torch.randn(shape, device=device) for name, shape in shapes.items()}

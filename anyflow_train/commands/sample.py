@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -80,7 +80,7 @@ def run(config: SampleConfig) -> None:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
     columns = [calls(steps) for steps in config.calls]
     write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), *(out / name for name in GRIDS))
-    made = owner | {"model": model.name, "step": model.step, **asdict(size), "videos": videos}
+    made = owner | {"model": model.name, "step": model.step, **size._asdict(), "videos": videos}
     write_json(out / INDEX, config.model_dump(mode="json", exclude={"out"}) | made)
     print(f"wrote {len(videos)} videos, grid.mp4, grid.gif and index.json to {out}")
 

@@ -129,6 +129,11 @@ class Student(Model):
     gradient_checkpointing: Checkpointing = "none"
     time_frequency_limit: NonNegativeFloat | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the network's constructor."""
+        times = {"gate_value": self.gate_value, "deltatime_type": self.deltatime_type}
+        return {**self.architecture.arguments(), **times}
+
 
 class Teacher(Model):
     """The frozen teacher network, and the pipeline folder with its VAE, text encoder and tokenizer.

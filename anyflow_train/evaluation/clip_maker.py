@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.rules.geometry import video_size
 from anyflow_train.errors import UserError, raise_all
@@ -36,15 +37,6 @@ class ClipRequest:
 
 
 @dataclass(frozen=True)
-class Size:
-    """Size of videos: number of frames (4n + 1), height and width in pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
 class Shape:
     """Shape of a model's clips.
 
@@ -54,7 +46,7 @@ class Shape:
         chunks: chunks of a causal model, otherwise None.
     """
 
-    size: Size
+    size: ClipSize
     latent: tuple[int, int, int, int]
     chunks: Chunks | None
 
@@ -128,7 +120,7 @@ def encode_texts(
     return [codec.encode_text([text], length)[0].float().cpu() for text in texts]
 
 
-def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
+def _size(requested: ClipRequest, model: LoadedNetwork) -> ClipSize:
     sides, missing = {}, []
     for name in ("frames", "height", "width"):
         values = (getattr(source, name) for source in (requested, model.sampling))
@@ -137,10 +129,10 @@ def _size(requested: ClipRequest, model: LoadedNetwork) -> Size:
             problem = f"is not set, and the size that {model.name} was trained on is not known; set it"
             missing.append(UserError(name, problem))
     raise_all(missing)
-    return Size(**sides)
+    return ClipSize(**sides)
 
 
-def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: int) -> Chunks | None:
+def _chunks(requested: ClipRequest, model: LoadedNetwork, size: ClipSize, frames: int) -> Chunks | None:
     """Return the chunks of a causal model for clips of `frames` latent frames; None for other models."""
     partition = requested.chunk_partition
     if model.chunks is None:
@@ -155,7 +147,7 @@ def _chunks(requested: ClipRequest, model: LoadedNetwork, size: Size, frames: in
     return chunks
 
 
-def _check_size(size: Size, model: LoadedNetwork, chunks: Chunks | None) -> None:
+def _check_size(size: ClipSize, model: LoadedNetwork, chunks: Chunks | None) -> None:
     compressed = chunks is not None and len(chunks.partition) > chunks.full_limit
     patch = model.network.config["compressed_patch_size" if compressed else "patch_size"][1]
-    raise_all([finding.error() for finding in video_size(size.frames, size.height, size.width, patch)])
+    raise_all([finding.error() for finding in video_size(*size, patch)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from anyflow_train.config.derived import largest, latent_shape
-from anyflow_train.config.network import Architecture, Student, published
+from anyflow_train.config.network import Architecture, published
 from anyflow_train.config.original import architecture, is_weights_file, read_shapes
 from anyflow_train.config.run import Optimizer, RunConfig
 from anyflow_train.data.batch import Batch
@@ -62,10 +62,6 @@ def fake_materials(meter: Meter, blocks: Callable[[int], int], student: Architec
         assumed: collects the roles for which that was assumed.
     """
 
-    def open_student(config: Student) -> WeightSource:
-        times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
-        return fake_source({**config.architecture.arguments(), **times})
-
     def open_role(key: str, source: str) -> WeightSource:
         found = stored_architecture(source)
         if found is not None:
@@ -76,7 +72,7 @@ def fake_materials(meter: Meter, blocks: Callable[[int], int], student: Architec
     def build_engine(world: World, network: nn.Module, parameters: Mapping[str, Parameter], config: Optimizer) -> Any:
         return DryEngine(world, network, parameters, meter)
 
-    return Materials(open_student, open_role, build_engine, lambda: 0)
+    return Materials(lambda student: fake_source(student.arguments()), open_role, build_engine, lambda: 0)
 
 
 class DryEngine:

@@ -50,9 +50,8 @@ def start_student(
         network = _on_device(start.arguments, start.read_trained, world, materials, _storing(frozen, whole))
         with world.together():
             return _adapted(network, config.adapter, seed, start.adapter)
-    times = {"gate_value": config.gate_value, "deltatime_type": config.deltatime_type}
     with world.together():
-        network = build_network({**config.architecture.arguments(), **times}, seed, config.time_frequency_limit)
+        network = build_network(config.arguments(), seed, config.time_frequency_limit)
         return on_device(_adapted(network, config.adapter, seed, None), world.device)
 
 

@@ -117,9 +117,8 @@ class NetworkFile(_Stored):
     @classmethod
     def of_student(cls, student: Student) -> NetworkFile:
         """Describe the network of a config."""
-        times = {name: getattr(student, name) for name in TIMES}
-        adapter = student.adapter.model_dump()
-        return cls(arguments={**student.architecture.arguments(), **times}, adapter=adapter, init=student.init)  # pyright: ignore[reportArgumentType] # validated
+        adapter: Any = student.adapter.model_dump()  # validated
+        return cls(arguments=student.arguments(), adapter=adapter, init=student.init)
 
     @classmethod
     def of_run(cls, config: RunConfig) -> NetworkFile:

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _settings(config: VBenchConfig, model: LoadedNetwork, shape: Shape, calls: i
         "step": model.step,
         "weights_digest": digest(model.network),
         "calls": calls,
-        **asdict(shape.size),
+        **shape.size._asdict(),
         "chunk_partition": None if shape.chunks is None else shape.chunks.partition,
         "fps": config.fps,
         "negative_prompt": config.negative_prompt,
