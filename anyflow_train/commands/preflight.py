@@ -34,6 +34,7 @@ from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import check_writable, existing_part, open_inside
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
+from anyflow_train.training.checkpoints.state import is_run, list_checkpoints
 from anyflow_train.training.differences import differences, mismatches, other_interface
 
 BYTES_PER_PARAMETER = 16
@@ -121,12 +122,8 @@ def _buckets(config: RunConfig, key: str, _location: str) -> Iterator[str]:
 
 def _network(config: RunConfig, key: str, source: str) -> Iterator[str]:
     path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
-        found = (
-            [path]
-            if (path / "state.json").is_file()
-            else sorted(one for one in (path / "checkpoints").iterdir() if one.name.startswith("step_"))
-        )
+    if is_run(path):
+        found = [path] if (path / "state.json").is_file() else list_checkpoints(path / "checkpoints")
         if not found:
             raise UserError(key, f"'{source}' contains no checkpoint; train it first")
         # All checkpoints of a run have the same network.

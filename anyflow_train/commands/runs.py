@@ -15,7 +15,7 @@ from anyflow_train.config.commands import RunsConfig
 from anyflow_train.errors import UserError
 from anyflow_train.files import json_lines, read_object
 from anyflow_train.text import markdown_table, printable
-from anyflow_train.training.checkpoints.state import CHECKPOINT
+from anyflow_train.training.checkpoints.state import list_checkpoints, step_of
 
 GIB = 2**30
 
@@ -108,13 +108,13 @@ def unneeded(folder: Path, runs: Iterable[Path]) -> Iterator[Path]:
     Needed are the last and the best checkpoint, the milestones of `checkpoint.keep_every`, and the checkpoints that
     other runs started from.
     """
-    found = sorted(path for path in (folder / "checkpoints").glob("step_*") if CHECKPOINT.fullmatch(path.name))
-    checkpoints = [path for path in found if path.is_dir() and not path.is_symlink()]  # a run wrote nothing else
+    found = list_checkpoints(folder / "checkpoints")
+    checkpoints = [path for path in found if not path.is_symlink()]  # a run makes no links
     last = checkpoints[-1] if checkpoints else folder
     every = key_of(read_object(folder / "config.json") or read_object(last / "config.json"), "checkpoint", "keep_every")
     best = read_object(folder / "checkpoints" / "best")
     best = best or key_of(read_object(last / "state.json"), "state", "best") or {}
-    steps = {path.name: int(path.name.removeprefix("step_")) for path in checkpoints}
+    steps = {path.name: step_of(path) for path in checkpoints}
     kept = {name for name, step in steps.items() if step == best.get("step") or (every and step % every == 0)}
     kept.add(last.name)
     used = {source for run in runs for source in _sources(read_object(run / "config.json"))}

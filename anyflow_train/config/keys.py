@@ -50,6 +50,14 @@ def walk(model: type[Model], values: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested mapping to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def field_texts(model: type[Model]) -> dict[str, str]:
     """Map field -> description, from the lines `name: text` (or `a, b: text`) of the docstrings of class and bases."""
     texts: dict[str, str] = {}

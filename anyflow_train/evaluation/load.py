@@ -21,7 +21,8 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 from anyflow_train.models.pretrained import STUDENT_TIMES, TEACHER_TIMES
 from anyflow_train.training.checkpoints.network_file import Sampling
 from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
-from anyflow_train.training.weight_source import is_run, open_source
+from anyflow_train.training.checkpoints.state import is_run
+from anyflow_train.training.weight_source import open_source
 
 
 @dataclass(frozen=True)

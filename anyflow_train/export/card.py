@@ -15,7 +15,7 @@ from anyflow_train.devices import DTYPES
 from anyflow_train.export.provenance import Provenance
 from anyflow_train.files import json_lines
 from anyflow_train.text import markdown_table
-from anyflow_train.training.weight_source import is_run
+from anyflow_train.training.checkpoints.state import is_run
 
 WAN_LICENSE = "apache-2.0"
 """License of the published Wan2.1 weights, which their derivatives keep."""

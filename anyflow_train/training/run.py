@@ -12,6 +12,7 @@ import torch
 
 from anyflow_train import __version__
 from anyflow_train.config.derived import table
+from anyflow_train.config.keys import flatten
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.batch import Batch
 from anyflow_train.data.manifest import Manifest, unused_samples
@@ -19,7 +20,7 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import CheckpointInfo, restore_tensors
-from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point, flatten
+from anyflow_train.training.checkpoints.resume import check_finished, find_resume_point
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.compilation import with_working_compiler

@@ -16,10 +16,10 @@ from anyflow_train.data.shards import ShardSet
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.files import read_object
 from anyflow_train.training.checkpoints.reading import read_network, resolve_checkpoint
+from anyflow_train.training.checkpoints.state import is_run
 from anyflow_train.training.differences import differences
 from anyflow_train.training.engine.adamw_8bit import library
 from anyflow_train.training.reporting.tracking import has_key
-from anyflow_train.training.weight_source import is_run
 
 LATENT_SPACE = ("z_dim", "latents_mean", "latents_std")
 # The first GPUs that multiply in fp8: L40, RTX 40, H100.

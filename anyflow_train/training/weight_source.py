@@ -34,6 +34,7 @@ from anyflow_train.training.checkpoints.reading import (
     verify_group,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.state import is_run
 from anyflow_train.training.differences import differences, made_causal
 
 T = TypeVar("T")
@@ -109,12 +110,6 @@ class WeightSource:
         return self if self.adapter is None else replace(self, parts=(*self.parts, self.adapter), adapter=None)
 
 
-def is_run(source: str) -> bool:
-    """Whether a source is a run directory or a checkpoint folder."""
-    path = Path(source).expanduser()
-    return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
-
-
 def open_student_start(student: Student) -> WeightSource:
     """Open `student.init`. If it is a run with the student's kind of adapter, its adapter is not merged.
 
@@ -138,7 +133,7 @@ def open_source(source: str | Path, weights: str = "ema", wan_times: Mapping[str
     Raises:
         UserError: there is no such network, it is damaged, or its base is missing.
     """
-    if is_run(str(source)):
+    if is_run(source):
         return _of_run(_trained(str(source), "ema" if weights == "ema" else "weights", ()), ())
     path = Path(source).expanduser()
     source = str(path if path.exists() else source)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.commands.runs import find_runs, is_locked, key_of
+from anyflow_train.config.keys import flatten
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, read_object, regular
 from anyflow_train.training.checkpoints.state import CHECKPOINT
@@ -150,11 +151,3 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     keys = sorted({key for config in configs.values() for key in config} - {"name", "out", "format"})
     texts = {key: {name: json.dumps(config.get(key)) for name, config in configs.items()} for key in keys}
     return {key: values for key, values in texts.items() if len(set(values.values())) > 1}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -18,6 +18,7 @@ from anyflow_train.data.shards import open_shards
 from anyflow_train.files import parse_json
 from anyflow_train.training.checkpoints.reading import read_checksum, read_network, resolve_checkpoint
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.state import is_run
 
 AND = " + "
 """Between the facts of several shards."""
@@ -93,7 +94,7 @@ def network_fact(source: str) -> str | None:
         UserError, OSError, ValueError: it cannot be read.
     """
     path = Path(source).expanduser()
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+    if is_run(path):
         checkpoint = resolve_checkpoint(path)
         return f"{checkpoint.name} of run {read_network(checkpoint).run} ({read_checksum(checkpoint)[:12]})"
     if is_weights_file(path):

@@ -27,7 +27,7 @@ from anyflow_train.files import FileName, file_sha256, inside, parse_json, read_
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import first_key, under_new_names
 from anyflow_train.training.checkpoints.network_file import NetworkFile
-from anyflow_train.training.checkpoints.state import CHECKPOINT, TrainState
+from anyflow_train.training.checkpoints.state import TrainState, checkpoint_name, list_checkpoints
 from anyflow_train.training.checkpoints.tensor_handle import Entry
 from anyflow_train.training.processes.world import ALONE, World
 
@@ -72,24 +72,6 @@ class CheckpointInfo:
     state: TrainState
     adam_steps: dict[str, int]
     files: dict[str, str]
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"step_{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Step in the folder name of a checkpoint."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
 
 
 def set_aside(path: Path) -> Path:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anyflow_train.config.keys import flatten
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
@@ -14,11 +15,11 @@ from anyflow_train.training.checkpoints.inputs import Inputs
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
-    list_checkpoints,
     set_aside,
     verify_checkpoint,
 )
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
+from anyflow_train.training.checkpoints.state import list_checkpoints
 
 UNKNOWN = Inputs()
 # Keys that may change between two starts of a run, because they do not change what is trained on which data. The
@@ -129,14 +130,6 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs
     others = [key for key, equal in same.items() if not equal]
     errors += [UserError(key, inputs.problem(key, before.get(key), now.get(key), where)) for key in others]
     raise_all(errors)
-
-
-def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested mapping to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _is_free(key: str) -> bool:

@@ -18,9 +18,8 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import NO_ROOM, UserError
 from anyflow_train.files import existing_part
 from anyflow_train.text import memory_size
-from anyflow_train.training.checkpoints.reading import list_checkpoints
 from anyflow_train.training.checkpoints.staging import staged
-from anyflow_train.training.checkpoints.state import TrainState
+from anyflow_train.training.checkpoints.state import TrainState, list_checkpoints
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
 from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint, update_state
 from anyflow_train.training.processes.host_memory import free_memory

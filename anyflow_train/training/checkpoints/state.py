@@ -1,9 +1,10 @@
-"""The state of a run, without its tensors."""
+"""The state of a run, without its tensors, and the names of its checkpoints."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 CHECKPOINT = re.compile(r"step_(\d{8,})")
 """Names of checkpoint folders."""
@@ -45,3 +46,27 @@ class TrainState:
     metrics: dict[str, float] | None = None
     validated: int = 0
     best: Best | None = None
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is a run directory or a checkpoint folder."""
+    path = Path(source).expanduser()
+    return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step in the folder name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)

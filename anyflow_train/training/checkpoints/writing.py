@@ -20,14 +20,11 @@ from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import (
     FORMAT,
-    checkpoint_name,
     content_checksum,
-    list_checkpoints,
     read_state,
     set_aside,
-    step_of,
 )
-from anyflow_train.training.checkpoints.state import Best, TrainState
+from anyflow_train.training.checkpoints.state import Best, TrainState, checkpoint_name, list_checkpoints, step_of
 
 SHARD_BYTES = 1 << 30
 DTYPES = {
