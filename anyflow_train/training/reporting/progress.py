@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from rich.console import Console, Group
@@ -44,36 +43,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # Linux counts KiB, macOS bytes
 
 
-class Screen(Protocol):
-    """A way to show progress."""
+class Screen:
+    """A way to show progress. This class shows nothing."""
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show facts about the run that begins."""
-        ...
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
-        ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
         """Show the numbers after `step` steps. `left`: seconds of training that are left."""
-        ...
 
     def validated(self, step: int, validation: Validation) -> None:
         """Show the result of a validation."""
-        ...
 
     def phase(self, name: str) -> None:
         """Show what the run is doing now."""
-        ...
 
     def say(self, text: str) -> None:
         """Show a line."""
-        ...
 
     def close(self) -> None:
         """Leave everything as it is."""
-        ...
 
 
 def choose_screen(total: int, done: int, log: Log, console: Console | None, unit: str = "step") -> tuple[Screen, bool]:
@@ -145,7 +137,7 @@ class StepProgress:
             self._screen.close()
 
 
-class Lines:
+class Lines(Screen):
     """Plain lines on stdout."""
 
     def __init__(self, steps: int, unit: str) -> None:
@@ -154,23 +146,17 @@ class Lines:
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self.say("\n".join(f"{name:<14} {value}" for name, value in rows))
 
-    def advance(self, step: int) -> None: ...
-
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
         self.say("  ".join([f"{self._unit} {step}/{self._steps}", *numbers(values), f"eta {duration(left)}"]))
 
     def validated(self, step: int, validation: Validation) -> None:
         self.say(f"step {step}  {validation.summary() or 'validated without distances'}")
 
-    def phase(self, name: str) -> None: ...
-
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def close(self) -> None: ...
 
-
-class Json:
+class Json(Screen):
     """One JSON object per line on stdout. Each has `event` and, where it applies, `step`."""
 
     def __init__(self, unit: str) -> None:
@@ -178,8 +164,6 @@ class Json:
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         self._write("start", **dict(rows))
-
-    def advance(self, step: int) -> None: ...
 
     def numbers(self, step: int, values: Mapping[str, float], left: float) -> None:
         self._write(self._unit, step=step, seconds_left=left, **values)
@@ -193,15 +177,13 @@ class Json:
     def say(self, text: str) -> None:
         self._write("message", text=text)
 
-    def close(self) -> None: ...
-
     def _write(self, event: str, **values: float | str) -> None:
         # JSON has no numbers that are not finite.
         known = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in values.items()}
         print(json.dumps({"event": event, "time": time.time(), **known}), flush=True)
 
 
-class Bar:
+class Bar(Screen):
     """A bar with the present numbers on lines below it, and tables above it."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
