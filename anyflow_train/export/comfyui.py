@@ -61,7 +61,7 @@ def folded(state: Mapping[str, Tensor], network: Backbone) -> dict[str, Tensor]:
 def write_model(file: Path, state: Mapping[str, Tensor], precision: Precision, metadata: Mapping[str, Any]) -> None:
     """Write weights by model name as one file under Wan's original names."""
     weights = {original_name(name): weight for name, weight in stored(state, precision).items()}
-    save_file(weights, file, metadata={"format": "pt", **{key: str(value) for key, value in metadata.items()}})
+    _save(weights, file, metadata)
 
 
 def write_lora(
@@ -88,7 +88,7 @@ def write_lora(
     for part, ending in (("weight", "diff"), ("bias", "diff_b")):
         kept[f"{LAST}.{ending}"] = state[f"{LAST}.{part}"] - base[f"{LAST}.{part}"]
     weights = {f"diffusion_model.{original_name(name)}": w for name, w in stored(kept, precision).items()}
-    save_file(weights, file, metadata={"format": "pt", **{key: str(value) for key, value in metadata.items()}})
+    _save(weights, file, metadata)
 
 
 def reader(file: Path, base: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
@@ -121,8 +121,8 @@ def write_node(folder: Path, name: str, state: Mapping[str, Tensor], network: Ba
         key.replace(DELTA, "delta_embedding.").replace("linear_1", "0").replace("linear_2", "2"): w
         for key, w in weights.items()
     }
-    save_file(
-        renamed,
-        node / f"{name}.safetensors",
-        metadata={"format": "pt", "gate_value": repr(float(network.config.gate_value))},
-    )
+    _save(renamed, node / f"{name}.safetensors", {"gate_value": float(network.config.gate_value)})
+
+
+def _save(weights: dict[str, Tensor], file: Path, metadata: Mapping[str, Any]) -> None:
+    save_file(weights, file, metadata={"format": "pt", **{key: str(value) for key, value in metadata.items()}})

@@ -153,7 +153,7 @@ def export_wan_pipeline(job: Job) -> Exported:
         raise UserError("format", "wan_pipeline cannot contain a causal network; use format=pipeline")
     source = job.codec_folder()
     probe = verify.Probe.of(job.network.config)
-    expected = verify.velocity_outputs(job.network, probe)
+    expected = verify.flow_map_outputs(job.network, probe, verify.AT_ONCE)
     reloaded = _write(job, WanTransformer3DModel, job.folder / "transformer", to_wan(merge_lora(job.network)))
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
     copy_parts(source, job.folder)
@@ -210,7 +210,8 @@ def _check_folded(job: Job, network: Backbone, read: Callable[[str], Tensor]) ->
     probe = verify.Probe.of(network.config)
     arguments = {**network.config, **verify.FOLDED_TIMES}
     written = assemble(arguments, lambda name: read(name.replace(DELTA, TIME)))
-    found, expected = verify.velocity_outputs(written, probe), verify.outputs_at_zero(network, probe)
+    found = verify.flow_map_outputs(written, probe, verify.AT_ONCE)
+    expected = verify.flow_map_outputs(network, probe, verify.TO_DATA)
     return verify.check_outputs("the file for ComfyUI", found, expected, job.tolerance)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel as StockTransformer
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -36,8 +35,13 @@ from anyflow_train.models.flow_map import NetworkFlowMap
 
 MERGE_TOLERANCE = 1e-4
 TOLERANCES: dict[Precision, float] = {"fp32": MERGE_TOLERANCE, "bf16": 5e-2, "fp16": 1e-2}
-TIMES = ((1.0, 0.0), (1.0, 0.6), (0.8, 0.8), (0.5, 0.0), (0.2, 0.1))
+Pairs = tuple[tuple[float, float], ...]
+TIMES: Pairs = ((1.0, 0.0), (1.0, 0.6), (0.8, 0.8), (0.5, 0.0), (0.2, 0.1))
 """Pairs (t, r) in [0, 1]: full and partial jumps, r = t, and a jump near the data."""
+AT_ONCE: Pairs = tuple((t, t) for t, _ in TIMES)
+"""The same times with r = t, where the average velocity is the velocity."""
+TO_DATA: Pairs = tuple((t, 0.0) for t, _ in TIMES)
+"""The same times with r = 0: whole jumps."""
 SAMPLING_STEPS = 2
 FOLDED_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
 """Arguments of a network whose file contains the second time at r = 0 in its only time embedding."""
@@ -82,21 +86,19 @@ class Probe:
 
 
 @torch.inference_mode()
-def flow_map_outputs(network: Backbone | StockTransformer, probe: Probe) -> Tensor:
-    """Compute average velocities at all of `TIMES`, (B, F, C, H, W) float32."""
-    return _call(network, probe, torch.tensor(TIMES))
-
-
-@torch.inference_mode()
-def velocity_outputs(network: Backbone, probe: Probe) -> Tensor:
-    """Compute instantaneous velocities (r = t) at all of `TIMES`, (B, F, C, H, W) float32."""
-    return _call(network, probe, torch.tensor([(t, t) for t, _ in TIMES]))
-
-
-@torch.inference_mode()
-def outputs_at_zero(network: Backbone, probe: Probe) -> Tensor:
-    """Compute average velocities of whole jumps (r = 0) at all of `TIMES`, (B, F, C, H, W) float32."""
-    return _call(network, probe, torch.tensor([(t, 0.0) for t, _ in TIMES]))
+def flow_map_outputs(network: Callable[..., tuple[Tensor, ...]], probe: Probe, times: Pairs = TIMES) -> Tensor:
+    """Compute average velocities at pairs (t, r), (B, F, C, H, W) float32."""
+    frames = probe.latents.shape[1]
+    t, r = (TIME_SCALE * column[:, None].expand(-1, frames) for column in torch.tensor(times).T)
+    more: dict[str, Any] = {"return_dict": False}
+    if probe.chunks is None:
+        return network(probe.latents, t, r, probe.text, **more)[0].float()
+    drawn = probe.chunks.sequence(len(probe.chunks.partition))
+    given = torch.arange(frames) < drawn.context
+    clean = probe.latents.flip(0)[:, drawn.context :]
+    more |= {"clean_hidden_states": clean, "clean_timestep": torch.zeros(clean.shape[:2])}
+    t, r = t.masked_fill(given, 0), r.masked_fill(given, 0)
+    return network(probe.latents, t, r, probe.text, list(drawn.chunks), **more)[0].float()
 
 
 @torch.inference_mode()
@@ -207,20 +209,3 @@ def _clip_size(pipeline: Any, probe: Probe) -> dict[str, Any]:
     size = {"height": space * height, "width": space * width, "num_frames": time * (frames - 1) + 1}
     chunks = {} if probe.chunks is None else {"chunk_partition": list(probe.chunks.partition)}
     return {**size, **chunks, "return_dict": False}
-
-
-_Forward = Callable[..., tuple[Tensor, ...]]
-
-
-def _call(network: _Forward, probe: Probe, times: Tensor) -> Tensor:
-    frames = probe.latents.shape[1]
-    t, r = (TIME_SCALE * times[:, column, None].expand(-1, frames) for column in (0, 1))
-    more: dict[str, Any] = {"return_dict": False}
-    if probe.chunks is None:
-        return network(probe.latents, t, r, probe.text, **more)[0].float()
-    drawn = probe.chunks.sequence(len(probe.chunks.partition))
-    given = torch.arange(frames) < drawn.context
-    clean = probe.latents.flip(0)[:, drawn.context :]
-    more |= {"clean_hidden_states": clean, "clean_timestep": torch.zeros(clean.shape[:2])}
-    t, r = t.masked_fill(given, 0), r.masked_fill(given, 0)
-    return network(probe.latents, t, r, probe.text, list(drawn.chunks), **more)[0].float()

@@ -78,7 +78,8 @@ def test_without_the_node_the_file_plays_a_single_step(tmp_path: Path) -> None:
     probe, model = verify.Probe.of(network.config), ComfyModel(WanModel(load_file(out / "run.safetensors")))
     times = torch.tensor([t for t, _ in verify.TIMES])
     found = model.velocity(probe.latents.transpose(1, 2), times, probe.text, torch.tensor([1.0, 0.0]))
-    verify.check_outputs("r = 0", found.transpose(1, 2), verify.outputs_at_zero(network, probe), 1e-5)
+    expected = verify.flow_map_outputs(network, probe, verify.TO_DATA)
+    verify.check_outputs("r = 0", found.transpose(1, 2), expected, 1e-5)
     assert "right only for a single step" in (out / "README.md").read_text()
 
 
