@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anyflow_train.config.positions import BranchCounts
@@ -14,6 +15,8 @@ from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.times import draw_interval
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.objectives.guidance import Noised, noised
+
+TINY = 1e-30  # avoids a division by zero for an all-zero derivative
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def derivative_errors(
     """
     if not samples:
         raise ValueError("the derivative error needs at least one batch")
-    sums = {(name, epsilon): _Sums() for name in networks for epsilon in epsilons}
+    # Sums of squares over batches: both errors, and the numbers that they are relative to.
+    sums = {(name, epsilon): torch.zeros(2, 2, dtype=torch.float64) for name in networks for epsilon in epsilons}
     for batch, draw in samples:
         free = BranchCounts(diffusion=0, consistency=0, free=max(draw.positions) + 1)
         interval = draw_interval(draw, free, shift, "fp32")
@@ -69,8 +73,11 @@ def derivative_errors(
         for epsilon in epsilons:
             smooth = _difference(reference, point, epsilon, ends)
             for name, network in networks.items():
-                sums[name, epsilon].add(_difference(network, point, epsilon, ends), smooth, exact)
-    return [DerivativeError(name, epsilon, *total.errors()) for (name, epsilon), total in sums.items()]
+                found = _difference(network, point, epsilon, ends)
+                squares = [[_square(found - smooth), _square(found - exact)], [_square(smooth), _square(exact)]]
+                sums[name, epsilon] += torch.tensor(squares, dtype=torch.float64)
+    errors = {row: (total[0] / total[1].clamp_min(TINY)).sqrt().tolist() for row, total in sums.items()}
+    return [DerivativeError(*row, *both) for row, both in errors.items()]
 
 
 def derivative_table(rows: Sequence[DerivativeError]) -> str:
@@ -78,26 +85,6 @@ def derivative_table(rows: Sequence[DerivativeError]) -> str:
     lines = [f"{'network':<10}{'epsilon':>10}{'to fp32 difference':>20}{'to exact':>12}"]
     lines += [f"{row.network:<10}{row.epsilon:>10g}{row.to_difference:>20.2%}{row.to_exact:>12.2%}" for row in rows]
     return "\n".join(lines)
-
-
-@dataclass
-class _Sums:
-    """Sums of squares over batches: two errors, and the norms that they are divided by."""
-
-    to_smooth: float = 0.0
-    smooth: float = 0.0
-    to_exact: float = 0.0
-    exact: float = 0.0
-
-    def add(self, difference: Tensor, smooth: Tensor, exact: Tensor) -> None:
-        self.to_smooth += _square(difference - smooth)
-        self.smooth += _square(smooth)
-        self.to_exact += _square(difference - exact)
-        self.exact += _square(exact)
-
-    def errors(self) -> tuple[float, float]:
-        tiny = 1e-30  # avoids a division by zero for an all-zero derivative
-        return (self.to_smooth / max(self.smooth, tiny)) ** 0.5, (self.to_exact / max(self.exact, tiny)) ** 0.5
 
 
 def _difference(flow_map: FlowMap, point: Noised, epsilon: float, ends: Ends) -> Tensor:
