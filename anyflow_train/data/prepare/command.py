@@ -50,7 +50,7 @@ from anyflow_train.data.prepare.progress import ClipProgress
 from anyflow_train.data.prepare.sources import format_counts
 from anyflow_train.data.prepare.texts import encode_prompts, encode_shard_texts
 from anyflow_train.data.prepare.video import read_windows
-from anyflow_train.data.prepare.videos import Maker, write_made_shards, write_prompt_shards, write_video_shards
+from anyflow_train.data.prepare.videos import Maker, from_network, from_texts, from_videos, write_shards
 from anyflow_train.data.prepare.windows import Framing, clip_of
 from anyflow_train.data.prepare.workers import Workers, join_workers
 from anyflow_train.data.prepare.writing import copy_shard, describe_shard
@@ -173,18 +173,22 @@ def _write_shards(job: PrepareJob, progress: ClipProgress) -> None:
     for shard in job.copies:
         copy_shard(folder, shard.name, shard.origin or "", frozenset(clip.key for clip in shard.clips))
         progress.advance(len(shard.clips))
-    if config.teacher is not None and job.shards:
+    if not job.shards:
+        return
+    shapes: list[tuple[int, ...]] = []
+    if config.teacher is not None:
         assert job.load_teacher is not None
         with safe_open(folder / job.round.text, "pt") as texts:
             maker = job.load_teacher(config, job.device, texts.get_tensor("negative"))
         shapes = _shapes(config, job.codec(config.vae_precision)) if config.buckets else []
-        write_made_shards(maker, folder, job.shards, config.batch, dtype, progress, shapes)
+        outcomes = from_network(maker, folder, job.shards, config.batch, dtype)
     elif config.prompts is not None:
-        write_prompt_shards(folder, job.shards, progress)
-    elif job.shards:
+        outcomes = from_texts(folder, job.shards)
+    else:
         read, codec = partial(read_windows, framing=Framing.of(config)), job.codec(config.vae_precision)
         shapes = _shapes(config, codec)
-        write_video_shards(read, codec.encode_video, folder, job.shards, config.batch, dtype, progress, shapes)
+        outcomes = from_videos(read, codec.encode_video, folder, job.shards, config.batch, dtype)
+    write_shards(folder, job.shards, outcomes, progress, shapes)
 
 
 def _shapes(config: PrepareConfig, codec: Codec) -> list[tuple[int, ...]]:

@@ -37,52 +37,57 @@ MakeLatents = Callable[[list[Sample]], Tensor]
 """Samples of one shape -> their normalised latents (B, F, C, H, W)."""
 Maker = tuple[Callable[[Sample], Sample], MakeLatents]
 """Puts noise of the sample's shape in place of the latents, and makes latents from that."""
+Outcomes = Generator[Iterable[Sample | Skipped]]
+"""What becomes of the clips of each shard, in order: samples, and clips that are skipped."""
 
 
-def write_prompt_shards(folder: Path, shards: list[ShardPlan], progress: ClipProgress) -> None:
-    """Write shards without video."""
-    for shard in shards:
-        _write(folder, shard, read_shard_texts(folder, shard), progress)
-
-
-def write_made_shards(
-    maker: Maker,
+def write_shards(
     folder: Path,
     shards: list[ShardPlan],
-    batch: int,
-    dtype: torch.dtype,
+    outcomes: Outcomes,
     progress: ClipProgress,
     shapes: Sequence[tuple[int, ...]],
 ) -> None:
-    """Write shards with latents that a network makes from the texts. Arguments as those of `write_video_shards`."""
+    """Write shards one after the other.
+
+    Args:
+        folder: folder of the shards.
+        shards: shards to write.
+        outcomes: what becomes of the clips of each shard.
+        progress: counts the clips.
+        shapes: shapes of latents (F, C, H, W) of the buckets, if there are several.
+    """
+    with closing(outcomes):
+        for shard, clips in zip(shards, outcomes, strict=True):
+            write_shard(folder, shard.name, _counted(clips, progress), read_cut(folder, shard), shapes)
+            (folder / shard.text_name).unlink()
+
+
+def from_texts(folder: Path, shards: list[ShardPlan]) -> Generator[list[Sample | Skipped]]:
+    """Yield the texts of each shard, as samples without latents."""
+    yield from (read_shard_texts(folder, shard) for shard in shards)
+
+
+def from_network(maker: Maker, folder: Path, shards: list[ShardPlan], batch: int, dtype: torch.dtype) -> Outcomes:
+    """Yield samples with latents that a network makes from the texts, `batch` at once; `dtype` is that of latents."""
     start, make = maker
-    for shard in shards:
-        texts = read_shard_texts(folder, shard)
+    for texts in from_texts(folder, shards):
         begun = (one if isinstance(one, Skipped) else start(one) for one in texts)
-        _write(folder, shard, _encoded(make, begun, batch, dtype), progress, shapes)
+        yield _encoded(make, begun, batch, dtype)
 
 
-def write_video_shards(
-    read: ReadVideo,
-    encode: Encode,
-    folder: Path,
-    shards: list[ShardPlan],
-    batch: int,
-    dtype: torch.dtype,
-    progress: ClipProgress,
-    shapes: Sequence[tuple[int, ...]],
-) -> None:
-    """Write shards with video. Later clips are decoded while the VAE encodes.
+def from_videos(
+    read: ReadVideo, encode: Encode, folder: Path, shards: list[ShardPlan], batch: int, dtype: torch.dtype
+) -> Outcomes:
+    """Yield samples with latents of the videos. Later clips are decoded while the VAE encodes.
 
     Args:
         read: reads a video.
         encode: encodes videos.
         folder: folder of the shards.
-        shards: shards to write.
+        shards: shards of the clips.
         batch: clips per call of `encode`.
         dtype: dtype of the stored latents.
-        progress: counts the clips.
-        shapes: shapes of latents (F, C, H, W) of the buckets, if there are several.
     """
 
     def from_pixels(samples: list[Sample]) -> Tensor:
@@ -94,13 +99,7 @@ def write_video_shards(
         with closing(_read_ahead(pool, read, clips, batch)) as decoded:
             for shard in shards:
                 windows = chain.from_iterable(islice(decoded, len(shard.clips)))
-                _write(
-                    folder,
-                    shard,
-                    _encoded(from_pixels, windows, batch, dtype),
-                    progress,
-                    shapes,
-                )
+                yield _encoded(from_pixels, windows, batch, dtype)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -108,17 +107,6 @@ def write_video_shards(
 def stacked(samples: Iterable[Sample]) -> Tensor:
     """Join the latents of samples, or what stands in their place, to a batch."""
     return torch.stack([sample.latents for sample in samples if sample.latents is not None])
-
-
-def _write(
-    folder: Path,
-    shard: ShardPlan,
-    outcomes: Iterable[Sample | Skipped],
-    progress: ClipProgress,
-    shapes: Sequence[tuple[int, ...]] = (),
-) -> None:
-    write_shard(folder, shard.name, _counted(outcomes, progress), read_cut(folder, shard), shapes)
-    (folder / shard.text_name).unlink()
 
 
 def _counted(outcomes: Iterable[Sample | Skipped], progress: ClipProgress) -> Iterator[Sample | Skipped]:
