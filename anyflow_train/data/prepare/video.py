@@ -30,28 +30,17 @@ from anyflow_train.data.prepare.frames import (
 )
 from anyflow_train.data.prepare.windows import Framing, Limits, too_short
 
-__all__ = ["ClipError", "Limits", "fit", "read_clip", "read_windows"]
-
 # Presentation times are rounded to the container's time base. A frame that is this close (seconds) counts as shown.
 TIME_TOLERANCE = 1e-3
 # Widths of a pixel that files are believed. Others are mistakes of the file's writer, and its pixels are square.
 PIXEL_ASPECTS = (1 / 8, 8)
-ANY = Limits()
 
 # PyAV does not know all kinds of data that FFmpeg adds to frames, such as EXIF, and then gives none of a frame's.
 # Unknown ones count as a kind that is not used here.
 Type._missing_ = classmethod(lambda _type, _value: Type.PANSCAN)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def read_clip(
-    source: Path | BinaryIO,
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
-    hdr: Hdr = "tonemap",
-    limits: Limits = ANY,
-) -> Tensor:
+def read_clip(source: Path | BinaryIO, frames: int, height: int, width: int, fps: float) -> Tensor:
     """Read the first frames of a video at a given rate.
 
     Frame k is the frame that a player shows k / fps seconds after the first one; a slower video repeats frames. Each
@@ -64,18 +53,14 @@ def read_clip(
         height: target height in pixels.
         width: target width in pixels.
         fps: target rate in frames per second.
-        hdr: whether HDR is converted, or cannot be used.
-        limits: which clips are good enough.
 
     Returns:
         (3, frames, height, width) float32 in [-1, 1].
 
     Raises:
-        ClipError: the video cannot be read, ends before the last frame, has a damaged frame or a hole before it, or is
-            outside of the limits.
+        ClipError: the video cannot be read, ends before the last frame, or has a damaged frame or a hole before it.
     """
-    framing = Framing((ClipSize(frames, height, width),), fps, hdr=hdr, limits=limits)
-    return next(read_windows(source, "", framing))[1]
+    return next(read_windows(source, "", Framing((ClipSize(frames, height, width),), fps)))[1]
 
 
 def read_windows(source: Path | BinaryIO, key: str, framing: Framing) -> Iterator[tuple[str, Tensor]]:
@@ -92,7 +77,8 @@ def read_windows(source: Path | BinaryIO, key: str, framing: Framing) -> Iterato
         Key of the sample, and pixels (3, frames, height, width) float32 in [-1, 1].
 
     Raises:
-        ClipError: as `read_clip`; after the windows before the first damaged frame or hole.
+        ClipError: as `read_clip`, or the clip is outside of the limits; after the windows before the first damaged
+            frame or hole.
     """
     try:
         length = _length(source, framing.fps) if framing.needs_length else None

@@ -11,8 +11,10 @@ import torch
 from av.stream import Disposition
 from PIL import Image
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.data.prepare.frames import shown_frames
-from anyflow_train.data.prepare.video import ClipError, Limits, fit, read_clip
+from anyflow_train.data.prepare.video import ClipError, fit, read_clip, read_windows
+from anyflow_train.data.prepare.windows import Framing, Limits
 from tests.data.prepare.videos import real_clip, write_video
 
 
@@ -172,9 +174,10 @@ def test_real_clips_are_read(name: str) -> None:
 )
 def test_clips_outside_of_the_limits_are_not_used(tmp_path: Path, limits: Limits, reason: str | None) -> None:
     clip = write_video(tmp_path / "a.mp4", range(10), size=(48, 96))
+    framing = Framing((ClipSize(5, 64, 64),), 16.0, limits=limits)
     if reason is None:
-        assert read_clip(clip, 5, 64, 64, 16.0, limits=limits).shape == (3, 5, 64, 64)
+        assert next(read_windows(clip, "", framing))[1].shape == (3, 5, 64, 64)
         return
     with pytest.raises(ClipError) as caught:
-        read_clip(clip, 5, 64, 64, 16.0, limits=limits)
+        next(read_windows(clip, "", framing))
     assert str(caught.value) == reason
