@@ -21,7 +21,13 @@ from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.staging import staged
 from anyflow_train.training.checkpoints.state import TrainState, list_checkpoints
 from anyflow_train.training.checkpoints.tensor_handle import Entry, read_entries
-from anyflow_train.training.checkpoints.writing import mark_best, prune_checkpoints, save_checkpoint, update_state
+from anyflow_train.training.checkpoints.writing import (
+    Tensors,
+    mark_best,
+    prune_checkpoints,
+    save_checkpoint,
+    update_state,
+)
 from anyflow_train.training.processes.host_memory import free_memory
 from anyflow_train.training.processes.world import World
 
@@ -30,8 +36,6 @@ from anyflow_train.training.processes.world import World
 COPY_SHARE = 0.5
 
 START_AGAIN = "the previous one is intact; mend that and start again"
-
-Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
 
 
 class Saver:

@@ -27,6 +27,9 @@ from anyflow_train.training.checkpoints.reading import (
 from anyflow_train.training.checkpoints.state import Best, TrainState, checkpoint_name, list_checkpoints, step_of
 
 SHARD_BYTES = 1 << 30
+"""Largest size of a file, except for a single larger tensor."""
+Tensors = Mapping[str, Iterable[tuple[str, Tensor]]]
+"""Group of a checkpoint -> model names and tensors."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -37,20 +40,14 @@ DTYPES = {
 
 
 def save_checkpoint(
-    folder: Path,
-    config: RunConfig,
-    state: TrainState,
-    adam_steps: Mapping[str, int],
-    groups: Mapping[str, Iterable[tuple[str, Tensor]]],
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, config: RunConfig, state: TrainState, adam_steps: Mapping[str, int], groups: Tensors
 ) -> Path:
     """Write `folder/step_...` atomically. Tensors are streamed: at most one file's tensors are in memory.
 
     Args:
         folder: the run's `checkpoints`.
         adam_steps: Adam's step count of every trained role.
-        groups: group name -> (model name, tensor) pairs, produced one at a time.
-        shard_bytes: largest size of a file, in bytes.
+        groups: tensors of each group, produced one at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(state.step)
@@ -58,7 +55,7 @@ def save_checkpoint(
     _discard(temporary)
     temporary.mkdir()
     try:
-        _fill(temporary, config, state, adam_steps, groups, shard_bytes)
+        _fill(temporary, config, state, adam_steps, groups)
         _replace_folder(temporary, final)
     except BaseException:
         _discard(temporary)
@@ -66,21 +63,14 @@ def save_checkpoint(
     return final
 
 
-def _fill(
-    folder: Path,
-    config: RunConfig,
-    state: TrainState,
-    adam_steps: Mapping[str, int],
-    groups: Mapping[str, Iterable[tuple[str, Tensor]]],
-    shard_bytes: int,
-) -> None:
+def _fill(folder: Path, config: RunConfig, state: TrainState, adam_steps: Mapping[str, int], groups: Tensors) -> None:
     described = NetworkFile.of_run(config).model_dump(mode="json")
     files = {
         "config.json": write_synced(folder / "config.json", to_json(saved_config(config))),
         network_file.NAME: write_synced(folder / network_file.NAME, to_json(described)),
     }
     for group, tensors in groups.items():
-        for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
+        for number, shard in enumerate(_shards(tensors), start=1):
             name = f"{group}-{number:05d}.safetensors"
             files[name] = write_synced(folder / name, *_safetensors(shard))
     content = {
@@ -128,11 +118,11 @@ def prune_checkpoints(folder: Path, keep: int, best: Best | None, keep_every: in
         _discard(path)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
         shard[name] = tensor.detach().cpu().contiguous()

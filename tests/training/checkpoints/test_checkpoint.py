@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
+from anyflow_train.training.checkpoints import writing
 from anyflow_train.training.checkpoints.config_file import decode_saved
 from anyflow_train.training.checkpoints.reading import (
     DamagedCheckpoint,
@@ -40,6 +41,11 @@ CONFIG = RunConfig.model_validate(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "SHARD_BYTES", 64)
+
+
 def tensors() -> dict[str, Tensor]:
     return {f"layer.{i}": torch.randn(4, i + 1, generator=torch.Generator().manual_seed(i)) for i in range(5)}
 
@@ -50,7 +56,7 @@ def entries(tensors: dict[str, Tensor]) -> dict[str, Entry]:
 
 def write(folder: Path, step: int = 3, best: Best | None = None) -> Path:
     groups = {"weights": tensors().items(), "ema": tensors().items()}
-    return save_checkpoint(folder, CONFIG, TrainState(step=step, best=best), {"student": step}, groups, shard_bytes=64)
+    return save_checkpoint(folder, CONFIG, TrainState(step=step, best=best), {"student": step}, groups)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -82,7 +88,7 @@ def test_tensors_are_streamed(tmp_path: Path) -> None:
             assert number - written <= 1
             yield str(number), torch.zeros(16)
 
-    path = save_checkpoint(tmp_path, CONFIG, TrainState(), {}, {"weights": produce()}, shard_bytes=64)
+    path = save_checkpoint(tmp_path, CONFIG, TrainState(), {}, {"weights": produce()})
     assert len(list(path.glob("weights-*"))) == 6
 
 
@@ -109,7 +115,7 @@ def test_a_failed_save_leaves_nothing_that_looks_like_a_checkpoint(tmp_path: Pat
 
     write(tmp_path, step=1)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, CONFIG, TrainState(step=2), {}, {"weights": broken()}, shard_bytes=4)
+        save_checkpoint(tmp_path, CONFIG, TrainState(step=2), {}, {"weights": broken()})
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
     prune_checkpoints(tmp_path, 2, None)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
