@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
+
+GIB = 1 << 30
+MOST_NAMED = 5
+"""Names that a message lists; the rest is counted or left out."""
 
 
 def printable(text: str) -> str:
@@ -20,7 +26,14 @@ def printable(text: str) -> str:
 
 def quoted(text: str) -> str:
     """Quote a text as the value of an override, with all of its characters."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text)  # elsewhere a backslash stands for itself
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def some(names: Iterable[str]) -> list[str]:
+    """Take the first names, and dots for the others."""
+    first = [*islice(names, MOST_NAMED + 1)]
+    return [*first[:MOST_NAMED], "..."] if len(first) > MOST_NAMED else first
 
 
 def public_name(source: str) -> str:

@@ -3,6 +3,7 @@
 import pytest
 
 from anyflow_train import text
+from anyflow_train.config.overrides import parse
 
 
 def test_the_nearest_name_is_found_where_one_is_near() -> None:
@@ -40,3 +41,10 @@ def test_one_call_is_no_plural() -> None:
 def test_lines_begin_with_the_seconds_since_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     text.timed_printer()("begun")
     assert capsys.readouterr().out == "[   0.0 s] begun\n"
+
+
+@pytest.mark.parametrize("value", ["a'b", r"a\b", "a\\", r"a\'b", r"\\a\\", "a, b: {c} = [d]"])
+def test_a_quoted_text_is_read_as_it_is(value: str) -> None:
+    settings, errors = parse([f"out={text.quoted(value)}"])
+    assert not errors
+    assert settings[0].value == value

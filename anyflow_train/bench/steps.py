@@ -27,8 +27,9 @@ from anyflow_train.models.flow_map import TIME_SCALE
 from anyflow_train.models.pretrained import PretrainedWeights
 from anyflow_train.objectives.types import Roles
 from anyflow_train.plan.dry_run import dry_run
-from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.memory import plan_memory
 from anyflow_train.plan.stand_ins import fake_batch
+from anyflow_train.text import GIB
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.compilation import with_working_compiler
 from anyflow_train.training.ema import Ema

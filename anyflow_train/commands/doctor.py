@@ -18,8 +18,8 @@ from packaging.specifiers import SpecifierSet
 
 from anyflow_train.errors import UserError
 from anyflow_train.files import existing_part
+from anyflow_train.text import GIB
 
-GIB = 2**30
 READY, NOT_READY = 0, 1
 LEAST_SHARED_MEMORY = 1  # GiB
 LEAST_DISK = 10  # GiB; one checkpoint of a 1.3B student with adapters

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from anyflow_train.commands.shards import LABEL, MOST_NAMED, write_contact_sheet
+from anyflow_train.commands.shards import LABEL, write_contact_sheet
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.run import Data
@@ -31,6 +31,7 @@ from anyflow_train.evaluation.video import to_frames
 from anyflow_train.files import read_json
 from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.sampler import guided
+from anyflow_train.text import MOST_NAMED, some
 
 PICTURES = 16
 MOST_TRIED = 64
@@ -57,8 +58,7 @@ def dry_run(config: PrepareConfig) -> None:
     print(f"{plan.folder} would get {len(changes.new) + len(changes.changed)} of {len(plan.source.clips)} clips")
     for name in ("new", "changed", "skipped", "gone"):
         keys: Sequence[str] = getattr(changes, name)
-        shown = ", ".join(keys[:MOST_NAMED]) + (", ..." if len(keys) > MOST_NAMED else "")
-        print(f"  {len(keys)} {name}" + (f": {shown}" if keys else ""))
+        print(f"  {len(keys)} {name}" + (f": {', '.join(some(keys))}" if keys else ""))
     for problem in plan.source.problems[:MOST_NAMED]:
         print(f"  not listed: {problem.key}: {problem.reason}")
     if plan.source.unused:

@@ -14,10 +14,8 @@ from typing import Any
 from anyflow_train.config.commands import RunsConfig
 from anyflow_train.errors import UserError
 from anyflow_train.files import json_lines, read_object
-from anyflow_train.text import markdown_table, printable
+from anyflow_train.text import GIB, markdown_table, printable
 from anyflow_train.training.checkpoints.state import list_checkpoints, step_of
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

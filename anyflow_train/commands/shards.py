@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,8 @@ from anyflow_train.errors import UserError
 from anyflow_train.evaluation.video import Grid, draw_grid, to_frames
 from anyflow_train.files import atomic_file, check_own
 from anyflow_train.models.codec import Codec
-from anyflow_train.text import printable
+from anyflow_train.text import MOST_NAMED, printable, some
 
-MOST_NAMED = 5
 MOST_READ = 64
 """Samples of which texts are counted if not all samples are read."""
 EQUAL = 0.02
@@ -110,8 +108,8 @@ def _equal_clips(shards: ShardSet, hashes: dict[int, str]) -> Iterator[str]:
         groups.setdefault(found, []).append(index)
     equal = [group for group in groups.values() if len(group) > 1]
     count = sum(len(group) for group in equal)
-    named = (" = ".join(_some(map(shards.key, group))) for group in equal)
-    yield f"equal clips: {count}" + (f" in {len(equal)} groups: {'; '.join(_some(named))}" if equal else "")
+    named = (" = ".join(some(map(shards.key, group))) for group in equal)
+    yield f"equal clips: {count}" + (f" in {len(equal)} groups: {'; '.join(some(named))}" if equal else "")
 
 
 def _in_both(shards: ShardSet, held_out: ShardSet, hashes: Mapping[int, str]) -> Iterator[str]:
@@ -122,14 +120,8 @@ def _in_both(shards: ShardSet, held_out: ShardSet, hashes: Mapping[int, str]) ->
             known |= {_hash_at(shards, index): index for number, index in pairs if number == 0}
     others = ((index, _hash_at(held_out, index)) for index in range(len(held_out)))
     both = [(known[found], index) for index, found in others if found in known]
-    named = ", ".join(_some(f"{shards.key(ours)} = {held_out.key(theirs)}" for ours, theirs in both))
+    named = ", ".join(some(f"{shards.key(ours)} = {held_out.key(theirs)}" for ours, theirs in both))
     yield f"clips that are in {held_out.location} too: {len(both)}" + (f" ({named})" if both else "")
-
-
-def _some(names: Iterable[str]) -> list[str]:
-    """Take the first names, and dots for the others."""
-    first = [*islice(names, MOST_NAMED + 1)]
-    return [*first[:MOST_NAMED], "..."] if len(first) > MOST_NAMED else first
 
 
 def _candidates(sets: Iterable[ShardSet]) -> dict[tuple[int | None, int], list[tuple[int, int]]]:

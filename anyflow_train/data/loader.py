@@ -20,13 +20,13 @@ from anyflow_train.data.shards import BadSampleError, Sample
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.types import Condition
+from anyflow_train.text import MOST_NAMED
 
 # The share of bad reads is computed over at least this many reads: one bad file at the start must not stop a run.
 MIN_READS = 1000
 # If this many replacements in a row are bad, the storage is broken and not a single file.
 MAX_REPLACEMENTS = 20
 REQUESTS_PER_WORKER = 2
-MOST_NAMED = 5
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

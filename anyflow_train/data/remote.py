@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 from anyflow_train.files import open_inside, read_inside
 
-GIB = 1 << 30
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 60
 ATTEMPTS = 4

@@ -23,9 +23,9 @@ from anyflow_train.config.run import Data
 from anyflow_train.data.captions import parse_captions
 from anyflow_train.data.index import SampleEntry, ShardIndex, build_index, index_name, parse_index, write_index
 from anyflow_train.data.manifest import MANIFEST, Manifest, PromptTexts, parse_manifest, parse_prompt_texts
-from anyflow_train.data.remote import GIB, LocalFolder, RemoteFolder, is_remote, public_location
+from anyflow_train.data.remote import LocalFolder, RemoteFolder, is_remote, public_location
 from anyflow_train.errors import UserError
-from anyflow_train.text import printable
+from anyflow_train.text import GIB, printable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_CACHE = Path("~/.cache/anyflow_train/shards")

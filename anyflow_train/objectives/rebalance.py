@@ -8,14 +8,11 @@ a function of x_t, the minimum is the flow map.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from anyflow_train.config.objective import Rebalance
 from anyflow_train.objectives.types import Branch, Loss
-
-Rebalance = Literal["weighted", "unweighted", "sqrt", "none"]
 
 FLOOR = 1e-5  # keeps the scale finite for a sample with a loss near 0
 

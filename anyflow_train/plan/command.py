@@ -15,8 +15,9 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.fit import nearest_fit
-from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.memory import plan_memory
 from anyflow_train.plan.report import advice, report
+from anyflow_train.text import GIB
 from anyflow_train.training.gpus import GPUS
 from anyflow_train.training.start_checks import check_strategy
 

@@ -12,8 +12,8 @@ from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.meter import BACKWARD, Moment
 from anyflow_train.plan.states import FLOAT, States
 from anyflow_train.plan.validation import DECODING, decoder_memory, decodes
+from anyflow_train.text import GIB
 
-GIB = 1 << 30
 # What the driver, torch's kernels, cuBLAS and NCCL take of a GPU before the first tensor.
 CONTEXT = 1 * GIB
 # Room between the blocks of torch's allocator.

@@ -12,10 +12,10 @@ from anyflow_train.config.derived import table
 from anyflow_train.config.run import RunConfig
 from anyflow_train.plan.dry_run import DryRun
 from anyflow_train.plan.fit import Setting
-from anyflow_train.plan.memory import GIB, Memory
+from anyflow_train.plan.memory import Memory
 from anyflow_train.plan.meter import BACKWARD
 from anyflow_train.plan.validation import STUDENT, TEACHER, compared_samples
-from anyflow_train.text import memory_size
+from anyflow_train.text import GIB, memory_size
 from anyflow_train.training.gpus import GPUS, TERA, step_seconds
 
 HOUR, MINUTE = 3600, 60
@@ -136,8 +136,7 @@ def _validation(config: RunConfig, options: PlanOptions, found: DryRun) -> Itera
 
 
 def _row(name: str, value: str, *notes: str) -> str:
-    cells = "  ".join(notes)
-    return f"  {name:<42}{value:>14}  {cells}".rstrip() if notes else f"  {name:<42}{value:>14}"
+    return f"  {name:<42}{value:>14}  {'  '.join(notes)}".rstrip()
 
 
 def _flop(count: float) -> str:

@@ -17,6 +17,7 @@ from anyflow_train.config.overrides import parse
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.schedule import stages
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.text import quoted
 
 # File systems allow 255 bytes; names of temporary checkpoint folders add some.
 LONGEST_LABEL = 160
@@ -56,10 +57,9 @@ class Combination:
     @property
     def overrides(self) -> list[str]:
         """Arguments of `anyflow train`."""
-        place = {"out": self.config.out, "name": self.label}
-        quoted = [f"{key}='{text}'" for key, text in ((key, text.replace("'", "\\'")) for key, text in place.items())]
+        place = [f"out={quoted(self.config.out)}", f"name={quoted(self.label)}"]
         counted = [] if self.operations is None else [f"steps={self.config.steps}"]
-        return [*self.given, *_written(self.values), *counted, *quoted]
+        return [*self.given, *_written(self.values), *counted, *place]
 
     @property
     def group(self) -> str:

@@ -20,7 +20,7 @@ from anyflow_train.sweep import cluster
 from anyflow_train.sweep.combinations import Combination, check_directories, combine, equalise, split_options
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.sweep.search import Search
-from anyflow_train.text import fit_terminal, markdown_table
+from anyflow_train.text import fit_terminal, markdown_table, quoted
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
@@ -123,8 +123,8 @@ def _evaluation(
     if not options.evaluate:
         return None
     folder = combinations[0].folder.parent
-    models = ",".join(f"'{one.folder}'" for one in combinations)
-    arguments = [*options.evaluate, f"models=[{models}]", f"out='{folder / 'evaluation'}'"]
+    models = ",".join(quoted(str(one.folder)) for one in combinations)
+    arguments = [*options.evaluate, f"models=[{models}]", f"out={quoted(str(folder / 'evaluation'))}"]
     try:
         config = compose("evaluate", arguments, config_dir)
     except UserErrors as several:

@@ -121,14 +121,10 @@ def _unlike_run(config: RunConfig, checkpoint: Path) -> list[UserError]:
 
 def _unlike_folder(config: RunConfig, folder: Path) -> list[UserError]:
     """Compare the VAE of a pipeline folder."""
-    vae = read_object(folder / VAE)
-    errors = []
-    codec = config.teacher.codec_source
+    vae, codec = read_object(folder / VAE), config.teacher.codec_source
     ours = {} if codec is None else read_object(Path(codec).expanduser() / VAE)
-    for name in LATENT_SPACE if ours and vae else ():
-        if ours.get(name) != vae.get(name):
-            errors.append(UserError("teacher.codec", f"is {codec}, whose VAE differs from {folder} in {name}"))
-    return errors
+    different = [name for name in LATENT_SPACE if ours and vae and ours.get(name) != vae.get(name)]
+    return [UserError("teacher.codec", f"is {codec}, whose VAE differs from {folder} in {name}") for name in different]
 
 
 def _vae(codec: str | None, shards: str | None, data: Data) -> str | None:

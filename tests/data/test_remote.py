@@ -14,9 +14,9 @@ import pytest
 
 from anyflow_train.data import remote
 from anyflow_train.data.loader import Loader
-from anyflow_train.data.remote import GIB
 from anyflow_train.data.shards import BadSampleError, ShardSet
 from anyflow_train.errors import UserError
+from anyflow_train.text import GIB
 from tests.data.helpers import alone, make_shards, numbers, take
 
 SIZES = [4, 4, 4, 4]

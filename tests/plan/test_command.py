@@ -12,7 +12,8 @@ from anyflow_train.errors import UserError, UserErrors
 from anyflow_train.plan import command, fit
 from anyflow_train.plan.command import DOES_NOT_FIT, FITS, run
 from anyflow_train.plan.fit import STRATEGIES, nearest_fit
-from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.memory import plan_memory
+from anyflow_train.text import GIB
 from anyflow_train.training.gpus import GPUS
 
 

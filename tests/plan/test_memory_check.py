@@ -13,9 +13,9 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
 from anyflow_train.plan import shortage
 from anyflow_train.plan.dry_run import DryRun
-from anyflow_train.plan.memory import GIB, Memory, plan_memory
+from anyflow_train.plan.memory import Memory, plan_memory
 from anyflow_train.plan.shortage import foresee, memory_warning
-from anyflow_train.text import duration, memory_size
+from anyflow_train.text import GIB, duration, memory_size
 from anyflow_train.training.memory_check import GpuMemory, check_memory
 from anyflow_train.training.processes.world import World
 

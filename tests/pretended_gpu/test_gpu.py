@@ -24,8 +24,9 @@ from anyflow_train.models.frozen import store_in_bfloat16
 from anyflow_train.models.recompute import RECOMPUTE
 from anyflow_train.models.transformer import AnyFlowTransformer3DModel
 from anyflow_train.plan.dry_run import VARIANTS, dry_run
-from anyflow_train.plan.memory import GIB, plan_memory
+from anyflow_train.plan.memory import plan_memory
 from anyflow_train.plan.stand_ins import DryDraw
+from anyflow_train.text import GIB
 from anyflow_train.training.checkpoints.saving import Saver
 from anyflow_train.training.checkpoints.state import TrainState
 from anyflow_train.training.checkpoints.tensor_handle import Entry

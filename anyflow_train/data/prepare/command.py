@@ -58,10 +58,7 @@ from anyflow_train.devices import DTYPES, pick_device
 from anyflow_train.errors import UserError
 from anyflow_train.files import atomic_file, check_writable
 from anyflow_train.models.codec import Codec
-from anyflow_train.text import public_name
-
-MOST_NAMED = 5
-
+from anyflow_train.text import public_name, some
 
 LoadTeacher = Callable[[PrepareConfig, torch.device, Tensor], Maker]
 """Config, device and embedding (L, D) of the negative prompt -> functions that make latents."""
@@ -287,8 +284,7 @@ def _summary(plan: PreparePlan) -> str:
     if rest := [one for one in lost if clip_of(one.key) in encoded]:
         text += f"; {len(rest)} clips lost windows ({_reasons(rest)}; for example {rest[0].key})"
     if gone := sorted(encoded - plan.wanted.records.keys()):
-        named = ", ".join(gone[:MOST_NAMED]) + (", ..." if len(gone) > MOST_NAMED else "")
-        text += f"; {len(gone)} gone from the source ({named}), whose samples stay until prune=true"
+        text += f"; {len(gone)} gone from the source ({', '.join(some(gone))}), whose samples stay until prune=true"
     if cut := list({clip_of(key): None for shard in ledger.shards for key in ledger.index(shard.name).cut}):
         length = plan.config.max_text_length
         text += f"; {len(cut)} with a caption of more than {length} tokens, cut there (for example {cut[0]})"

@@ -149,7 +149,7 @@ def rounds(plan: PreparePlan, workers: Workers) -> Iterator[Round]:
     for number in count():
         found = workers.share(f"round {number}", next(planned, {}))
         if not found:
-            return workers.leave()
+            return workers.await_all("the end")
         gone = set(found["gone"])
         shards = tuple(
             ShardPlan(name, tuple(_find(clips, key, gone, workers.rank) for key in keys), origin)

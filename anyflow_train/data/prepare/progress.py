@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
-from anyflow_train.data.prepare.workers import NEWS_SECONDS, Workers
+from anyflow_train.data.prepare.workers import Workers
 
 LINE_SECONDS = 10.0
 
@@ -54,11 +54,7 @@ class ClipProgress(AbstractContextManager["ClipProgress"]):
 
     def finish(self) -> None:
         """Mark this process's share as done. Process 0 waits for the others. Raises UserErrors for their errors."""
-        finished = self._workers.count(f"{self._name} finished", 1)
-        while self._workers.is_main and finished < self._workers.size:
-            time.sleep(NEWS_SECONDS)
-            self.advance(0)
-            finished = self._workers.count(f"{self._name} finished", 0)
+        self._workers.await_all(f"{self._name} finished", lambda: self.advance(0))
         self.advance(0)
 
     def _print_line(self) -> None:

@@ -289,13 +289,8 @@ def _from_tars(paths: list[Path], reader: CaptionReader, kinds: tuple[str, ...])
                 for suffix, video, kind, text in found:
                     blob = text and Blob(plain, text.offset, text.size)
                     caption = () if blob is None else CaptionFile(blob, kind, f"{path.name}: {key}.{kind}", reader)
-                    clips.append(
-                        Clip(
-                            path_key(f"{stem}/{key}{suffix}"),
-                            Blob(plain, video.offset, video.size, video.time),
-                            caption,
-                        )
-                    )
+                    part = Blob(plain, video.offset, video.size, video.time)
+                    clips.append(Clip(path_key(f"{stem}/{key}{suffix}"), part, caption))
     return Source(tuple(clips), tuple(problems), unused, unpacked)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,16 +75,17 @@ class Workers:
             raise UserErrors([UserError(*json.loads(line)) for line in different])
         return self.store.add(task, clips)
 
-    def leave(self) -> None:
-        """Wait on process 0 for the others, which still need its store for the last message.
+    def await_all(self, place: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Mark that this process has come to a place. Process 0 waits for the others, which need its store.
 
         Raises:
             UserErrors: on process 0, if errors stopped another process.
         """
-        left = self.count("left", 1)
-        while self.is_main and left < self.size:
+        arrived = self.count(place, 1)
+        while self.is_main and arrived < self.size:
             time.sleep(NEWS_SECONDS)
-            left = self.count("left", 0)
+            meanwhile()
+            arrived = self.count(place, 0)
 
     def report_errors(self, errors: Sequence[UserError]) -> None:
         """Send errors to process 0, which prints them and ends. Wait until the launcher ends this process."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import read_json, replace_file, take_lock, to_json
+from anyflow_train.files import read_json, read_object, replace_file, take_lock, to_json
 from anyflow_train.training.checkpoints.config_file import saved_config
 
 SHARED_SECONDS = 30.0
@@ -62,10 +62,7 @@ class RunDirectory:
 
     def read_inputs(self) -> dict[str, str]:
         """Read the facts about the inputs of the first start; empty if there are none."""
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            found = read_json(self.path / "inputs.json")
-            return {str(key): str(fact) for key, fact in found.items()}
-        return {}
+        return {key: str(fact) for key, fact in read_object(self.path / "inputs.json").items()}
 
     def write_done(self, summary: dict[str, Any]) -> None:
         """Write the summary of the finished run."""
