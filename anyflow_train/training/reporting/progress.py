@@ -68,9 +68,9 @@ class Screen:
         """Leave everything as it is."""
 
 
-def choose_screen(total: int, done: int, log: Log, console: Console | None, unit: str = "step") -> tuple[Screen, bool]:
+def choose_screen(total: int, done: int, log: Log, unit: str = "step") -> tuple[Screen, bool]:
     """Choose the screen of `log`, and whether it is a bar on a terminal. `unit` is what plain lines and JSON count."""
-    console = console or Console(stderr=True)
+    console = Console(stderr=True)
     people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
     screen: Screen = Json(unit) if log == "json" else Bar(console, total, done) if people else Lines(total, unit)
     return screen, people
@@ -83,12 +83,11 @@ class StepProgress:
         steps: steps of the whole run.
         done: steps done before this start.
         log: `auto` (a bar on a terminal, plain lines elsewhere), `plain`, or `json` (one object per line).
-        console: where a bar is shown; None is stderr.
     """
 
-    def __init__(self, steps: int, done: int, log: Log = "auto", console: Console | None = None) -> None:
+    def __init__(self, steps: int, done: int, log: Log = "auto") -> None:
         self._steps, self._step = steps, done
-        self._screen, _ = choose_screen(steps, done, log, console)
+        self._screen, _ = choose_screen(steps, done, log)
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show facts about the run that begins: names and values."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
 
 from anyflow_train.config.base import Log
 from anyflow_train.text import fit_terminal
@@ -23,21 +21,12 @@ class TaskProgress:
         name: what the command does, such as `clips`.
         total: amount of work, in any unit.
         log: `auto` (a bar on a terminal, plain lines elsewhere), `plain`, or `json` (one object per line).
-        console: where a bar is shown; None is stderr.
-        clock: returns seconds.
     """
 
-    def __init__(
-        self,
-        name: str,
-        total: int,
-        log: Log = "auto",
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._name, self._total, self._done, self._clock, self._begun = name, total, 0, clock, clock()
-        self._screen, self._on_terminal = choose_screen(total, 0, log, console, name)
-        self._shown = self._begun
+    def __init__(self, name: str, total: int, log: Log = "auto") -> None:
+        self._name, self._total, self._done = name, total, 0
+        self._screen, self._on_terminal = choose_screen(total, 0, log, name)
+        self._begun = self._shown = time.monotonic()
         self._result = self._screen.say if log == "json" else lambda text: print(fit_terminal(text), flush=True)
         self.phase(name)
 
@@ -63,7 +52,7 @@ class TaskProgress:
     def advance(self, amount: int = 1) -> None:
         """Count work that is done."""
         self._done += amount
-        now = self._clock()
+        now = time.monotonic()
         with surviving():
             self._screen.advance(self._done)
             complete = self._on_terminal and self._done >= self._total
@@ -84,4 +73,4 @@ class TaskProgress:
 
     def say_timed(self, text: str) -> None:
         """Show a line that starts with the seconds since the start."""
-        self.say(f"[{self._clock() - self._begun:6.1f} s] {text}")
+        self.say(f"[{time.monotonic() - self._begun:6.1f} s] {text}")

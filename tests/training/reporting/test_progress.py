@@ -5,13 +5,19 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from anyflow_train.config.base import Log
 from anyflow_train.text import duration
-from anyflow_train.training.reporting.progress import Log, StepProgress
+from anyflow_train.training.reporting import progress as screens
+from anyflow_train.training.reporting import tasks
+from anyflow_train.training.reporting.progress import StepProgress
 from anyflow_train.training.reporting.tasks import TaskProgress
 from anyflow_train.training.validation import Validation
 
@@ -22,10 +28,19 @@ VALIDATION = Validation(METRICS, {}, {"energy_distance_1_low": 0.43, "energy_dis
 LONG = "warning: " + "a very long sentence that must stay on one line " * 4
 
 
-def on_a_terminal(width: int) -> str:
+@contextmanager
+def terminal(width: int) -> Iterator[io.StringIO]:
+    """In place of stderr: a terminal, whose output is yielded."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=width, height=30, color_system=None, legacy_windows=False)
-    progress = StepProgress(400, 0, console=console)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screens, "Console", lambda stderr: console)
+        yield out
+
+
+def on_a_terminal(width: int) -> str:
+    with terminal(width) as out:
+        progress = StepProgress(400, 0)
     progress.start([("run", "runs/tiny"), ("tokens", "1,280 per sample")])
     for _ in range(100):
         progress.advance()
@@ -40,7 +55,7 @@ def on_a_terminal(width: int) -> str:
 
 
 @pytest.fixture(autouse=True)
-def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def kind_of_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
@@ -48,7 +63,8 @@ def test_a_terminal_that_moves_no_cursor_gets_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    progress = StepProgress(400, 0, console=Console(file=io.StringIO(), force_terminal=True, width=80))
+    with terminal(80):
+        progress = StepProgress(400, 0)
     progress.start([])
     progress.advance()
     progress.show(100, VALUES)
@@ -108,10 +124,11 @@ def test_json_lines_are_for_programs(capsys: pytest.CaptureFixture[str]) -> None
     assert rows[4]["energy_distance_1_low"] == 0.43
 
 
-def timed(log: Log, console: Console | None = None) -> None:
+def timed(monkeypatch: pytest.MonkeyPatch, log: Log = "auto") -> None:
     """Show a task of 512 clips, of which 2 take a second."""
     now = [0.0]
-    with TaskProgress("clips", 512, log, console, lambda: now[0]) as progress:
+    monkeypatch.setattr(tasks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with TaskProgress("clips", 512, log) as progress:
         for second in range(1, 41):
             now[0] = float(second)
             progress.advance(2)
@@ -119,21 +136,23 @@ def timed(log: Log, console: Console | None = None) -> None:
         progress.say_timed("wrote 80 clips")
 
 
-def test_a_task_without_a_terminal_prints_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    timed("auto")
+def test_a_task_without_a_terminal_prints_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed(monkeypatch)
     lines = [f"clips {2 * second}/512  eta {duration((512 - 2 * second) / 2)}" for second in (10, 20, 30, 40)]
     assert capsys.readouterr().out.splitlines() == [*lines, "[  40.0 s] wrote 80 clips"]
 
 
-def test_a_task_on_a_terminal_has_a_bar_with_the_time_left() -> None:
-    out = io.StringIO()
-    timed("auto", Console(file=out, force_terminal=True, width=80, color_system=None, legacy_windows=False))
+def test_a_task_on_a_terminal_has_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(80) as out:
+        timed(monkeypatch)
     assert re.search(r"checking +━+.* 80/512 3:36 left", out.getvalue())
     assert "[  40.0 s] wrote 80 clips" in out.getvalue()
 
 
-def test_a_task_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    timed("json")
+def test_a_task_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    timed(monkeypatch, "json")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["event"] for row in rows] == ["phase", *["clips"] * 4, "phase", "message"]
     assert (rows[1]["step"], rows[1]["seconds_left"]) == (20, 246.0)
