@@ -233,32 +233,22 @@ def _facts(job: PrepareJob) -> Manifest:
     config, path = job.config, job.plan.folder / MANIFEST
     if path.exists():
         return parse_manifest(path.read_bytes(), str(path))
-    with safe_open(job.plan.folder / job.round.text, "pt") as texts:
-        text_dim = texts.get_slice("negative").get_shape()[1]
-    codec = CodecInfo(source=public_name(config.codec), text_encoder=public_fingerprint(config.codec, "text_encoder"))
-    facts = Manifest(
-        format=FORMAT,
-        kind="prompts",
-        shards=(),
-        text_dim=text_dim,
-        max_text_length=config.max_text_length,
-        codec=codec,
-    )
-    without_video = config.prompts is not None and config.teacher is None
-    return facts if without_video else _with_video(facts, config, job.codec(config.vae_precision))
-
-
-def _with_video(manifest: Manifest, config: PrepareConfig, codec: Codec) -> Manifest:
-    """Add the facts about videos to the manifest of their texts."""
+    with safe_open(job.plan.folder / job.round.text, "pt") as file:
+        text_dim = file.get_slice("negative").get_shape()[1]
+    manifest = partial(Manifest, format=FORMAT, shards=(), text_dim=text_dim, max_text_length=config.max_text_length)
+    if config.prompts is not None and config.teacher is None:
+        encoder = public_fingerprint(config.codec, "text_encoder")
+        return manifest(kind="prompts", codec=CodecInfo(source=public_name(config.codec), text_encoder=encoder))
+    codec = job.codec(config.vae_precision)
     buckets = codec_buckets(config, codec)
-    facts = dict(buckets[0]) | {
-        "kind": "video",
-        "latent_dtype": config.latent_dtype,
-        "fps": config.fps,
-        "buckets": buckets if len(buckets) > 1 else (),
-        "codec": codec_info(config, codec),
-    }
-    return manifest.model_copy(update=facts)
+    return manifest(
+        kind="video",
+        codec=codec_info(config, codec),
+        **dict(buckets[0]),
+        latent_dtype=config.latent_dtype,
+        fps=config.fps,
+        buckets=buckets if len(buckets) > 1 else (),
+    )
 
 
 def _summary(plan: PreparePlan) -> str:
