@@ -6,7 +6,6 @@ a network that is not shared, each layer has one adapter, which is always active
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from anyflow_train.config.network import Lora, is_in, is_target
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
+from anyflow_train.models.build import build_empty
 from anyflow_train.models.devices import on_device
 from anyflow_train.models.kernels import transformed
 
@@ -187,8 +187,7 @@ def merge_lora(network: AnyNetwork) -> AnyNetwork:
         weight = weights[f"{name}.weight"]
         product = (own.lora_B.weight.detach().float() @ own.lora_A.weight.detach().float()) * own.scale
         weights[f"{name}.weight"] = (weight.float() + product).to(weight.dtype)
-    with torch.device("meta"):
-        merged = type(network).from_config(copy.deepcopy(dict(network.config)))
+    merged: AnyNetwork = build_empty(network.config)
     merged.load_state_dict(weights, strict=True, assign=True)
     return merged.train(network.training)
 

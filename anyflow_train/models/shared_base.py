@@ -5,13 +5,11 @@ Student, fake score and teacher then take the memory of one network plus adapter
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -19,7 +17,7 @@ from anyflow_train.config.network import Lora, is_in
 from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter
 from anyflow_train.models.backbone import Backbone
-from anyflow_train.models.build import Read
+from anyflow_train.models.build import Read, build_empty
 from anyflow_train.models.devices import on_device
 
 
@@ -72,7 +70,7 @@ class SharedBase:
         check_adapter(self._plain, settings, where or f"{role}.adapter")
         wholes = _outermost(path for path in self._plain if is_in(f"{path}.", settings.full_modules))
         targets = add_low_rank(self._plain, settings, seed, role, self._switch)
-        twin = self._twin() if wholes else None
+        twin = build_empty(self.network.config) if wholes else None
         for path in wholes:
             adapted(self._plain, path, self._switch).own[role] = self._copied(twin, path)
         own = {*targets, *wholes}
@@ -132,11 +130,6 @@ class SharedBase:
                 return block(*given)
 
         return self._recompute(run, *inputs)
-
-    def _twin(self) -> nn.Module:
-        """Build a network of the same architecture on the meta device."""
-        with torch.device("meta"):
-            return type(self.network).from_config(copy.deepcopy(dict(self.network.config)))
 
     def _copied(self, twin: Any, path: str) -> nn.Module:
         """Copy a module with its weights. It is built from `twin`, because the base may only hold shards."""
