@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -148,6 +148,35 @@ def check_own(out: Path, mark: str, index: str, *others: str) -> None:
             raise UserError("out", f"'{out / name}' exists, and this command did not write it; give another out")
 
 
+def check_results(out: Path, index: str, owner: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Check that a folder is free for results, or holds earlier ones of the same owner.
+
+    Args:
+        index: JSON file of the results, with the keys of `owner` in it.
+        owner: facts that tell results of different models apart.
+        names: files that will be written.
+
+    Raises:
+        UserError: the folder cannot be written, holds results of another owner, or files that would be overwritten.
+    """
+    check_writable(out)
+    if (out / index).exists():
+        before = _read_results(out / index)
+        different = [key for key, value in owner.items() if before.get(key) != value]
+        if different:
+            found = f"{different[0]} = {before.get(different[0])!r}, and this is {owner[different[0]]!r}"
+            raise UserError("out", f"'{out / index}' holds results with {found}; name another folder")
+    elif taken := sorted(name for name in names if (out / name).exists()):
+        raise UserError("out", f"'{out}' holds '{taken[0]}' of another origin; name another folder")
+
+
+def begin_results(out: Path, index: str, owner: Mapping[str, Any]) -> None:
+    """Make the folder and note the owner, so that it can continue after an interruption."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / index).exists():
+        write_json(out / index, owner)
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a folder's file, with links resolved.
 
@@ -231,3 +260,10 @@ def file_sha256(path: Path) -> str:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError("out", f"'{path}' cannot be read ({error}); remove it or name another folder") from None

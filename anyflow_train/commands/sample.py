@@ -23,11 +23,10 @@ from anyflow_train.errors import ConfigWarning, UserError
 from anyflow_train.evaluation.clip_maker import ClipMaker, ClipRequest, clip_shape, encode_texts
 from anyflow_train.evaluation.conditioning_frames import ConditioningSource, given_latents
 from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device
-from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.prompts import distinct, slug
 from anyflow_train.evaluation.sampling import padded_condition
 from anyflow_train.evaluation.video import Frames, Grid, write_grid, write_mp4
-from anyflow_train.files import write_json
+from anyflow_train.files import begin_results, check_results, write_json
 from anyflow_train.flow.sampler import guided
 from anyflow_train.models.codec import Codec
 from anyflow_train.text import calls

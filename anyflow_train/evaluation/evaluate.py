@@ -30,11 +30,11 @@ from anyflow_train.evaluation.load import LoadedNetwork, load_model, on_device, 
 from anyflow_train.evaluation.measure import ResultRow, SampleEvaluator, SampleSet
 from anyflow_train.evaluation.nearest import TrainingSet, nearest_distances, open_training, summarise
 from anyflow_train.evaluation.oracle import Recognition, judge_clips
-from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.evaluation.plot import COLOURS
 from anyflow_train.evaluation.report import TEACHER, EvaluationReport, owner, write_report
 from anyflow_train.evaluation.sampling import EULER, Inputs, Watched, draw_noise, padded_condition, sample_all
 from anyflow_train.evaluation.video import Grid, Heading, to_frames, write_grid
+from anyflow_train.files import begin_results, check_results
 from anyflow_train.flow.sampler import guided
 from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.codec import Codec

@@ -1,6 +1,5 @@
 """Write the moving shapes as a user would bring data: a folder of mp4 clips with a caption beside each."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import av
 import torch
 from torch import Tensor
 
-from anyflow_train.errors import UserError
-from anyflow_train.files import atomic_file, read_json, replace_file
+from anyflow_train.files import atomic_file, begin_results, check_results
 from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
@@ -30,8 +28,9 @@ def write_clips(folder: Path, count: int, seed: int, advance: Callable[[int], No
     Raises:
         UserError: the folder holds clips of another count or seed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"world": "shapes", "count": count, "seed": seed})
+    settings = {"world": "shapes", "count": count, "seed": seed}
+    check_results(folder, SETTINGS_FILE, settings, (path.name for path in folder.glob(CLIPS)))
+    begin_results(folder, SETTINGS_FILE, settings)
     paths = [folder / f"{index:05d}.mp4" for index in range(count)]
     missing = [i for i, path in enumerate(paths) if not (path.exists() and path.with_suffix(".txt").exists())]
     advance(count - len(missing))
@@ -45,22 +44,6 @@ def write_clips(folder: Path, count: int, seed: int, advance: Callable[[int], No
                 file.write(f"{shapes.CAPTIONS[drawn.labels[index]]}\n".encode())
             advance(1)
     return paths
-
-
-def _claim(folder: Path, settings: dict[str, int | str]) -> None:
-    """Marks the folder with the settings of its clips, or checks the mark that is there."""
-    mark = folder / SETTINGS_FILE
-    if not mark.exists():
-        if taken := sorted(path.name for path in folder.glob(CLIPS)):
-            raise UserError("out", f"'{folder}' holds '{taken[0]}' of another origin: give another folder")
-        replace_file(mark, json.dumps(settings).encode() + b"\n")
-        return
-    try:
-        found = read_json(mark)
-    except (OSError, ValueError) as error:
-        raise UserError(str(mark), f"cannot be read ({error}): give another folder") from None
-    if found != settings:
-        raise UserError(str(mark), f"the folder holds clips of {found}, not of {settings}: give another folder")
 
 
 def _write_video(path: Path, clip: Tensor, fps: int) -> None:

@@ -15,9 +15,8 @@ from anyflow_train.config.commands import ClipsConfig, EvaluateConfig, ExportCon
 from anyflow_train.data.prepare.command import run as prepare
 from anyflow_train.errors import UserError
 from anyflow_train.evaluation import evaluate
-from anyflow_train.evaluation.output_folder import begin_results, check_results
 from anyflow_train.export import run as export
-from anyflow_train.files import check_writable
+from anyflow_train.files import begin_results, check_results, check_writable
 from tests.export.runs import FULL, make_run
 
 OWNER = {"checkpoint": "step_00000007 of run a"}
