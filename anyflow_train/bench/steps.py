@@ -22,13 +22,11 @@ from anyflow_train.devices import autocast_dtype
 from anyflow_train.errors import UserError
 from anyflow_train.flow.draw import Draw
 from anyflow_train.flow.types import Condition
-from anyflow_train.models.build import build_empty
 from anyflow_train.models.flow_map import TIME_SCALE
-from anyflow_train.models.pretrained import PretrainedWeights
 from anyflow_train.objectives.types import Roles
 from anyflow_train.plan.dry_run import dry_run
 from anyflow_train.plan.memory import plan_memory
-from anyflow_train.plan.stand_ins import fake_batch
+from anyflow_train.plan.stand_ins import fake_batch, fake_source
 from anyflow_train.text import GIB
 from anyflow_train.training.attention import attention_by, choose_kernel
 from anyflow_train.training.compilation import with_working_compiler
@@ -39,7 +37,6 @@ from anyflow_train.training.materials import Materials
 from anyflow_train.training.processes.world import World, start_world
 from anyflow_train.training.recipe import Recipe, build_recipe
 from anyflow_train.training.updates import Trainable, make_update
-from anyflow_train.training.weight_source import WeightSource
 
 MOST_STEPS = 3  # timed ones
 STEP = (
@@ -121,12 +118,8 @@ class StockFlowMap:
 
 def random_materials(config: RunConfig, device: torch.device) -> Materials:
     """Random weights, drawn on the device, in place of those of files."""
-    arguments = config.student.arguments()
-    shapes = {name: each.shape for name, each in build_empty(arguments).named_parameters()}
     # The spread is that of a layer of this width; norms start with it too, which only makes values smaller.
-    tensors = {name: lambda shape=shape: 0.02 * torch.randn(shape, device=device) for name, shape in shapes.items()}
-    # All roles have the same source, so that they can share a base.
-    source = WeightSource("random weights", PretrainedWeights(arguments, tensors))
+    source = fake_source(config.student.arguments(), lambda shape: 0.02 * torch.randn(shape, device=device))
     return Materials(lambda _: source, lambda key, _: source)
 
 

@@ -45,12 +45,12 @@ def stored_architecture(source: str | None) -> Architecture | None:
     return published(source)
 
 
-def fake_source(arguments: Mapping[str, Any]) -> WeightSource:
-    """Empty weights, such as a network of these constructor arguments has."""
+def fake_source(arguments: Mapping[str, Any], make: Callable[[torch.Size], Tensor] = torch.empty) -> WeightSource:
+    """Weights such as a network of these constructor arguments has, each made when it is read."""
     parameters = build_empty(arguments).named_parameters()
-    tensors = {name: partial(torch.empty, parameter.shape) for name, parameter in parameters}
+    tensors = {name: partial(make, parameter.shape) for name, parameter in parameters}
     # All have the same source, so roles that share a base find that their bases are the same.
-    return WeightSource("dry run", PretrainedWeights(arguments, tensors))
+    return WeightSource("made-up weights", PretrainedWeights(arguments, tensors))
 
 
 def fake_materials(meter: Meter, blocks: Callable[[int], int], student: Architecture, assumed: list[str]) -> Materials:

@@ -61,9 +61,9 @@ class WatchedRun:
         names = (path.parent.name for path in (self.folder / "validation").glob("step_*/grid.mp4"))
         return sorted(int(name.removeprefix("step_")) for name in names if CHECKPOINT.fullmatch(name))
 
-    def video(self, step: int, name: str = "grid.mp4") -> Path:
+    def video(self, step: int) -> Path:
         """Return the file of a validation's video. Raises OSError if it is missing or leads out of the run."""
-        return regular(inside(self.folder, f"validation/step_{step:08d}/{name}"))
+        return regular(inside(self.folder, f"validation/step_{step:08d}/grid.mp4"))
 
     def teacher(self) -> dict[int, list[float]]:
         """Return the teacher's energy distance by number of calls, from an evaluation near the run."""
