@@ -19,8 +19,8 @@ class ClipProgress(AbstractContextManager["ClipProgress"]):
     Args:
         task: name of the work, as shown.
         total: clips of the whole work.
-        done: clips that an earlier job has done.
         workers: all processes.
+        done: clips that an earlier job has done.
         number: number of the round, which keeps its counts apart from those of other rounds.
     """
 
