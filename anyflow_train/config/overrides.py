@@ -107,7 +107,7 @@ def check(settings: Sequence[Setting], command: str, groups: dict[str, dict[str,
             )
         elif item.key in groups:
             yield from _check_choice(command, item, groups[item.key])
-        elif (group := nearest(item.key, groups, 0.8)) and isinstance(item.value, str) and item.value in groups[group]:
+        elif "." not in item.key and (group := nearest(item.key, groups, 0.8)) and item.value in list(groups[group]):
             yield UserError(item.key, f"unknown group; nearest is {group!r}")
 
 

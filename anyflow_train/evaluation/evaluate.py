@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_train.config.commands import EvaluateConfig
+from anyflow_train.config.keys import show
 from anyflow_train.data.held_out import HeldOut
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
@@ -157,7 +158,7 @@ def _teacher_of(models: Sequence[str]) -> str:
     runs = [read_network(resolve_checkpoint(model)) for model in models if is_run(model)]
     found = sorted({run.teacher for run in runs if run.teacher is not None})
     if len(found) != 1:
-        had = f"the models had several: {', '.join(found)}" if found else "no run among the models says what it had"
+        had = f"the models had several: {', '.join(found)}" if found else f"no run among {show(tuple(models))} names its own"
         raise UserError("teacher", f"null, and {had}; name a Wan2.1 folder or hub id")
     return found[0]
 

@@ -236,6 +236,11 @@ def test_a_key_is_no_group_where_a_command_has_none() -> None:
     assert config.teacher == "/some/where"
 
 
+def test_a_key_with_the_name_of_a_group_is_a_key() -> None:
+    """`student/adapter` is a group with the choice `lora`, and `student.adapter.kind` a key with that value."""
+    assert compose("train", [TINY, "student.adapter.kind=lora"]).student.adapter.kind == "lora"
+
+
 def test_another_policy_of_checkpointing_is_refused() -> None:
     assert (
         "valid are none, block, selective"
