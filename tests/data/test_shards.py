@@ -148,5 +148,5 @@ def test_held_out_samples_leave_out_bad_ones(tmp_path: Path) -> None:
     assert held_out.captions[0] == "caption 1"
     assert held_out.latents.shape == (3, 2, 3, 4, 4)
     assert [len(text) for text in held_out.texts] == [2, 3, 4]
-    with pytest.raises(UserError, match="3 good samples, 4"):
+    with pytest.raises(UserError, match="holds 3 good samples of 4; lower held_out_samples"):
         load_samples(ShardSet.open(str(tmp_path)), 4)
