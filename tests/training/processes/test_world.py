@@ -63,6 +63,7 @@ def test_every_start_on_a_store_has_its_own_name() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     stores = [TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20)) for _ in range(3)]
     store.set("here/2", "the word of a process that ended before process 0 came")
+    store.get("here/2")  # `set` does not wait for the store, so the word could arrive after that of the new process
     names = []
     with ThreadPoolExecutor(3) as threads:
         for _ in range(2):
@@ -75,6 +76,7 @@ def test_every_start_on_a_store_has_its_own_name() -> None:
 def test_a_process_that_does_not_come_is_named() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("here/1", "an earlier process")
+    store.get("here/1")
     with pytest.raises(UserError, match="WORLD_SIZE: is 3, but process 1, 2 did not start within 0 s"):
         agree_on_start(store, 0, 3, 0.1)
 
