@@ -241,6 +241,28 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("tiny", {"engine.precision": "bf16"}, 1, "objective.derivative_precision", "many times slower on a GPU"),
     ("tiny", {"objective": WHOLE}, 1, "times.diffusion_share", "choose times=flow_matching"),
     ("tiny", {"objective.schedule": [{"steps": 800, "changes": {}}]}, 1, "objective.schedule", "are never used"),
+    ("tiny", {"objective.noise_share": 0.3}, 1, "objective.noise_share", "no effect with objective.source=data"),
+    (
+        "tiny",
+        {"objective.rebalance": "none", "objective.rebalance_floor": 0.1},
+        1,
+        "objective.rebalance_floor",
+        "no effect with objective.rebalance=none",
+    ),
+    (
+        "tiny",
+        {"objective.derivative": "jvp", "objective.epsilon": 0.02},
+        1,
+        "objective.epsilon",
+        "0.02 has no effect with objective.derivative=jvp",
+    ),
+    (
+        "tiny",
+        {"evaluation.reference": "teacher", "evaluation.reference_calls": 4},
+        1,
+        "evaluation.reference_calls",
+        "4 is below 8",
+    ),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
     (
@@ -278,6 +300,13 @@ def test_warning(experiment: str, changes: dict[str, Any], world: int, key: str,
     warnings = {finding.keys[0]: finding.text for finding in run_warnings(config, world)}
     assert list(warnings) == [key]
     assert words in warnings[key]
+
+
+def test_a_key_that_a_stage_uses_has_an_effect() -> None:
+    stage = {"steps": 10, "changes": {"objective.source": "student", "objective.velocity": "teacher"}}
+    changes = {"objective.noise_share": 0.3, "objective.schedule": [stage]}
+    config = RunConfig.model_validate_json(json.dumps(changed(changes)))
+    assert run_warnings(config, 1) == []
 
 
 def test_even_splits_do_not_warn() -> None:

@@ -172,5 +172,5 @@ def test_a_killed_reader_is_gone_at_once(shards: ShardSet, number: signal.Signal
     reader = crews.begin(read_for_ever, shards.location, end)
     assert steps.recv() == "step"
     os.kill(reader.pid or 0, number)
-    reader.join(timeout=60)
+    reader.join(timeout=120)
     assert reader.exitcode == -number

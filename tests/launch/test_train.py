@@ -67,7 +67,7 @@ def calls(folder: Path) -> str:
     ],
 )
 def test_one_process_a_gpu(tmp_path: Path, variables: dict[str, str], count: int) -> None:
-    assert start(tmp_path, "zero2", "steps=1", **variables).wait(30) == 0
+    assert start(tmp_path, "zero2", "steps=1", **variables).wait(120) == 0
     assert f"--num_processes {count} --num_machines 1 --main_process_port 0 -m anyflow_train train steps=1" in calls(
         tmp_path
     )
@@ -77,7 +77,7 @@ def test_one_process_a_gpu(tmp_path: Path, variables: dict[str, str], count: int
 
 def test_several_nodes(tmp_path: Path) -> None:
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500", "NPROC": "4"}
-    assert start(tmp_path, "ddp", **place).wait(30) == 0
+    assert start(tmp_path, "ddp", **place).wait(120) == 0
     expected = "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip node7 --main_process_port 29500"
     assert expected in calls(tmp_path)
 
@@ -96,7 +96,7 @@ def test_several_nodes(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_one_line(tmp_path: Path, words: tuple[str, ...], variables: dict[str, str], message: str) -> None:
     process = start(tmp_path, *words, **variables)
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode == 2
     assert message in errors
     assert len(errors.splitlines()) == 1
@@ -105,7 +105,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, words: tuple[str, ...], variables
 
 def test_a_wrong_config_starts_nothing(tmp_path: Path) -> None:
     process = start(tmp_path, "ddp", mode="mistake")
-    assert process.communicate(timeout=30)[1] == "error: steps: is wrong\n"
+    assert process.communicate(timeout=120)[1] == "error: steps: is wrong\n"
     assert process.returncode == 2
     assert "accelerate" not in calls(tmp_path)
 
@@ -119,13 +119,13 @@ def test_signals_go_to_the_processes_and_their_code_comes_back(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(30) == code
+    assert process.wait(120) == code
     assert f"got {number.name.removeprefix('SIG')}" in calls(tmp_path)
 
 
 @pytest.mark.parametrize(("mode", "code"), [("user", 2), ("crash", 1)])
 def test_exit_codes(tmp_path: Path, mode: str, code: int) -> None:
-    assert start(tmp_path, "ddp", mode=mode).wait(30) == code
+    assert start(tmp_path, "ddp", mode=mode).wait(120) == code
 
 
 @pytest.mark.parametrize("script", ["train.sh", "slurm.sbatch", "environment.sh"])
@@ -147,13 +147,13 @@ def test_the_installed_package_has_the_launcher(monkeypatch: pytest.MonkeyPatch,
 
 def test_nothing_is_installed_on_a_node(tmp_path: Path) -> None:
     process = start(tmp_path, "ddp", mode="absent", SLURM_JOB_ID="7")
-    assert "nothing is installed on nodes" in process.communicate(timeout=30)[1]
+    assert "nothing is installed on nodes" in process.communicate(timeout=120)[1]
     assert process.returncode == 2
 
 
 def test_a_strategy_alone_shows_how_to_train(tmp_path: Path) -> None:
     process = start(tmp_path, "ddp", mode="mistake")
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 2
     assert calls(tmp_path).splitlines()[-2] == "-m anyflow_train train"  # which prints examples
     assert "accelerate" not in calls(tmp_path)

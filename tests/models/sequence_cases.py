@@ -107,7 +107,7 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=240))
     group, only_first = dist.new_group([0, 1]), dist.new_group([0])
     found = {f"{name}/{key}": value for name, case in CASES.items() for key, value in run(case, group).items()}
     save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{rank}.safetensors")

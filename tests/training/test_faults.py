@@ -182,7 +182,7 @@ def killed(start: Start, engine: str, folder: Path, place: Path, *fault: Any) ->
     code = launch.ended()
     assert (code == 0) == (not fault)
     # Nobody may be left: not to train on, and not to hold the lock.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in workers.values()):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -65,6 +65,7 @@ def run_warnings(config: RunConfig, world: int) -> list[Finding]:
         *warnings.schedule(config),
         *warnings.stages(config),
         *objective.unused_shares(config),
+        *warnings.without_effect(config),
         *on_policy.warnings(config),
         *precision.warnings(config),
         *warnings.derivative(config),

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from anyflow_train.config import schedule as schedules
 from anyflow_train.config.findings import Finding
+from anyflow_train.config.keys import show
 from anyflow_train.config.positions import even_accumulation, local_positions, rows_with_second_term
 from anyflow_train.config.run import RunConfig
+
+# Keys of objectives that have no effect while another key has this value.
+UNUSED = (
+    ("noise_share", "source", "data"),
+    ("epsilon", "derivative", "jvp"),
+    ("rebalance_floor", "rebalance", "none"),
+)
 
 
 def schedule(config: RunConfig) -> Iterator[Finding]:
@@ -28,6 +37,19 @@ def stages(config: RunConfig) -> Iterator[Finding]:
     if planned >= config.steps:
         problem = f"its stages take {planned} steps of steps={config.steps}; the objective's own keys are never used"
         yield Finding(("objective.schedule",), problem)
+
+
+def without_effect(config: RunConfig) -> Iterator[Finding]:
+    """Warn about keys that were changed, but that no stage of the run reads."""
+    objective = config.objective
+    several = [objective, *(stage.config.objective for stage in schedules.stages(config))]
+    for key, switch, off in UNUSED:
+        field = type(objective).model_fields.get(key)
+        if field is None or all(getattr(each, key) == field.default for each in several):
+            continue
+        if all(getattr(each, switch) == off for each in several):
+            problem = f"{show(getattr(objective, key))} has no effect with objective.{switch}={off}"
+            yield Finding((f"objective.{key}", f"objective.{switch}"), problem)
 
 
 def derivative(config: RunConfig) -> Iterator[Finding]:
@@ -52,6 +74,10 @@ def validation(config: RunConfig) -> Iterator[Finding]:
     if evaluation.held_out is None and evaluation.reference == "clips":
         problem = "null; no distances are measured and no best checkpoint is kept"
         yield Finding(("evaluation.held_out",), f"{problem}; set it, or evaluation.reference=teacher")
+    fine, most = evaluation.reference_calls, max(evaluation.calls)
+    if evaluation.reference == "teacher" and fine < most:
+        problem = f"{fine} is below {most}, the most of evaluation.calls"
+        yield Finding(("evaluation.reference_calls",), f"{problem}; the teacher's solution would be the less exact one")
     low, high = sorted((evaluation.shift, config.times.shift))
     # Up to a factor of 2, samples of the embedded student were equally good (docs/recipe.md).
     if high > 2 * low and config.objective.any_step:

@@ -27,7 +27,7 @@ from anyflow_train.training.processes.world import ALONE
 from anyflow_train.training.trainer import Trainer
 from tests.training.helpers import settings, train, write_latents
 
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 @pytest.fixture

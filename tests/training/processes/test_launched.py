@@ -20,7 +20,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     prelude = "import os, sys\nfrom pathlib import Path\nfrom anyflow_train.training.processes import launched\n"
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-c", prelude + code], env=variables, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", prelude + code], env=variables, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -71,7 +71,7 @@ def test_a_process_follows_its_launcher_into_its_death(tmp_path: Path) -> None:
     assert (tmp_path / "processes").read_text() == f"{process}\n"
     shell.kill()
     shell.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -98,7 +98,7 @@ def test_an_orphan_ends_although_nobody_reads_its_last_message(tmp_path: Path) -
     shell.stderr.close()
     shell.kill()
     shell.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -107,5 +107,5 @@ with signals.stop_requests() as stop:
     stop.end_soon()
 pool.shutdown()
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert (ended.returncode, ended.stdout) == (75, "saved\n")

@@ -60,14 +60,14 @@ def test_a_port_at_which_nothing_answers_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_every_start_on_a_store_has_its_own_name() -> None:
     """A launcher that restarts its processes keeps its store, with what the ended processes wrote."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
-    stores = [TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20)) for _ in range(3)]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
+    stores = [TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=120)) for _ in range(3)]
     store.set("here/2", "the word of a process that ended before process 0 came")
     store.get("here/2")  # `set` does not wait for the store, so the word could arrive after that of the new process
     names = []
     with ThreadPoolExecutor(3) as threads:
         for _ in range(2):
-            found = list(threads.map(lambda rank: agree_on_start(stores[rank], rank, 3, 20), (2, 1, 0)))
+            found = list(threads.map(lambda rank: agree_on_start(stores[rank], rank, 3, 120), (2, 1, 0)))
             assert len(set(found)) == 1
             names.append(found[0])
     assert names[0] != names[1]
