@@ -158,7 +158,8 @@ def _teacher_of(models: Sequence[str]) -> str:
     runs = [read_network(resolve_checkpoint(model)) for model in models if is_run(model)]
     found = sorted({run.teacher for run in runs if run.teacher is not None})
     if len(found) != 1:
-        had = f"the models had several: {', '.join(found)}" if found else f"no run among {show(tuple(models))} names its own"
+        none = f"no run among {show(tuple(models))} names its own"
+        had = f"the models had several: {', '.join(found)}" if found else none
         raise UserError("teacher", f"null, and {had}; name a Wan2.1 folder or hub id")
     return found[0]
 
