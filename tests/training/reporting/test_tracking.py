@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def logged(data: bytes) -> Iterator[bytes]:
         if 2**15 - place % 2**15 < 7:
             place += 2**15 - place % 2**15
         size, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + size > len(data):
+            return  # it is being written
         record += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # a whole record, or the last piece of one
@@ -190,11 +193,22 @@ def logged(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
+def finished_records(path: Path) -> list[Any]:
+    """Read the records of a .wandb file that ends with the run. Wandb's own process writes it, also after `finish`."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + 60
+    while True:
+        records = [Record.FromString(record) for record in logged(path.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.nightly
 def test_a_resumed_offline_run_of_wandb_itself_is_one_run(tmp_path: Path) -> None:
     """Read from wandb's own files, which `wandb sync` uploads: one folder and id, and each step once."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     config = RunConfig.model_validate({**BASE, "tracker": {"kind": "wandb", "mode": "offline"}})
     for resumed, last in ((0, 3), (2, 4)):
         trackers = Trackers(config, RunDirectory(tmp_path), resumed)
@@ -203,7 +217,7 @@ def test_a_resumed_offline_run_of_wandb_itself_is_one_run(tmp_path: Path) -> Non
         trackers.close()
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     ids, rows = [], []
-    for record in map(Record.FromString, logged(path.read_bytes())):
+    for record in finished_records(path):
         if record.HasField("run"):
             ids.append(record.run.run_id)
         if record.HasField("history"):
