@@ -11,7 +11,7 @@ from anyflow_train.config.keys import flatten
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.training.checkpoints.config_file import decode_saved
-from anyflow_train.training.checkpoints.inputs import Inputs
+from anyflow_train.training.checkpoints.inputs import SET_BACK, Inputs
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
@@ -98,7 +98,8 @@ def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN)
             continue
         check_unchanged(info.config, config, str(path), inputs)
         for bad, damage in damaged.items():
-            _set_aside(bad, damage, instead=path.name)
+            # Not read again, and not overwritten.
+            print(f"warning: {damage}; moved to {set_aside(bad).name}, resuming from {path.name}", file=sys.stderr)
         return info
     if damaged:
         problem = f"every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); delete the run or rename it"
@@ -121,9 +122,8 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs
     same = inputs.compared()
     keys = sorted((before.keys() | now.keys()) - same.keys())
     changed = [key for key in keys if before.get(key) != now.get(key)]
-    advice = "set it back or choose another name"
     errors = [
-        UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {advice}")
+        UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {SET_BACK}")
         for key in changed
         if not _is_free(key)
     ]
@@ -134,8 +134,3 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs
 
 def _is_free(key: str) -> bool:
     return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_KEYS)
-
-
-def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
-    """Rename a damaged checkpoint, so that it is neither read again nor overwritten."""
-    print(f"warning: {damage}; moved to {set_aside(path).name}, resuming from {instead}", file=sys.stderr)
