@@ -135,10 +135,8 @@ class Stage:
 
     def _given(self, path: Path) -> Tensor:
         check_picture(path)
-        source, size = ConditioningSource("file", path, None, self.fps), self.shape.size
-        frames, chunks = self.shape.latent[0], self.shape.chunks
         try:
-            return given_latents(source, self.codec, frames, size.height, size.width, chunks)
+            return given_latents(ConditioningSource("file", path, None, self.fps), self.codec, self.shape)
         except UserError as error:  # without the folder of uploads
             raise UserError(error.where, error.problem.replace(str(path), path.name)) from None
 
