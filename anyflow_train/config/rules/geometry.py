@@ -137,7 +137,7 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
     if not isinstance(adapter, Lora):
         return
     known = layers(config.student.architecture)
-    linear = [name for name, is_linear in known.items() if is_linear]
+    linear = [name for name, sides in known.items() if sides is not None]
     if not adapter.targets:
         yield Finding((f"{key}.targets",), "is empty; name at least one layer")
     for target in adapter.targets:
