@@ -87,7 +87,8 @@ def plan_memory(config: RunConfig, found: DryRun, strategy: str, world: int) -> 
     """
     in_8_bits = config.optimizer.moments == "8bit"
     states = {role: States(role, sizes, in_8_bits, strategy, world) for role, sizes in found.sizes.items()}
-    kept = [(_of(role, name), size) for role, state in states.items() for name, size in state.on_gpu]
+    labels = {role: "" if role == "student" else f"{role}: " for role in states}
+    kept = [(labels[role] + name, size) for role, state in states.items() for name, size in state.on_gpu]
     moments = [_held(config, name, moment, states) for name, moment in found.moments]
     if decodes(config):
         moments.append(_held(config, DECODING, decoder_memory(config), states))
@@ -119,7 +120,3 @@ def _split(config: RunConfig, activations: int) -> int:
     whole += max(data.text_lengths) * config.student.architecture.text_dim
     held = min(FLOAT * engine.micro_batch * whole, activations)
     return held + math.ceil((activations - held) / engine.sequence_parallel)
-
-
-def _of(role: str, name: str) -> str:
-    return name if role == "student" else f"{role}: {name}"
