@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class Job:
     network: Backbone
     folder: Path
 
+    @cached_property
+    def probe(self) -> verify.Probe:
+        """Inputs for comparisons with the trained model."""
+        return verify.Probe.of(self.network.config)
+
     @property
     def tolerance(self) -> float:
         """Largest relative difference that the precision of the files can cause."""
@@ -74,10 +80,9 @@ class Exported:
 
 def export_pipeline(job: Job) -> Exported:
     """Write an AnyFlowPipeline, or an AnyFlowFARPipeline for a causal student."""
-    source = job.codec_folder()
-    probe = verify.Probe.of(job.network.config)
+    source, probe = job.codec_folder(), job.probe
     expected = verify.two_jumps(job.network, probe, job.config.shift)
-    difference = _write_student(job, job.folder / "transformer", probe)
+    difference = _write_student(job, job.folder / "transformer")
     copy_parts(source, job.folder)
     FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
     write_index(job.folder, "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline")
@@ -87,7 +92,7 @@ def export_pipeline(job: Job) -> Exported:
 
 def export_transformer(job: Job) -> Exported:
     """Write the transformer alone."""
-    return Exported(_write_student(job, job.folder, verify.Probe.of(job.network.config)))
+    return Exported(_write_student(job, job.folder))
 
 
 def export_lora(job: Job) -> Exported:
@@ -97,13 +102,12 @@ def export_lora(job: Job) -> Exported:
     """
     base, factors, lost = _adapters(job)
     write_lora(job.folder, factors, job.config.precision)
-    probe = verify.Probe.of(job.network.config)
-    found = verify.flow_map_outputs(reload_lora(job.folder, base), probe)
+    found = verify.flow_map_outputs(reload_lora(job.folder, base), job.probe)
     approximated = _with_weights(base, added(base.state_dict(), factors))
-    expected = verify.flow_map_outputs(approximated, probe)
+    expected = verify.flow_map_outputs(approximated, job.probe)
     verify.check_outputs("the LoRA file", found, expected, job.tolerance)
     limit = job.tolerance if lost is None else float("inf")  # the loss of a truncation is reported, not bounded
-    trained = verify.flow_map_outputs(job.network, probe)
+    trained = verify.flow_map_outputs(job.network, job.probe)
     return Exported(verify.check_outputs("the LoRA file", found, trained, limit), lost)
 
 
@@ -133,8 +137,7 @@ def export_comfyui_lora(job: Job) -> Exported:
     comfyui.write_node(job.folder, job.trained.run, state, student)
     difference = _check_folded(job, student, comfyui.reader(file, before))
     if lost is not None:
-        probe = verify.Probe.of(job.network.config)
-        found, trained = (verify.flow_map_outputs(network, probe) for network in (student, job.network))
+        found, trained = (verify.flow_map_outputs(network, job.probe) for network in (student, job.network))
         difference = verify.check_outputs("the LoRA file", found, trained, float("inf"))
     return Exported(difference, lost)
 
@@ -151,8 +154,7 @@ def export_wan_pipeline(job: Job) -> Exported:
         raise UserError("format", problem)
     if "chunk_partition" in job.network.config:
         raise UserError("format", "wan_pipeline cannot contain a causal network; use format=pipeline")
-    source = job.codec_folder()
-    probe = verify.Probe.of(job.network.config)
+    source, probe = job.codec_folder(), job.probe
     expected = verify.flow_map_outputs(job.network, probe, verify.AT_ONCE)
     reloaded = _write(job, WanTransformer3DModel, job.folder / "transformer", to_wan(merge_lora(job.network)))
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
@@ -217,18 +219,18 @@ def _check_folded(job: Job, network: Backbone, read: Callable[[str], Tensor]) ->
 
 def _merge(job: Job) -> tuple[Backbone, Tensor]:
     """Merge the adapters, and compare with the trained network. Returns the merged one, and the outputs of both."""
-    probe = verify.Probe.of(job.network.config)
-    expected = verify.flow_map_outputs(job.network, probe)
+    expected = verify.flow_map_outputs(job.network, job.probe)
     merged = merge_lora(job.network)
-    found = verify.flow_map_outputs(merged, probe)
+    found = verify.flow_map_outputs(merged, job.probe)
     verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
     return merged, expected
 
 
-def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
+def _write_student(job: Job, folder: Path) -> float:
     merged, expected = _merge(job)
     reloaded = _write(job, stock_class(merged.config), folder, merged)
-    return verify.check_outputs("the transformer", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
+    found = verify.flow_map_outputs(reloaded, job.probe)
+    return verify.check_outputs("the transformer", found, expected, job.tolerance)
 
 
 def _write(job: Job, network_class: Stock, folder: Path, network: Any) -> Any:
