@@ -14,7 +14,7 @@ from anyflow_train.commands.runs import find_runs, is_locked, key_of
 from anyflow_train.config.keys import flatten
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, read_object, regular
-from anyflow_train.training.checkpoints.state import CHECKPOINT
+from anyflow_train.training.checkpoints.state import CHECKPOINT, checkpoint_name, step_of
 from anyflow_train.watch.metrics import VALIDATION, Metrics
 
 POINTS = 12_000
@@ -58,12 +58,12 @@ class WatchedRun:
 
     def videos(self) -> list[int]:
         """Steps of the validations that have a video."""
-        names = (path.parent.name for path in (self.folder / "validation").glob("step_*/grid.mp4"))
-        return sorted(int(name.removeprefix("step_")) for name in names if CHECKPOINT.fullmatch(name))
+        folders = (path.parent for path in (self.folder / "validation").glob("step_*/grid.mp4"))
+        return sorted(step_of(folder) for folder in folders if CHECKPOINT.fullmatch(folder.name))
 
     def video(self, step: int) -> Path:
         """Return the file of a validation's video. Raises OSError if it is missing or leads out of the run."""
-        return regular(inside(self.folder, f"validation/step_{step:08d}/grid.mp4"))
+        return regular(inside(self.folder, f"validation/{checkpoint_name(step)}/grid.mp4"))
 
     def teacher(self) -> dict[int, list[float]]:
         """Return the teacher's energy distance by number of calls, from an evaluation near the run."""
