@@ -26,7 +26,7 @@ from anyflow_train.export.weights import Stock, stock_class, stored, to_wan, wri
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import assemble
-from anyflow_train.models.pretrained import DELTA, TIME, open_pretrained
+from anyflow_train.models.pretrained import DELTA, TEACHER_TIMES, TIME, open_pretrained
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import read_step
 from anyflow_train.training.weight_source import base_of, open_base, open_source
@@ -119,7 +119,7 @@ def export_comfyui(job: Job) -> Exported:
     file = job.folder / f"{job.trained.run}.safetensors"
     comfyui.write_model(file, comfyui.folded(state, merged), job.config.precision, _metadata(job))
     comfyui.write_node(job.folder, job.trained.run, state, merged)
-    return Exported(_check_folded(job, merged, open_pretrained(file, verify.FOLDED_TIMES).read))
+    return Exported(_check_folded(job, merged, open_pretrained(file, TEACHER_TIMES).read))
 
 
 def export_comfyui_lora(job: Job) -> Exported:
@@ -210,7 +210,7 @@ def _metadata(job: Job) -> dict[str, Any]:
 def _check_folded(job: Job, network: Backbone, read: Callable[[str], Tensor]) -> float:
     """Compare the Wan2.1 network of a written file with the trained network at r = 0."""
     probe = verify.Probe.of(network.config)
-    arguments = {**network.config, **verify.FOLDED_TIMES}
+    arguments = {**network.config, **TEACHER_TIMES}  # its only time embedding holds the second time at r = 0
     written = assemble(arguments, lambda name: read(name.replace(DELTA, TIME)))
     found = verify.flow_map_outputs(written, probe, verify.AT_ONCE)
     expected = verify.flow_map_outputs(network, probe, verify.TO_DATA)

@@ -43,8 +43,6 @@ AT_ONCE: Pairs = tuple((t, t) for t, _ in TIMES)
 TO_DATA: Pairs = tuple((t, 0.0) for t, _ in TIMES)
 """The same times with r = 0: whole jumps."""
 SAMPLING_STEPS = 2
-FOLDED_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
-"""Arguments of a network whose file contains the second time at r = 0 in its only time embedding."""
 
 
 class WrongExport(RuntimeError):

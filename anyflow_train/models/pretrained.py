@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from anyflow_train.config import original
-from anyflow_train.config.network import Causal, plain
+from anyflow_train.config.network import STUDENT_TIMES, Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader, weight_files
 from anyflow_train.errors import UserError
 from anyflow_train.files import parse_json
@@ -39,9 +39,6 @@ _ONLY_VALUE = {
 
 SHARED_CONFIG = tuple(name for name in signature(WanTransformer3DModel).parameters if name not in _ONLY_VALUE)
 """Constructor arguments that the Wan2.1 transformer and the student share."""
-
-STUDENT_TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
-"""Default handling of the second time in a student from a Wan2.1 transformer."""
 
 TEACHER_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
 """Arguments of a teacher. At gate 0 the second time has no effect, so the network is the Wan2.1 transformer."""
