@@ -45,7 +45,7 @@ HUB_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the files of a run say: errors that would end it, and warnings about files that do not exist yet."""
+    """Findings in the files of a run: errors that would end it, and warnings about files that do not exist yet."""
 
     errors: tuple[UserError, ...]
     warnings: tuple[UserError, ...]

@@ -80,7 +80,7 @@ class Bucket(Model):
 
 
 class Growing(Model):
-    """What changes when a folder grows, except its shards.
+    """Parts of the manifest that change when a folder grows, except its shards.
 
     dropped: places (first, last + 1) in a shard of samples that a later one replaces, because the clip has changed.
     longest_text: tokens of the longest caption; None if unknown.

@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for.
+    """Wish of the user.
 
     Attributes:
         prompt: the prompt.
@@ -93,13 +93,13 @@ class Player:
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that makes clips.
+    """Players and codec that make clips together.
 
     Attributes:
         players: the model, and the teacher if there is one.
         shape: shape of the clips.
         codec: decodes clips, and encodes uploaded files.
-        encode: prompt -> embedding (L, D). The last prompts are remembered.
+        encode: encodes a prompt to an embedding (L, D), and remembers the last prompts.
         fps: frames per second.
     """
 

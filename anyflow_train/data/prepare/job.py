@@ -69,7 +69,7 @@ class PreparePlan:
 
     @cached_property
     def wanted(self) -> Wanted:
-        """What the folder shall hold. This reads all captions."""
+        """Content that the folder shall have. Reads all captions."""
         validation = read_prompts(self.config.validation_prompts, "validation_prompts")
         return Wanted(
             records={clip.key: record_of(clip) for clip in self.source.clips},
