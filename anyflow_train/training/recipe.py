@@ -105,9 +105,8 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         several = len(data.sizes) > 1 or any(manifest.buckets for manifest in shards.manifests)
         buckets = split_by_size(shards, data.sizes) if several else ()
     else:
-        sized = [data.model_copy(update=size._asdict()) for size in data.sizes]
         channels = config.student.architecture.in_channels
-        buckets = size_prompts(shards, [latent_shape(one, channels) for one in sized])
+        buckets = size_prompts(shards, [latent_shape(size, channels) for size in data.sizes])
     return Loader(
         shards,
         config.seed,
