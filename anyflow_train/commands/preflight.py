@@ -31,7 +31,7 @@ from anyflow_train.config.pipelines import (
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
-from anyflow_train.errors import UserError, raise_all
+from anyflow_train.errors import UserError, raise_all, reason_of
 from anyflow_train.files import check_writable, existing_part, open_inside
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
@@ -187,7 +187,7 @@ def _folder(path: Path, source: str) -> Path:
         problem = "is not in the hub cache, and the hub cannot be reached; the run downloads it"
         raise FileNotFoundError(problem) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        problem = f"does not exist yet, also not as a hub id: {str(error).strip().splitlines()[0]}"
+        problem = f"does not exist yet, also not as a hub id: {reason_of(error)}"
         raise FileNotFoundError(problem) from None
     return Path(config).parent
 
