@@ -25,7 +25,7 @@ from anyflow_train.config.objective import ObjectiveConfig
 from anyflow_train.config.objectives import OURS, OurObjective, SavedObjective, kind_of
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.text import nearest_hint
+from anyflow_train.text import is_within, nearest_hint
 
 GROUP = "anyflow_train.objectives"
 KEY = "objective.kind"
@@ -96,7 +96,7 @@ def _imported(target: str) -> Any:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        if module_name == missing or module_name.startswith(f"{missing}."):
+        if is_within(module_name, [missing]):
             where = "install it, add it to PYTHONPATH, or start in its folder"
             raise UserError(KEY, f"module {missing!r} of {target!r} not found; {where}") from error
         raise UserError(KEY, f"{module_name!r} cannot be imported: module {missing!r} not found") from error

@@ -10,6 +10,7 @@ from typing import Any
 from anyflow_train.config.keys import flatten
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.text import is_within
 from anyflow_train.training.checkpoints.config_file import decode_saved
 from anyflow_train.training.checkpoints.inputs import SET_BACK, Inputs
 from anyflow_train.training.checkpoints.reading import (
@@ -32,8 +33,8 @@ FREE_KEYS = (
     "log",
     "max_nonfinite_steps",
     "profile",
-    "checkpoint.",
-    "tracker.",
+    "checkpoint",
+    "tracker",
     "evaluation.every",
     "evaluation.videos",
     "evaluation.reference_videos",
@@ -42,7 +43,7 @@ FREE_KEYS = (
     "data.max_bad_share",
     "data.cache",
     "data.cache_gib",
-    "data.generations.",
+    "data.generations",
     "engine.device",
     "engine.threads",
     "engine.micro_batch",
@@ -125,12 +126,8 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs
     errors = [
         UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {SET_BACK}")
         for key in changed
-        if not _is_free(key)
+        if not is_within(key, FREE_KEYS)
     ]
     others = [key for key, equal in same.items() if not equal]
     errors += [UserError(key, inputs.problem(key, before.get(key), now.get(key), where)) for key in others]
     raise_all(errors)
-
-
-def _is_free(key: str) -> bool:
-    return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_KEYS)
