@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_train.errors import UserError
 
@@ -40,3 +42,14 @@ def pick_device(name: str, threads: int, key: str = "device", local_rank: int | 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Return the dtype of matrix products with float32 weights; None for float32 products."""
     return None if precision == "fp32" else DTYPES[precision]
+
+
+def attention_works(kernel: SDPBackend, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> bool:
+    """Try a kernel of attention, forward and backward, on heads (1, H, S, head_dim). Returns whether it works."""
+    query, key, value = (torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    try:
+        with sdpa_kernel(kernel):
+            F.scaled_dot_product_attention(query, key, value).sum().backward()
+    except RuntimeError:
+        return False
+    return True

@@ -75,6 +75,11 @@ def raise_all(errors: Sequence[UserError], kind: type[UserErrors] = UserErrors) 
         raise kind(errors)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ConfigWarning(UserWarning):
     """A warning about a config: printed as one line, and the command continues."""
 

@@ -57,6 +57,11 @@ def nearest_hint(wrong: str, valid: Iterable[str]) -> str:
     return f"; nearest is {near!r}" if near else ""
 
 
+def is_within(name: str, owners: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `owners`, or inside one of them."""
+    return any(f"{name}.".startswith(f"{owner}.") for owner in owners)
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Format a Markdown table with aligned columns, as lines; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -17,6 +17,7 @@ from anyflow_train.bench.notes import Notes
 from anyflow_train.bench.steps import random_batches, seconds_of
 from anyflow_train.config.compose import asset, compose
 from anyflow_train.config.run import RunConfig
+from anyflow_train.errors import reason_of
 from anyflow_train.flow.draw import Draw
 from anyflow_train.models import fused
 from anyflow_train.models.build import build_network
@@ -108,7 +109,7 @@ def attention(notes: Notes, rehearse: bool, settings: list[str]) -> None:
             try:
                 notes.check(name, _attention_difference(device), HALF)
             except RuntimeError as error:
-                notes.add(**{name: f"does not run here: {str(error).splitlines()[0]}"})
+                notes.add(**{name: f"does not run here: {reason_of(error)}"})
                 continue
             for keys in (tokens, text):
                 notes.add(**{f"{name}, {keys} keys": _attention_speed(heads, size, tokens, keys, device)})

@@ -180,7 +180,7 @@ def report(found: Mapping[str, Mapping[str, Any]], rehearsal: bool) -> str:
 
 
 def _row(name: str, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A measured step. Those of the same recipe are compared with the published way's."""
+    """Write the row of a measured step. A step of the same recipe as the published way's is compared with it."""
     each, base = measured[name], measured.get("published", {}).get("seconds")
     compared = base is not None and steps.PUBLISHED[0] in PARTS[name].settings
     return [

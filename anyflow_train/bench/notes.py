@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Notes:
-    """What a part has found so far.
+    """Figures that a part has found so far.
 
-    A part that is ended, crashes or runs out of memory loses nothing of what it had found before.
+    They are on the disk after each figure, so that a part that crashes or is killed loses none of them.
 
     Args:
         file: JSON file that is written after every figure.
@@ -29,7 +29,7 @@ class Notes:
         return self._end - time.monotonic()
 
     def add(self, **figures: Any) -> None:
-        """Keep figures by name; a later one replaces an earlier one."""
+        """Keep figures by name. A later figure of the same name replaces the earlier one."""
         self._found |= figures
         partial = self._file.with_suffix(".partial")
         partial.write_text(json.dumps(self._found))

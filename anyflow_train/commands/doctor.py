@@ -112,21 +112,16 @@ def _devices(torch: Any) -> Iterator[Line]:
 
 def _attention(torch: Any) -> Iterator[Line]:
     """Try each attention kernel of torch, forward and backward."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import SDPBackend
+
+    from anyflow_train.devices import attention_works
 
     cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
     names = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
     names |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION} if cuda else {}
-    works, fails = [], []
-    for name, backend in names.items():
-        query = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
-        try:
-            with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
-            works.append(name)
-        except RuntimeError:
-            fails.append(name)
+    works = [name for name, kernel in names.items() if attention_works(kernel, (1, 2, 64, 64), device, dtype)]
+    fails = [name for name in names if name not in works]
     state = "wrong" if not works else "note" if "flash" in fails else "ok"
     without = f"; not: {', '.join(fails)}" if fails else ""
     yield Line(state, f"attention kernels on {device}: {', '.join(works) or 'none works'}{without}")

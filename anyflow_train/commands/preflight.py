@@ -6,6 +6,7 @@ Local folders are read, and the configs of hub ids. Remote shards are checked wh
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.derived import most_checkpoints, needs_teacher
-from anyflow_train.config.network import Architecture, Lora, is_in, is_target, plain
+from anyflow_train.config.network import Lora, is_in, is_target, plain
 from anyflow_train.config.original import KIND, architecture, is_weights_file, read_shapes
 from anyflow_train.config.parameters import layers
 from anyflow_train.config.pipelines import (
@@ -30,7 +31,7 @@ from anyflow_train.config.pipelines import (
 from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
-from anyflow_train.errors import UserError, raise_all
+from anyflow_train.errors import UserError, raise_all, reason_of
 from anyflow_train.files import check_writable, existing_part, open_inside
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
@@ -44,7 +45,7 @@ HUB_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the files of a run say: errors that would end it, and warnings about files that do not exist yet."""
+    """Findings in the files of a run: errors that would end it, and warnings about files that do not exist yet."""
 
     errors: tuple[UserError, ...]
     warnings: tuple[UserError, ...]
@@ -186,7 +187,7 @@ def _folder(path: Path, source: str) -> Path:
         problem = "is not in the hub cache, and the hub cannot be reached; the run downloads it"
         raise FileNotFoundError(problem) from None
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        problem = f"does not exist yet, also not as a hub id: {str(error).strip().splitlines()[0]}"
+        problem = f"does not exist yet, also not as a hub id: {reason_of(error)}"
         raise FileNotFoundError(problem) from None
     return Path(config).parent
 
@@ -204,27 +205,12 @@ def _disk(config: RunConfig, _key: str, folder: str) -> Iterator[str]:
 
 def trained_parameters(config: RunConfig) -> int:
     """Count the student's trained parameters in linear layers, which are nearly all of them."""
-    shape, adapter, count = config.student.architecture, config.student.adapter, 0
-    for name, is_linear in layers(shape).items():
-        if is_linear:
-            into, out = _sides(name, shape)
-            if not isinstance(adapter, Lora) or is_in(name, adapter.full_modules):
-                count += into * out
-            elif is_target(name, adapter.targets):
-                count += adapter.rank * (into + out)
+    adapter, count = config.student.adapter, 0
+    for name, sides in layers(config.student.architecture).items():
+        if sides is None:
+            continue
+        if not isinstance(adapter, Lora) or is_in(name, adapter.full_modules):
+            count += math.prod(sides)
+        elif is_target(name, adapter.targets):
+            count += adapter.rank * sum(sides)
     return count
-
-
-def _sides(name: str, shape: Architecture) -> tuple[int, int]:
-    width = shape.num_attention_heads * shape.attention_head_dim
-    patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
-    sides = {
-        "ffn.net.0.proj": (width, shape.ffn_dim),
-        "ffn.net.2": (shape.ffn_dim, width),
-        "text_embedder.linear_1": (shape.text_dim, width),
-        "time_embedder.linear_1": (shape.freq_dim, width),
-        "delta_embedder.linear_1": (shape.freq_dim, width),
-        "time_proj": (width, 6 * width),
-        "proj_out": (width, patch * shape.out_channels),
-    }
-    return next((size for ending, size in sides.items() if name.endswith(ending)), (width, width))

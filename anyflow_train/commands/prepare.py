@@ -12,7 +12,6 @@ from torch import Tensor
 from anyflow_train.commands.shards import LABEL, write_contact_sheet
 from anyflow_train.config.commands import PrepareConfig
 from anyflow_train.config.derived import latent_shape
-from anyflow_train.config.run import Data
 from anyflow_train.data.index import Skipped
 from anyflow_train.data.prepare import command
 from anyflow_train.data.prepare.job import make_plan
@@ -95,8 +94,7 @@ def teacher_latents(config: PrepareConfig, device: torch.device, negative: Tenso
         UserError: the teacher cannot be loaded.
     """
     teacher, length = load_teacher(config.teacher or ""), config.max_text_length
-    sized = [Data(shards="", **size._asdict()) for size in config.sizes]
-    shapes = [latent_shape(data, teacher.network.config["in_channels"]) for data in sized]
+    shapes = [latent_shape(size, teacher.network.config["in_channels"]) for size in config.sizes]
     flow_map = on_device(teacher.network, device, autocast_dtype(config.precision))
     flow_map = guided(flow_map, padded_condition([negative], length, device), config.guidance_scale)
 

@@ -20,12 +20,12 @@ from anyflow_train.training.checkpoints.state import list_checkpoints, step_of
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run directory says about its run.
+    """State of a run, as its directory tells it.
 
     Attributes:
         folder: the run directory.
         state: running, finished or stopped.
-        step, steps: steps done and wanted; None if the files do not say.
+        step, steps: steps done, and steps of the whole run; None if the files do not say.
         quality: name and value of the best metric's last measurement; empty without a validation.
         bytes: size on disk.
     """

@@ -56,9 +56,8 @@ def run(config: SampleConfig) -> None:
     source = config.codec or find_codec(model.codec_source)
     codec = Codec.load(source, device, torch.float32)
     shape = clip_shape(ClipRequest(config.frames, config.height, config.width, config.chunk_partition), model, codec)
-    start, size = _source(config, model), shape.size
-    frames = shape.latent[0]
-    given = None if start is None else given_latents(start, codec, frames, size.height, size.width, shape.chunks)
+    start = _source(config, model)
+    given = None if start is None else given_latents(start, codec, shape)
     texts = encode_texts(source, [*prompts, config.negative_prompt], config.text_length, device, dtype)
     negative = padded_condition(texts[-1:], config.text_length, device)
     flow_map = guided(on_device(model.network, device, dtype), negative, config.guidance_scale)
@@ -79,7 +78,7 @@ def run(config: SampleConfig) -> None:
                 rows[prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}"] = row
     columns = [calls(steps) for steps in config.calls]
     write_grid(Grid(list(rows), columns, list(rows.values()), config.fps), *(out / name for name in GRIDS))
-    made = owner | {"model": model.name, "step": model.step, **size._asdict(), "videos": videos}
+    made = owner | {"model": model.name, "step": model.step, **shape.size._asdict(), "videos": videos}
     write_json(out / INDEX, config.model_dump(mode="json", exclude={"out"}) | made)
     print(f"wrote {len(videos)} videos, grid.mp4, grid.gif and index.json to {out}")
 

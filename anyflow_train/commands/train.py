@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import LostProcess, UserError
+from anyflow_train.errors import LostProcess, UserError, reason_of
 from anyflow_train.evaluation.validation import build_validator
 from anyflow_train.training import run as training
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
@@ -44,8 +44,7 @@ def run(config: RunConfig) -> int:
     try:
         code = _run(config)
     except BaseException as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        notifier.send("failed", f"failed: {reason}")
+        notifier.send("failed", f"failed: {reason_of(error)}")
         raise
     done = RunDirectory.of(config).read_done()
     state = "stopped" if done is None else "finished"
@@ -65,9 +64,9 @@ def _run(config: RunConfig) -> int:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no type of its own for that
             raise
-        reason = str(error).strip().splitlines()[0]
         advice = "start again to resume from the last checkpoint"
-        raise LostProcess(f"lost contact with another process; {advice} ({socket.gethostname()}: {reason})") from error
+        cause = f"{socket.gethostname()}: {reason_of(error)}"
+        raise LostProcess(f"lost contact with another process; {advice} ({cause})") from error
 
 
 def _foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Forecast:

@@ -45,7 +45,7 @@ from anyflow_train.config.rules import commands as command_rules
 from anyflow_train.config.rules.run import run_errors
 from anyflow_train.config.run import RunConfig
 from anyflow_train.config.stages import name_experiment
-from anyflow_train.errors import ConfigWarning, UserError, raise_all
+from anyflow_train.errors import ConfigWarning, UserError, raise_all, reason_of
 
 MODELS: dict[str, type[Model]] = {
     "train": RunConfig,
@@ -226,5 +226,5 @@ def _unresolvable(composed: DictConfig, key: str) -> str | None:
     try:
         OmegaConf.select(composed, key, throw_on_resolution_failure=True)
     except OmegaConfBaseException as error:
-        return str(error).splitlines()[0]
+        return reason_of(error)
     return None

@@ -44,12 +44,12 @@ def decode(
     """
     errors = [UserError(key, message) for key, message in known.items()]
     wrong = set(known)
-    decoded, details = _validate(model, values)
+    decoded, details = validate(model, values)
     wrong_fields = list(field_errors(model, values, details))
     errors += [UserError(dotted, message) for field, dotted, message in wrong_fields if field not in wrong]
     wrong |= {field for field, _, _ in wrong_fields}
     if decoded is None:
-        decoded, _ = _validate(model, _replaced(values, wrong, fallback()))
+        decoded, _ = validate(model, _replaced(values, wrong, fallback()))
     if decoded is not None:
         errors += [finding.error() for finding in rules(decoded) if not finding.involves(wrong)]
     return (None if errors else decoded), errors
@@ -75,7 +75,8 @@ def _at(values: Any, dotted: str) -> Any:
     return values
 
 
-def _validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[ErrorDetails]]:
+def validate(model: type[M], values: Mapping[str, Any]) -> tuple[M | None, list[ErrorDetails]]:
+    """Decode `values` strictly. Returns the model, or None and pydantic's errors."""
     # Through JSON, because strict pydantic then accepts a list for a tuple and no other conversion. A saved
     # config.json is read back in this way too.
     try:

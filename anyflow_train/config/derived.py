@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+from anyflow_train.config.base import ClipSize
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.config.network import Architecture, Lora
 from anyflow_train.config.run import Data, RunConfig
@@ -16,16 +17,21 @@ SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 
 
-def latent_shape(data: Data, channels: int) -> tuple[int, int, int, int]:
-    """Return (F, C, H, W) of the latents of one clip."""
-    frames = (data.frames - 1) // TEMPORAL_FACTOR + 1
-    return frames, channels, data.height // SPATIAL_FACTOR, data.width // SPATIAL_FACTOR
+def latent_shape(
+    size: ClipSize | Data, channels: int, temporal: int = TEMPORAL_FACTOR, spatial: int = SPATIAL_FACTOR
+) -> tuple[int, int, int, int]:
+    """Return (F, C, H, W) of the latents of one clip.
+
+    Args:
+        temporal: frames per latent frame after the first.
+        spatial: pixels per latent, in height and in width.
+    """
+    return (size.frames - 1) // temporal + 1, channels, size.height // spatial, size.width // spatial
 
 
-def largest(data: Data) -> Data:
-    """Return the data config with the size of the bucket that has the most latents, which decides the memory."""
-    sizes = [data.model_copy(update=size._asdict()) for size in data.sizes]
-    return max(sizes, key=lambda one: math.prod(latent_shape(one, 1)))
+def largest(data: Data) -> ClipSize:
+    """Find the size of the clips with the most latents, which decides the memory."""
+    return max(data.sizes, key=lambda size: math.prod(latent_shape(size, 1)))
 
 
 def token_grid(latent: tuple[int, int, int, int], architecture: Architecture) -> tuple[int, int, int]:
@@ -104,7 +110,7 @@ def table(config: RunConfig, world: int) -> list[tuple[str, str]]:
     rows.append(("tokens", f"{math.prod(grid):,} per sample ({' x '.join(map(str, grid))})"))
     most = math.prod(latent_shape(largest(config.data), 1))
     for size in config.data.buckets:
-        count = math.prod(latent_shape(config.data.model_copy(update=size._asdict()), 1))
+        count = math.prod(latent_shape(size, 1))
         turns = most // count
         samples = f"{turns} x {engine.global_batch}" if turns > 1 else str(engine.global_batch)
         tokens = count // math.prod(architecture.patch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyflow_train.errors import UserError
+from anyflow_train.text import is_within
 
 
 @dataclass(frozen=True)
@@ -28,4 +29,4 @@ class Finding:
 
     def involves(self, keys: set[str]) -> bool:
         """Whether a key of the finding is one of `keys` or inside one of them."""
-        return any(mine == key or mine.startswith(f"{key}.") for mine in self.keys for key in keys)
+        return any(is_within(mine, keys) for mine in self.keys)

@@ -12,6 +12,7 @@ from typing import Any
 from anyflow_train.config.base import Model
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.keys import chosen, variants
+from anyflow_train.text import is_within
 
 
 def drop_foreign_keys(
@@ -33,7 +34,7 @@ def drop_foreign_keys(
         foreign = [
             key
             for key in node.keys() - fitting[0].model_fields.keys()
-            if not any(_inside(one, f"{dotted}.{key}") for one in typed)
+            if not any(is_within(one, [f"{dotted}.{key}"]) for one in typed)
             and (_changes_kind(dotted, typed) or any(key in kind.model_fields for kind in kinds))
         ]
         if "kind" in node and foreign:
@@ -43,10 +44,6 @@ def drop_foreign_keys(
             text = f"{node['kind']} does not have {', '.join(keys)}; these keys of the config files are ignored"
             yield Finding((f"{dotted}.kind", *keys), text)
         yield from drop_foreign_keys(fitting[0], node, typed, f"{dotted}.")
-
-
-def _inside(typed: str, key: str) -> bool:
-    return typed == key or typed.startswith(f"{key}.")
 
 
 def _changes_kind(dotted: str, typed: Sequence[str]) -> bool:

@@ -131,8 +131,11 @@ class Student(Model):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the network's constructor."""
-        times = {"gate_value": self.gate_value, "deltatime_type": self.deltatime_type}
-        return {**self.architecture.arguments(), **times}
+        return self.architecture.arguments() | self.model_dump(include=set(STUDENT_TIMES))
+
+
+STUDENT_TIMES = {name: Student.model_fields[name].default for name in ("gate_value", "deltatime_type")}
+"""How a student takes the second time: arguments of its constructor, with their defaults."""
 
 
 class Teacher(Model):

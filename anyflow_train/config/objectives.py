@@ -238,10 +238,15 @@ class SavedObjective(ObjectiveConfig):
     model_config = ConfigDict(extra="allow")
 
 
+def kind_of(value: Any) -> Any:
+    """Return the kind of an objective's config, or of the mapping that it is decoded from."""
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
 def _tag(value: Any) -> str:
     """Return the kind of one of our objectives, or `own` for a user's objective."""
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(kind) if str(kind) in OURS else "own"
+    kind = str(kind_of(value))
+    return kind if kind in OURS else "own"
 
 
 def _saved(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.files import regular
 
 KIND = "WanModel"
@@ -82,7 +82,7 @@ def unreadable(path: Path, error: Exception) -> str:
                 return "is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository"
     except OSError as unread:
         return f"cannot be read ({unread.strerror})"
-    return f"is damaged or not a safetensors file ({str(error).splitlines()[0]}); copy or download it again"
+    return f"is damaged or not a safetensors file ({reason_of(error)}); copy or download it again"
 
 
 def architecture(shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> dict[str, Any]:

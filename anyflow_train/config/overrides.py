@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from anyflow_train.config.groups import EXPERIMENT, Choice, choices_for
 from anyflow_train.errors import UserError
-from anyflow_train.text import nearest, nearest_hint
+from anyflow_train.text import nearest, nearest_hint, quoted
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
     if not equals or not key:
         raise UserError(argument, "is not of the form key=value or group=choice")
     if key in TEXTS and text and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
-        escaped = text.replace("\\'", "\\\\'").replace("'", "\\'")
-        text = f"'{escaped}'"
+        text = quoted(text)
     try:
         parsed = parser.parse_override(f"{key}={text}")
     except HydraException as error:

@@ -22,10 +22,10 @@ from pydantic import Discriminator, Tag, create_model
 
 from anyflow_train.config.keys import variants
 from anyflow_train.config.objective import ObjectiveConfig
-from anyflow_train.config.objectives import OURS, OurObjective, SavedObjective
+from anyflow_train.config.objectives import OURS, OurObjective, SavedObjective, kind_of
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.text import nearest_hint
+from anyflow_train.text import is_within, nearest_hint
 
 GROUP = "anyflow_train.objectives"
 KEY = "objective.kind"
@@ -85,12 +85,8 @@ def _runs(kind: str | None, own: type[ObjectiveConfig] | None) -> type[RunConfig
     if own is not None:
         kinds = {**{model.model_fields["kind"].default: model for model in variants(OurObjective)}, str(kind): own}
         tagged = Union[tuple(Annotated[model, Tag(name)] for name, model in kinds.items())]  # noqa: UP007 (a list of types)
-        either = Annotated[tagged, Discriminator(_kind)]
+        either = Annotated[tagged, Discriminator(kind_of)]
     return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, objective=(either, ...))
-
-
-def _kind(value: Any) -> Any:
-    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
 
 
 def _imported(target: str) -> Any:
@@ -100,7 +96,7 @@ def _imported(target: str) -> Any:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        if module_name == missing or module_name.startswith(f"{missing}."):
+        if is_within(module_name, [missing]):
             where = "install it, add it to PYTHONPATH, or start in its folder"
             raise UserError(KEY, f"module {missing!r} of {target!r} not found; {where}") from error
         raise UserError(KEY, f"{module_name!r} cannot be imported: module {missing!r} not found") from error

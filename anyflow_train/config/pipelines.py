@@ -1,4 +1,4 @@
-"""Which pipelines in diffusers' layout a student can be built from. Reads their JSON files only, without torch."""
+"""Checks that a student can be built from a pipeline in diffusers' layout. Reads its JSON files only, without torch."""
 
 from __future__ import annotations
 

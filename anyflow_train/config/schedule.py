@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from pydantic import ValidationError
-
-from anyflow_train.config.decode import field_errors
+from anyflow_train.config.decode import field_errors, validate
 from anyflow_train.config.run import RunConfig
-from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.errors import UserError, UserErrors, raise_all
 
 KEY = "objective.schedule"
 # Groups whose keys a stage may change. Everything else of a run is built once.
@@ -51,8 +48,7 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
             continue
         found.append(Stage(range(start, min(start + part.steps, config.steps)), changed))
         start += part.steps
-    if errors:
-        raise UserErrors(errors)
+    raise_all(errors)
     found.append(Stage(range(start, config.steps), plain))
     return tuple(stage for stage in found if stage.steps)
 
@@ -79,13 +75,9 @@ def _changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
         for key, value in changes.items():
             if key.startswith(f"{group}.") and key not in FIXED:
                 _set(values, key.partition(".")[2], value)
-        try:
-            groups[group] = type(now).model_validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            details = error.errors(include_url=False, include_context=True)
-            errors += [UserError(f"{group}.{key}", text) for _, key, text in field_errors(type(now), values, details)]
-    if errors:
-        raise UserErrors(errors)
+        groups[group], details = validate(type(now), values)
+        errors += [UserError(f"{group}.{key}", text) for _, key, text in field_errors(type(now), values, details)]
+    raise_all(errors)
     return config.model_copy(update=groups)
 
 

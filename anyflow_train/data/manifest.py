@@ -80,7 +80,7 @@ class Bucket(Model):
 
 
 class Growing(Model):
-    """What changes when a folder grows, except its shards.
+    """Parts of the manifest that change when a folder grows, except its shards.
 
     dropped: places (first, last + 1) in a shard of samples that a later one replaces, because the clip has changed.
     longest_text: tokens of the longest caption; None if unknown.
@@ -271,19 +271,14 @@ def check_compatible(
         raise UserError(key, "these shards contain prompts without video, but this run trains on video")
     frames, channels, height, width = manifest.latent_shape
     found, wanted = manifest.clip_sizes, data.sizes if key == "data.shards" else (data.size,)
-    if len(found) + len(wanted) > 2 and not {*found} & {*wanted}:
+    several_sizes = len(found) + len(wanted) > 2
+    if several_sizes and not {*found} & {*wanted}:
         sizes, held = ("; ".join(map(str, several)) for several in (wanted, found))
         advice = "data.buckets to some of them" if key == "data.shards" else "data.frames, ... to one of them"
         raise UserError(key, f"the sizes of {key} are {held}, but this run needs {sizes}; set {advice}")
-    pairs = [
-        ("data.frames", data.frames, manifest.frames, "frames"),
-        ("data.height", data.height, manifest.height, "pixels high"),
-        ("data.width", data.width, manifest.width, "pixels wide"),
-    ]
-    pairs = [
-        *(pairs if len(found) + len(wanted) == 2 else []),
-        ("student.architecture.in_channels", architecture.in_channels, channels, "latent channels"),
-    ]
+    units = {"frames": "frames", "height": "pixels high", "width": "pixels wide"} if not several_sizes else {}
+    pairs = [(f"data.{name}", getattr(data, name), getattr(manifest, name), unit) for name, unit in units.items()]
+    pairs.append(("student.architecture.in_channels", architecture.in_channels, channels, "latent channels"))
     errors = [*_different(pairs, key), *_text_errors(manifest, data, architecture, key)]
     patch = architecture.patch_size
     if frames % patch[0] or height % patch[1] or width % patch[2]:

@@ -148,28 +148,23 @@ class ShardSet:
 
     def read(self, index: int) -> Sample:
         """Read the sample with an index in [0, len). Raises BadSampleError if it cannot be used."""
-        number, place = self._locate(index)
-        name, key = self.manifest.shards[number].name, f"sample {place}"
+        entry, (number, _) = self.entry(index), self._locate(index)
         try:
-            entry = self.entry(index)
-            key = entry.key
             with self._open(number) as file:
                 data = _read_part(file, entry.offset, entry.size)
                 caption = _read_part(file, entry.caption_offset, entry.caption_size)
             return self._decode(entry, data, caption)
         except (OSError, ValueError, SafetensorError) as error:
-            raise BadSampleError(name, key, str(error)) from error
+            raise BadSampleError(self.manifest.shards[number].name, entry.key, str(error)) from error
 
     def entry(self, index: int) -> SampleEntry:
         """Return the index entry of the sample with an index in [0, len). Raises BadSampleError if there is none."""
         number, place = self._locate(index)
         try:
             return self._index(number).entries[place]
-        except (OSError, ValueError) as error:
-            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", str(error)) from error
-        except IndexError:
-            problem = "the shard ends before it"
-            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", problem) from None
+        except (OSError, ValueError, IndexError) as error:
+            problem = "the shard ends before it" if isinstance(error, IndexError) else str(error)
+            raise BadSampleError(self.manifest.shards[number].name, f"sample {place}", problem) from error
 
     def key(self, index: int) -> str:
         """Return the name of a sample, printable. Raises BadSampleError, as `entry` does."""

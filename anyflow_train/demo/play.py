@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for.
+    """Wish of the user.
 
     Attributes:
         prompt: the prompt.
@@ -93,13 +93,13 @@ class Player:
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything that makes clips.
+    """Players and codec that make clips together.
 
     Attributes:
         players: the model, and the teacher if there is one.
         shape: shape of the clips.
         codec: decodes clips, and encodes uploaded files.
-        encode: prompt -> embedding (L, D). The last prompts are remembered.
+        encode: encodes a prompt to an embedding (L, D), and remembers the last prompts.
         fps: frames per second.
     """
 
@@ -135,10 +135,8 @@ class Stage:
 
     def _given(self, path: Path) -> Tensor:
         check_picture(path)
-        source, size = ConditioningSource("file", path, None, self.fps), self.shape.size
-        frames, chunks = self.shape.latent[0], self.shape.chunks
         try:
-            return given_latents(source, self.codec, frames, size.height, size.width, chunks)
+            return given_latents(ConditioningSource("file", path, None, self.fps), self.codec, self.shape)
         except UserError as error:  # without the folder of uploads
             raise UserError(error.where, error.problem.replace(str(path), path.name)) from None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anyflow_train.config.base import ClipSize
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.derived import latent_shape
 from anyflow_train.config.rules.geometry import video_size
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.evaluation.load import LoadedNetwork
@@ -65,11 +66,10 @@ def clip_shape(requested: ClipRequest, model: LoadedNetwork, codec: Codec) -> Sh
         UserError: the chunks do not add up to the clip, or chunks are set for a model that is not causal.
     """
     size = _size(requested, model)
-    frames = (size.frames - 1) // codec.temporal_factor + 1
-    chunks = _chunks(requested, model, size, frames)
+    latent = latent_shape(size, model.network.config["in_channels"], codec.temporal_factor, codec.spatial_factor)
+    chunks = _chunks(requested, model, size, latent[0])
     _check_size(size, model, chunks)
-    sides = (size.height // codec.spatial_factor, size.width // codec.spatial_factor)
-    return Shape(size, (frames, model.network.config["in_channels"], *sides), chunks)
+    return Shape(size, latent, chunks)
 
 
 @dataclass(frozen=True)

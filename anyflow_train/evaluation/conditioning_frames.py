@@ -11,6 +11,7 @@ from torch import Tensor
 from anyflow_train.config.chunks import Chunks
 from anyflow_train.data.prepare.video import ClipError, read_clip
 from anyflow_train.errors import UserError
+from anyflow_train.evaluation.clip_maker import Shape
 from anyflow_train.models.codec import Codec
 
 
@@ -31,9 +32,7 @@ class ConditioningSource:
     fps: float
 
 
-def given_latents(
-    source: ConditioningSource, codec: Codec, frames: int, height: int, width: int, chunks: Chunks | None
-) -> Tensor:
+def given_latents(source: ConditioningSource, codec: Codec, shape: Shape) -> Tensor:
     """Encode the first frames of a file to clean latents (1, P, C, H, W).
 
     A causal network takes whole chunks, and at least one chunk must remain to be generated. Other networks take one
@@ -42,24 +41,21 @@ def given_latents(
     Args:
         source: the file.
         codec: encodes the frames.
-        frames: latent frames of a clip, including the conditioning frames.
-        height: height of a clip in pixels.
-        width: width of a clip in pixels.
-        chunks: chunks of a causal network, otherwise None.
+        shape: shape of a clip, including the conditioning frames.
 
     Raises:
         UserError: the file cannot be read or is too short, or its frames end inside of a chunk or fill the clip.
     """
-    factor = codec.temporal_factor
+    factor, chunks = codec.temporal_factor, shape.chunks
     if source.frames is not None:
         counts = [(source.frames - 1) // factor + 1]
-        _check_count(source, counts[0], frames, chunks)
+        _check_count(source, counts[0], shape.latent[0], chunks)
     else:
         counts = [1] if chunks is None else list(accumulate(chunks.partition))[-2::-1]
     problem = f"chunks {list(chunks.partition) if chunks else []} leave no chunk for conditioning; use two or more"
     for count in counts:
         try:
-            pixels = read_clip(source.path.expanduser(), factor * (count - 1) + 1, height, width, source.fps)
+            pixels = read_clip(source.path.expanduser(), factor * (count - 1) + 1, *shape.size[1:], source.fps)
         except ClipError as error:
             problem = str(error)
             continue

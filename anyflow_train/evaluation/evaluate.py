@@ -195,9 +195,7 @@ def prepare(
     fine = sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
     reference = _reference(config, held_out, teacher, device)
     evaluator = SampleEvaluator(reference, *strata(captions, held_out.captions), config.bootstrap, config.seed)
-    judge = None
-    if config.oracle != "none":
-        judge = partial(judge_clips, decode=partial(_decode, codec, device), batch=8)
+    judge = partial(judge_clips, decode=codec.decode_video, batch=8) if config.oracle != "none" else None
     sampled = evaluator.sampled(fine, config.shift)
     return Comparison(config, held_out, captions, inputs, conditioning, sampled, evaluator, judge, progress)
 
@@ -257,10 +255,6 @@ def _reference(config: EvaluateConfig, held_out: HeldOut, teacher: FlowMap, devi
     return sample_all(EULER, teacher, inputs, config.fine_steps, config.shift)
 
 
-def _decode(codec: Codec, device: torch.device, latents: Tensor) -> Tensor:
-    return codec.decode_video(latents.to(device))
-
-
 def _write_grid(
     comparison: Comparison, codec: Codec, sets: dict[str, dict[int, SampleSet]], fps: float, out: Path
 ) -> None:
@@ -275,9 +269,7 @@ def _write_grid(
         drawn |= {comparison.config.fine_steps: comparison.fine} if name == TEACHER else {}
         headings.append(Heading(name, len(drawn), colour))
         for steps, samples in drawn.items():
-            videos.append(
-                [to_frames(video) for video in _decode(codec, comparison.inputs.device, samples.latents[rows])]
-            )
+            videos.append([to_frames(video) for video in codec.decode_video(samples.latents[rows])])
             columns.append(calls(steps))
     grid = Grid([comparison.captions[row] for row in rows], columns, list(zip(*videos, strict=True)), fps, headings)
     write_grid(grid, out / "grid.mp4", out / "grid.gif")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from anyflow_train.config.chunks import Chunks
+from anyflow_train.config.network import STUDENT_TIMES
 from anyflow_train.evaluation.sampling import clip_sampler
 from anyflow_train.files import EXPORT_MARKER, read_json
 from anyflow_train.flow.causal import ClipSampler
@@ -18,7 +19,7 @@ from anyflow_train.flow.types import FlowMap
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import assemble
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.pretrained import STUDENT_TIMES, TEACHER_TIMES
+from anyflow_train.models.pretrained import TEACHER_TIMES
 from anyflow_train.training.checkpoints.network_file import Sampling
 from anyflow_train.training.checkpoints.reading import read_network, read_step, resolve_checkpoint
 from anyflow_train.training.checkpoints.state import is_run

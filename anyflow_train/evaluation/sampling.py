@@ -64,10 +64,6 @@ class Inputs:
     device: torch.device
     conditioning: Tensor | None = None
 
-    def condition(self, rows: slice) -> Condition:
-        """Return the padded texts of some of the samples, on the device."""
-        return padded_condition(self.texts[rows], self.text_length, self.device)
-
 
 def padded_condition(texts: list[Tensor], length: int, device: torch.device) -> Condition:
     """Combine embeddings (L_i, D) into one condition, text (B, length, D) float32, padded with zeros or cut."""
@@ -89,6 +85,7 @@ def sample_all(sampler: ClipSampler, flow_map: FlowMap, inputs: Inputs, steps: i
     for start in range(0, len(inputs.noise), inputs.batch):
         rows = slice(start, start + inputs.batch)
         noise = inputs.noise[rows].to(inputs.device)
+        condition = padded_condition(inputs.texts[rows], inputs.text_length, inputs.device)
         conditioning = None if inputs.conditioning is None else inputs.conditioning[rows].to(inputs.device)
-        parts.append(sampler(flow_map, noise, inputs.condition(rows), steps, shift, conditioning).float().cpu())
+        parts.append(sampler(flow_map, noise, condition, steps, shift, conditioning).float().cpu())
     return torch.cat(parts)

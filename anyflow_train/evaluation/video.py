@@ -9,17 +9,14 @@ from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 
-import av
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torch import Tensor
 
+from anyflow_train.data.mp4 import Frames as Frames
+from anyflow_train.data.mp4 import to_frames as to_frames
+from anyflow_train.data.mp4 import write_h264
 from anyflow_train.files import atomic_file
 
-Frames = NDArray[np.uint8]
-"""(F, H, W, 3) uint8 RGB."""
 Colour = tuple[int, int, int]
 
 # Layout of a grid: pixels and colours. The background is opaque, so that the grid looks the same on every page.
@@ -34,26 +31,14 @@ PAUSE = 500
 """Milliseconds that a GIF rests on its last frame, so that the eye sees where a clip starts again."""
 
 
-def to_frames(video: Tensor) -> Frames:
-    """Convert a decoded video (3, F, H, W) in [-1, 1] to frames. Values outside of the range are clipped."""
-    scaled = video.detach().float().add(1).mul(127.5).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-
-
 def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     """Write H.264 that browsers play. Odd sizes are padded by one pixel, because the format requires even sizes."""
     padded = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
-        # These options make the file depend on its frames alone. The default number of threads differs between
-        # machines, and with AVX-512 libx264 reads memory that it never set.
-        options = {"crf": "16", "threads": "1", "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width = padded.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in padded:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    # These options make the file depend on its frames alone. The default number of threads differs between
+    # machines, and with AVX-512 libx264 reads memory that it never set.
+    options = {"crf": "16", "threads": "1", "x264-params": "cpu-independent=1"}
+    write_h264(path, padded, Fraction(fps).limit_denominator(1001), "yuv420p", options)
 
 
 def write_gif(path: Path, frames: Frames, fps: float, colours: int = 256) -> None:

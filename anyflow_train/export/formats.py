@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from anyflow_train.export.weights import Stock, stock_class, stored, to_wan, wri
 from anyflow_train.models.adapters import merge_lora
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import assemble
-from anyflow_train.models.pretrained import DELTA, TIME, open_pretrained
+from anyflow_train.models.pretrained import DELTA, TEACHER_TIMES, TIME, open_pretrained
 from anyflow_train.training.checkpoints.network_file import NetworkFile
 from anyflow_train.training.checkpoints.reading import read_step
 from anyflow_train.training.weight_source import base_of, open_base, open_source
@@ -48,6 +49,11 @@ class Job:
     trained: NetworkFile
     network: Backbone
     folder: Path
+
+    @cached_property
+    def probe(self) -> verify.Probe:
+        """Inputs for comparisons with the trained model."""
+        return verify.Probe.of(self.network.config)
 
     @property
     def tolerance(self) -> float:
@@ -74,10 +80,9 @@ class Exported:
 
 def export_pipeline(job: Job) -> Exported:
     """Write an AnyFlowPipeline, or an AnyFlowFARPipeline for a causal student."""
-    source = job.codec_folder()
-    probe = verify.Probe.of(job.network.config)
+    source, probe = job.codec_folder(), job.probe
     expected = verify.two_jumps(job.network, probe, job.config.shift)
-    difference = _write_student(job, job.folder / "transformer", probe)
+    difference = _write_student(job, job.folder / "transformer")
     copy_parts(source, job.folder)
     FlowMapEulerDiscreteScheduler(shift=job.config.shift).save_pretrained(job.folder / "scheduler")
     write_index(job.folder, "AnyFlowPipeline" if probe.chunks is None else "AnyFlowFARPipeline")
@@ -87,7 +92,7 @@ def export_pipeline(job: Job) -> Exported:
 
 def export_transformer(job: Job) -> Exported:
     """Write the transformer alone."""
-    return Exported(_write_student(job, job.folder, verify.Probe.of(job.network.config)))
+    return Exported(_write_student(job, job.folder))
 
 
 def export_lora(job: Job) -> Exported:
@@ -97,13 +102,12 @@ def export_lora(job: Job) -> Exported:
     """
     base, factors, lost = _adapters(job)
     write_lora(job.folder, factors, job.config.precision)
-    probe = verify.Probe.of(job.network.config)
-    found = verify.flow_map_outputs(reload_lora(job.folder, base), probe)
+    found = verify.flow_map_outputs(reload_lora(job.folder, base), job.probe)
     approximated = _with_weights(base, added(base.state_dict(), factors))
-    expected = verify.flow_map_outputs(approximated, probe)
+    expected = verify.flow_map_outputs(approximated, job.probe)
     verify.check_outputs("the LoRA file", found, expected, job.tolerance)
     limit = job.tolerance if lost is None else float("inf")  # the loss of a truncation is reported, not bounded
-    trained = verify.flow_map_outputs(job.network, probe)
+    trained = verify.flow_map_outputs(job.network, job.probe)
     return Exported(verify.check_outputs("the LoRA file", found, trained, limit), lost)
 
 
@@ -115,7 +119,7 @@ def export_comfyui(job: Job) -> Exported:
     file = job.folder / f"{job.trained.run}.safetensors"
     comfyui.write_model(file, comfyui.folded(state, merged), job.config.precision, _metadata(job))
     comfyui.write_node(job.folder, job.trained.run, state, merged)
-    return Exported(_check_folded(job, merged, open_pretrained(file, verify.FOLDED_TIMES).read))
+    return Exported(_check_folded(job, merged, open_pretrained(file, TEACHER_TIMES).read))
 
 
 def export_comfyui_lora(job: Job) -> Exported:
@@ -133,8 +137,7 @@ def export_comfyui_lora(job: Job) -> Exported:
     comfyui.write_node(job.folder, job.trained.run, state, student)
     difference = _check_folded(job, student, comfyui.reader(file, before))
     if lost is not None:
-        probe = verify.Probe.of(job.network.config)
-        found, trained = (verify.flow_map_outputs(network, probe) for network in (student, job.network))
+        found, trained = (verify.flow_map_outputs(network, job.probe) for network in (student, job.network))
         difference = verify.check_outputs("the LoRA file", found, trained, float("inf"))
     return Exported(difference, lost)
 
@@ -151,8 +154,7 @@ def export_wan_pipeline(job: Job) -> Exported:
         raise UserError("format", problem)
     if "chunk_partition" in job.network.config:
         raise UserError("format", "wan_pipeline cannot contain a causal network; use format=pipeline")
-    source = job.codec_folder()
-    probe = verify.Probe.of(job.network.config)
+    source, probe = job.codec_folder(), job.probe
     expected = verify.flow_map_outputs(job.network, probe, verify.AT_ONCE)
     reloaded = _write(job, WanTransformer3DModel, job.folder / "transformer", to_wan(merge_lora(job.network)))
     difference = verify.check_outputs("the teacher", verify.wan_outputs(reloaded, probe), expected, job.tolerance)
@@ -208,7 +210,7 @@ def _metadata(job: Job) -> dict[str, Any]:
 def _check_folded(job: Job, network: Backbone, read: Callable[[str], Tensor]) -> float:
     """Compare the Wan2.1 network of a written file with the trained network at r = 0."""
     probe = verify.Probe.of(network.config)
-    arguments = {**network.config, **verify.FOLDED_TIMES}
+    arguments = {**network.config, **TEACHER_TIMES}  # its only time embedding holds the second time at r = 0
     written = assemble(arguments, lambda name: read(name.replace(DELTA, TIME)))
     found = verify.flow_map_outputs(written, probe, verify.AT_ONCE)
     expected = verify.flow_map_outputs(network, probe, verify.TO_DATA)
@@ -217,18 +219,18 @@ def _check_folded(job: Job, network: Backbone, read: Callable[[str], Tensor]) ->
 
 def _merge(job: Job) -> tuple[Backbone, Tensor]:
     """Merge the adapters, and compare with the trained network. Returns the merged one, and the outputs of both."""
-    probe = verify.Probe.of(job.network.config)
-    expected = verify.flow_map_outputs(job.network, probe)
+    expected = verify.flow_map_outputs(job.network, job.probe)
     merged = merge_lora(job.network)
-    found = verify.flow_map_outputs(merged, probe)
+    found = verify.flow_map_outputs(merged, job.probe)
     verify.check_outputs("the model with LoRA merged", found, expected, verify.MERGE_TOLERANCE)
     return merged, expected
 
 
-def _write_student(job: Job, folder: Path, probe: verify.Probe) -> float:
+def _write_student(job: Job, folder: Path) -> float:
     merged, expected = _merge(job)
     reloaded = _write(job, stock_class(merged.config), folder, merged)
-    return verify.check_outputs("the transformer", verify.flow_map_outputs(reloaded, probe), expected, job.tolerance)
+    found = verify.flow_map_outputs(reloaded, job.probe)
+    return verify.check_outputs("the transformer", found, expected, job.tolerance)
 
 
 def _write(job: Job, network_class: Stock, folder: Path, network: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 from anyflow_train import files
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.files import inside, regular, write_json
 from anyflow_train.models.weight_files import check_weight_files
 
@@ -106,8 +106,8 @@ def _snapshot(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[INDEX, *wanted]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        problem = str(error).strip().splitlines()[0]
-        raise UserError("codec", f"'{source}' is not a folder, and the hub does not provide it: {problem}") from None
+        problem = f"is not a folder, and the hub does not provide it: {reason_of(error)}"
+        raise UserError("codec", f"'{source}' {problem}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from anyflow_train.config.commands import ExportConfig
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.export.folder import MARKER
 from anyflow_train.export.provenance import CONTENT
 from anyflow_train.files import read_json
@@ -44,9 +44,8 @@ def push(folder: Path, repository: str, private: bool) -> None:
         api.create_repo(repository, private=private, exist_ok=True)
         found = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by anyflow_train")
     except (OSError, ValueError) as error:
-        problem = str(error).strip().splitlines()[0]
         again = f"the export is complete in {folder}; run the same line again to go on"
-        raise UserError("push", f"{repository} could not be uploaded ({problem}); {again}") from error
+        raise UserError("push", f"{repository} could not be uploaded ({reason_of(error)}); {again}") from error
     print(f"uploaded: {found.commit_url}")
 
 

@@ -24,7 +24,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from anyflow_train.config.chunks import Chunks
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.export.weights import Precision
 from anyflow_train.flow.causal import ClipSampler
 from anyflow_train.flow.sampler import sample
@@ -43,8 +43,6 @@ AT_ONCE: Pairs = tuple((t, t) for t, _ in TIMES)
 TO_DATA: Pairs = tuple((t, 0.0) for t, _ in TIMES)
 """The same times with r = 0: whole jumps."""
 SAMPLING_STEPS = 2
-FOLDED_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
-"""Arguments of a network whose file contains the second time at r = 0 in its only time embedding."""
 
 
 class WrongExport(RuntimeError):
@@ -180,8 +178,8 @@ def load_pipeline(folder: Path) -> Any:
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=dtypes)
     except Exception as error:  # the parts that were copied can be wrong in any way
-        reason = str(error).strip().splitlines()[0]
-        problem = f"its text encoder, tokenizer or VAE cannot be loaded by diffusers ({type(error).__name__}: {reason})"
+        found = f"{type(error).__name__}: {reason_of(error)}"
+        problem = f"its text encoder, tokenizer or VAE cannot be loaded by diffusers ({found})"
         raise UserError("codec", f"{problem}; name an intact Wan2.1 pipeline") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

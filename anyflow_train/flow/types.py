@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -120,3 +121,24 @@ class CausalFlowMap(FlowMap, Protocol):
     def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
         """Encode clean frames x (B, F, C, H, W) of these chunks as cached context, without gradient."""
         ...
+
+
+@dataclass(frozen=True)
+class FlowMapWithin:
+    """A flow map whose calls run in a context, such as one that gives the network other weights.
+
+    Attributes:
+        flow_map: the flow map.
+        enter: makes the context of a call.
+    """
+
+    flow_map: FlowMap
+    enter: Callable[[], AbstractContextManager[object]]
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
+        with self.enter():
+            return self.flow_map(x, t, r, condition)
+
+    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
+        with self.enter():
+            return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.models.weight_files import check_finite, component_files, open_weights
 
 
@@ -199,8 +199,7 @@ def _from_pretrained(part_class: Any, source: str | Path, part: str, **options: 
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the files can be wrong in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(str(source), f"cannot load the {part}: {reason}") from error
+        raise UserError(str(source), f"cannot load the {part}: {reason_of(error)}") from error
 
 
 def _download(source: str, part: str) -> Path:

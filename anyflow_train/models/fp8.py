@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
+from anyflow_train.config.rules.precision import MULTIPLE
 from anyflow_train.errors import UserError
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.frozen import frozen_linear
@@ -20,7 +21,6 @@ from anyflow_train.models.frozen import frozen_linear
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST_SCALE = 1e-12  # avoids a division by zero for a row of zeros
-MULTIPLE = 16  # GPU kernels require sizes that are multiples of this
 
 
 class Fp8Linear(nn.Module):

@@ -16,9 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from anyflow_train.config import original
-from anyflow_train.config.network import Causal, plain
+from anyflow_train.config.network import STUDENT_TIMES, Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader, weight_files
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.files import parse_json
 from anyflow_train.models.build import build_described
 from anyflow_train.models.embeddings import resized_patch
@@ -39,9 +39,6 @@ _ONLY_VALUE = {
 
 SHARED_CONFIG = tuple(name for name in signature(WanTransformer3DModel).parameters if name not in _ONLY_VALUE)
 """Constructor arguments that the Wan2.1 transformer and the student share."""
-
-STUDENT_TIMES = {"gate_value": 0.25, "deltatime_type": "r"}
-"""Default handling of the second time in a student from a Wan2.1 transformer."""
 
 TEACHER_TIMES = {"gate_value": 0.0, "deltatime_type": "r"}
 """Arguments of a teacher. At gate 0 the second time has no effect, so the network is the Wan2.1 transformer."""
@@ -166,12 +163,12 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
             config: Any = AnyFlowTransformer3DModel.load_config(source, subfolder=place)
             return place, dict(config)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
+            problem = reason_of(error)
             if path.is_dir():
-                raise UserError(str(source), f"cannot read its config: {reason}") from error
+                raise UserError(str(source), f"cannot read its config: {problem}") from error
     if path.is_dir():
         raise UserError(str(source), "contains neither transformer/config.json nor config.json")
-    raise UserError(str(source), f"cannot load a transformer of this name from the hub: {reason}")
+    raise UserError(str(source), f"cannot load a transformer of this name from the hub: {problem}")
 
 
 def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:

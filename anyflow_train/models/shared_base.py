@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from anyflow_train.config.network import Lora, is_in
-from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
+from anyflow_train.flow.types import FlowMap, FlowMapWithin
 from anyflow_train.models.adapters import Switch, adapted, add_low_rank, check_adapter
 from anyflow_train.models.backbone import Backbone
 from anyflow_train.models.build import Read, build_empty
@@ -118,9 +118,9 @@ class SharedBase:
         finally:
             self._switch.active = before
 
-    def flow_map(self, role: str | None, flow_map: FlowMap) -> RoleFlowMap:
+    def flow_map(self, role: str | None, flow_map: FlowMap) -> FlowMapWithin:
         """Flow map of a role, from a flow map that calls the network (or an engine's wrapper of it)."""
-        return RoleFlowMap(self, role, flow_map)
+        return FlowMapWithin(flow_map, partial(self.as_role, role))
 
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
         role = self._switch.active
@@ -139,29 +139,6 @@ class SharedBase:
         weights = {name: self._read(f"{path}.{name}").clone() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, strict=True, assign=True)
         return on_device(module, device).requires_grad_(True).train(self._plain[path].training)
-
-
-@dataclass(frozen=True)
-class RoleFlowMap:
-    """A flow map that activates a role during each call.
-
-    Attributes:
-        shared: the shared network.
-        role: role to activate; None activates the base.
-        flow_map: flow map that calls the network.
-    """
-
-    shared: SharedBase
-    role: str | None
-    flow_map: FlowMap
-
-    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        with self.shared.as_role(self.role):
-            return self.flow_map(x, t, r, condition)
-
-    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
-        with self.shared.as_role(self.role):
-            return cast(CausalFlowMap, self.flow_map).encode_context(x, chunks, condition)
 
 
 def _outermost(paths: Any) -> list[str]:

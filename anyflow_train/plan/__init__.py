@@ -1,1 +1,1 @@
-"""What a run needs before it is started: operations, memory, time and cost, from a dry run on fake tensors."""
+"""Predicts what a run needs before it is started: operations, memory, time and cost, from a dry run on fake tensors."""

@@ -1,4 +1,4 @@
-"""`anyflow plan`: what a run needs, before anything is downloaded or started."""
+"""`anyflow plan`: predict what a run needs, before anything is downloaded or started."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check_strategy(overrides: Sequence[str]) -> None:
 def _with_adapters(
     config: RunConfig, overrides: Sequence[str], config_dir: Path | None, world: int
 ) -> RunConfig | None:
-    """The same run with the shipped adapters in place of full training; None where that is not possible."""
+    """Config of the run with the shipped adapters in place of full training; None where that is not possible."""
     if not isinstance(config.student.adapter, FullTraining):
         return None
     _, others = split(PlanOptions, overrides, config_dir)

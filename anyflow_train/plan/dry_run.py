@@ -1,7 +1,7 @@
 """A dry run: the real recipe and the real updates of a run, on fake tensors that hold no numbers.
 
-Operations and memory are read off it. So whatever a run trains, a user's own objective included, is planned from the
-code that trains it. Networks are built with few blocks and with one more: everything else follows linearly.
+Operations and memory are counted while the training code itself runs. So a user's own objective is planned as well as
+the shipped ones. Networks are built with few blocks and with one more; all figures grow linearly with the blocks.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ VARIANTS = 8
 Figures = dict[tuple[str, Hashable], tuple[float, ...]]
 """Everything that a dry run counts, by kind and key: linear in the number of blocks of every network."""
 Count = Callable[[Mapping[int, int]], Figures]
-"""Numbers of blocks of networks -> blocks that are built of each -> figures."""
+"""Gives the figures of shallow networks. The mapping is from a network's number of blocks to how many are built."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run is found to need.
+    """Needs of a run, as a dry run found them.
 
     Attributes:
-        operations: of a whole step of all processes together, mean over the draws.
-        samples: in the calls of a flow map, by part, of such a step.
-        moments: the fullest ones of each part, on one process: part -> candidates.
-        sizes: of every role's network; `student` is the first.
+        operations: number of operations of a whole step of all processes together, mean over the draws.
+        samples: number of samples in the calls of a flow map in such a step, by part of the step.
+        moments: candidates for the fullest moment of one process, each with its part of the step.
+        sizes: sizes of every role's network; `student` is the first.
+        assumed: roles whose network is taken to be as large as the student's, because its config is not here.
         calls: operations of one call for one sample in validation, of the student and of a teacher as reference.
         costliest: number of the draw of shared numbers whose step costs most.
-        stages: `work` of each stage of the run. Everything else is that of the dearest one; moments are those of all.
-        assumed: roles whose network is taken to be as large as the student's, because its config is not here.
+        stages: `work` of each stage of the run. All other fields describe the dearest stage; moments are of all stages.
     """
 
     operations: Mapping[Work, float]
@@ -81,9 +81,9 @@ class DryRun:
 
 
 def from_two_blocks(config: RunConfig, figures: Count, fewest: int = 1) -> Figures:
-    """The figures of networks with all their blocks, from those of networks with `fewest` blocks and with one more.
+    """Extrapolate the figures of whole networks from those of networks with `fewest` blocks and with one more.
 
-    Networks of different depths grow one after the other.
+    Where the networks of a run have different numbers of blocks, one more block is added to one number at a time.
     """
     counts = block_counts(config)
     shallow = {count: min(fewest, count) for count in counts}
@@ -108,14 +108,18 @@ def dry_run(config: RunConfig, world: int) -> DryRun:
         found = from_two_blocks(config, operations)
         costs = {variant: cost for (kind, variant), (cost,) in found.items() if kind == "cost"}
         costliest: Any = max(costs, key=costs.__getitem__)
-        # A recipe of its own, in which no rollout waits for an update that was not made.
+        # Memory is counted with a new recipe, in which no rollout waits for an update that was not made.
         return _unpacked(found | _memory(config, world, first, costliest), costliest)
 
     return _dearest([plan(stage.steps[0]) for stage in stages(config)])
 
 
 def dry_run_memory(config: RunConfig, world: int, variant: int) -> DryRun:
-    """Only the memory of a step, for the draws that another dry run of almost the same config found to cost most."""
+    """Count only the memory of a step.
+
+    Args:
+        variant: the draw that costs most, as the dry run of almost the same config found it.
+    """
     found = [_memory(config, world, stage.steps[0], variant) for stage in stages(config)]
     return _dearest([_unpacked(figures, variant) for figures in found])
 
@@ -131,14 +135,14 @@ def _memory(config: RunConfig, world: int, first: int, variant: int) -> Figures:
 
 
 def _dearest(found: Sequence[DryRun]) -> DryRun:
-    """The stage with the most operations, with the moments of all stages."""
+    """Pick the stage with the most operations, and give it the moments of all stages."""
     dearest = max(found, key=lambda stage: sum(stage.operations.values()))
     moments = [moment for stage in found for moment in stage.moments]
     return replace(dearest, moments=moments, stages=tuple(stage.work for stage in found))
 
 
 def block_counts(config: RunConfig) -> set[int]:
-    """The numbers of blocks that the run's networks have."""
+    """Collect the numbers of blocks that the run's networks have."""
     sources = [config.teacher.source]
     if config.on_policy.matching is not None:
         sources.append(config.on_policy.matching.fake_score.init)
@@ -148,7 +152,7 @@ def block_counts(config: RunConfig) -> set[int]:
 
 @contextmanager
 def _dry_step(config: RunConfig, blocks: Mapping[int, int], first: int, repeats: Repeats) -> Iterator[_DryStep]:
-    """The stage that begins at step `first`; networks have `blocks[n]` blocks in place of n, and are not compiled."""
+    """Build the stage that begins at step `first`, uncompiled, with `blocks[n]` blocks in a network that has n."""
     architecture = config.student.architecture
     shallow = architecture.model_copy(update={"num_layers": blocks[architecture.num_layers]})
     student = config.student.model_copy(update={"architecture": shallow})
@@ -178,7 +182,7 @@ class _DryStep:
     networks: Figures
 
     def operations(self) -> Figures:
-        """Operations and samples of a step, mean over the draws, and the cost of every variant of a whole step.
+        """Count operations and samples of a step, mean over the draws, and the cost of every variant of a whole step.
 
         The whole global batch is one micro-batch: its cost is the sum of those of its samples. Each term is made by
         itself, and counts with its probability. One that asks for no shared numbers costs the same in every draw.
@@ -205,9 +209,10 @@ class _DryStep:
         return counts | {("cost", variant): (cost,) for variant, cost in enumerate(costs)}
 
     def memory(self, variant: int, world: int) -> Figures:
-        """The fullest moments of a whole step, and of validation, on one of `world` processes.
+        """Find the fullest moments of a whole step, and of validation, on one of `world` processes.
 
-        All terms of all updates are made, on the process's first and last micro-batch; all of them are on the device.
+        All terms of all updates are computed, for the first and last micro-batch of the process. The others wait on the
+        device.
         """
         engine = self.config.engine
         accumulation = max(engine.global_batch * engine.sequence_parallel // (engine.micro_batch * world), 1)
@@ -233,10 +238,10 @@ class _DryStep:
         draw: DryDraw,
         steady: dict[tuple[str, str], Counter[Hashable]],
     ) -> Counter[Hashable]:
-        """Operations and samples of the updates.
+        """Count operations and samples of the updates.
 
         Args:
-            steady: those of each (role, term) that does not depend on the draw; added to.
+            steady: counts of the terms that do not depend on the draw, by role and term. New ones are added.
         """
         found: Counter[Hashable] = Counter()
         for update in updates:
@@ -260,7 +265,7 @@ class _DryStep:
 
 
 def _turns(updates: Sequence[Update]) -> list[tuple[tuple[Update, ...], float]]:
-    """Which updates are made together, and in what share of the steps."""
+    """List which updates are made together, and in what share of the steps."""
     period = math.lcm(*(update.every for update in updates))
     due = Counter(tuple(n for n, update in enumerate(updates) if step % update.every == 0) for step in range(period))
     return [(tuple(updates[n] for n in numbers), count / period) for numbers, count in due.items()]

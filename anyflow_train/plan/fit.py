@@ -1,4 +1,4 @@
-"""The nearest setting that fits: everything that can be changed, tried from the smallest change on."""
+"""Searches the nearest setting that fits: tries everything that can be changed, the smallest change first."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Setting:
 def nearest_fit(
     config: RunConfig, lora: RunConfig | None, strategy: str, world: int, limit: float, planned: DryRun
 ) -> tuple[Setting, Memory] | None:
-    """The smallest change after which a process needs at most `limit` bytes; None where nothing helps.
+    """Find the smallest change after which a process needs at most `limit` bytes; None where nothing helps.
 
-    Settings that differ in nothing that a dry run sees share one.
+    Settings that look the same to a dry run share one.
 
     Args:
         lora: the same run with adapters in place of full training; None where it has adapters, or cannot.
-        planned: dry run of `config`, which settings share that change nothing in it.
+        planned: dry run of `config` as it is.
     """
     runs = {_as_dry_run_sees(config): planned}
     for setting in settings(config, lora, strategy, world):
@@ -56,7 +56,7 @@ def nearest_fit(
 
 
 def settings(config: RunConfig, lora: RunConfig | None, strategy: str, world: int) -> Iterator[Setting]:
-    """Everything that `nearest_fit` tries and the rules accept, the smallest change first."""
+    """Yield the settings that `nearest_fit` tries, without those that the rules refuse, the smallest change first."""
     found = list(_settings(config, strategy, (), 0))
     if lora is not None:
         found += _settings(lora, strategy, ("student/adapter=lora",), LORA)
@@ -84,18 +84,18 @@ def _settings(config: RunConfig, strategy: str, changes: tuple[str, ...], size: 
 
 
 def _larger(sizes: Mapping[Any, int], now: Any) -> dict[Any, int]:
-    """The present value, and those that are a larger change -> how much larger."""
+    """Map the present value to 0, and every value that is a larger change to how much larger it is."""
     found = {value: size - sizes[now] for value, size in sizes.items() if now in sizes and size > sizes[now]}
     return {now: 0} | found
 
 
 def _as_dry_run_sees(config: RunConfig) -> str:
-    """The config without what only `plan_memory` looks at, as text."""
+    """Write the config as text, without the settings that only `plan_memory` looks at."""
     return _changed(config, {"optimizer.moments": "fp32", "engine.sequence_parallel": 1}).model_dump_json()
 
 
 def _halves(number: int) -> list[int]:
-    """The number, halved as long as it is even, and 1."""
+    """List the number, its halves as long as they are whole, and 1."""
     numbers = [number]
     while numbers[-1] % 2 == 0:
         numbers.append(numbers[-1] // 2)
@@ -103,7 +103,7 @@ def _halves(number: int) -> list[int]:
 
 
 def _changed(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
-    """The config with other values of dotted keys; `strategy` is not one of its keys."""
+    """Copy the config with other values of dotted keys. `strategy` has no dot, and is left out: no config holds it."""
     for key, value in values.items():
         part, _, name = key.partition(".")
         if name:

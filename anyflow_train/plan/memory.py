@@ -1,4 +1,7 @@
-"""What one GPU holds when it is fullest: a dry run's moments, with what an engine keeps of states and gradients."""
+"""Predicts the memory of one GPU when it is fullest.
+
+A dry run gives the activations of every moment; `plan.states` adds what an engine keeps of weights and gradients.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Fullest:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes of the moment, without the state."""
         return self.gradients + self.activations + self.copies + self.buffers
 
 
@@ -55,7 +58,7 @@ class Memory:
 
     @property
     def parts(self) -> list[tuple[str, int]]:
-        """Name and bytes; their sum is `total`."""
+        """Name and bytes of everything that is held; their sum is `total`."""
         moment = (
             ("gradients", self.moment.gradients),
             (f"activations ({self.moment.name})", self.moment.activations),
@@ -73,7 +76,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes, with the allowance."""
+        """Bytes of all tensors and of the allowance."""
         return sum(size for _, size in self.parts)
 
 
@@ -82,12 +85,13 @@ def plan_memory(config: RunConfig, found: DryRun, strategy: str, world: int) -> 
 
     Args:
         config: one that its rules accept.
-        found: its dry run.
+        found: dry run of the config.
         strategy: a file of `launch/`: single, ddp, zero1, zero2, zero3 or zero3_offload.
     """
     in_8_bits = config.optimizer.moments == "8bit"
     states = {role: States(role, sizes, in_8_bits, strategy, world) for role, sizes in found.sizes.items()}
-    kept = [(_of(role, name), size) for role, state in states.items() for name, size in state.on_gpu]
+    labels = {role: "" if role == "student" else f"{role}: " for role in states}
+    kept = [(labels[role] + name, size) for role, state in states.items() for name, size in state.on_gpu]
     moments = [_held(config, name, moment, states) for name, moment in found.moments]
     if decodes(config):
         moments.append(_held(config, DECODING, decoder_memory(config), states))
@@ -97,9 +101,13 @@ def plan_memory(config: RunConfig, found: DryRun, strategy: str, world: int) -> 
 
 
 def _held(config: RunConfig, part: str, moment: Moment, states: Mapping[str, States]) -> Fullest:
-    """A moment of a part of the step, as an engine has it."""
+    """Memory of one moment, with the gradients and buffers that the engine holds at that time.
+
+    Args:
+        part: where in the step the moment is, such as `student, backward`.
+    """
     role = part.partition(",")[0]
-    own = states.get(role, states["student"])  # all that is not an update of another role is in the student's
+    own = states.get(role, states["student"])  # a part that names no role, such as validation, counts as the student's
     others = [state for state in states.values() if state is not own]
     backward = part.endswith(BACKWARD)
     gradients = own.gradients_applied if part.endswith(OPTIMIZER) else own.gradients(moment)
@@ -113,13 +121,9 @@ def _held(config: RunConfig, part: str, moment: Moment, states: Mapping[str, Sta
 
 
 def _split(config: RunConfig, activations: int) -> int:
-    """Bytes of activations on one of the processes that share a sample. Each holds the latents and texts whole."""
+    """Bytes of activations on one of the processes that share a sample. The latents and texts are not shared out."""
     engine, data = config.engine, config.data
     whole = math.prod(latent_shape(largest(data), config.student.architecture.in_channels))
     whole += max(data.text_lengths) * config.student.architecture.text_dim
     held = min(FLOAT * engine.micro_batch * whole, activations)
     return held + math.ceil((activations - held) / engine.sequence_parallel)
-
-
-def _of(role: str, name: str) -> str:
-    return name if role == "student" else f"{role}: {name}"

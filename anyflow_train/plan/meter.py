@@ -25,7 +25,7 @@ STATE, GRADIENTS, COPIES, ACTIVATIONS = "state", "gradients", "copies", "activat
 
 
 class Work(NamedTuple):
-    """One kind of operations: in which part of a step, of which dtype, and whether checkpointing repeats them."""
+    """Kind of operations: the part of a step, the dtype, and whether checkpointing repeats them."""
 
     part: str
     dtype: torch.dtype
@@ -36,10 +36,10 @@ class Moment(NamedTuple):
     """Bytes that a process holds in one moment of a step, in addition to its state.
 
     Attributes:
-        activations: of everything that is none of the other kinds.
-        copies: half-precision copies of weights, which autocast makes.
-        gradients: of all parameters, summed up so far.
-        arrived: of the gradients that the backward pass under way has given so far.
+        activations: bytes of everything that is none of the other kinds.
+        copies: bytes of half-precision copies of weights, which autocast makes.
+        gradients: bytes of the gradients of all parameters, summed up so far.
+        arrived: bytes of the gradients that the present backward pass has given so far.
         earlier: 1 if gradients of earlier backward passes of this update were there before, else 0.
     """
 
@@ -52,7 +52,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call: its operations, and the bytes that it adds at its fullest moment to what it leaves."""
+    """Cost of a call: its operations, and the bytes that it needs at its fullest moment and frees until its end."""
 
     operations: Counter[Work]
     activations: int
@@ -61,13 +61,14 @@ class Recorded:
 
 @dataclass(frozen=True)
 class RecordedGradient:
-    """A call with gradient.
+    """Cost of a call with gradient.
 
     Attributes:
-        saved: bytes of activations and of copies that the forward leaves for the backward, without `past`.
+        forward: cost of the forward pass.
+        saved: bytes of activations and of copies that the forward leaves for the backward, without the call's past.
         keeps_past: whether the backward needs the call's past, such as cached context that a checkpointed block reads.
-        backward: what it adds to them.
-        trained: parameters that it gives a gradient.
+        backward: cost of the backward pass, in addition to what is saved.
+        trained: parameters that the backward pass gives a gradient.
     """
 
     forward: Recorded
@@ -80,12 +81,12 @@ class RecordedGradient:
 class Meter(TorchDispatchMode):
     """Counts operations by part of a step, and remembers the fullest moments of every part.
 
-    Memory is that of the storages that are alive: what an operation allocates for itself alone is not seen.
+    Memory is the sum of all storages that are alive. Memory that an operation uses only inside itself is not seen.
 
     Attributes:
-        operations: of matrix products and attention, as torch's own counter counts them.
-        samples: by part, of all calls of a flow map.
-        moments: by part, the candidates for its fullest moment: see `note`.
+        operations: number of operations of matrix products and attention, as torch's own counter counts them.
+        samples: number of samples in all calls of a flow map, by part.
+        moments: candidates for the fullest moment, by part and by the rank that they lead; see `note`.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,12 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str, samples: int = 0) -> Iterator[None]:
-        """Inside is a part of the step."""
+        """Count everything inside of the block as a part of the step.
+
+        Args:
+            name: the part.
+            samples: added to the number of samples of the part.
+        """
         before, self._part = self._part, name
         self.samples[name] += samples
         if name.endswith(BACKWARD):
@@ -113,9 +119,10 @@ class Meter(TorchDispatchMode):
             self._part = before
 
     def record(self, call: Callable[[], Any]) -> tuple[Any, Recorded]:
-        """Make a call, and see what the next one like it takes in addition to what stays alive after it.
+        """Make a call, and measure what the next call of its kind will need.
 
-        What the first call keeps, such as a table of rotations, is there already for the next one.
+        Memory that stays alive after the call is left out: what it keeps, such as a table of rotations, is there
+        already when the next one begins.
         """
         operations = self.operations.copy()
         self._fullest = self._held.copy()
@@ -130,9 +137,10 @@ class Meter(TorchDispatchMode):
         make_past: Callable[[], Any],
         parameters: Sequence[Parameter],
     ) -> tuple[Tensor, RecordedGradient]:
-        """Make a call with x and a past, and its backward, and see what the next one like it takes.
+        """Make a call with x and a past, then its backward pass, and measure what the next call of its kind will need.
 
-        Neither is counted. Several calls have one past, so its memory is not a part of what each of them saves.
+        The two passes are not counted as a part of the step. Several calls share one past, so its memory is not a part
+        of what each of them saves.
         """
         counted = self.operations, self.samples, self.moments, self._ranks
         gradients, before = [parameter.grad for parameter in parameters], self._held.copy()
@@ -160,19 +168,19 @@ class Meter(TorchDispatchMode):
         return result.detach(), RecordedGradient(forward, saved, kept > 0, back, trained)
 
     def replay(self, call: Recorded) -> None:
-        """Count a recorded call once more, in the part of now. Its result is not made."""
+        """Count a recorded call once more, in the present part of the step, without computing it."""
         for work, count in call.operations.items():
             self.operations[work._replace(part=self._part)] += count
         self.hold(call.activations, call.copies)
 
     def hold(self, activations: int, copies: int) -> tuple[Tensor, Tensor]:
-        """Tensors that take so many bytes of memory, as long as they are alive."""
+        """Allocate two tensors of so many bytes, which count as activations and as copies while they are alive."""
         held = torch.empty(copies, dtype=torch.uint8)
         self._become(self._records[held.untyped_storage()], COPIES)
         return held, torch.empty(activations, dtype=torch.uint8)
 
     def settle(self) -> None:
-        """Count all that is alive now as state, and begin to count anew: the networks are built."""
+        """Count all that is alive now as state, and begin to count anew. Called once the networks are built."""
         for record in list(self._records.values()):
             self._become(record, STATE)
         self.restart()
@@ -182,7 +190,7 @@ class Meter(TorchDispatchMode):
         self.operations, self.samples, self.moments, self._ranks = Counter(), Counter(), {}, {}
 
     def watch_gradient(self, parameter: Parameter) -> None:
-        """Tell gradients of a parameter from activations, from the moment at which they are complete."""
+        """Count gradients of a parameter as gradients, no longer as activations, as soon as they are complete."""
         parameter.register_post_accumulate_grad_hook(self._see_gradient)
 
     def is_state(self, tensor: Tensor) -> bool:
@@ -191,9 +199,10 @@ class Meter(TorchDispatchMode):
         return record is not None and record.kind == STATE
 
     def note(self) -> None:
-        """Remember this moment if it is the fullest of its part: with gradients, without, or once most have arrived.
+        """Remember this moment if it is the fullest of its part in one of three ways of counting.
 
-        An engine that cuts gradients over the processes finds its own fullest moment among these three.
+        The three count gradients, leave them out, or look only at moments when most gradients have arrived. An engine
+        that cuts gradients over the processes has its fullest moment among these three.
         """
         held, inside = self._held, self._part.endswith(BACKWARD)
         if held[ACTIVATIONS] + held[COPIES] > self._fullest[ACTIVATIONS] + self._fullest[COPIES]:
@@ -231,7 +240,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor, kind: str) -> bool:
-        """Count a tensor's memory, unless it was seen before; whether it was counted."""
+        """Count a tensor's memory, unless it was seen before, and tell whether it was counted."""
         storage = tensor.untyped_storage()
         if storage in self._records:
             return False
@@ -258,7 +267,7 @@ class Meter(TorchDispatchMode):
 
 @dataclass
 class _Record:
-    """A storage that is alive."""
+    """Kind and bytes of a storage that is alive."""
 
     kind: str
     size: int

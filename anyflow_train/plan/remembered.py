@@ -1,4 +1,4 @@
-"""Flow maps that compute each kind of call once: a repeated one costs what the first one did."""
+"""Flow maps that compute each kind of call once. A repeated call is only counted, at the cost of the first one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Described(NamedTuple):
     """A tensor without numbers.
 
     Attributes:
-        numbers: in its memory, which may be a part of a larger tensor's.
+        numbers: how many numbers its memory holds; more than its shape says if it is a view of a larger tensor.
     """
 
     shape: torch.Size
@@ -31,34 +31,37 @@ class Described(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """A dataclass or tuple of described values."""
+    """Dataclass or tuple of described values."""
 
     kind: Callable[..., Any]
     parts: tuple[Any, ...]
 
 
 Repeats = Callable[[Condition], bool]
-"""Whether calls with gradient under this condition are computed once per kind."""
+"""Tells whether calls with gradient under a condition are computed once per kind."""
 
 
 def everything(condition: Condition) -> bool:
-    """All calls: exact for operations."""
+    """Compute every kind of call once, which counts operations exactly."""
     return True
 
 
 def chunk_by_chunk(condition: Condition) -> bool:
-    """The calls of a causal rollout: their gradients are complete only when all of them went back."""
+    """Compute once only the calls of a causal rollout, for counting memory.
+
+    Their gradients are complete only after the backward passes of all of them, so when each part arrives is no matter.
+    """
     return isinstance(condition.past, CachedContext)
 
 
 @dataclass(frozen=True)
 class RememberedFlowMap:
-    """A flow map on fake tensors, whose repeated calls are not computed.
+    """Flow map on fake tensors, whose repeated calls are not computed.
 
     Attributes:
-        parameters: those that a call with gradient trains; without any, such calls are always computed.
+        parameters: what a call with gradient trains. If there are none, such calls are always computed.
         repeats: which calls with gradient are computed once.
-        known: description of a call -> its result described, and what it took.
+        known: maps the description of a call to the description of its result and to its cost.
     """
 
     flow_map: FlowMap
@@ -101,7 +104,7 @@ class RememberedFlowMap:
 
 
 class _Repeated(Function):
-    """A call that is not computed. Tensors without content take the memory of what it saves for its backward."""
+    """Call that is not computed. Empty tensors take the memory of what it would save for its backward pass."""
 
     @staticmethod
     def forward(
@@ -122,10 +125,10 @@ class _Repeated(Function):
 
 
 def remembered(recipe: Recipe, meter: Meter, repeats: Repeats) -> Recipe:
-    """The same recipe with flow maps that compute each kind of call once.
+    """Give the recipe flow maps that compute each kind of call once.
 
     Args:
-        repeats: which of the calls with gradient.
+        repeats: which calls with gradient are computed once.
     """
 
     def wrap(role: str, inner: FlowMap) -> FlowMap:
@@ -137,7 +140,7 @@ def remembered(recipe: Recipe, meter: Meter, repeats: Repeats) -> Recipe:
 
 
 def described(value: Any) -> Any:
-    """A value whose tensors are replaced by their descriptions: hashable if all else is."""
+    """Replace the tensors of a value by descriptions. The result is hashable if the rest of the value is."""
     if isinstance(value, Tensor):
         return Described(value.shape, value.dtype, value.untyped_storage().nbytes() // value.itemsize)
     if isinstance(value, tuple | list):
@@ -148,7 +151,7 @@ def described(value: Any) -> Any:
 
 
 def made(value: Any) -> Any:
-    """A value of this description, with new empty tensors."""
+    """Make a value of this description, with new empty tensors."""
     if isinstance(value, Described):
         return torch.empty(value.numbers, dtype=value.dtype)[: value.shape.numel()].view(value.shape)
     if isinstance(value, Composed):

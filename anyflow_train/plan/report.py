@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Writes a plan as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = 0.001
 
 
 def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memory) -> str:
-    """Everything except the advice on what would fit."""
+    """Write the plan of a run: its sizes, operations, memory, time and cost."""
     gpu = GPUS[options.gpu]
     lines = [f"{config.name} on {options.world} x {gpu.title}, strategy {options.strategy}: predicted, not measured"]
     lines += ["", *_run(config, options, found)]
@@ -38,7 +38,11 @@ def report(config: RunConfig, options: PlanOptions, found: DryRun, memory: Memor
 
 
 def advice(found: tuple[Setting, Memory] | None, options: PlanOptions) -> str:
-    """What to change so that the run fits."""
+    """Say what to change so that a run fits that does not.
+
+    Args:
+        found: the nearest setting that fits and its memory, if there is one.
+    """
     have = GPUS[options.gpu].memory
     if found is None:
         return f"It does not fit, nor does any setting with {have:g} GiB; more or larger GPUs are needed."
@@ -70,7 +74,7 @@ def _run(config: RunConfig, options: PlanOptions, found: DryRun) -> Iterator[str
 
 
 def _operations(found: DryRun) -> Iterator[str]:
-    """One row for each part and precision; what checkpointing repeats in a backward pass is a part of its own."""
+    """Yield a row for each part and precision. What checkpointing repeats in a backward pass has a row of its own."""
     rows: dict[tuple[str, bool], float] = {}
     for work, count in found.operations.items():
         name = f"{work.part}, recomputed" if work.repeated else work.part
@@ -124,7 +128,7 @@ def _validation(config: RunConfig, options: PlanOptions, found: DryRun) -> Itera
     speed = TERA * peak * options.utilisation * width
 
     def samples(count: int) -> int:
-        """Number of samples that one process makes."""
+        """Number of samples that one process makes, of `count` of all processes."""
         return math.ceil(math.ceil(count / evaluation.batch) / (options.world // width)) * evaluation.batch
 
     if STUDENT in found.calls:

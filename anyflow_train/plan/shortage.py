@@ -1,4 +1,4 @@
-"""What a run is foreseen to need, for its start: whether it fits on its GPUs, and how much work a step is."""
+"""Foresees at the start of a run whether it fits on its GPUs, and how much work a step is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyflow_train.training.memory_check import Forecast, GpuMemory
 
 
 def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Forecast:
-    """Dry-run a config that its rules accept.
+    """Make a dry run of a config that its rules accept.
 
     Raises:
         UserError: no step can fit on one of the GPUs, however empty it is.
@@ -25,7 +25,7 @@ def foresee(config: RunConfig, strategy: str, gpus: Sequence[GpuMemory]) -> Fore
 
 
 def memory_warning(config: RunConfig, found: DryRun, strategy: str, gpus: Sequence[GpuMemory]) -> str | None:
-    """Warning before a run starts; None if it should fit.
+    """Write a warning for the start of a run; None if it should fit.
 
     The warning compares all memory that is planned with the free memory. It is only a warning, because other processes
     may free memory before it is needed. Only the bytes that stay on the GPU from step to step are certain. They are

@@ -1,4 +1,4 @@
-"""What a dry run has in place of files, random numbers and optimizers: all of it fake tensors."""
+"""Stand-ins of a dry run for files, random numbers and optimizers, all of them of fake tensors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from anyflow_train.training.processes.world import World
 from anyflow_train.training.weight_source import WeightSource
 
 NEVER = 0.999
-"""A uniform number that decides against what has a small probability."""
+"""Uniform number that decides against everything that has a small probability."""
 
 
 def stored_architecture(source: str | None) -> Architecture | None:
-    """The architecture of a pipeline folder, transformer folder or published network; None for all others."""
+    """Read the architecture of a pipeline folder, transformer folder or published network; None for all others."""
     for place in ("transformer", ".") if source else ():
         path = Path(source or "")
         alone = is_weights_file(path)
@@ -46,19 +46,19 @@ def stored_architecture(source: str | None) -> Architecture | None:
 
 
 def fake_source(arguments: Mapping[str, Any], make: Callable[[torch.Size], Tensor] = torch.empty) -> WeightSource:
-    """Weights such as a network of these constructor arguments has, each made when it is read."""
+    """Open made-up weights of a network with these constructor arguments. Each tensor is made when it is read."""
     parameters = build_empty(arguments).named_parameters()
     tensors = {name: partial(make, parameter.shape) for name, parameter in parameters}
-    # All have the same source, so roles that share a base find that their bases are the same.
+    # All have the same source, because roles that share a base compare the sources of their weights.
     return WeightSource("made-up weights", PretrainedWeights(arguments, tensors))
 
 
 def fake_materials(meter: Meter, blocks: Callable[[int], int], student: Architecture, assumed: list[str]) -> Materials:
-    """Weights without files, and engines that only sum up gradients.
+    """Materials of a recipe whose weights need no files, and whose engines only sum up gradients.
 
     Args:
-        blocks: gives the number of blocks to build of a network that has so many.
-        student: its architecture as it is built, which a source is taken to have if its config is not here.
+        blocks: maps the number of blocks of a network to the number of blocks to build.
+        student: architecture of the student as it is built. A source whose config is not here is assumed to have it.
         assumed: collects the roles for which that was assumed.
     """
 
@@ -76,9 +76,9 @@ def fake_materials(meter: Meter, blocks: Callable[[int], int], student: Architec
 
 
 class DryEngine:
-    """Sums up gradients, as an engine does, and forgets them at the step.
+    """Engine that sums up gradients and forgets them at the step.
 
-    The optimizer's state is left out: `plan.states` says what each engine keeps of it.
+    It has no optimizer, because `plan.states` says how much memory each engine keeps for it.
     """
 
     def __init__(self, world: World, network: nn.Module, parameters: Mapping[str, Parameter], meter: Meter) -> None:
@@ -99,19 +99,19 @@ class DryEngine:
         return Outcome(True, 0.0, (0.0,) * len(watched))
 
     def shards(self) -> dict[str, Tensor]:
-        """All parameters that are trained, by model name."""
+        """Parameters that are trained, all of them whole, by model name."""
         return dict(self._parameters)
 
 
 @dataclass(frozen=True)
 class DryDraw(Draw):
-    """Fake noise, and even numbers in place of random ones where a number decides what is computed.
+    """Fake noise, with evenly spread numbers where a random number would decide what is computed.
 
     Attributes:
-        variant, variants: which of so many draws of a step's shared numbers this is. Together they cover the square of
-            two such numbers evenly.
-        drop: whether samples take part in what has a probability, such as dropping their text: in its share of the
-            samples, or not at all.
+        variant: number of this draw of a step's shared numbers, from 0.
+        variants: how many such draws there are. Together they cover the square of two shared numbers evenly.
+        drop: whether something with a probability, such as dropping the text, happens to its share of the samples. If
+            false, it happens to none.
         asked: collects the purposes of shared numbers that were asked for.
     """
 
@@ -129,22 +129,24 @@ class DryDraw(Draw):
         return torch.empty(len(self.positions), columns)
 
     def shared(self, purpose: str, columns: int) -> list[float]:
-        """The first number of all variants takes even steps, the second is spread evenly over every range of the first,
-        and so on with other bases."""
+        """Spread the shared numbers evenly over all variants (a Hammersley set).
+
+        The first number takes even steps; each other number is a radical inverse with a base of its own.
+        """
         self.asked.append(purpose)
         first = (self.variant + 0.5) / self.variants
         others = (2, 3, 5, 7)[: columns - 1]
         return [first, *(min(radical_inverse(self.variant, base) + 0.5 / self.variants, NEVER) for base in others)]
 
     def chances(self, purpose: str) -> tuple[float, ...]:
-        """Evenly spread over the samples."""
+        """Numbers that decide by a probability, spread evenly over the samples."""
         if not self.drop:
             return (NEVER,) * len(self.positions)
         return tuple((position + 0.5) / len(self.positions) for position in self.positions)
 
 
 def radical_inverse(number: int, base: int) -> float:
-    """The digits of a number mirrored at the point (van der Corput): evenly spread over [0, 1) for 0, 1, 2, ..."""
+    """Mirror the digits of a number at the point (van der Corput). For 0, 1, 2, ... this fills [0, 1) evenly."""
     value, place = 0.0, 1 / base
     while number:
         number, digit = divmod(number, base)
@@ -153,7 +155,7 @@ def radical_inverse(number: int, base: int) -> float:
 
 
 def fake_batch(config: RunConfig, positions: tuple[int, ...], text_length: int) -> Batch:
-    """A micro-batch of these samples of the global batch, of the largest size."""
+    """Make a micro-batch of the largest size, from these positions of the global batch."""
     architecture = config.student.architecture
     latents = torch.empty(len(positions), *latent_shape(largest(config.data), architecture.in_channels))
 

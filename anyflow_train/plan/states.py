@@ -1,4 +1,4 @@
-"""What a process keeps of a network, as `training.engine` lays it out."""
+"""Memory that a process keeps for a network, as `training.engine` lays it out."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from anyflow_train.plan.meter import Moment
 from anyflow_train.training.recipe import Recipe
 
 FLOAT = 4
-# bitsandbytes: numbers that share a scale, and the smallest tensor whose moments are kept in 8 bits.
+# bitsandbytes: so many numbers share a scale, and a tensor with fewer than `SMALLEST` keeps its moments in float32.
 BLOCK, SMALLEST = 256, 4096
-# DeepSpeed's `reduce_bucket_size` in `training.engine.zero`, which is made in full however small the network is.
+# Bytes of `reduce_bucket_size` in `training.engine.zero`. DeepSpeed allocates it in full, however small the network is.
 BUCKET = (1 << 28) * FLOAT
 
 
 class Sizes(NamedTuple):
-    """Numbers of parameters of a role's network. What stands on another role's base counts only its own.
+    """Numbers of parameters of a role's network. A role that uses another role's base counts only what it adds.
 
     Attributes:
-        trained: of all tensors that are trained.
-        adapters: of those, in low-rank adapters.
-        small: of those, in tensors that are too small for moments in 8 bits.
-        scales: of moments in 8 bits.
-        frozen: in float32, not trained.
-        in_bf16: frozen, and stored in bfloat16.
-        in_fp8: frozen, and stored in 8 bits.
-        largest: of the largest tensor.
+        trained: parameters that are trained.
+        adapters: trained parameters of low-rank adapters.
+        small: trained parameters in tensors that are too small for moments in 8 bits.
+        scales: number of scales of one moment in 8 bits.
+        frozen: parameters that are not trained, stored in float32.
+        in_bf16: parameters that are not trained, stored in bfloat16.
+        in_fp8: parameters that are not trained, stored in 8 bits.
+        largest: parameters of the largest tensor.
     """
 
     trained: int
@@ -47,17 +47,17 @@ class Sizes(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of the network without its adapters."""
+        """Number of parameters of the network without its adapters."""
         return self.trained - self.adapters + self.not_trained
 
     @property
     def not_trained(self) -> int:
-        """Of all frozen tensors."""
+        """Number of frozen parameters in all dtypes."""
         return self.frozen + self.in_bf16 + self.in_fp8
 
 
 def network_sizes(recipe: Recipe) -> dict[str, Sizes]:
-    """Sizes of every network of a recipe, by role, the student first."""
+    """Count the parameters of every network of a recipe, by role, the student first."""
     trained = {role: trainable.engine.shards() for role, trainable in recipe.trainables.items()}
     seen = {id(tensor) for shards in trained.values() for tensor in shards.values()}
     networks = {role: trainable.network for role, trainable in recipe.trainables.items()}
@@ -118,12 +118,15 @@ class States:
         return self.strategy.endswith("offload")
 
     def share(self, numbers: int, from_stage: int) -> int:
-        """Bytes of float32 numbers that are cut over the processes from a ZeRO stage on."""
+        """Bytes on one process of float32 numbers that are cut over the processes from a ZeRO stage on."""
         return FLOAT * (math.ceil(numbers / self.world) if self.stage >= from_stage else numbers)
 
     @property
     def kept(self) -> tuple[tuple[str, int], ...]:
-        """What stays from step to step, wherever it is. At stage 3 the shards of the weights are the masters."""
+        """Name and bytes of what stays from step to step, on the GPU or the host.
+
+        At stage 3 there are no masters besides the shards of the weights.
+        """
         sizes = self.sizes
         trained = sizes.trained
         in_8_bits = trained - sizes.small if self.moments_in_8_bits else 0
@@ -145,19 +148,19 @@ class States:
 
     @property
     def on_host(self) -> int:
-        """With the gradients, once as they are summed and once as the optimizer takes them."""
+        """Bytes in the host's memory, with two copies of the gradients: their sum, and the optimizer's own."""
         return sum(size for _, size in self.kept) + 2 * self.share(self.sizes.trained, 2) if self.offload else 0
 
     @property
     def gradients_always(self) -> int:
-        """Bytes that are held also while another network is trained: stage 3 never gives them back."""
+        """Bytes of gradients that stay while another network is trained: stage 3 never frees them."""
         return self.share(self.sizes.trained, 2) if self.stage == 3 and not self.offload else 0
 
     def gradients(self, moment: Moment) -> int:
         """Bytes of gradients in a moment of this role's update.
 
-        Under ZeRO 1 and 2 the new gradients come to the sum of earlier ones, and the optimizer makes a flat copy of its
-        share. Stage 1 keeps whole new gradients until the backward pass ends, stage 2 its share.
+        Under ZeRO 1 and 2 a process holds its share of the sum of earlier gradients, and new gradients besides it.
+        Stage 1 keeps the new ones whole until the backward pass ends, stage 2 only their share.
         """
         if self.stage == 0:
             return moment.gradients
@@ -177,7 +180,7 @@ class States:
         """Bytes of the engine's buffers: the bucket, and at stage 3 a gathered layer with its gradient.
 
         Args:
-            backward: whether it is in a backward pass of this role. Stages 1 and 2 give the bucket back after it.
+            backward: whether a backward pass of this role is under way. Stages 1 and 2 free the bucket after it.
         """
         if self.stage == 3:
             return (BUCKET if self.sizes.trained else 0) + 2 * FLOAT * self.sizes.largest
@@ -185,5 +188,5 @@ class States:
 
     @property
     def buffers_always(self) -> int:
-        """Bytes that are held also while another network is trained."""
+        """Bytes of buffers that stay while another network is trained."""
         return BUCKET if self.stage == 3 and self.sizes.trained else 0

@@ -1,4 +1,4 @@
-"""The memory and operations of validation inside of a run, on fake tensors."""
+"""Measures the memory and operations of validation during a run, on fake tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 def sample_once(config: RunConfig, recipe: Recipe, meter: Meter) -> dict[str, float]:
-    """Sample a batch of validation in one step: others take the same memory.
+    """Sample a batch of validation in one step; further steps need no more memory.
 
     Returns:
         Operations of one call for one sample, of the student and, if it is the reference, of the teacher.
@@ -69,9 +69,9 @@ def decodes(config: RunConfig) -> bool:
 
 
 def decoder_memory(config: RunConfig) -> Moment:
-    """The fullest moment of decoding, with the VAE's weights, which are on the GPU only then.
+    """Find the fullest moment of decoding, with the VAE's weights, which are on the GPU only then.
 
-    A decoder goes from latent frame to latent frame. Two lengths tell what each takes.
+    A decoder goes from latent frame to latent frame, so the memory of longer clips follows from two short ones.
     """
     rows = config.evaluation.batch if config.evaluation.oracle != "none" else 1
     frames, channels, height, width = latent_shape(config.data, config.student.architecture.in_channels)
@@ -82,10 +82,10 @@ def decoder_memory(config: RunConfig) -> Moment:
 
 @cache
 def _decoded(source: str | None, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes of the weights, and of what else there is when a decoder of latents of this shape is at its fullest."""
+    """Bytes of the VAE's weights, and of everything else at the fullest moment of decoding latents of this shape."""
     with FakeTensorMode(), Meter() as meter:
         stored = read_object(Path(source).expanduser() / VAE) if source else {}
-        vae: Any = AutoencoderKLWan.from_config(stored)  # of Wan2.1 if the source is not here
+        vae: Any = AutoencoderKLWan.from_config(stored)  # the VAE of Wan2.1 if the source is not here
         vae.eval().requires_grad_(False)
         codec = Codec("dry run", vae, torch.device("cpu"), torch.float32)
         weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))

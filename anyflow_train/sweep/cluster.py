@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_train.config.commands import SweepOptions
-from anyflow_train.errors import UserError, requires_extra
+from anyflow_train.errors import UserError, reason_of, requires_extra
 from anyflow_train.sweep.combinations import Combination
 
 POLL_SECONDS = 5.0
@@ -78,7 +78,7 @@ def finish_all(
         executor = submitit.AutoExecutor(waiting[0].folder.parent / "jobs", cluster=options.cluster)
         executor.update_parameters(**options.slurm)
     except (RuntimeError, NameError, AssertionError, TypeError, ValueError) as error:
-        raise UserError("slurm", f"submitit refuses it: {str(error).splitlines()[0]}") from error
+        raise UserError("slurm", f"submitit refuses it: {reason_of(error)}") from error
     with executor.batch():
         jobs = [executor.submit(Training(["train", *one.overrides, *more])) for one in waiting]
     for one, job in zip(waiting, jobs, strict=True):

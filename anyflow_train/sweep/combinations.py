@@ -59,7 +59,7 @@ class Combination:
         """Arguments of `anyflow train`."""
         place = [f"out={quoted(self.config.out)}", f"name={quoted(self.label)}"]
         counted = [] if self.operations is None else [f"steps={self.config.steps}"]
-        return [*self.given, *_written(self.values), *counted, *place]
+        return [*self.given, *written(self.values), *counted, *place]
 
     @property
     def group(self) -> str:
@@ -118,7 +118,7 @@ def combine(options: SweepOptions, arguments: Sequence[str], config_dir: Path | 
         values = ({ARM: arm} if arm else {}) | dict(zip(axes, texts, strict=True))
         given = [*_without(fixed, arms[arm]), *arms[arm]]
         try:
-            config = compose("train", [*given, *_written(values)], config_dir)
+            config = compose("train", [*given, *written(values)], config_dir)
             combinations.append(Combination("", values, given, config))
         except UserError as error:
             found |= {str(one): one for one in (error.within(f"arms.{arm}") if arm else error.errors)}
@@ -189,7 +189,8 @@ def _without(settings: Sequence[str], replaced: Sequence[str]) -> list[str]:
     return [text for text in settings if text.partition("=")[0] not in keys]
 
 
-def _written(chosen: Mapping[str, str]) -> list[str]:
+def written(chosen: Mapping[str, str]) -> list[str]:
+    """Write the swept values of a run as arguments of `anyflow train`."""
     return [f"{key}={text}" for key, text in chosen.items() if key != ARM]
 
 

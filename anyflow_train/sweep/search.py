@@ -14,7 +14,7 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.overrides import Setting, parse
 from anyflow_train.errors import UserError, raise_all, requires_extra
 from anyflow_train.files import json_lines, read_object
-from anyflow_train.sweep.combinations import Combination, _written
+from anyflow_train.sweep.combinations import Combination, written
 from anyflow_train.sweep.runner import Runner
 
 STUDY = "sweep"
@@ -26,7 +26,7 @@ class Search:
     """A search of the values of some keys, which make the best metric of a run's last validation small.
 
     Args:
-        options: keys of the sweep: `trials`, `seed_of_search`.
+        options: keys of the sweep, of which it reads `train` and `trials`.
         arguments: arguments of the runs. `key=a,b` searches among values, `key='interval(1e-4,1e-2)'` in a range, and
             `key='tag(log,interval(1e-4,1e-2))'` in a range on a logarithmic scale.
 
@@ -47,7 +47,7 @@ class Search:
         raise_all(errors)
         self._given = [f"{key}={setting.text}" for key, setting in last.items() if key not in self._space]
         first = {key: _middle(distribution) for key, distribution in self._space.items()}
-        self.config = compose("train", [*self._given, *_written(first)], config_dir)
+        self.config = compose("train", [*self._given, *written(first)], config_dir)
         if not self.config.evaluation.every:
             raise UserError("evaluation.every", "is 0, but sampler=tpe compares runs by their validation; set it")
         self.folder = Path(self.config.out).expanduser() / self.config.name
@@ -105,7 +105,7 @@ class Search:
             else:
                 trial = optuna.trial.Trial(self._study, self._study.trials[number]._trial_id)
                 one = combinations[number]
-            print(f"== {one.label} {' '.join(_written(one.values))}", flush=True)
+            print(f"== {one.label} {' '.join(written(one.values))}", flush=True)
         pruned, reported = False, set[int]()
 
         def hopeless() -> bool:
@@ -132,7 +132,7 @@ class Search:
 
     def _combination(self, number: int, params: Mapping[str, Any]) -> Combination:
         values = {key: str(value) for key, value in params.items()}
-        config = compose("train", [*self._given, *_written(values)], self._config_dir)
+        config = compose("train", [*self._given, *written(values)], self._config_dir)
         config = config.model_copy(update={"out": str(self.folder), "name": label(number)})
         return Combination(label(number), values, self._given, config)
 

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import av
-import torch
-from torch import Tensor
-
+from anyflow_train.data.mp4 import to_frames, write_h264
 from anyflow_train.files import atomic_file, begin_results, check_results
 from anyflow_train.tiny import shapes
 
 SETTINGS_FILE = "clips.json"
 CLIPS = "[0-9][0-9][0-9][0-9][0-9].*"
+OPTIONS = {"crf": "6", "preset": "fast"}  # of libx264
 _BATCH = 48  # clips drawn at once: about 40 MB
 
 
@@ -39,21 +37,9 @@ def write_clips(folder: Path, count: int, seed: int, advance: Callable[[int], No
         part = missing[start : start + _BATCH]
         clips = shapes.render(drawn.labels[part], drawn.start[part], drawn.contrast[part])
         for index, clip in zip(part, clips, strict=True):
-            _write_video(paths[index], clip, shapes.FRAMES_PER_SECOND)
+            # With full colour resolution: 4:2:0 would smear the edges.
+            write_h264(paths[index], to_frames(clip), shapes.FRAMES_PER_SECOND, "yuv444p", OPTIONS)
             with atomic_file(paths[index].with_suffix(".txt")) as file:
                 file.write(f"{shapes.CAPTIONS[drawn.labels[index]]}\n".encode())
             advance(1)
     return paths
-
-
-def _write_video(path: Path, clip: Tensor, fps: int) -> None:
-    """Writes (3, F, H, W) in [-1, 1] as h264 with full colour resolution: 4:2:0 would smear the edges."""
-    pixels = ((clip.movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous().numpy()
-    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height = pixels.shape[2], pixels.shape[1]
-        stream.pix_fmt = "yuv444p"
-        stream.options = {"crf": "6", "preset": "fast"}
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())

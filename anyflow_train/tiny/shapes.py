@@ -39,7 +39,7 @@ _EDGE = 1.5  # pixels over which a shape's edge fades
 
 
 class Reading(NamedTuple):
-    """What the oracle saw in a batch of videos.
+    """Classes of a batch of videos, and how clearly each was recognised.
 
     Attributes:
         labels: (B,) int64 class numbers.
@@ -55,7 +55,7 @@ class Reading(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What `render` needs of `count` clips.
+    """Random values behind `count` clips, from which `render` draws them.
 
     Attributes:
         labels: (count,) int64 class numbers.

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_train.config.run import RunConfig
+from anyflow_train.devices import attention_works
 from anyflow_train.errors import UserError
 
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -54,16 +54,11 @@ def attention_by(name: str) -> Iterator[None]:
 
 
 def _problem(config: RunConfig, device: torch.device, name: str) -> str | None:
-    """Run a kernel forward and backward on the device. Returns the problem, or None if it works."""
+    """Return the problem of a kernel on the device, or None if it works."""
     architecture, half = config.student.architecture, config.engine.precision == "bf16"
     shape = (1, architecture.num_attention_heads, 256, architecture.attention_head_dim)
-    dtype = torch.bfloat16 if half else torch.float32
-    query, key, value = (torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    try:
-        with sdpa_kernel(KERNELS[name]):
-            F.scaled_dot_product_attention(query, key, value).sum().backward()
-    except RuntimeError:
-        heads = f"heads of {architecture.attention_head_dim} in {config.engine.precision}"
-        title = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        return f"does not run on {title} for {heads}"
-    return None
+    if attention_works(KERNELS[name], shape, device, torch.bfloat16 if half else torch.float32):
+        return None
+    heads = f"heads of {architecture.attention_head_dim} in {config.engine.precision}"
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    return f"does not run on {title} for {heads}"

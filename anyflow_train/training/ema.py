@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from anyflow_train.config.run import Ema as EmaConfig
-from anyflow_train.flow.types import CausalFlowMap, Condition, FlowMap
 
 
 class Ema:
@@ -38,14 +35,15 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages into the network for a block. Storage is swapped, not copied: which is cheap.
+        """Put the averages into the network for a block without gradient. Storage is swapped, which is cheap.
 
-        The block may only run forwards without gradient. Graphs that were recorded before stay valid, because the
-        parameters have their own storage again when their backward runs.
+        Graphs that were recorded before stay valid, because the parameters have their own storage again when their
+        backward runs.
         """
         self._swap()
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
             self._swap()
 
@@ -56,19 +54,3 @@ class Ema:
     def _swap(self) -> None:
         for index, shard in enumerate(self._live):
             shard.data, self._averages[index] = self._averages[index], shard.data
-
-
-@dataclass(frozen=True)
-class AveragedFlowMap:
-    """A network's flow map under its averaged weights, without gradient."""
-
-    live: FlowMap
-    ema: Ema
-
-    def __call__(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-        with torch.no_grad(), self.ema.applied():
-            return self.live(x, t, r, condition)
-
-    def encode_context(self, x: Tensor, chunks: tuple[int, ...], condition: Condition) -> object:
-        with self.ema.applied():
-            return cast(CausalFlowMap, self.live).encode_context(x, chunks, condition)

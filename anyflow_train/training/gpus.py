@@ -1,4 +1,4 @@
-"""The GPUs that a plan can be made for: what their makers state, and how much memory a process finds."""
+"""GPUs that a plan can be made for: the speeds that their makers state, and the memory that torch reports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Gpu:
     """One kind of GPU.
 
     Attributes:
-        title: the maker's name.
-        names: what torch calls it.
-        memory: GiB that torch reports of it, about.
+        title: name that its maker gives it.
+        names: names that torch gives it.
+        memory: GiB that torch reports, roughly.
         bf16: TFLOP/s of dense bfloat16 or float16 matrix products summed in float32.
-        fp32: TFLOP/s in plain float32, which is what torch uses for float32 unless it is told to round.
+        fp32: TFLOP/s in float32 without rounding to TF32, which is torch's default.
     """
 
     title: str
@@ -36,12 +36,11 @@ GPUS = {
     "rtx3090-24": Gpu("NVIDIA GeForce RTX 3090 24 GB", ("NVIDIA GeForce RTX 3090",), 23.6, 71, 35.6),
 }
 
-
 TERA = 1e12
 
 
 def utilisation(work: float, gpu: Gpu, world: int, seconds: float) -> float:
-    """Model FLOPs utilisation: `work` operations in so many seconds on `world` GPUs, over their half-precision peak."""
+    """Model FLOPs utilisation: `work` operations in `seconds` on `world` GPUs, over their half-precision peak."""
     return work / (TERA * gpu.bf16 * world * seconds)
 
 
@@ -52,5 +51,5 @@ def step_seconds(operations: Mapping[str, float], gpu: Gpu, world: int, utilisat
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The GPU of torch's name; None for one that is not listed."""
+    """Find the GPU with a name of torch's; None for one that is not listed."""
     return next((gpu for gpu in GPUS.values() if name in gpu.names), None)

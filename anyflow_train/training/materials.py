@@ -1,4 +1,4 @@
-"""What the networks and engines of a run are made from: files and optimizers, or the stand-ins of a dry run."""
+"""Sources of the networks and engines of a run: files and optimizers, or the stand-ins of a dry run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Materials:
     """Functions that open weights and build engines.
 
     Attributes:
-        open_student: gives what a student starts from.
-        open_role: gives the network that a config key names: (key, source).
+        open_student: opens the weights that a student starts from.
+        open_role: opens the weights that a config key names; called with (key, source).
         build_engine: makes the engine of a role.
-        zero_stage: gives the ZeRO stage that networks and engines are cut for.
+        zero_stage: returns the ZeRO stage by which networks and engines are cut over the processes.
     """
 
     open_student: Callable[[Student], WeightSource] = open_student_start

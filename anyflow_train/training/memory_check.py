@@ -1,4 +1,4 @@
-"""At the start, before anything slow: do the GPUs have the memory that the run is foreseen to need?"""
+"""Check at the start, before anything slow, that the GPUs have the memory that the run is foreseen to need."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is foreseen to need.
+    """Foreseen needs of a run.
 
     Attributes:
         warning: a sentence if a GPU is short of memory.
         memory: bytes on each GPU when it is fullest.
-        work: operations of a step of each stage, of all processes, without repeated ones.
-        operations: of the dearest step, in `half` precision and in `float32`, with repeated ones.
+        work: number of operations of a step of all processes, for each stage. What checkpointing repeats is left out.
+        operations: number of operations of the dearest step, in `half` precision and in `float32`. What checkpointing
+            repeats is counted.
     """
 
     warning: str | None
@@ -50,7 +51,7 @@ class Forecast:
     operations: Mapping[str, float]
 
     def rows(self, config: RunConfig, device: str, world: int) -> list[tuple[str, str]]:
-        """List what the start of a run shows, as `anyflow plan` does. A GPU whose peak is not known has no time."""
+        """List the rows that the start of a run shows: memory, and the time if the peak of the GPU is known."""
         rows = [("memory", f"{memory_size(self.memory)} on each GPU (planned)")]
         if (gpu := known_gpu(device)) is not None:
             seconds = sum(step_seconds(self.operations, gpu, world, UTILISATION).values()) * config.steps
@@ -61,8 +62,10 @@ class Forecast:
 
 
 Foresee = Callable[[RunConfig, str, Sequence[GpuMemory]], Forecast]
-"""Config, strategy (a file of `launch/`), and GPU of each process -> forecast. Raises UserError if
-the run cannot fit."""
+"""Makes a forecast from a config, a strategy (a file of `launch/`) and the GPU of each process.
+
+Raises UserError if the run cannot fit.
+"""
 
 
 def check_memory(config: RunConfig, world: World, foresee: Foresee) -> Forecast | None:

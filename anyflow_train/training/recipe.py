@@ -18,14 +18,14 @@ from anyflow_train.data.loader import Loader
 from anyflow_train.data.manifest import check_compatible, check_texts
 from anyflow_train.data.mixture import open_training, size_prompts, split_by_size
 from anyflow_train.devices import autocast_dtype
-from anyflow_train.flow.types import FlowMap
+from anyflow_train.flow.types import FlowMap, FlowMapWithin
 from anyflow_train.objectives.context import ChunksGiven, FirstFrameGiven, WholeClip
 from anyflow_train.objectives.distribution_matching import DistributionMatchingObjective, FakeScoreObjective
 from anyflow_train.objectives.flow_matching import FlowMatchingObjective
 from anyflow_train.objectives.rollouts import RolloutBuffer, Rollouts
 from anyflow_train.objectives.types import Roles, Setting
 from anyflow_train.training.checkpoints.tensor_handle import Entry
-from anyflow_train.training.ema import AveragedFlowMap, Ema
+from anyflow_train.training.ema import Ema
 from anyflow_train.training.materials import REAL, Materials
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.roles import RoleNetwork, build_roles
@@ -83,7 +83,7 @@ def build_recipe(config: RunConfig, world: World, materials: Materials = REAL) -
         trainables["fake_score"] = fake = _fake_score(config, matching, fake_score, world, materials)
         roles = replace(roles, fake_score=fake_score.flow_map(fake.engine.network, dtype))
         updates = _on_policy_updates(config, matching, updates)
-    return Recipe(world, trainables, roles, AveragedFlowMap(live, ema), updates)
+    return Recipe(world, trainables, roles, FlowMapWithin(live, ema.applied), updates)
 
 
 def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
@@ -105,9 +105,8 @@ def build_loader(config: RunConfig, world: World, start_step: int) -> Loader:
         several = len(data.sizes) > 1 or any(manifest.buckets for manifest in shards.manifests)
         buckets = split_by_size(shards, data.sizes) if several else ()
     else:
-        sized = [data.model_copy(update=size._asdict()) for size in data.sizes]
         channels = config.student.architecture.in_channels
-        buckets = size_prompts(shards, [latent_shape(one, channels) for one in sized])
+        buckets = size_prompts(shards, [latent_shape(size, channels) for size in data.sizes])
     return Loader(
         shards,
         config.seed,
@@ -129,7 +128,7 @@ def _derivative_role(config: RunConfig, student: RoleNetwork, called: Any, ema: 
     if derivative is None:
         return student.flow_map(called, autocast_dtype(config.engine.precision))
     flow_map = student.flow_map(called, autocast_dtype(derivative.precision or config.engine.precision))
-    return AveragedFlowMap(flow_map, ema) if derivative.network == "ema" else flow_map
+    return FlowMapWithin(flow_map, ema.applied) if derivative.network == "ema" else flow_map
 
 
 def _fake_score(

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from torch import Size, Tensor, device
 
-from anyflow_train.config.network import Lora, Student
+from anyflow_train.config.network import STUDENT_TIMES, Lora, Student
 from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
 from anyflow_train.models.adapters import add_lora, trainable_parameters
 from anyflow_train.models.build import build_described
-from anyflow_train.models.pretrained import STUDENT_TIMES, PretrainedWeights, open_pretrained
+from anyflow_train.models.pretrained import PretrainedWeights, open_pretrained
 from anyflow_train.models.weight_files import read_weight
 from anyflow_train.training.checkpoints.config_file import under_new_names
 from anyflow_train.training.checkpoints.inputs import network_fact

@@ -1,4 +1,4 @@
-"""What a page shows of run directories: states, numbers by step, configs, and videos. Reads only."""
+"""Reads run directories for the page of `anyflow watch`: states, numbers by step, configs, and videos."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from anyflow_train.commands.runs import find_runs, is_locked, key_of
 from anyflow_train.config.keys import flatten
 from anyflow_train.errors import UserError
 from anyflow_train.files import inside, read_object, regular
-from anyflow_train.training.checkpoints.state import CHECKPOINT
+from anyflow_train.training.checkpoints.state import CHECKPOINT, checkpoint_name, step_of
 from anyflow_train.watch.metrics import VALIDATION, Metrics
 
 POINTS = 12_000
-"""Rows that all runs together may show at first."""
+"""Number of rows that all runs together may show at first."""
 MOST_PER_RUN, FEWEST_PER_RUN = 2000, 200
 REPORTS = ("report", "evaluation")
 """Folders next to a run that may hold the report of an evaluation."""
@@ -31,7 +31,7 @@ class WatchedRun:
     Attributes:
         folder: the run directory.
         metrics: reader of its rows.
-        rows: (serial number, row); numbers grow over all runs.
+        rows: rows with serial numbers. One counter numbers the rows of all runs.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class WatchedRun:
     rows: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """State, steps, and warnings."""
+        """Return the state, the steps done and wanted, the seconds left, and warnings."""
         config, done = read_changed(self.folder / "config.json"), read_changed(self.folder / "done.json")
         latest: dict[str, Any] = {}
         for _, row in self.rows[-50:]:
@@ -58,12 +58,12 @@ class WatchedRun:
 
     def videos(self) -> list[int]:
         """Steps of the validations that have a video."""
-        names = (path.parent.name for path in (self.folder / "validation").glob("step_*/grid.mp4"))
-        return sorted(int(name.removeprefix("step_")) for name in names if CHECKPOINT.fullmatch(name))
+        folders = (path.parent for path in (self.folder / "validation").glob("step_*/grid.mp4"))
+        return sorted(step_of(folder) for folder in folders if CHECKPOINT.fullmatch(folder.name))
 
     def video(self, step: int) -> Path:
         """Return the file of a validation's video. Raises OSError if it is missing or leads out of the run."""
-        return regular(inside(self.folder, f"validation/step_{step:08d}/grid.mp4"))
+        return regular(inside(self.folder, f"validation/{checkpoint_name(step)}/grid.mp4"))
 
     def teacher(self) -> dict[int, list[float]]:
         """Return the teacher's energy distance by number of calls, from an evaluation near the run."""
@@ -147,7 +147,7 @@ def is_validation(row: Mapping[str, Any]) -> bool:
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Keys in which configs differ: key -> run -> value as JSON."""
+    """Find the keys in which configs differ. Returns the value of each run as JSON, by key and run."""
     keys = sorted({key for config in configs.values() for key in config} - {"name", "out", "format"})
     texts = {key: {name: json.dumps(config.get(key)) for name, config in configs.items()} for key in keys}
     return {key: values for key, values in texts.items() if len(set(values.values())) > 1}

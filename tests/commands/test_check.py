@@ -52,14 +52,16 @@ def test_several_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
         {"causal": {"compressed_patch_size": (1, 8, 8)}},
     ],
 )
-def test_names_are_those_of_the_network(changes: dict[str, object]) -> None:
+def test_layers_are_those_of_the_network(changes: dict[str, object]) -> None:
     architecture = Architecture.model_validate(SMALL.model_dump() | changes)
     with torch.device("meta"):
         network = network_class(architecture.arguments())(**architecture.arguments())
     own = {name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))}
     blocks = {f"blocks.{number}" for number in range(architecture.num_layers)}
+    modules = {name: network.get_submodule(name) for name in own - blocks - {""}}
     assert layers(architecture) == {
-        name: isinstance(network.get_submodule(name), torch.nn.Linear) for name in own - blocks - {""}
+        name: (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
+        for name, module in modules.items()
     }
 
 

@@ -95,6 +95,7 @@ def test_mistakes_are_named(tmp_path: Path, options: dict, message: str):
         (["prompt=a red panda, on a branch"], ["a red panda, on a branch"]),
         (['prompt=it\'s "one": [a], {b}'], ['it\'s "one": [a], {b}']),
         (["prompt='quoted, already'"], ["quoted, already"]),
+        (["prompt=a backslash at the end \\"], ["a backslash at the end \\"]),
         (["prompts=[a ball,a cube]", "prompt=first, of three"], ["first, of three", "a ball", "a cube"]),
         (["prompts=[a ball,a ball]"], ["a ball"]),
     ],

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_train.config.run import Ema as EmaConfig
-from anyflow_train.flow.types import Condition
-from anyflow_train.training.ema import AveragedFlowMap, Ema
+from anyflow_train.flow.types import Condition, FlowMapWithin
+from anyflow_train.training.ema import Ema
 
 
 def test_a_copy_before_the_start_then_the_geometric_sum() -> None:
@@ -52,7 +52,7 @@ def test_a_graph_recorded_before_keeps_its_weights() -> None:
         return module(x)
 
     loss = module(x).sum()
-    through = AveragedFlowMap(live, ema)(x, x, x, Condition(x))
+    through = FlowMapWithin(live, ema.applied)(x, x, x, Condition(x))
     assert through.item() == 7 * 7 * 3 * 2 + 7  # two layers of sevens: 7 (7 + 7 + 7) (two units) + 7
     assert not through.requires_grad
     loss.backward()

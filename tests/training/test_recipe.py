@@ -12,10 +12,9 @@ import torch
 from anyflow_train.config.derived import shares_base
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, UserErrors
+from anyflow_train.flow.types import FlowMapWithin
 from anyflow_train.models.build import build_network
 from anyflow_train.models.flow_map import NetworkFlowMap
-from anyflow_train.models.shared_base import RoleFlowMap
-from anyflow_train.training.ema import AveragedFlowMap
 from anyflow_train.training.networks import load_trained_network, start_student
 from anyflow_train.training.processes.world import World
 from anyflow_train.training.recipe import build_loader, build_recipe
@@ -43,7 +42,7 @@ def test_the_derivative_has_its_own_network_and_precision(tmp_path: Path) -> Non
     assert plain.roles.derivative.autocast_dtype is None
     assert plain.roles.derivative.network is plain.roles.student.network
     averaged = build_recipe(config(tmp_path, objective__derivative_network="ema"), CPU)
-    assert isinstance(averaged.roles.derivative, AveragedFlowMap)
+    assert isinstance(averaged.roles.derivative, FlowMapWithin)
 
 
 def test_the_term_of_each_stage_has_the_rebalancing_of_its_config(tmp_path: Path) -> None:
@@ -74,7 +73,7 @@ def test_adapters_on_the_teacher_train_the_same_with_and_without_a_network_of_it
         {**changes, "name": name, "teacher__source": teacher, "student__time_frequency_limit": None}
         for name, teacher in (("shared", source), ("apart", str(tmp_path / "twin")))
     )
-    assert isinstance(build_recipe(config(tmp_path, **one), CPU).roles.teacher, RoleFlowMap)
+    assert isinstance(build_recipe(config(tmp_path, **one), CPU).roles.teacher, FlowMapWithin)
     assert isinstance(build_recipe(config(tmp_path, **two), CPU).roles.teacher, NetworkFlowMap)
     assert not shares_base(config(tmp_path, **one, student__deltatime_type="t-r"))  # its base is not the teacher
     shared, apart = (final_tensors(train(settings(tmp_path, **changes))) for changes in (one, two))

@@ -11,7 +11,7 @@ from anyflow_train.config.derived import SPATIAL_FACTOR, TEMPORAL_FACTOR, latent
 from anyflow_train.config.findings import Finding
 from anyflow_train.config.network import PUBLISHED, Architecture, Lora, is_in, is_target, published
 from anyflow_train.config.parameters import layers
-from anyflow_train.config.run import Data, RunConfig
+from anyflow_train.config.run import RunConfig
 from anyflow_train.text import nearest_hint
 
 # Wan2.1's patch size in height and width, for commands that do not know the network.
@@ -44,9 +44,9 @@ def frame_count(key: str, frames: int) -> Iterator[Finding]:
 def run_sizes(config: RunConfig) -> Iterator[Finding]:
     """Check frames, height and width of the training clips against the VAE, the patch and the rotary table."""
     architecture, data = config.student.architecture, config.data
-    yield from _clip_size(data, architecture, None)
+    yield from _clip_size(data.size, architecture, None)
     for number, size in enumerate(data.buckets):
-        yield from _clip_size(data.model_copy(update=size._asdict()), architecture, f"data.buckets.{number}")
+        yield from _clip_size(size, architecture, f"data.buckets.{number}")
     key = "data.buckets"
     if len({*data.buckets}) < len(data.buckets):
         yield Finding((key,), f"{_listed(data.buckets)} names a size twice; name each one once")
@@ -60,17 +60,17 @@ def _listed(sizes: Iterable[ClipSize]) -> str:
     return f"[{', '.join(map(str, sizes))}]"
 
 
-def _clip_size(data: Data, architecture: Architecture, bucket: str | None) -> Iterator[Finding]:
+def _clip_size(size: ClipSize, architecture: Architecture, bucket: str | None) -> Iterator[Finding]:
     """Check one size of training clips. Findings name their own key, or that of a bucket."""
-    size = [*video_size(data.frames, data.height, data.width, architecture.patch_size[1], "data.")]
-    if not size:
-        latent, longest = latent_shape(data, architecture.in_channels), architecture.rope_max_seq_len
+    found = [*video_size(*size, architecture.patch_size[1], "data.")]
+    if not found:
+        latent, longest = latent_shape(size, architecture.in_channels), architecture.rope_max_seq_len
         for axis, tokens in zip(("frames", "height", "width"), token_grid(latent, architecture), strict=True):
             if tokens > longest:
-                key, value = "student.architecture.rope_max_seq_len", getattr(data, axis)
+                key, value = "student.architecture.rope_max_seq_len", getattr(size, axis)
                 problem = f"{value} is {tokens} tokens along this axis, more than {key}={longest}; lower it"
-                size.append(Finding((f"data.{axis}", key), problem))
-    yield from (Finding((bucket or one.keys[0], *one.keys[1:]), one.text) for one in size)
+                found.append(Finding((f"data.{axis}", key), problem))
+    yield from (Finding((bucket or one.keys[0], *one.keys[1:]), one.text) for one in found)
 
 
 def network_shape(config: RunConfig) -> Iterator[Finding]:
@@ -137,7 +137,7 @@ def adapter_targets(config: RunConfig) -> Iterator[Finding]:
     if not isinstance(adapter, Lora):
         return
     known = layers(config.student.architecture)
-    linear = [name for name, is_linear in known.items() if is_linear]
+    linear = [name for name, sides in known.items() if sides is not None]
     if not adapter.targets:
         yield Finding((f"{key}.targets",), "is empty; name at least one layer")
     for target in adapter.targets:

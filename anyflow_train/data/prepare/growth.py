@@ -1,4 +1,4 @@
-"""How a folder of shards grows: what a source has that the shards do not, and the generation that adds it."""
+"""Compares a source of clips with a folder of shards, and plans the generation that adds what is missing."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Changes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the folder shall hold.
+    """Content that the folder shall have.
 
     Attributes:
         records: the clips of the source, by key, in order.
         problems: clips that could not be listed.
-        negative, validation: the prompts.
+        negative, validation: the negative prompt and the prompts of validation.
         samples_per_shard: most clips in a shard.
         prune: remove samples of clips that are gone, and old samples of clips that have changed.
     """
@@ -66,7 +66,7 @@ def find_changes(outcomes: Mapping[str, Outcome], records: Mapping[str, ClipReco
 
 
 def next_generation(ledger: Ledger, wanted: Wanted, retry: bool) -> Generation | None:
-    """Plan what the folder lacks. Returns None if it lacks nothing.
+    """Plan a generation with everything that the folder lacks. Returns None if it lacks nothing.
 
     Args:
         ledger: ledger of a folder without unfinished shards.

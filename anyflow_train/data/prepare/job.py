@@ -12,8 +12,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from anyflow_train.config.base import ClipSize
 from anyflow_train.config.commands import PrepareConfig
+from anyflow_train.config.derived import latent_shape
 from anyflow_train.data.captions import read_prompts
 from anyflow_train.data.fingerprint import NAMED, component_fingerprint, known
 from anyflow_train.data.index import Skipped
@@ -69,7 +69,7 @@ class PreparePlan:
 
     @cached_property
     def wanted(self) -> Wanted:
-        """What the folder shall hold. This reads all captions."""
+        """Content that the folder shall have. Reads all captions."""
         validation = read_prompts(self.config.validation_prompts, "validation_prompts")
         return Wanted(
             records={clip.key: record_of(clip) for clip in self.source.clips},
@@ -187,12 +187,8 @@ def codec_info(config: PrepareConfig, codec: Codec) -> CodecInfo:
 
 def codec_buckets(config: PrepareConfig, codec: Codec) -> tuple[Bucket, ...]:
     """Return the sizes of the samples, with the shapes of their latents."""
-
-    def latent_shape(size: ClipSize) -> tuple[int, int, int, int]:
-        height, width = size.height // codec.spatial_factor, size.width // codec.spatial_factor
-        return (size.frames - 1) // codec.temporal_factor + 1, len(codec.latents_mean), height, width
-
-    return tuple(Bucket(**size._asdict(), latent_shape=latent_shape(size)) for size in config.sizes)
+    facts = len(codec.latents_mean), codec.temporal_factor, codec.spatial_factor
+    return tuple(Bucket(**size._asdict(), latent_shape=latent_shape(size, *facts)) for size in config.sizes)
 
 
 def _planned(plan: PreparePlan) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The ledger of a folder of shards: which clips went into which shard, in the order in which the folder grew.
 
-Each time that `anyflow prepare` finds something to encode, it first writes what that is: one more generation. A killed
-job continues the generation that it finds, so that the result does not depend on when it was killed.
+When `anyflow prepare` finds something to encode, it first writes a list of it, a generation. A job that was killed
+continues the last generation, so that the result does not depend on when it was killed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ PATTERN = "generation-*.jsonl"
 
 
 class ClipRecord(NamedTuple):
-    """A clip as it was when it was planned.
+    """Clip as it was when it was planned.
 
-    size, time: size in bytes of the video, and the time of its last change in ns; None if there is no such file.
-    caption: digest of its captions; empty if they cannot be read.
+    Attributes:
+        key: its key in the source.
+        size: bytes of the video; None if there is no such file.
+        time: time of the video's last change in ns; None if there is no such file.
+        caption: digest of its captions; empty if they cannot be read.
     """
 
     key: str
@@ -40,7 +43,13 @@ class ClipRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A planned shard. origin: shard whose samples are copied; None if the clips are encoded."""
+    """Planned shard.
+
+    Attributes:
+        name: name of its tar.
+        clips: clips that become its samples.
+        origin: shard whose samples of these clips are copied; None if the clips are encoded.
+    """
 
     name: str
     clips: tuple[ClipRecord, ...]
@@ -49,7 +58,13 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class FolderPrompts:
-    """The prompts of the manifest. text: file of their embeddings."""
+    """Prompts of the manifest.
+
+    Attributes:
+        negative: the negative prompt.
+        validation: prompts of validation.
+        text: name of the file with their embeddings.
+    """
 
     negative: str
     validation: tuple[str, ...]
@@ -58,7 +73,7 @@ class FolderPrompts:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one call of `anyflow prepare` adds.
+    """Shards and prompts that one call of `anyflow prepare` adds.
 
     Attributes:
         number: number of the generation, from 0.
@@ -67,7 +82,7 @@ class Generation:
         problems: clips that could not be listed.
         gone: keys of earlier clips that the source does not have any more.
         removed: earlier shards whose samples that stay are copied into shards of this generation.
-        only_retries: there are only clips that were skipped before and have not changed since.
+        only_retries: whether all its clips were skipped before and have not changed since.
     """
 
     number: int
@@ -118,10 +133,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a clip.
+    """Result of a clip that was planned.
 
     Attributes:
-        record: the clip as it was.
+        record: the clip when it was planned.
         shard: shard of its samples.
         places: places of its samples in the shard; empty if it was skipped.
         lost: why it was skipped, or which windows of it.

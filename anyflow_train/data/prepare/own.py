@@ -34,7 +34,7 @@ from anyflow_train.data.prepare.writing import describe_shard, write_shard
 from anyflow_train.data.shards import Sample
 from anyflow_train.data.tar import Member, scan
 from anyflow_train.devices import DTYPES, pick_device
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.files import regular
 from anyflow_train.models.codec import Codec
 
@@ -168,7 +168,7 @@ def read_cached(path: Path, mean: tuple[float, ...], std: tuple[float, ...], dty
                 yield Sample(path_key(f"{file.stem}/{key}"), latents.to(dtype).contiguous(), _valid(text), caption)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             advice = "give latents of Wan2.1 as FastVideo or rcm cache them"
-            raise UserError("latents", f"{file} cannot be read: {str(error).splitlines()[0]}; {advice}") from None
+            raise UserError("latents", f"{file} cannot be read: {reason_of(error)}; {advice}") from None
 
 
 def _fastvideo(path: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
@@ -208,7 +208,7 @@ def _load(data: bytes) -> Tensor:
     try:
         found = torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except Exception as error:  # any file may stand here, and torch raises errors of the module that it reads with
-        raise ValueError(f"a tensor cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"a tensor cannot be loaded ({reason_of(error)})") from None
     if not isinstance(found, Tensor):
         raise ValueError(f"it contains a {type(found).__name__} instead of a tensor")
     return found.squeeze(0) if found.ndim in (3, 5) and len(found) == 1 else found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anyflow_train.data.prepare.captions import NAMES, CaptionError, CaptionReader, lower_names
-from anyflow_train.errors import UserError
+from anyflow_train.errors import UserError, reason_of
 from anyflow_train.files import parse_json, regular
 
 VIDEO_COLUMNS = ("video", "path", "file", "file_name", "video_path", "filename", "file_path", "clip_path")
@@ -133,7 +133,7 @@ def _parquet(path: Path, reader: CaptionReader) -> Iterator[Row]:
                 number += 1
                 yield Row(f"row {number}", lower_names(row))
     except ValueError as error:  # pyarrow's own errors are ValueErrors
-        raise UserError("source", f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError("source", f"{path} is not a Parquet file: {reason_of(error)}") from None
 
 
 def _names(text: str) -> Iterator[Row]:

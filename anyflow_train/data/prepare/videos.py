@@ -90,16 +90,13 @@ def from_videos(
         dtype: dtype of the stored latents.
     """
 
-    def from_pixels(samples: list[Sample]) -> Tensor:
-        return encode(stacked(samples))
-
     pool = ThreadPoolExecutor(DECODERS, "decode")
     clips = (pair for shard in shards for pair in zip(shard.clips, read_shard_texts(folder, shard), strict=True))
     try:
         with closing(_read_ahead(pool, read, clips, batch)) as decoded:
             for shard in shards:
                 windows = chain.from_iterable(islice(decoded, len(shard.clips)))
-                yield _encoded(from_pixels, windows, batch, dtype)
+                yield _encoded(lambda samples: encode(stacked(samples)), windows, batch, dtype)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

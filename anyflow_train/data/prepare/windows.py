@@ -1,4 +1,4 @@
-"""Windows of a clip: which parts of it become samples, and of which size."""
+"""Windows of a clip: the parts of it that become samples, and their size."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MARK = "@w"
 
 @dataclass(frozen=True)
 class Limits:
-    """Which clips are good enough.
+    """Least quality of clips.
 
     Attributes:
-        size: least length of the shorter side in pixels.
+        size: least pixels of the shorter side.
         seconds: least duration, as the file states it.
         upscale: largest factor by which pictures may be enlarged; None allows any.
     """
@@ -42,14 +42,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Framing:
-    """What is cut out of a clip.
+    """Settings by which samples are cut out of a clip.
 
     Attributes:
         sizes: sizes of the samples; a clip gets one of them.
         fps: frame rate of the samples.
         windows: see `PrepareConfig.windows`.
         hdr: whether HDR is converted, or cannot be used.
-        limits: which clips are good enough.
+        limits: least quality of clips.
     """
 
     sizes: tuple[ClipSize, ...]
@@ -74,10 +74,10 @@ class Framing:
         return self.windows != "first" or len({size.frames for size in self.sizes}) > 1
 
     def size(self, height: float, width: float, length: int | None, is_picture: bool) -> ClipSize:
-        """Choose the size of a clip's samples: that which crops the least of it.
+        """Choose the size of a clip's samples, such that the least of the clip is cropped.
 
-        Videos do not get sizes of one frame if there are others, and pictures get no others. Sizes of more frames than
-        the clip has are left out, and so are those that would enlarge it too much. Of sizes that crop equally, the one
+        Pictures get sizes of one frame; videos get other sizes if there are any. Sizes of more frames than the clip has
+        are left out, and so are those that would enlarge it too much. Of sizes that crop equally, the one
         with the most frames is chosen, and then the one with the most pixels.
 
         Args:

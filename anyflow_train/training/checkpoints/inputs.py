@@ -24,12 +24,9 @@ AND = " + "
 """Between the facts of several shards."""
 INDICES = 32
 """Number of index files, with checksums of their samples, that tell data apart if the manifest does not."""
-CHANGE = {
-    "data.shards": "to start from this run on other data, set name=NEW student.init={run}; to resume, set it back",
-    "student.init": "set it back or choose another name",
-}
-CHANGE |= dict.fromkeys(("teacher.source", "on_policy.fake_score.init"), CHANGE["student.init"])
-CHANGE["evaluation.held_out"] = CHANGE["student.init"]
+SET_BACK = "set it back or choose another name"
+NEW_RUN = "to start from this run on {data}, set name=NEW student.init={run}"
+"""Advice to a user whose run would resume with other values, and to one with other training data."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Inputs:
 
     def grown(self, run: str) -> list[str]:
         """Describe the shards that have grown since the run began, and how to train on all of them."""
-        advice = CHANGE["data.shards"].format(run=run).partition(";")[0].replace("other data", "all of them")
+        advice = NEW_RUN.format(data="all of them", run=run)
         return [
             f"{key} has grown from {self.begun[key]} to {self.now[key]}; this run continues on those that it began with"
             + (f"; {advice}" if key == "data.shards" else "")
@@ -84,7 +81,8 @@ class Inputs:
     def problem(self, key: str, before: object, now: object, run: str) -> str:
         """Describe other content: both paths, both facts, and what to do."""
         text = f"is {now!r}, {self.now[key]}, but the run began with {before!r}, {self.begun[key]}"
-        return f"{text}; {CHANGE[key].format(run=run)}"
+        elsewhere = f"{NEW_RUN.format(data='other data', run=run)}; to resume, set it back"
+        return f"{text}; {elsewhere if key == 'data.shards' else SET_BACK}"
 
 
 def network_fact(source: str) -> str | None:

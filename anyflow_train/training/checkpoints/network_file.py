@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from anyflow_train.config.network import Lora, Student
+from anyflow_train.config.network import STUDENT_TIMES, Causal, Lora, Student, plain
 from anyflow_train.config.original import is_weights_file
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
@@ -19,8 +19,7 @@ from anyflow_train.training.checkpoints.config_file import first_key
 
 FORMAT = 1
 NAME = "network.json"
-TIMES = ("gate_value", "deltatime_type")
-CHUNKS = ("chunk_partition", "full_chunk_limit", "compressed_patch_size")
+CHUNKS = tuple(Causal.model_fields)
 
 
 class _Stored(BaseModel):
@@ -38,10 +37,8 @@ def _adapter(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Convert lists to tuples: JSON has no tuples, but constructors require them."""
-    if not isinstance(value, Mapping):
-        return value
-    return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+    """Convert lists to tuples, which constructors require."""
+    return {name: plain(entry) for name, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 class Sampling(_Stored):
@@ -107,7 +104,7 @@ class NetworkFile(_Stored):
     @property
     def times(self) -> dict[str, Any]:
         """Arguments for the network's second time."""
-        return {name: self.arguments[name] for name in TIMES}
+        return {name: self.arguments[name] for name in STUDENT_TIMES}
 
     @property
     def causal(self) -> dict[str, Any] | None:
@@ -138,12 +135,12 @@ class NetworkFile(_Stored):
         student, teacher = _part(config, "student"), _part(config, "teacher")
         shape = dict(_part(student, "architecture"))
         causal = shape.pop("causal", None) or {}
-        times = {name: student[name] for name in TIMES if name in student}
+        times = {name: student.get(name, default) for name, default in STUDENT_TIMES.items()}
         objective, source = _part(config, "objective"), teacher.get("source") or ""
         shards = _part(config, "data").get("shards")
         content = {
             "run": config.get("name") or "unnamed",
-            "arguments": {**shape, **causal, "gate_value": 0.25, "deltatime_type": "r", **times},
+            "arguments": {**shape, **causal, **times},
             "adapter": student.get("adapter"),
             "init": student.get("init"),
             "codec": teacher.get("codec") or (None if is_weights_file(source) else source or None),

@@ -10,8 +10,9 @@ from typing import Any
 from anyflow_train.config.keys import flatten
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError, raise_all
+from anyflow_train.text import is_within
 from anyflow_train.training.checkpoints.config_file import decode_saved
-from anyflow_train.training.checkpoints.inputs import Inputs
+from anyflow_train.training.checkpoints.inputs import SET_BACK, Inputs
 from anyflow_train.training.checkpoints.reading import (
     CheckpointInfo,
     DamagedCheckpoint,
@@ -32,8 +33,8 @@ FREE_KEYS = (
     "log",
     "max_nonfinite_steps",
     "profile",
-    "checkpoint.",
-    "tracker.",
+    "checkpoint",
+    "tracker",
     "evaluation.every",
     "evaluation.videos",
     "evaluation.reference_videos",
@@ -42,7 +43,7 @@ FREE_KEYS = (
     "data.max_bad_share",
     "data.cache",
     "data.cache_gib",
-    "data.generations.",
+    "data.generations",
     "engine.device",
     "engine.threads",
     "engine.micro_batch",
@@ -98,7 +99,8 @@ def find_resume_point(folder: Path, config: RunConfig, inputs: Inputs = UNKNOWN)
             continue
         check_unchanged(info.config, config, str(path), inputs)
         for bad, damage in damaged.items():
-            _set_aside(bad, damage, instead=path.name)
+            # Not read again, and not overwritten.
+            print(f"warning: {damage}; moved to {set_aside(bad).name}, resuming from {path.name}", file=sys.stderr)
         return info
     if damaged:
         problem = f"every checkpoint is damaged ({'; '.join(map(str, damaged.values()))}); delete the run or rename it"
@@ -121,21 +123,11 @@ def check_unchanged(saved: dict[str, Any], config: RunConfig, where: str, inputs
     same = inputs.compared()
     keys = sorted((before.keys() | now.keys()) - same.keys())
     changed = [key for key in keys if before.get(key) != now.get(key)]
-    advice = "set it back or choose another name"
     errors = [
-        UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {advice}")
+        UserError(key, f"is {now.get(key)!r}, but the run began with {before.get(key)!r}; {SET_BACK}")
         for key in changed
-        if not _is_free(key)
+        if not is_within(key, FREE_KEYS)
     ]
     others = [key for key, equal in same.items() if not equal]
     errors += [UserError(key, inputs.problem(key, before.get(key), now.get(key), where)) for key in others]
     raise_all(errors)
-
-
-def _is_free(key: str) -> bool:
-    return any(key.startswith(free) if free.endswith(".") else key == free for free in FREE_KEYS)
-
-
-def _set_aside(path: Path, damage: DamagedCheckpoint, instead: str) -> None:
-    """Rename a damaged checkpoint, so that it is neither read again nor overwritten."""
-    print(f"warning: {damage}; moved to {set_aside(path).name}, resuming from {instead}", file=sys.stderr)

@@ -14,8 +14,9 @@ from typing import Any
 
 from anyflow_train.config.run import RunConfig
 from anyflow_train.errors import UserError
-from anyflow_train.files import read_json, read_object, replace_file, take_lock, to_json
+from anyflow_train.files import read_json, read_object, take_lock, to_json, write_json
 from anyflow_train.training.checkpoints.config_file import saved_config
+from anyflow_train.training.checkpoints.state import checkpoint_name
 
 SHARED_SECONDS = 30.0
 """Longest time until a network file system shows a new file on another node."""
@@ -44,7 +45,7 @@ class RunDirectory:
 
     def validation(self, step: int) -> Path:
         """Folder with the videos of one validation."""
-        return self.path / "validation" / f"step_{step:08d}"
+        return self.path / "validation" / checkpoint_name(step)
 
     def begin(self, config: RunConfig, inputs: Mapping[str, str] | None = None) -> None:
         """Save the resolved config, and facts about the content of its inputs.
@@ -53,8 +54,8 @@ class RunDirectory:
         """
         (self.path / "done.json").unlink(missing_ok=True)
         if inputs is not None:
-            replace_file(self.path / "inputs.json", to_json(inputs))
-        replace_file(self.path / "config.json", to_json(saved_config(config)))
+            write_json(self.path / "inputs.json", inputs)
+        write_json(self.path / "config.json", saved_config(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """Read the config of the last start, not decoded; None if it is missing or damaged."""
@@ -66,7 +67,7 @@ class RunDirectory:
 
     def write_done(self, summary: dict[str, Any]) -> None:
         """Write the summary of the finished run."""
-        replace_file(self.path / "done.json", to_json(summary))
+        write_json(self.path / "done.json", summary)
 
     def read_done(self) -> dict[str, Any] | None:
         """Read the summary of a finished run; None if the run is not finished, or if the summary is damaged."""

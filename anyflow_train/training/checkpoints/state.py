@@ -55,12 +55,12 @@ def is_run(source: str | Path) -> bool:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
+    """Folder name of the checkpoint, and of the validation, after `step` steps."""
     return f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Step in the folder name of a checkpoint."""
+    """Step in the folder name of a checkpoint or a validation."""
     return int(checkpoint.name.removeprefix("step_"))
 
 

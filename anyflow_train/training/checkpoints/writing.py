@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyflow_train import __version__
 from anyflow_train.config.run import RunConfig
-from anyflow_train.files import replace_file, sync_folder, to_json, write_synced
+from anyflow_train.files import sync_folder, to_json, write_json, write_synced
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import saved_config
 from anyflow_train.training.checkpoints.network_file import NetworkFile
@@ -89,13 +89,13 @@ def update_state(folder: Path, state: TrainState) -> None:
     path = folder / checkpoint_name(state.step) / "state.json"
     if path.is_file():
         content = {**read_state(path.parent), "state": dataclasses.asdict(state)}
-        replace_file(path, to_json({**content, "checksum": content_checksum(content)}))
+        write_json(path, {**content, "checksum": content_checksum(content)})
 
 
 def mark_best(folder: Path, best: Best | None) -> None:
     """Write the name of the best checkpoint to the file `best`, for readers without the run's state."""
     if best is not None:
-        replace_file(folder / "best", to_json(dataclasses.asdict(best)))
+        write_json(folder / "best", dataclasses.asdict(best))
 
 
 def prune_checkpoints(folder: Path, keep: int, best: Best | None, keep_every: int = 0) -> None:

@@ -12,24 +12,16 @@ from torch import nn
 from torch.nn import Parameter
 
 from anyflow_train.config.run import Optimizer as OptimizerConfig
-from anyflow_train.training.engine.adamw import adam_steps, set_adam_steps
+from anyflow_train.training.engine.adamw import adam_steps as adam_steps
+from anyflow_train.training.engine.adamw import set_adam_steps as set_adam_steps
 from anyflow_train.training.engine.replicated import ReplicatedEngine
-from anyflow_train.training.engine.types import Engine, Outcome
-from anyflow_train.training.engine.zero import ZeroEngine, build_sharded, engine_name, shard_frozen, zero_stage
+from anyflow_train.training.engine.types import Engine
+from anyflow_train.training.engine.types import Outcome as Outcome
+from anyflow_train.training.engine.zero import ZeroEngine, zero_stage
+from anyflow_train.training.engine.zero import build_sharded as build_sharded
+from anyflow_train.training.engine.zero import engine_name as engine_name
+from anyflow_train.training.engine.zero import shard_frozen as shard_frozen
 from anyflow_train.training.processes.world import World
-
-__all__ = [
-    "Engine",
-    "Outcome",
-    "ReplicatedEngine",
-    "adam_steps",
-    "build_engine",
-    "build_sharded",
-    "engine_name",
-    "set_adam_steps",
-    "shard_frozen",
-    "zero_stage",
-]
 
 
 def build_engine(

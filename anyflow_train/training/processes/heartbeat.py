@@ -1,7 +1,8 @@
 """Exchange regular reports between all processes, and end the run if a process hangs or is lost.
 
 Each process has two threads. One exchanges reports through a small store on process 0, the other judges them, so that
-a process also notices if the store stops. The training's own communication is not used. A single process judges itself.
+a process also notices if the store stops. The training's own communication is not used. A single process has a store in
+its own memory, and judges itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from pathlib import Path
 from types import TracebackType
 
 from pydantic import TypeAdapter
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented)
+from torch.distributed import (
+    HashStore,  # pyright: ignore[reportPrivateImportUsage] (documented)
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from anyflow_train.training.processes.hang_detector import HangDetector, ProcessReport, Verdict
 from anyflow_train.training.processes.launched import log_file, tell_terminal
@@ -50,25 +55,19 @@ class Heartbeat:
         self._left_since: float | None = None
 
     def __enter__(self) -> Heartbeat:
-        if self._world.size > 1:
-            self._store = _open_store(self._world)
-            self._report(exited=False)
-            self._reports = self._world.gather(self._own)
-            self._heard = time.monotonic()
-            self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
-            for thread in self._threads:
-                thread.start()
-        else:
-            threading.Thread(target=self._guard, daemon=True).start()
+        self._store = _open_store(self._world)
+        self._report(exited=False)
+        self._reports = self._world.gather(self._own)
+        self._heard = time.monotonic()
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._guard)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._world.size == 1:
-            self._leaving.set()
-            return
-        if isinstance(error, RuntimeError):
+        if self._world.size > 1 and isinstance(error, RuntimeError):
             # Communication fails after another process has ended because of a hang. Let the guard report the hang.
             time.sleep(3 * self._interval)
         self._leaving.set()
@@ -110,10 +109,6 @@ class Heartbeat:
                 self._end(verdict)
 
     def _verdict(self, now: float) -> Verdict | None:
-        if self._world.size == 1:
-            self._own = dataclasses.replace(self._own, beats=self._own.beats + 1, activity=self._world.activity)
-            self._reports = [self._own]
-            return self._hang_detector.judge(self._reports, now)
         first = self._reports[0]
         if self._lost_since is not None:
             text = f"lost contact with {first}"
@@ -150,8 +145,10 @@ class Heartbeat:
         os._exit(HUNG)
 
 
-def _open_store(world: World) -> TCPStore:
-    """Open a separate store on a free port of process 0's node."""
+def _open_store(world: World) -> Store:
+    """Open a separate store on a free port of process 0's node; in memory for a single process."""
+    if world.size == 1:
+        return HashStore()
     host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=60)
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if world.is_main else None
     port = world.broadcast(store.port if store else None)

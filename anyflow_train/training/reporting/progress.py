@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -68,12 +69,22 @@ class Screen:
         """Leave everything as it is."""
 
 
-def choose_screen(total: int, done: int, log: Log, unit: str = "step") -> tuple[Screen, bool]:
+class Surviving:
+    """A screen that drops what it cannot print: a reader that ended must not end the run."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def __getattr__(self, name: str) -> Any:
+        return surviving()(getattr(self._screen, name))
+
+
+def choose_screen(total: int, done: int, log: Log, unit: str = "step") -> tuple[Surviving, bool]:
     """Choose the screen of `log`, and whether it is a bar on a terminal. `unit` is what plain lines and JSON count."""
     console = Console(stderr=True)
     people = log == "auto" and console.is_terminal and not console.is_dumb_terminal
     screen: Screen = Json(unit) if log == "json" else Bar(console, total, done) if people else Lines(total, unit)
-    return screen, people
+    return Surviving(screen), people
 
 
 class StepProgress:
@@ -91,49 +102,40 @@ class StepProgress:
 
     def start(self, rows: Sequence[tuple[str, str]]) -> None:
         """Show facts about the run that begins: names and values."""
-        with surviving():
-            self._screen.start(rows)
+        self._screen.start(rows)
 
     def advance(self) -> None:
         """Count one step."""
         self._step += 1
-        with surviving():
-            self._screen.advance(self._step)
+        self._screen.advance(self._step)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers after `step` steps."""
         left = (self._steps - step) * values.get("seconds_per_step", 0.0)
-        with surviving():
-            self._screen.numbers(step, values, left)
+        self._screen.numbers(step, values, left)
 
     def validated(self, step: int, validation: Validation) -> None:
         """Show the result of a validation after `step` steps."""
-        with surviving():
-            self._screen.validated(step, validation)
+        self._screen.validated(step, validation)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[ShowPart]:
         """Show what the run does inside the block instead of training. Yields a function that shows the part of it."""
 
         def show(part: int, parts: int) -> None:
-            with surviving():
-                self._screen.phase(f"{name} {part}/{parts}")
+            self._screen.phase(f"{name} {part}/{parts}")
 
-        with surviving():
-            self._screen.phase(name)
+        self._screen.phase(name)
         yield show
-        with surviving():
-            self._screen.phase(TRAINING)
+        self._screen.phase(TRAINING)
 
     def say(self, text: str) -> None:
         """Show a line above the bar. It is never wrapped."""
-        with surviving():
-            self._screen.say(text)
+        self._screen.say(text)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        with surviving():
-            self._screen.close()
+        self._screen.close()
 
 
 class Lines(Screen):

@@ -34,13 +34,11 @@ class TaskProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with surviving():
-            self._screen.close()
+        self._screen.close()
 
     def phase(self, name: str) -> None:
         """Show what the command does now."""
-        with surviving():
-            self._screen.phase(name)
+        self._screen.phase(name)
 
     @contextmanager
     def doing(self, name: str) -> Iterator[None]:
@@ -53,18 +51,16 @@ class TaskProgress:
         """Count work that is done."""
         self._done += amount
         now = time.monotonic()
-        with surviving():
-            self._screen.advance(self._done)
-            complete = self._on_terminal and self._done >= self._total
-            if complete or now - self._shown >= (ON_A_TERMINAL if self._on_terminal else AS_LINES):
-                self._shown = now
-                left = (now - self._begun) / self._done * (self._total - self._done)
-                self._screen.numbers(self._done, {}, max(left, 0.0))
+        self._screen.advance(self._done)
+        complete = self._on_terminal and self._done >= self._total
+        if complete or now - self._shown >= (ON_A_TERMINAL if self._on_terminal else AS_LINES):
+            self._shown = now
+            left = (now - self._begun) / self._done * (self._total - self._done)
+            self._screen.numbers(self._done, {}, max(left, 0.0))
 
     def say(self, text: str) -> None:
         """Show a line. It is never wrapped."""
-        with surviving():
-            self._screen.say(text)
+        self._screen.say(text)
 
     def result(self, text: str) -> None:
         """Show a result, after the end of the block. It goes to stdout even if the bar was on stderr."""

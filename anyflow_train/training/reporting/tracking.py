@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from anyflow_train.config.run import RunConfig, TensorboardTracker, WandbTracker
+from anyflow_train.errors import reason_of
 from anyflow_train.files import parse_json, regular, replace_file
 from anyflow_train.training.checkpoints.run_directory import RunDirectory
 from anyflow_train.training.reporting.notify import Notifier
@@ -111,8 +112,7 @@ class Wandb:
 
     def _lose_connection(self, error: Exception) -> None:
         self._start_offline()
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _warn(f"wandb is not online ({reason}); the data are kept on disk; upload them later: {self._upload}")
+        _warn(f"wandb is not online ({reason_of(error)}); the data are kept on disk; upload them later: {self._upload}")
 
     def _start_offline(self) -> None:
         """Begin an offline folder, and repeat in it what the run has logged so far. Earlier ones are renamed."""

@@ -126,3 +126,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"is no .parquet or .tar file"):
         list(read_cached(tmp_path / "none", (0.0,), (1.0,), torch.float32))
+
+
+def test_an_empty_tensor_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:
+        writer = TarWriter(file)
+        for name, content in (("latent.pt", b""), ("embed.pt", saved(TEXT)), ("prompt.txt", b"a prompt")):
+            writer.add(f"000.{name}", content)
+        writer.finish()
+    with pytest.raises(UserError, match=r"a.tar cannot be read: a tensor cannot be loaded \(EOFError\)"):
+        list(read_cached(path, (0.0,), (1.0,), torch.float32))

@@ -47,7 +47,7 @@ def on_a_terminal(width: int) -> str:
     progress.show(100, VALUES | MORE)
     with progress.phase("validating") as show:
         show(2, 4)
-        progress._screen._live.refresh()
+        progress._screen._screen._live.refresh()
     progress.validated(100, VALIDATION)
     progress.say(LONG)
     progress.close()
