@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +140,8 @@ def write_summary(out: Path, plan: Sequence[Part]) -> None:
     if report.is_file():
         # The pictures lie next to the report.
         lines += report.read_text().replace("](", "](report/").splitlines()
-    lines += ["", f"{PLAY} {out / 'pipeline'} prompt='...' out=videos`; its README shows how in diffusers."]
+    pipeline = shlex.quote(str(out / "pipeline"))
+    lines += ["", f"{PLAY} {pipeline} prompt='...' out=videos`; its README shows how in diffusers."]
     replace_file(out / "summary.md", ("\n".join(lines) + "\n").encode())
 
 

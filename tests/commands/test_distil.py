@@ -61,16 +61,17 @@ def line(out: Path, *more: str) -> list[str]:
 
 
 def test_the_whole_way_in_order(tmp_path: Path, commands: Commands) -> None:
-    assert main(line(tmp_path / "a")) == 0
+    assert main(line(tmp_path / "a b")) == 0
     assert commands.names() == ["prepare", "prepare", "name=stage1", "name=stage2", "export", "evaluate"]
     stage2, export, evaluate = commands.calls[3:]
-    assert f"student.init='{tmp_path / 'a' / 'stage1'}'" in stage2
-    assert f"evaluation.held_out='{tmp_path / 'a' / 'held_out'}'" in stage2
-    assert f"model='{tmp_path / 'a' / 'stage2'}'" in export
+    assert f"student.init='{tmp_path / 'a b' / 'stage1'}'" in stage2
+    assert f"evaluation.held_out='{tmp_path / 'a b' / 'held_out'}'" in stage2
+    assert f"model='{tmp_path / 'a b' / 'stage2'}'" in export
     assert any("stage1','" in part and "stage2'" in part for part in evaluate)
-    page = (tmp_path / "a" / "summary.md").read_text()
+    page = (tmp_path / "a b" / "summary.md").read_text()
     assert page.count("| finished ") == 6 + 1  # and the column's heading
     assert "![Videos](report/grid.gif)" in page
+    assert f"anyflow sample '{tmp_path / 'a b' / 'pipeline'}' prompt" in page
 
 
 def test_the_same_line_goes_on_where_it_stopped(tmp_path: Path, commands: Commands, capsys) -> None:
