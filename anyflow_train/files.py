@@ -129,6 +129,12 @@ def check_writable(out: Path) -> None:
         raise UserError("out", f"'{out}' {problem}") from None
 
 
+def networks_inside(folder: Path, *marks: str) -> str:
+    """Name a folder inside that holds one of `marks`, for a message about a folder that is no network itself."""
+    found = [path.parent for mark in marks for path in sorted(folder.glob(f"*/{mark}"))]
+    return f"; name a folder inside, such as {found[-1]}" if found else ""
+
+
 def check_own(out: Path, mark: str, index: str, *others: str) -> None:
     """Check that results can be written into a folder without replacing files of another origin.
 

@@ -32,7 +32,7 @@ from anyflow_train.config.run import RunConfig
 from anyflow_train.data.manifest import MANIFEST, check_compatible, check_texts, parse_manifest, unused_samples
 from anyflow_train.data.remote import is_remote
 from anyflow_train.errors import UserError, raise_all, reason_of
-from anyflow_train.files import check_writable, existing_part, open_inside
+from anyflow_train.files import check_writable, existing_part, networks_inside, open_inside
 from anyflow_train.text import memory_size
 from anyflow_train.training.checkpoints.network_file import NAME, NetworkFile
 from anyflow_train.training.checkpoints.state import is_run, list_checkpoints
@@ -155,7 +155,8 @@ def _arguments(key: str, path: Path, source: str) -> Mapping[str, Any]:
     folder = _folder(path, source)
     arguments = read_intact(folder / "config.json")
     if not arguments:
-        raise UserError(key, f"'{source}' contains neither transformer/config.json nor config.json")
+        problem = f"'{source}' contains neither transformer/config.json nor config.json"
+        raise UserError(key, problem + networks_inside(path, "checkpoints", "transformer"))
     # The run downloads the weights of a hub id.
     shapes = [read_shapes(file) for file in (weight_files(folder) if path.is_dir() else ())]
     if arguments.get("_class_name") == KIND:

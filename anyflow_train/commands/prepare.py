@@ -31,6 +31,7 @@ from anyflow_train.files import read_json
 from anyflow_train.flow.draw import draw_key
 from anyflow_train.flow.sampler import guided
 from anyflow_train.text import MOST_NAMED, some
+from anyflow_train.training.weight_source import open_source
 
 PICTURES = 16
 MOST_TRIED = 64
@@ -41,6 +42,8 @@ def run(config: PrepareConfig) -> None:
     if config.dry_run:
         dry_run(config)
     else:
+        if config.teacher is not None:
+            open_source(config.teacher)  # a wrong name is said before the texts are encoded
         command.run(config, teacher_latents)
 
 

@@ -74,7 +74,8 @@ def _parse_one(parser: OverridesParser, argument: str) -> Setting:
     if argument.startswith("~"):
         raise UserError(argument, "a key cannot be removed; give it a different value, or null if it can be empty")
     if not equals or not key:
-        raise UserError(argument, "is not of the form key=value or group=choice")
+        advice = "put a value with spaces in quotes, such as prompt='a red panda'"
+        raise UserError(argument, f"is not of the form key=value or group=choice; {advice}")
     if key in TEXTS and text and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
         text = quoted(text)
     try:

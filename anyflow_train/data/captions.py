@@ -55,4 +55,4 @@ def read_lines(path: str, key: str) -> list[str]:
     try:
         return [line.strip() for line in regular(Path(path).expanduser()).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, f"'{path}' cannot be read: {error}") from None
+        raise UserError(key, f"'{path}' cannot be read: {getattr(error, 'strerror', error)}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,14 @@ from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
 from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.errors import UserError, UserErrors, raise_all
-from anyflow_train.files import EXPORT_MARKER, check_own, read_object, replace_file
-from anyflow_train.sweep.command import visible_gpus
+from anyflow_train.files import EXPORT_MARKER, check_own, read_object, replace_file, write_json
+from anyflow_train.sweep.command import check_evaluation, visible_gpus
 from anyflow_train.sweep.runner import Runner
 from anyflow_train.text import markdown_table, quoted
 
 INTERRUPTED = 130
+INPUTS = "inputs.json"
+"""File of the clips and prompts that a folder began with."""
 PLAY = "Play it: `anyflow sample"
 """Beginning of the last line of a summary page, by which an earlier page is known."""
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
@@ -77,9 +80,12 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     plan = [part for part in every if part.name != "evaluate" or options.held_out is not None]
     _check(every, plan, config_dir, _processes(options))
     _check_files(Path(options.out).expanduser())
+    _check_inputs(options, Path(options.out).expanduser())
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for number, part in enumerate(plan, 1):
+            if part.name == "prepare" and options.held_out is not None:
+                check_evaluation(options.evaluate, plan[-1].arguments, config_dir)
             code = _finish(part, f"{number}/{len(plan)}", options, runner)
             write_summary(Path(options.out).expanduser(), plan)
             if code:
@@ -95,8 +101,8 @@ def parts(options: DistilOptions) -> Iterator[Part]:
     out = Path(options.out).expanduser()
     shards, held_out = out / "shards", out / "held_out"
     clips = "source" if options.prompts is None else "prompts"
-    given = [(clips, getattr(options, clips), shards, "prepare")]
-    given += [("source", options.held_out, held_out, "prepare held-out clips")] * (options.held_out is not None)
+    given = [("source", options.held_out, held_out, "prepare held-out clips")] * (options.held_out is not None)
+    given += [(clips, getattr(options, clips), shards, "prepare")]
     for key, value, folder, name in given:
         own = (f"{key}={quoted(str(value))}", f"out={quoted(str(folder))}")
         yield Part(name, "prepare", options.prepare, own, folder / MANIFEST)
@@ -134,7 +140,8 @@ def write_summary(out: Path, plan: Sequence[Part]) -> None:
     if report.is_file():
         # The pictures lie next to the report.
         lines += report.read_text().replace("](", "](report/").splitlines()
-    lines += ["", f"{PLAY} {out / 'pipeline'} prompt='...' out=videos`; its README shows how in diffusers."]
+    pipeline = shlex.quote(str(out / "pipeline"))
+    lines += ["", f"{PLAY} {pipeline} prompt='...' out=videos`; its README shows how in diffusers."]
     replace_file(out / "summary.md", ("\n".join(lines) + "\n").encode())
 
 
@@ -146,7 +153,6 @@ def _finish(part: Part, place: str, options: DistilOptions, runner: Runner) -> i
     print(f"== {place} {part.name}", flush=True)
     launched = part.command == "train" and options.strategy is not None
     command = ["launch", str(options.strategy)] if launched else [part.command]
-    Path(options.out).expanduser().mkdir(parents=True, exist_ok=True)
     code, _ = runner.call([*command, *part.arguments])
     return code or (0 if part.finished(part.result) else INTERRUPTED)
 
@@ -184,6 +190,25 @@ def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None,
         except UserError as several:
             errors += several.within(part.name)
     raise_all(errors, UserErrors)
+
+
+def _check_inputs(options: DistilOptions, out: Path) -> None:
+    """Check that clips and prompts exist if they are still needed, and are those that the folder began with.
+
+    Raises:
+        UserError: a file does not exist, or the folder holds work on others.
+    """
+    began, inputs = read_object(out / INPUTS), options.model_dump(include={"source", "prompts", "held_out"})
+    for key, value in inputs.items():
+        prepared = out / ("held_out" if key == "held_out" else "shards") / MANIFEST
+        if value is not None and not prepared.is_file() and not Path(value).expanduser().exists():
+            raise UserError(key, f"'{value}' does not exist")
+        before = began.get(key)
+        if before not in (None, value) and (key != "held_out" or value is not None):
+            problem = f"is {value or 'null'}, but the work in '{out}' began with {before}"
+            raise UserError(key, f"{problem}; set it back or choose another out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / INPUTS, began | {key: value for key, value in inputs.items() if value is not None})
 
 
 def _check_files(out: Path) -> None:

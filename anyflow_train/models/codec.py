@@ -207,6 +207,8 @@ def _download(source: str, part: str) -> Path:
 
     The libraries would ask the hub for optional files too, which fails on a machine without a network.
     """
+    if source.count("/") != 1:
+        raise UserError(source, "is neither a folder nor a hub id (owner/name)")
     try:
         folder = Path(snapshot_download(source, allow_patterns=[f"{part}/*"]))
     except LocalEntryNotFoundError:

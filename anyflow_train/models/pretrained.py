@@ -19,7 +19,7 @@ from anyflow_train.config import original
 from anyflow_train.config.network import STUDENT_TIMES, Causal, plain
 from anyflow_train.config.pipelines import ReadJson, check_pipeline, folder_reader, weight_files
 from anyflow_train.errors import UserError, reason_of
-from anyflow_train.files import parse_json
+from anyflow_train.files import networks_inside, parse_json
 from anyflow_train.models.build import build_described
 from anyflow_train.models.embeddings import resized_patch
 from anyflow_train.models.far_transformer import AnyFlowFARTransformer3DModel
@@ -167,8 +167,9 @@ def _locate(source: str | Path) -> tuple[str | None, dict[str, Any]]:
             if path.is_dir():
                 raise UserError(str(source), f"cannot read its config: {problem}") from error
     if path.is_dir():
-        raise UserError(str(source), "contains neither transformer/config.json nor config.json")
-    raise UserError(str(source), f"cannot load a transformer of this name from the hub: {problem}")
+        problem = "contains neither transformer/config.json nor config.json"
+        raise UserError(str(source), problem + networks_inside(path, "checkpoints", "transformer"))
+    raise UserError(str(source), f"is no folder, and cannot be loaded from the hub: {problem}")
 
 
 def _pipeline_reader(source: str | Path, place: str | None) -> ReadJson:

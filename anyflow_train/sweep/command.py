@@ -125,6 +125,19 @@ def _evaluation(
     folder = combinations[0].folder.parent
     models = ",".join(quoted(str(one.folder)) for one in combinations)
     arguments = [*options.evaluate, f"models=[{models}]", f"out={quoted(str(folder / 'evaluation'))}"]
+    return arguments, check_evaluation(options.evaluate, arguments, config_dir)
+
+
+def check_evaluation(given: Sequence[str], arguments: Sequence[str], config_dir: Path | None) -> EvaluateConfig:
+    """Compose the config of an evaluation, and count its held-out clips.
+
+    Args:
+        given: arguments that the user chose by the key `evaluate`.
+        arguments: all arguments.
+
+    Raises:
+        UserErrors: errors of the key `evaluate`, or its held-out shards do not exist or hold too few clips.
+    """
     try:
         config = compose("evaluate", arguments, config_dir)
     except UserErrors as several:
@@ -136,9 +149,11 @@ def _evaluation(
             raise UserError("evaluate: held_out", problem)
         held, needed = parse_manifest(manifest.read_bytes(), str(manifest)).samples, config.held_out_samples
         if held < needed:
+            kept = [word for word in given if not word.startswith("held_out_samples=")]
+            words = ",".join(f'"{word}"' for word in (*kept, f"held_out_samples={held}"))
             problem = f"'{config.held_out}' holds {held} clips, but held_out_samples={needed}; prepare more"
-            raise UserError("evaluate: held_out", f"{problem}, or add held_out_samples={held} to evaluate")
-    return arguments, config
+            raise UserError("evaluate: held_out", f"{problem}, or give 'evaluate=[{words}]'")
+    return config
 
 
 def _check_files(combinations: Sequence[Combination]) -> None:

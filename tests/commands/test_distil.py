@@ -12,6 +12,8 @@ import pytest
 from anyflow_train.__main__ import main
 from anyflow_train.config.paths import resource
 from anyflow_train.distil import command
+from anyflow_train.sweep.command import check_evaluation
+from tests.evaluation.test_evaluate import write_held_out
 
 
 class Commands:
@@ -44,7 +46,11 @@ class Commands:
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clips", "others", "a", "a.txt", "p.txt"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(command, "check_evaluation", lambda *_: None)
     found = Commands()
     monkeypatch.setattr(command.Runner, "call", lambda *given: found(*given))
     return found
@@ -55,16 +61,17 @@ def line(out: Path, *more: str) -> list[str]:
 
 
 def test_the_whole_way_in_order(tmp_path: Path, commands: Commands) -> None:
-    assert main(line(tmp_path / "a")) == 0
+    assert main(line(tmp_path / "a b")) == 0
     assert commands.names() == ["prepare", "prepare", "name=stage1", "name=stage2", "export", "evaluate"]
     stage2, export, evaluate = commands.calls[3:]
-    assert f"student.init='{tmp_path / 'a' / 'stage1'}'" in stage2
-    assert f"evaluation.held_out='{tmp_path / 'a' / 'held_out'}'" in stage2
-    assert f"model='{tmp_path / 'a' / 'stage2'}'" in export
+    assert f"student.init='{tmp_path / 'a b' / 'stage1'}'" in stage2
+    assert f"evaluation.held_out='{tmp_path / 'a b' / 'held_out'}'" in stage2
+    assert f"model='{tmp_path / 'a b' / 'stage2'}'" in export
     assert any("stage1','" in part and "stage2'" in part for part in evaluate)
-    page = (tmp_path / "a" / "summary.md").read_text()
+    page = (tmp_path / "a b" / "summary.md").read_text()
     assert page.count("| finished ") == 6 + 1  # and the column's heading
     assert "![Videos](report/grid.gif)" in page
+    assert f"anyflow sample '{tmp_path / 'a b' / 'pipeline'}' prompt" in page
 
 
 def test_the_same_line_goes_on_where_it_stopped(tmp_path: Path, commands: Commands, capsys) -> None:
@@ -83,7 +90,7 @@ def test_the_same_line_goes_on_where_it_stopped(tmp_path: Path, commands: Comman
 def test_after_a_mistake_the_same_line_alone_does_not_help(tmp_path: Path, commands: Commands, capsys) -> None:
     commands.fails = {"prepare": 2}
     assert main(line(tmp_path)) == 2
-    assert "prepare is not finished; mend that, and start the same line again" in capsys.readouterr().out
+    assert "prepare held-out clips is not finished; mend that, and start the same line again" in capsys.readouterr().out
 
 
 def test_a_part_is_repeated_if_what_it_was_made_from_is_newer(tmp_path: Path, commands: Commands) -> None:
@@ -194,3 +201,34 @@ def test_keys_that_distil_sets_itself_are_refused(
 def test_a_key_that_distil_would_set_to_the_same_value_is_no_mistake(tmp_path: Path, commands: Commands) -> None:
     given = ["prompts=p.txt", f"out={tmp_path / 'a'}", "stage1=['experiment=tiny','evaluation=none']", "stage2=[]"]
     assert main(["distil", "experiment=tiny_distil", *given]) == 0
+
+
+def test_clips_that_do_not_exist_are_said_before_others_are_encoded(
+    tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for missing in ("source=nix", "held_out=nix"):
+        assert main(line(tmp_path / "a", missing)) == 2
+        assert f"error: {missing.partition('=')[0]}: 'nix' does not exist" in capsys.readouterr().err
+    assert commands.calls == []
+
+
+def test_a_folder_holds_the_work_on_one_source(tmp_path: Path, commands: Commands, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["distil", "experiment=tiny_distil", "source=clips", f"out={out}"]) == 0
+    assert main(line(out)) == 0  # the evaluation may come later
+    commands.calls.clear()
+    for other in (["source=a", "held_out=others"], ["prompts=a.txt"], ["source=clips", "held_out=a"]):
+        assert main(["distil", "experiment=tiny_distil", *other, f"out={out}"]) == 2
+        assert "began with" in capsys.readouterr().err
+    assert commands.calls == []
+
+
+def test_too_few_held_out_clips_are_said_before_the_training(
+    tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "check_evaluation", check_evaluation)
+    write_held_out(tmp_path / "out" / "held_out", 8)
+    assert main(line(tmp_path / "out")) == 2
+    advice = """give 'evaluate=["experiment=tiny_evaluate","held_out_samples=8"]'"""
+    assert advice in capsys.readouterr().err
+    assert commands.names() == []

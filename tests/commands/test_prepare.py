@@ -85,6 +85,15 @@ def test_a_teacher_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "makes clips from prompts, but prompts is null; give prompts=FILE" in capsys.readouterr().err
 
 
+def test_a_wrong_teacher_is_said_before_the_texts_are_encoded(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    (tmp_path / "runs" / "stage1" / "checkpoints").mkdir(parents=True)
+    inside = f"name a folder inside, such as {tmp_path / 'runs' / 'stage1'}"
+    with pytest.raises(UserError, match=inside):
+        run(make_config(tmp_path, teacher=str(tmp_path / "runs")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_writes_only_a_contact_sheet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

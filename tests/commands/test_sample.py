@@ -78,7 +78,7 @@ def test_a_wan_transformer_is_sampled_by_euler_steps(tmp_path: Path):
     ("options", "message"),
     [
         ({"prompts": ()}, "prompts: is empty"),
-        ({"prompts": ("missing.txt",)}, r"prompts: 'missing\.txt' cannot be read"),
+        ({"prompts": ("missing.txt",)}, r"prompts: 'missing\.txt' cannot be read: No such file or directory"),
         ({"frames": 6}, r"frames: 6 frames are not 4n \+ 1; nearest are 5 and 9"),
         ({"height": 40}, "height: 40 pixels are not a multiple of 16"),
     ],

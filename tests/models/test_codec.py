@@ -100,3 +100,8 @@ def test_half_precision_gives_float32_latents_and_half_text():
     assert latents.dtype == torch.float32
     assert codec.decode_video(latents).dtype == torch.float32
     assert codec.encode_text(["a red ball"])[0].dtype == torch.bfloat16
+
+
+def test_a_name_that_can_be_no_hub_id_is_not_looked_for_there():
+    with pytest.raises(UserError, match="nothere: is neither a folder nor a hub id"):
+        Codec.load("nothere", "cpu", torch.float32)

@@ -23,7 +23,17 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from anyflow_train.errors import UserError
-from anyflow_train.files import FileName, file_sha256, inside, parse_json, read_inside, read_json, regular, to_json
+from anyflow_train.files import (
+    FileName,
+    file_sha256,
+    inside,
+    networks_inside,
+    parse_json,
+    read_inside,
+    read_json,
+    regular,
+    to_json,
+)
 from anyflow_train.training.checkpoints import network_file
 from anyflow_train.training.checkpoints.config_file import first_key, under_new_names
 from anyflow_train.training.checkpoints.network_file import NetworkFile
@@ -207,7 +217,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = path / "checkpoints"
     found = list_checkpoints(folder)
     if not found:
-        raise UserError(str(path), "is neither a checkpoint nor a run directory that contains one")
+        problem = "is neither a checkpoint nor a run directory that contains one"
+        raise UserError(str(path), problem + networks_inside(path, "checkpoints"))
     try:
         best = folder / checkpoint_name(read_json(folder / "best")["step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -145,6 +145,10 @@ def test_a_run_stands_for_its_best_checkpoint_or_its_latest(tmp_path: Path) -> N
     assert resolve_checkpoint(folder / "step_00000010") == folder / "step_00000010"
     with pytest.raises(UserError, match="neither a checkpoint nor a run directory"):
         resolve_checkpoint(tmp_path / "nowhere")
+    run = tmp_path / "distil" / "stage1"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"contains one; name a folder inside, such as {run}$"):
+        resolve_checkpoint(run.parent)
 
 
 def test_other_tensors_than_the_students_are_refused(tmp_path: Path) -> None:
