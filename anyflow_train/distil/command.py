@@ -7,12 +7,14 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from anyflow_train.config.commands import DistilOptions
 from anyflow_train.config.compose import compose
 from anyflow_train.config.derived import world_size
+from anyflow_train.config.objective import ObjectiveConfig
 from anyflow_train.data.manifest import MANIFEST
 from anyflow_train.errors import UserError, UserErrors, raise_all
 from anyflow_train.files import EXPORT_MARKER, check_own, read_object, replace_file, write_json
@@ -78,9 +80,11 @@ def run(arguments: Sequence[str], config_dir: Path | None) -> int:
     options = compose("distil", arguments, config_dir)
     every = list(parts(options))
     plan = [part for part in every if part.name != "evaluate" or options.held_out is not None]
-    _check(every, plan, config_dir, _processes(options))
+    configs = _check(every, plan, config_dir, _processes(options))
     _check_files(Path(options.out).expanduser())
     _check_inputs(options, Path(options.out).expanduser())
+    if plan[-1].name == "evaluate":
+        plan[-1] = _with_reference(plan[-1], configs["stage 2" if options.stage2 else "stage 1"].objective)
     runner = Runner(["--config-dir", str(config_dir)] if config_dir else [], jobs=1)
     with runner.forwarding(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for number, part in enumerate(plan, 1):
@@ -157,6 +161,14 @@ def _finish(part: Part, place: str, options: DistilOptions, runner: Runner) -> i
     return code or (0 if part.finished(part.result) else INTERRUPTED)
 
 
+def _with_reference(part: Part, objective: ObjectiveConfig) -> Part:
+    """Compare a guided student with the guided teacher, unless the user chose what to compare with."""
+    chosen = any(word.startswith(("reference=", "guidance_scale=")) for word in part.given)
+    if chosen or objective.held_scale <= 1:
+        return part
+    return replace(part, own=[*part.own, "reference=guided_teacher", f"guidance_scale={objective.held_scale}"])
+
+
 def _is_trained(result: Path) -> bool:
     return read_object(result).get("step", -1) >= read_object(result.with_name("config.json")).get("steps", 0)
 
@@ -169,11 +181,14 @@ def _processes(options: DistilOptions) -> int:
     return int(given) if given.isdecimal() else max(len(visible_gpus()), 1)
 
 
-def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None, processes: int) -> None:
+def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None, processes: int) -> dict[str, Any]:
     """Check that the user gives no argument that would be replaced, or dropped with its part, and compose all configs.
 
     Args:
         processes: number of processes that the stages must fit.
+
+    Returns:
+        The config of each part, by the part's name.
 
     Raises:
         UserErrors: what is wrong, with the name of the part before each key.
@@ -184,12 +199,14 @@ def _check(every: Sequence[Part], plan: Sequence[Part], config_dir: Path | None,
         replaced = {word: own.get(word.partition("=")[0], word) for word in part.given}
         problem = "gives {}, but distil sets this key itself, from its own keys: {}"
         errors += [UserError(part.name, problem.format(word, ours)) for word, ours in replaced.items() if ours != word]
+    configs = {}
     for part in plan:
         try:
-            compose(part.command, part.arguments, config_dir, processes)
+            configs[part.name] = compose(part.command, part.arguments, config_dir, processes)
         except UserError as several:
             errors += several.within(part.name)
     raise_all(errors, UserErrors)
+    return configs
 
 
 def _check_inputs(options: DistilOptions, out: Path) -> None:

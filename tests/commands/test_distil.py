@@ -124,6 +124,35 @@ def test_prompts_alone_leave_out_the_evaluation(tmp_path: Path, commands: Comman
     assert all("objective.source=student" in call for call in commands.calls[1:3])
 
 
+@pytest.mark.parametrize("model", ["wan1_3b", "wan14b"])
+def test_a_guided_student_is_compared_with_the_guided_teacher(tmp_path: Path, commands: Commands, model: str) -> None:
+    given = ["distil", f"experiment={model}", "source=clips", "held_out=others", f"out={tmp_path}"]
+    assert main(given) == 0
+    assert commands.calls[-1][-2:] == ["reference=guided_teacher", "guidance_scale=3.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "last"),
+    [
+        ([], "out="),  # not guided
+        (["stage2=['experiment=tiny_on_policy','objective.guidance=target','objective.guidance_scale=2']"], "2.0"),
+        (["stage2=[]", "stage1=['experiment=tiny','objective.guidance=target','objective.guidance_scale=4']"], "4.0"),
+        (
+            [
+                "stage2=['experiment=tiny_on_policy','objective.guidance=target','objective.guidance_scale=2']",
+                "evaluate=['experiment=tiny_evaluate','reference=data']",
+            ],
+            "out=",
+        ),
+    ],
+)
+def test_the_reference_follows_the_last_stage_unless_it_is_chosen(
+    tmp_path: Path, commands: Commands, words: list[str], last: str
+) -> None:
+    assert main(line(tmp_path, *words)) == 0
+    assert last in commands.calls[-1][-1]
+
+
 def test_without_held_out_clips_no_stage_waits_for_those_of_its_experiment(tmp_path: Path, commands: Commands) -> None:
     clips = ["distil", "experiment=tiny_distil", "source=clips"]
     assert main([*clips, f"out={tmp_path / 'a'}"]) == 0
