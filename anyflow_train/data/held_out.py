@@ -39,11 +39,16 @@ def good_samples(shards: ShardSet, purpose: str) -> Iterator[Sample]:
             log.warning("left out of the %s: %s", purpose, error)
 
 
+def check_count(shards: ShardSet, found: int, count: int) -> None:
+    """Raise UserError if fewer than `count` good samples were found."""
+    if found < count:
+        raise UserError(shards.location, f"holds {found} good samples of {count}; lower held_out_samples")
+
+
 def load_samples(shards: ShardSet, count: int) -> HeldOut:
     """Load the first `count` good samples of shards with video. Raises UserError if there are fewer."""
     samples = list(islice(good_samples(shards, "held-out samples"), count))
-    if len(samples) < count:
-        raise UserError(shards.location, f"holds {len(samples)} good samples of {count}; lower held_out_samples")
+    check_count(shards, len(samples), count)
     latents = [sample.latents for sample in samples if sample.latents is not None]
     if len(latents) < count:
         raise UserError(shards.location, "holds prompts without video")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyflow_train.config.commands import EvaluateConfig
 from anyflow_train.config.keys import show
-from anyflow_train.data.held_out import HeldOut
+from anyflow_train.data.held_out import HeldOut, check_count
 from anyflow_train.data.shards import ShardSet
 from anyflow_train.devices import autocast_dtype, pick_device
 from anyflow_train.errors import UserError
@@ -111,6 +111,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     config = config.model_copy(update={"teacher": teachers_source})
     check_results(out, "report.json", owner(config), FILES)
     shards = ShardSet.open(config.held_out)
+    check_count(shards, len(shards), config.held_out_samples)
     training = None if config.training_shards is None else open_training(config.training_shards, shards)
     models = [load_model(source, config.weights) for source in sources]
     check_frames(config, shards, models)

@@ -117,6 +117,11 @@ def test_fine_guided_samples_are_near_the_guided_reference(folder: Path):
     assert fine.low <= 0 <= fine.high
 
 
+def test_too_few_held_out_clips_are_said_before_a_model_is_read(folder: Path):
+    with pytest.raises(UserError, match="holds 24 good samples of 25; lower held_out_samples"):
+        run(folder, "few", held_out_samples=25, models=(str(folder / "nowhere"),))
+
+
 def test_distances_to_training_clips_stand_beside_those_of_held_out_clips(folder: Path):
     run(folder, "near", training_shards=str(folder / "training"), models=(), videos=0, calls=(1,))
     report = json.loads((folder / "near" / "report.json").read_text())
