@@ -148,7 +148,8 @@ def list_clips(source: str, reader: CaptionReader | None = None, pictures: bool 
         found = _from_folder(path, reader, kinds)
     else:
         lists = ", ".join((*TARS, *SUFFIXES))
-        raise UserError("source", f"{source} is not a folder, and not a file of type {lists}")
+        problem = f"is not a folder, and not a file of type {lists}" if path.exists() else "does not exist"
+        raise UserError("source", f"'{source}' {problem}")
     if not found.clips:
         there = f"; it holds {format_counts(found.unused)}" if found.unused else ""
         there += "".join(f"; {problem.key}: {problem.reason}" for problem in found.problems[:1])
