@@ -138,7 +138,7 @@ def test_a_foreign_folder_is_refused(codec: str, clips: Path) -> None:
 
 
 def test_a_failed_first_start_refuses_nothing(codec: str, clips: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load the vae"):
+    with pytest.raises(UserError, match="is neither a folder nor a hub id"):
         run(make_config(str(tmp_path / "typo"), clips, tmp_path / "out"))
     run(make_config(codec, clips, tmp_path / "out"))
 

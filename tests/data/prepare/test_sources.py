@@ -91,7 +91,7 @@ def test_a_bad_table_names_its_line(tmp_path: Path, text: str, message: str) -> 
 def test_nothing_to_prepare_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere' does not exist"):
         list_clips(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="list.doc' is not a folder, and not a file of type"):
+    with pytest.raises(UserError, match="doc' is not a folder, and not a file of type"):
         list_clips(str(touch(tmp_path / "list.doc")))
     (tmp_path / "list.doc").unlink()
     with pytest.raises(UserError, match="holds no clip"):
