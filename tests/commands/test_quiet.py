@@ -26,5 +26,5 @@ def test_commands_silence_what_they_import_and_nothing_else(tmp_path: Path) -> N
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: no-such-model: cannot load"), done.stderr
+    assert done.stderr.startswith("error: no-such-model: is no folder, and cannot be loaded from the hub"), done.stderr
     assert done.stderr.count("\n") == 1
