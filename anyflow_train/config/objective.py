@@ -85,11 +85,13 @@ class ObjectiveConfig(Model):
     any_step: True if the student learns u(x, t, r) at r < t; False if it learns only the velocity at r = t.
     branches: True if times.diffusion_share and times.consistency_share split the samples of a step.
     distributions: values of times.distribution that the objective supports.
+    unused: (key, other, value) for each key that has no effect while another key of the objective has a value.
     """
 
     any_step: ClassVar[bool] = True
     branches: ClassVar[bool] = True
     distributions: ClassVar[tuple[str, ...]] = ("uniform",)
+    unused: ClassVar[tuple[tuple[str, str, str], ...]] = ()
 
     kind: str
     schedule: tuple[StageChanges, ...] = ()

@@ -53,6 +53,10 @@ class AverageVelocity(GuidedObjective):
     """
 
     guidances: ClassVar[str] = "target"
+    unused: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("noise_share", "source", "data"),
+        ("rebalance_floor", "rebalance", "none"),
+    )
 
     guidance: Literal["none", "target"] = "none"
     velocity: Literal["data", "teacher"] = "teacher"
@@ -108,6 +112,11 @@ class Differentiated(AverageVelocity):
     derivative_precision: precision of the network calls for the time derivative.
     epsilon: step of the difference in time; time runs from 0 to 1.
     """
+
+    unused: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        *AverageVelocity.unused,
+        ("epsilon", "derivative", "jvp"),
+    )
 
     derivative: Literal["difference", "jvp"] = "difference"
     derivative_precision: Literal["bf16", "fp16", "fp32"] = "fp32"

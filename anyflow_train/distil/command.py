@@ -25,6 +25,8 @@ from anyflow_train.text import markdown_table, quoted
 INTERRUPTED = 130
 INPUTS = "inputs.json"
 """File of the clips and prompts that a folder began with."""
+COMMAND = "anyflow distil"
+"""Text in this file, by which an earlier one is known."""
 PLAY = "Play it: `anyflow sample"
 """Beginning of the last line of a summary page, by which an earlier page is known."""
 WITHOUT_CLIPS = ("objective=lagrangian", "objective.source=student", "evaluation=none")
@@ -225,11 +227,13 @@ def _check_inputs(options: DistilOptions, out: Path) -> None:
             problem = f"is {value or 'null'}, but the work in '{out}' began with {before}"
             raise UserError(key, f"{problem}; set it back or choose another out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / INPUTS, began | {key: value for key, value in inputs.items() if value is not None})
+    known = {key: value for key, value in inputs.items() if value is not None}
+    write_json(out / INPUTS, began | {"command": COMMAND} | known)
 
 
 def _check_files(out: Path) -> None:
     """Check, before hours of work, that no file of the user is in the place of a result. Raises UserError."""
     check_own(out, PLAY, "summary.md")
+    check_own(out, COMMAND, INPUTS)
     for name, mark, index in (("pipeline", '"anyflow_train"', EXPORT_MARKER), ("report", '"held_out"', "report.json")):
         check_own(out / name, mark, index, *(path.name for path in (out / name).glob("*")))

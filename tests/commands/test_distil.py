@@ -190,7 +190,9 @@ def test_mistakes_of_all_parts_are_said_before_the_start(
     assert not commands.calls
 
 
-@pytest.mark.parametrize("taken", ["summary.md", "pipeline/thesis.tex", "report/report.md", "report/report.json"])
+@pytest.mark.parametrize(
+    "taken", ["summary.md", "inputs.json", "pipeline/thesis.tex", "report/report.md", "report/report.json"]
+)
 def test_files_of_the_user_are_never_replaced(tmp_path: Path, commands: Commands, capsys, taken: str) -> None:
     (tmp_path / taken).parent.mkdir(exist_ok=True)
     (tmp_path / taken).write_text("mine")

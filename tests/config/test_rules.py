@@ -263,6 +263,13 @@ WARNINGS: list[tuple[str, dict[str, Any], int, str, str]] = [
         "evaluation.reference_calls",
         "4 is below 8",
     ),
+    (
+        "tiny",
+        {"objective.schedule": [{"steps": 10, "changes": {"objective.noise_share": 0.3}}]},
+        1,
+        "objective.noise_share",
+        "0.3 has no effect with objective.source=data",
+    ),
     ("tiny", {"evaluation.shift": 1.0}, 1, "evaluation.shift", "times.shift=5"),
     ("tiny", {"evaluation.held_out": None}, 1, "evaluation.held_out", "no best checkpoint"),
     (

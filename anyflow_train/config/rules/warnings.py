@@ -10,13 +10,6 @@ from anyflow_train.config.keys import show
 from anyflow_train.config.positions import even_accumulation, local_positions, rows_with_second_term
 from anyflow_train.config.run import RunConfig
 
-# Keys of objectives that have no effect while another key has this value.
-UNUSED = (
-    ("noise_share", "source", "data"),
-    ("epsilon", "derivative", "jvp"),
-    ("rebalance_floor", "rebalance", "none"),
-)
-
 
 def schedule(config: RunConfig) -> Iterator[Finding]:
     """Warn if the run ends before the average, the full learning rate or the first validation starts."""
@@ -41,14 +34,12 @@ def stages(config: RunConfig) -> Iterator[Finding]:
 
 def without_effect(config: RunConfig) -> Iterator[Finding]:
     """Warn about keys that were changed, but that no stage of the run reads."""
-    objective = config.objective
-    several = [objective, *(stage.config.objective for stage in schedules.stages(config))]
-    for key, switch, off in UNUSED:
-        field = type(objective).model_fields.get(key)
-        if field is None or all(getattr(each, key) == field.default for each in several):
-            continue
-        if all(getattr(each, switch) == off for each in several):
-            problem = f"{show(getattr(objective, key))} has no effect with objective.{switch}={off}"
+    several = [stage.config.objective for stage in schedules.stages(config)]
+    for key, switch, off in config.objective.unused:
+        default = type(config.objective).model_fields[key].default
+        changed = next((value for each in several if (value := getattr(each, key)) != default), None)
+        if changed is not None and all(getattr(each, switch) == off for each in several):
+            problem = f"{show(changed)} has no effect with objective.{switch}={off}"
             yield Finding((f"objective.{key}", f"objective.{switch}"), problem)
 
 
